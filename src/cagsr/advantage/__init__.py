@@ -1,0 +1,1 @@
+"""Advantage: from rewards to what the policy is trained on."""

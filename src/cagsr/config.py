@@ -1,0 +1,366 @@
+"""Every setting of every command, as typed dataclasses with a line under each field.
+
+The command line shows these lines as help, the run folder stores the resolved values as ``config.yaml``. Names follow
+TRL where TRL has the setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Layers = str | list[int]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, how it is loaded and what of it is trained."""
+
+    path: str
+    """Folder or Hub id of a transformers model with safetensors weights and a tokenizer."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to run; auto takes CUDA, then MPS, then CPU, and says which."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; auto takes bfloat16 where the device computes in it natively, else float32, and says which."""
+    attn_implementation: str | None = None
+    """The model's own attention path (sdpa, flash_attention_2, eager); None leaves transformers' choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (peft) instead of full fine-tuning; the reference model is then free (the adapter switched off)."""
+
+    r: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: int = 32
+    """Scale of the adapters (alpha / r)."""
+    target_modules: str = "all-linear"
+    """Which modules get an adapter: all-linear, or names separated by commas."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the prompts come from."""
+
+    path: str
+    """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
+    split: str = "train"
+    """Split of a Hub dataset or a folder."""
+    name: str | None = None
+    """Configuration of a Hub dataset that has several."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages."""
+    spans_column: str | None = None
+    """Column with important character ranges of the prompt, as [[start, end], ...]."""
+    limit: int | None = None
+    """Use only the first rows."""
+    streaming: bool = False
+    """Read rows as they are needed (for sets larger than memory); IDF is then estimated on the first rows."""
+    max_prompt_length: int | None = None
+    """Longest prompt in tokens; None: what the model's context leaves after the response."""
+    long_prompts: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a longer prompt. drop and truncate say how many rows they touched."""
+    system_prompt: str | None = None
+    """System message put before conversational prompts."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are sampled."""
+
+    num_generations: int = 8
+    """Candidates per prompt (G)."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in scoring alike. 0 is greedy (not for training)."""
+    top_p: float = 1.0
+    """Nucleus sampling; below 1 the scored policy is not the sampled one and the ratio is corrected and logged."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all. Corrected as top_p is."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    min_new_tokens: int = 0
+    """Shortest answer in tokens (the stop token is forbidden before). Corrected as top_p is."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end an answer, besides the model's stop token."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which attention is read."""
+
+    layers: str = "last-4"
+    """last-N, all, or layer numbers separated by commas (0 is the first). Fewer than N layers: all of them."""
+    heads: str = "all"
+    """all, or head numbers separated by commas, the same in every layer."""
+    source: Literal["policy", "reference"] = "policy"
+    """Read from the moving policy (free) or from the frozen starting model (can't be gamed by moving attention)."""
+
+
+@dataclass(frozen=True)
+class SalienceConfig:
+    """Which words of the prompt matter."""
+
+    weighting: Literal["idf", "uniform", "spans"] = "idf"
+    """idf: rare words of the prompt set count more, boilerplate drops out; uniform: all words count alike;
+    spans: only the words the user marked."""
+    idf_floor: float = 0.1
+    """Words whose IDF is below this share of the largest IDF weigh nothing."""
+    markers: tuple[str, str] | None = None
+    """A pair of texts around important passages of a prompt, removed before the model reads it, as << >>."""
+    skip_sink: bool = True
+    """Leave out the prompt's first token, where attention parks (the attention sink)."""
+    pooling: Literal["sum", "max"] = "sum"
+    """How the pieces of a word make the attention to the word: their total, or the largest."""
+
+
+@dataclass(frozen=True)
+class CoverageConfig:
+    """Saturating coverage: each salient word must be looked at hard once."""
+
+    weight: float = 1.0
+    """Weight in the reward; 0 leaves the term out."""
+    threshold: float = 0.3
+    """Attention at which a word counts as covered (tau)."""
+    dense: bool = False
+    """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
+
+
+@dataclass(frozen=True)
+class CopyCoverageConfig:
+    """Copy coverage: a salient token counts when the response token that looks at it hardest is that token."""
+
+    weight: float = 0.0
+    """Weight in the reward; 0 leaves the term out."""
+
+
+@dataclass(frozen=True)
+class MeanMassConfig:
+    """Mean attention mass on salient words: the paper's literal reading, which pays for short answers."""
+
+    weight: float = 0.0
+    """Weight in the reward; 0 leaves the term out."""
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """Focus: one minus the normalised entropy of the attention over salient words."""
+
+    weight: float = 0.0
+    """Weight in the reward; negative pays for spread attention; 0 leaves the term out."""
+    entropy_floor: float = 0.0
+    """The normalised entropy is clamped from below to this, so that collapse onto one word does not pay."""
+
+
+@dataclass(frozen=True)
+class RepetitionConfig:
+    """Repetition: one minus the share of distinct n-grams."""
+
+    weight: float = -1.0
+    """Weight in the reward, negative for a penalty; 0 leaves the term out."""
+    n: int = 3
+    """Length of the n-grams, in tokens."""
+    dense: bool = False
+    """Charge each repeated n-gram at its last token instead of all at the end."""
+
+
+@dataclass(frozen=True)
+class SelfCertaintyConfig:
+    """Self-certainty (Intuitor): mean KL between the uniform and the policy's next-token distribution."""
+
+    weight: float = 0.0
+    """Weight in the reward; 0 leaves the term out."""
+
+
+@dataclass(frozen=True)
+class LengthConfig:
+    """Length of the answer in tokens, or its distance from a target."""
+
+    weight: float = 0.0
+    """Weight in the reward, negative pays for short answers; 0 leaves the term out."""
+    target: int | None = None
+    """With a target the term is the distance in tokens from it (give a negative weight)."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward: a weighted sum of terms, each brought to one scale first."""
+
+    coverage: CoverageConfig = field(default_factory=CoverageConfig)
+    copy_coverage: CopyCoverageConfig = field(default_factory=CopyCoverageConfig)
+    mean_mass: MeanMassConfig = field(default_factory=MeanMassConfig)
+    focus: FocusConfig = field(default_factory=FocusConfig)
+    repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+    self_certainty: SelfCertaintyConfig = field(default_factory=SelfCertaintyConfig)
+    length: LengthConfig = field(default_factory=LengthConfig)
+    functions: list[str] = field(default_factory=list)
+    """Your own terms as dotted paths (package.module.function): a RewardTerm, or TRL's
+    f(prompts, completions, completion_ids, **columns)."""
+    function_weights: list[float] = field(default_factory=list)
+    """One weight for each function; empty: 1 each."""
+    models: list[str] = field(default_factory=list)
+    """Sequence-classification reward models (folder or Hub id) with one output."""
+    model_weights: list[float] = field(default_factory=list)
+    """One weight for each reward model; empty: 1 each."""
+    normalize: Literal["running", "none"] = "running"
+    """running: each term is centred and divided by its running standard deviation over the run; none: raw values."""
+    clip: float = 5.0
+    """Normalised terms are clipped to plus or minus this; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The optimisation."""
+
+    estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """Advantages: gae (value head), rloo (leave-one-out over the candidates) or grpo (z-score over the candidates)."""
+    num_ppo_epochs: int = 4
+    """Passes over each batch of experience."""
+    num_mini_batches: int = 1
+    """Gradient steps per pass."""
+    micro_batch_size: int = 64
+    """Sequences in memory at once, in scoring and update; changes memory and speed, not the result."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of the policy."""
+    value_learning_rate: float = 1e-3
+    """Learning rate of the value head or critic."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    adam_eps: float = 1e-5
+    """Adam epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradient norm clipping."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE lambda."""
+    cliprange: float = 0.2
+    """PPO clip range of the policy ratio."""
+    cliprange_value: float = 0.2
+    """PPO clip range of the value."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    critic: Literal["head", "model"] = "head"
+    """gae only: a value head on the policy's last hidden state, or a separate critic model."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the frozen starting model."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """k1: log-ratio; k3: unbiased and never negative (Schulman, 2020)."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty goes: into the per-token reward (detached) or the loss."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive moves kl_coef so that the KL approaches target_kl (Ziegler et al., 2019)."""
+    target_kl: float = 6.0
+    """adaptive: KL per sequence to aim at, nats."""
+    horizon: int = 10000
+    """adaptive: sequences over which kl_coef adapts."""
+    whiten_rewards: bool = False
+    """Divide the per-token rewards by their standard deviation (the mean is kept)."""
+    whiten_advantages: bool = True
+    """Bring advantages to mean 0 and standard deviation 1 over response tokens."""
+    missing_eos_penalty: float | None = 1.0
+    """Subtracted from the reward of an answer that was cut at the length limit."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation during training."""
+
+    path: str | None = None
+    """Held-out prompts (as data.path); None takes held_out rows off the training prompts."""
+    held_out: int = 64
+    """How many prompts to hold out."""
+    every: int = 10
+    """Steps between evaluations; 0 evaluates only at the start and the end."""
+    metric: str | None = None
+    """Dotted path of f(prompts, completions, **columns) -> list of numbers, higher is better.
+    None: ROUGE-L where the rows have a reference (completion, reference or references), else lexical relevance."""
+    samples: int = 8
+    """How many answers go into the table of samples."""
+
+
+Action = Literal["off", "warn", "stop"]
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Early warnings, on from step 0."""
+
+    kl: float = 20.0
+    """Warn above this KL to the starting model, nats per sequence."""
+    kl_action: Action = "warn"
+    """What to do then."""
+    length_drift: float = 0.5
+    """Warn when the mean length leaves the first step's by this share."""
+    length_drift_action: Action = "warn"
+    """What to do then."""
+    repetition: float = 0.2
+    """Warn when repetition rises above the first step's by this much."""
+    repetition_action: Action = "warn"
+    """What to do then."""
+    entropy: float = 0.3
+    """Warn when the entropy falls below this share of the first step's."""
+    entropy_action: Action = "warn"
+    """What to do then."""
+    dominance: float = 0.9
+    """Warn when one term of several holds more than this share of the reward's variance."""
+    dominance_action: Action = "warn"
+    """What to do then."""
+    metric_drop: float = 0.05
+    """Warn when the held-out metric lies this share below its best while the reward has risen."""
+    metric_drop_action: Action = "warn"
+    """What to do then."""
+    patience: int = 3
+    """Steps in a row (evaluations for metric_drop) before a monitor fires."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: length, seeds, files."""
+
+    steps: int = 100
+    """Steps: each samples a batch of prompts and updates the policy on it."""
+    batch_size: int = 8
+    """Prompts per step and process (times sampling.num_generations answers)."""
+    seed: int = 0
+    """Seeds sampling, shuffling and initialisation."""
+    save_every: int = 20
+    """Steps between checkpoints; 0 saves only at the end."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    sample_rows: int = 8
+    """Answers with their reward breakdown stored at each step in samples.jsonl."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send metrics to this tracker (through accelerate)."""
+    overwrite: bool = False
+    """Start anew in a folder that holds another run (its files are removed)."""
+    resume: bool = False
+    """Go on from the folder's last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model with CAGSR: PPO on unlabelled prompts, the reward read from the model's own attention."""
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    """Run folder: config, metrics, samples, checkpoints, final model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    monitors: MonitorConfig = field(default_factory=MonitorConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, monitors and diagnosis of a reward."""

@@ -1,0 +1,1 @@
+"""Models: load a policy, its value head and its frozen reference."""

@@ -1,0 +1,1 @@
+"""Prompts: read, encode, decide which words matter."""

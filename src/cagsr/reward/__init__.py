@@ -1,0 +1,1 @@
+"""Reward: terms as pure functions over named tensors, and their weighted sum."""

@@ -1,0 +1,1 @@
+"""Rollout: sample answers."""

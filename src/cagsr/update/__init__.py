@@ -1,0 +1,1 @@
+"""Update: the teacher-forced pass, the losses and the PPO loop."""
