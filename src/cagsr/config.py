@@ -28,6 +28,8 @@ class ModelConfig:
     """Run Python code that comes with the model. Only for models you trust."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    pad_token: str | None = None
+    """PAD for a tokenizer that has none or whose PAD is its EOS; added to the vocabulary if it is new, as <pad>."""
 
 
 @dataclass(frozen=True)

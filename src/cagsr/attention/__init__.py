@@ -1,1 +1,6 @@
 """Attention: read from response tokens to prompt tokens during an ordinary forward pass."""
+
+from cagsr.attention.reader import PromptAttentionReader, Reading
+from cagsr.attention.region import AttentionRegion
+
+__all__ = ["AttentionRegion", "PromptAttentionReader", "Reading"]

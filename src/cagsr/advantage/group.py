@@ -1,0 +1,63 @@
+"""Advantages without a value function: an answer against the other answers to the same prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cagsr.errors import ConfigError
+
+STD_EPS = 1e-4
+"""Added to a group's standard deviation, as TRL does: groups of (nearly) equal rewards give (nearly) 0."""
+
+
+def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    """Reward minus the mean of the group's other rewards (RLOO; Ahmadian et al., 2024, arXiv 2402.14740, section 3.2).
+
+    Args:
+        rewards: ``(batch,)``.
+        group: ``(batch,)`` int64, equal for answers to the same prompt; in any order and of any size from 2.
+
+    Returns:
+        ``(batch,)`` float32.
+
+    Raises:
+        ConfigError: a group of one answer, which has nothing to be compared with.
+    """
+    index, size = _groups(group)
+    if bool((size < 2).any()):
+        raise ConfigError(
+            "ppo.estimator rloo compares each answer with the others to its prompt, but a prompt has only one: set "
+            "sampling.num_generations to 2 or more, or use the estimator gae"
+        )
+    n = size[index].float()
+    return _centred(rewards.float(), index, size) * n / (n - 1)
+
+
+def group_z_scores(rewards: Tensor, group: Tensor) -> Tensor:
+    """Z-scores within the group (GRPO; Shao et al., 2024, arXiv 2402.03300, section 4.1).
+
+    ``(r - mean) / (std + 1e-4)`` with the standard deviation of a sample (n - 1), as in TRL.
+
+    Args:
+        rewards: ``(batch,)``.
+        group: ``(batch,)`` int64, equal for answers to the same prompt; in any order and of any size.
+
+    Returns:
+        ``(batch,)`` float32; 0 for a group of one, whose only answer is neither better nor worse than the others.
+    """
+    index, size = _groups(group)
+    deviation = _centred(rewards.float(), index, size)
+    squares = torch.zeros_like(size, dtype=torch.float32).scatter_add(0, index, deviation.square())
+    std = (squares / (size - 1).clamp(min=1)).sqrt()
+    return deviation / (std[index] + STD_EPS)
+
+
+def _groups(group: Tensor) -> tuple[Tensor, Tensor]:
+    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
+    return index, size
+
+
+def _centred(rewards: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    mean = torch.zeros_like(size, dtype=torch.float32).scatter_add(0, index, rewards) / size
+    return rewards - mean[index]

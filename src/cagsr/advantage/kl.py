@@ -1,0 +1,96 @@
+"""The KL divergence to the frozen starting model: estimators and the controller of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cagsr.config import PPOConfig
+from cagsr.errors import ConfigError
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to plus or minus this (nats) before anything is made of them, so that exp can't overflow."""
+
+
+def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Estimate KL(policy || reference) per token as ``log p - log q``: unbiased, of either sign.
+
+    k1 of Schulman, "Approximating KL divergence" (2020), for tokens sampled from the policy.
+
+    Args:
+        logprobs: ``(batch, response)`` under the policy p.
+        reference: ``(batch, response)`` under the frozen model q.
+
+    Returns:
+        ``(batch, response)``, nats, clamped to plus or minus 20.
+    """
+    return (logprobs - reference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Estimate KL(policy || reference) per token as ``q/p - 1 - log(q/p)``: unbiased, never negative, less variance.
+
+    k3 of Schulman, "Approximating KL divergence" (2020); arguments as in :func:`kl_k1`.
+
+    Returns:
+        ``(batch, response)``, nats, >= 0.
+    """
+    log_ratio = (reference - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+@dataclass
+class KLController:
+    """The weight of the KL penalty, fixed or moved towards a target (Ziegler et al., 2019, arXiv 1909.08593, 2.2)."""
+
+    kl_coef: float
+    """The weight now."""
+    kind: Literal["fixed", "adaptive"] = "fixed"
+    target_kl: float = 6.0
+    """adaptive: KL per sequence to aim at, nats."""
+    horizon: int = 10000
+    """adaptive: sequences over which the weight adapts."""
+
+    @classmethod
+    def build(cls, config: PPOConfig) -> KLController:
+        """Make the configured controller.
+
+        Raises:
+            ConfigError: a target or horizon that is not positive, or an adaptive weight that starts at 0, where it
+                would stay.
+        """
+        if config.kl_controller == "adaptive":
+            for key, value in (
+                ("target_kl", config.target_kl),
+                ("horizon", config.horizon),
+                ("kl_coef", config.kl_coef),
+            ):
+                if not value > 0:
+                    raise ConfigError(f"ppo.{key} is {value}: the adaptive KL controller needs a positive number")
+        return cls(config.kl_coef, config.kl_controller, config.target_kl, config.horizon)
+
+    def update(self, kl: float, sequences: int) -> float:
+        """Move the weight after a batch and return it.
+
+        ``coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * sequences / horizon``; a fixed weight stays.
+
+        Args:
+            kl: mean KL per sequence of the batch, nats.
+            sequences: sequences in the batch, over all processes.
+        """
+        if self.kind == "adaptive":
+            error = min(max(kl / self.target_kl - 1.0, -0.2), 0.2)
+            self.kl_coef *= 1.0 + error * sequences / self.horizon
+        return self.kl_coef
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what changes during a run, JSON-able."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the weight of :meth:`state_dict`."""
+        self.kl_coef = float(state["kl_coef"])

@@ -1,0 +1,144 @@
+"""Which modules of a model do the attention that is read: found by one tiny forward, not by names."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cagsr.attention.intercept import Intercepted, listening
+from cagsr.errors import AttentionError
+
+_DECODER_TOKENS, _ENCODER_TOKENS = 5, 7  # unequal, so that cross-attention shows by its number of keys
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module that can be read."""
+
+    number: int
+    """The model's own layer number (``layer_idx``, from 0)."""
+    module: nn.Module
+    heads: int
+    """Query heads."""
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """What the probe found, in the order of the layers."""
+
+    model_type: str
+    cross: bool
+    """The decoder's cross-attention of an encoder-decoder model; else causal self-attention."""
+    layers: tuple[AttentionLayer, ...]
+    total: int
+    """Layers the model has in all, with and without readable attention."""
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """Find the transformers model inside ``model``, which may be wrapped by peft, DDP or a value head.
+
+    Raises:
+        AttentionError: there is none, or peft puts virtual tokens before the prompt, which would shift its positions.
+    """
+    for module in model.modules():
+        for config in dict(getattr(module, "peft_config", None) or {}).values():
+            if getattr(config, "is_prompt_learning", False):
+                raise AttentionError(
+                    f"Prompt attention can't be read under peft's {getattr(config, 'peft_type', 'prompt learning')}, "
+                    f"which puts virtual tokens before the prompt: use LoRA."
+                )
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise AttentionError(f"A {type(model).__name__} holds no transformers model whose attention could be read.")
+
+
+def find_attention_layers(model: nn.Module) -> AttentionLayers:
+    """Run a forward over a few tokens and note which modules call transformers' attention interface.
+
+    Evaluation mode, no gradients; training flags and random number generators are restored.
+
+    Raises:
+        AttentionError: no layer of the model calls the interface (the message names the model type and the layers), or
+            the tiny forward fails.
+    """
+    inner = transformers_model(model)
+    config = inner.config.get_text_config(decoder=True)
+    cross = bool(getattr(inner.config, "is_encoder_decoder", False))
+    model_type = str(getattr(inner.config, "model_type", type(inner).__name__))
+    counts = [getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers")]
+    total = next((int(count) for count in counts if count), 0)
+    calls: Counter[nn.Module] = Counter()
+    layers: list[AttentionLayer] = []
+
+    def note(module: nn.Module, call: Intercepted) -> None:
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        if queries != _DECODER_TOKENS or keys != (_ENCODER_TOKENS if cross else _DECODER_TOKENS):
+            return
+        calls[module] += 1
+        if calls[module] == 1:
+            number = getattr(module, "layer_idx", None)
+            number = len(layers) if number is None else int(number)
+            layers.append(AttentionLayer(number, module, call.query.shape[1]))
+
+    with _quiet(inner), listening(inner.modules(), note):
+        _tiny_forward(inner, cross, model_type)
+    if not layers:
+        which = f"none of its {total} layers calls" if total else "it never calls"
+        raise AttentionError(
+            f"The attention of a {model_type} model ({type(inner).__name__}) can't be read, because {which} "
+            f"transformers' attention interface: use a model that does, such as Llama, Qwen, Gemma, Mistral, GPT-2, "
+            f"GPT-NeoX, T5 or BART."
+        )
+    if shared := [layer.number for layer in layers if calls[layer.module] > 1]:
+        raise AttentionError(
+            f"The attention of a {model_type} model ({type(inner).__name__}) can't be read, because layer "
+            f"{shared[0]}'s attention module serves several layers."
+        )
+    layers.sort(key=lambda layer: layer.number)
+    return AttentionLayers(model_type, cross, tuple(layers), max(total, layers[-1].number + 1))
+
+
+def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    vocabulary = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 2)
+    device = model.device
+
+    def ids(count: int) -> torch.Tensor:
+        # Low ids are in every vocabulary; all alike would also do, but some models look for padding among them.
+        return (torch.arange(count, device=device) % max(1, min(vocabulary - 1, 8)) + 1).clamp(max=vocabulary - 1)[None]
+
+    inputs = {"input_ids": ids(_ENCODER_TOKENS if cross else _DECODER_TOKENS)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if cross:
+        inputs["decoder_input_ids"] = ids(_DECODER_TOKENS)
+    options = {name: value for name, value in (("use_cache", False),) if name in accepted}
+    try:
+        model(**{name: value for name, value in inputs.items() if name in accepted}, **options)
+    except Exception as error:  # whatever a model's own code raises: the user needs its name and the reason
+        raise AttentionError(
+            f"The attention of a {model_type} model ({type(model).__name__}) can't be read, because a forward over a "
+            f"few tokens fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients; training flags and random number generators as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted(
+        {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+    )
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,207 @@
+"""Which part of a forward's attention is read: the rows that predict response tokens, the columns of prompt tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cagsr.errors import AttentionError
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRegion:
+    """For each of ``n`` sequences: its row of the batch, its query positions and its key positions.
+
+    The named constructors cover the usual layouts; they also mark rows or columns that are the same run of positions in
+    every sequence, which are then read as slices, without copies. Whatever is read has the shape
+    ``(n, response, prompt)`` and is zero where the row or the column is padding.
+    """
+
+    batch: Tensor
+    """``(n,)`` int64: the row of the forward's batch that holds the sequence."""
+    rows: Tensor
+    """``(n, response)`` int64: query position, within this forward, that predicts each response token; -1: padding."""
+    columns: Tensor
+    """``(n, prompt)`` int64: key position of each prompt token, counted from the first cached key; -1: padding."""
+    row_slice: slice | None = None
+    """The rows, where they are the same run in every sequence (padding included)."""
+    column_slice: slice | None = None
+    """The columns, where they are the same run in every sequence (padding included)."""
+    keys: int | None = None
+    """Decoding with a cache: keys seen so far, this forward's tokens included; a sliding cache holds only the last."""
+
+    def __post_init__(self) -> None:
+        n = self.batch.shape[0]
+        if self.batch.dim() != 1 or self.rows.dim() != 2 or self.columns.dim() != 2:
+            raise AttentionError(
+                f"An attention region needs batch (n,), rows (n, response) and columns (n, prompt), not "
+                f"{tuple(self.batch.shape)}, {tuple(self.rows.shape)} and {tuple(self.columns.shape)}."
+            )
+        if self.rows.shape[0] != n or self.columns.shape[0] != n:
+            raise AttentionError(
+                f"An attention region needs as many rows and columns as sequences ({n}), not "
+                f"{self.rows.shape[0]} and {self.columns.shape[0]}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n, response, prompt)``: the shape of what is read."""
+        return self.rows.shape[0], self.rows.shape[1], self.columns.shape[1]
+
+    def valid(self, device: torch.device) -> Tensor:
+        """``(n, response, prompt)`` bool: True where neither the row nor the column is padding."""
+        return (self.rows.to(device) >= 0)[:, :, None] & (self.columns.to(device) >= 0)[:, None, :]
+
+    @classmethod
+    def left_padded(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+        """One forward over prompts padded on the left followed by responses padded on the right.
+
+        Args:
+            prompt_mask: ``(batch, prompt)``, true for real tokens; the last column holds every prompt's last token.
+            response_mask: ``(batch, response)``, true for real tokens.
+
+        Raises:
+            AttentionError: the prompts are not padded on the left, or the batch sizes differ.
+        """
+        prompt, response = _masks(prompt_mask, response_mask)
+        if not bool(prompt[:, -1].all()):
+            row = int((~prompt[:, -1]).nonzero()[0])
+            raise AttentionError(
+                f"The prompt of sequence {row} does not end at the last prompt position: pad prompts on the left, or "
+                f"use AttentionRegion.right_padded."
+            )
+        first = prompt.shape[1] - 1
+        rows = torch.arange(first, first + response.shape[1], device=prompt.device).expand_as(response)
+        return cls(
+            batch=torch.arange(prompt.shape[0], device=prompt.device),
+            rows=rows.masked_fill(~response, -1),
+            columns=_positions(prompt),
+            row_slice=slice(first, first + response.shape[1]),
+            column_slice=slice(0, prompt.shape[1]),
+        )
+
+    @classmethod
+    def right_padded(cls, prompt_lengths: Tensor, response_lengths: Tensor) -> AttentionRegion:
+        """One forward over sequences prompt + response without a gap, padded on the right.
+
+        Args:
+            prompt_lengths: ``(batch,)`` tokens of each prompt, at least 1.
+            response_lengths: ``(batch,)`` tokens of each response.
+
+        Raises:
+            AttentionError: a prompt of no tokens.
+        """
+        prompt, response = _lengths(prompt_lengths, response_lengths)
+        columns = _runs(torch.zeros_like(prompt), prompt)
+        return cls(
+            batch=torch.arange(len(prompt), device=prompt.device),
+            rows=_runs(prompt - 1, response),
+            columns=columns,
+            column_slice=slice(0, columns.shape[1]),
+        )
+
+    @classmethod
+    def packed(cls, prompt_lengths: Tensor, response_lengths: Tensor, batch: Tensor | None = None) -> AttentionRegion:
+        """Several sequences prompt + response one after the other in a row of the batch, position ids restarting.
+
+        Args:
+            prompt_lengths: ``(n,)`` tokens of each prompt, at least 1, in the order in which they are packed.
+            response_lengths: ``(n,)`` tokens of each response.
+            batch: ``(n,)`` the batch row of each sequence, not decreasing; None: all in row 0.
+
+        Raises:
+            AttentionError: a prompt of no tokens.
+        """
+        prompt, response = _lengths(prompt_lengths, response_lengths)
+        batch = torch.zeros_like(prompt) if batch is None else batch.to(prompt.device, torch.int64)
+        lengths = prompt + response
+        ends = lengths.cumsum(0)
+        # Sequences count from the start of their own batch row, not of the whole pack.
+        row_start = torch.stack([lengths[batch < row].sum() for row in batch])
+        starts = ends - lengths - row_start
+        return cls(batch=batch, rows=_runs(starts + prompt - 1, response), columns=_runs(starts, prompt))
+
+    @classmethod
+    def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+        """Put the prompt in the encoder; the decoder reads [start, y0, y1, ...]: row t predicts token t.
+
+        Args:
+            prompt_mask: ``(batch, prompt)``, true for real tokens of the encoder's input, padded on either side.
+            response_mask: ``(batch, response)``, true for real tokens. One column serves a decoding step too: the one
+                token of the step predicts the next.
+
+        Raises:
+            AttentionError: the batch sizes differ.
+        """
+        prompt, response = _masks(prompt_mask, response_mask)
+        return cls(
+            batch=torch.arange(prompt.shape[0], device=prompt.device),
+            rows=_positions(response),
+            columns=_positions(prompt),
+            row_slice=slice(0, response.shape[1]),
+            column_slice=slice(0, prompt.shape[1]),
+        )
+
+    @classmethod
+    def decoding(cls, prompt_mask: Tensor, fed: int, alive: Tensor | None = None) -> AttentionRegion:
+        """One step of a decoder-only model with a key-value cache: one token in, the next one predicted.
+
+        The first response token is predicted by the forward over the prompt itself: read that one with
+        ``left_padded(prompt_mask, torch.ones(batch, 1))``.
+
+        Args:
+            prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
+            fed: response tokens read so far, this step's token included (1 for the first step after the prompt).
+            alive: ``(batch,)`` false for sequences that have ended; None: all go on.
+
+        Raises:
+            AttentionError: ``fed`` is below 1.
+        """
+        if fed < 1:
+            raise AttentionError(f"A decoding step has read at least one response token, not {fed}.")
+        prompt = prompt_mask.bool()
+        alive = prompt.new_ones(prompt.shape[0]) if alive is None else alive.to(prompt.device).bool()
+        return cls(
+            batch=torch.arange(prompt.shape[0], device=prompt.device),
+            rows=torch.zeros_like(alive, dtype=torch.int64).masked_fill(~alive, -1)[:, None],
+            columns=_positions(prompt),
+            row_slice=slice(0, 1),
+            column_slice=slice(0, prompt.shape[1]),
+            keys=prompt.shape[1] + fed,
+        )
+
+
+def _masks(prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    if prompt_mask.dim() != 2 or response_mask.dim() != 2 or prompt_mask.shape[0] != response_mask.shape[0]:
+        raise AttentionError(
+            f"The prompt mask and the response mask need the shapes (batch, prompt) and (batch, response), not "
+            f"{tuple(prompt_mask.shape)} and {tuple(response_mask.shape)}."
+        )
+    if prompt_mask.shape[1] == 0:
+        raise AttentionError("The prompt mask has no columns: every prompt needs at least one token.")
+    return prompt_mask.bool(), response_mask.to(prompt_mask.device).bool()
+
+
+def _lengths(prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    prompt, response = prompt_lengths.to(torch.int64), response_lengths.to(prompt_lengths.device, torch.int64)
+    if prompt.dim() != 1 or prompt.shape != response.shape or len(prompt) == 0:
+        raise AttentionError(
+            f"Prompt lengths and response lengths need one number a sequence, not the shapes {tuple(prompt.shape)} and "
+            f"{tuple(response.shape)}."
+        )
+    if bool((prompt < 1).any()):
+        raise AttentionError(f"The prompt of sequence {int((prompt < 1).nonzero()[0])} has no tokens.")
+    return prompt, response
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Each column's own number where the mask is true, -1 elsewhere."""
+    return torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1)
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """``(n, longest)``: start, start + 1, ... for each length, then -1."""
+    steps = torch.arange(int(lengths.max()), device=starts.device)
+    return (starts[:, None] + steps).masked_fill(steps >= lengths[:, None], -1)

@@ -1,0 +1,192 @@
+"""The command ``cagsr``: pick the subcommand, read its settings, run it, and turn bad input into one sentence.
+
+Each subcommand is a module of this package with a dataclass ``Config`` and a function ``run(config)``; it is imported
+when it is asked for, so that help and errors need no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from cagsr import __version__
+from cagsr.commands.parse import parse_command, suggestion
+from cagsr.errors import CagsrError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the help says about a subcommand."""
+
+    summary: str
+    """One line for ``cagsr --help``."""
+    examples: str
+    """Command lines with a comment each, shown under the subcommand's own help."""
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "see the whole loop work in minutes, offline: a small model before and after",
+        """\
+  cagsr quickstart                      # trains, prints a before/after table, draws the curves
+  cagsr quickstart --output_dir out     # keep everything in out/""",
+    ),
+    "sft": Command(
+        "supervised start: teach a model the task from prompt-completion pairs (only if you have some)",
+        """\
+  cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start
+  cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start --lora_r 16
+  cagsr sft --model folder_with_config_and_tokenizer --from_scratch --data pairs.jsonl --output_dir start""",
+    ),
+    "diagnose": Command(
+        "is the reward worth a training run for this model and these prompts? Minutes, not hours",
+        """\
+  cagsr diagnose --model start --data prompts.jsonl""",
+    ),
+    "train": Command(
+        "improve a model on unlabelled prompts, the reward read from its own attention (PPO)",
+        """\
+  cagsr train --model start --data prompts.jsonl --output_dir run
+  cagsr train --model start --data prompts.jsonl --output_dir run --steps 200 --ppo.estimator rloo
+  cagsr train --model Qwen/Qwen3-0.6B --data prompts.jsonl --output_dir run --lora_r 16
+  cagsr train --config run/config.yaml --output_dir run2 --reward.self_certainty.weight 1
+  cagsr train --config run/config.yaml --resume     # go on after an interruption""",
+    ),
+    "generate": Command(
+        "answer the prompts of a file",
+        """\
+  cagsr generate --model run/final --data prompts.jsonl --output answers.jsonl""",
+    ),
+    "score": Command(
+        "every reward term for prompt-response pairs, as JSONL",
+        """\
+  cagsr score --model start --data pairs.jsonl --output scores.jsonl""",
+    ),
+    "rank": Command(
+        "best of N by the reward, at inference: better answers without training",
+        """\
+  cagsr rank --model start --data prompts.jsonl --output best.jsonl""",
+    ),
+}
+
+INTRODUCTION = """\
+CAGSR: reinforcement learning for language models from unlabelled prompts.
+The reward is the attention that an answer pays to what matters in its prompt: no labels, no reward model.
+"""
+
+ORDER = """\
+In which order:
+  1. cagsr quickstart                                                  see it work
+  2. cagsr sft      --model M --data pairs.jsonl   --output_dir start  a supervised start, if you have pairs
+  3. cagsr diagnose --model start --data prompts.jsonl                 will the reward help here?
+  4. cagsr train    --model start --data prompts.jsonl --output_dir run
+  5. cagsr generate --model run/final --data new.jsonl --output answers.jsonl
+     cagsr score, cagsr rank                                           judge answers, or pick the best of N
+
+A prompt file holds one JSON object a line: {"prompt": "..."}; CSV, Parquet and Hub datasets work too.
+cagsr COMMAND --help lists a command's settings. Bad input: one sentence and exit status 2.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (without the program's name) and return the exit status.
+
+    0: done; 2: bad input, or a monitor stopped the run; 130: interrupted; 141: the reader of our output went away.
+    Exceptions that are no input errors are bugs and keep their traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"cagsr {__version__}")
+        return 0
+    name, *flags = words
+    if name not in COMMANDS:
+        what = "flag before the command" if name.startswith("-") else "command"
+        return _refuse(
+            "cagsr", f"unknown {what} '{name}'{suggestion(name, list(COMMANDS)) or '; cagsr --help lists them'}"
+        )
+    prog = f"cagsr {name}"
+    try:
+        _run(name, flags)
+    except SystemExit as stop:  # --help was printed
+        return stop.code if isinstance(stop.code, int) else 0
+    except CagsrError as error:
+        return _refuse(prog, str(error))
+    except KeyboardInterrupt:
+        again = "; go on with --resume" if name in ("train", "sft") else ""
+        _complain(prog, f"interrupted{again}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (as ``head``) has what it wanted. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _refuse(
+            prog, f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another folder"
+        )
+    return 0
+
+
+def _run(name: str, flags: Sequence[str]) -> None:
+    """Import the subcommand's module, read its settings and run it."""
+    command = COMMANDS[name]
+    _quieten()
+    module = importlib.import_module(f"cagsr.commands.{name}")
+    summary = command.summary[0].upper() + command.summary[1:] + "."
+    epilog = f"\nExamples:\n{command.examples}"
+    config = parse_command(module.Config, flags, prog=f"cagsr {name}", description=summary, epilog=epilog)
+    module.run(config)
+
+
+def _overview() -> str:
+    """Give the text of ``cagsr --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([INTRODUCTION, "usage: cagsr COMMAND [settings]", "", *lines, "", ORDER])
+
+
+def _refuse(prog: str, sentence: str) -> int:
+    _complain(prog, f"error: {sentence}")
+    return BAD_INPUT
+
+
+def _complain(prog: str, message: str) -> None:
+    """Print to stderr, red on a terminal, in one piece however long it is."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"{prog}: {message}", style="red"))
+
+
+def _quieten() -> None:
+    """Keep libraries' advice and bars out of our output; their errors stay, and so does what the user has set."""
+    for variable, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    for name in ("accelerate", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Held-out prompts: answers sampled and greedy, judged by a metric that shares nothing with the reward."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cagsr.config import SamplingConfig
+from cagsr.errors import ConfigError
+from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
+from cagsr.flow import EncodedPrompt
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.batch import collate_prompts
+from cagsr.rollout.sample import sample_responses
+
+Metric = Callable[..., Sequence[float]]
+REFERENCE_COLUMNS = ("references", "reference", "completion")
+
+
+@dataclass(frozen=True)
+class HeldOutMetric:
+    """A metric with the name it is logged and explained by."""
+
+    name: str
+    compute: Metric
+    """``f(prompts, completions, **columns) -> numbers``, higher is better."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to held-out prompts with what the metric says of each."""
+
+    completions: tuple[str, ...]
+    metric: tuple[float, ...]
+    lengths: tuple[int, ...]  # tokens
+    ended: tuple[bool, ...]
+
+
+def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> HeldOutMetric:
+    """Pick the held-out metric: the user's, ROUGE-L where there are references, else lexical relevance.
+
+    Args:
+        dotted_path: ``package.module.function`` or None.
+        prompts: the held-out prompts, whose columns may hold references.
+
+    Raises:
+        ConfigError: the path can't be imported or is no function.
+    """
+    if dotted_path is not None:
+        return HeldOutMetric(dotted_path, import_function(dotted_path, "evaluation.metric"))
+    column = next((name for name in REFERENCE_COLUMNS if all(p.prompt.columns.get(name) for p in prompts)), None)
+    if column is not None and prompts:
+
+        def rouge(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+            references = [_texts(value) for value in columns[column]]
+            return [rouge_l(text, own) for text, own in zip(completions, references, strict=True)]
+
+        return HeldOutMetric(f"ROUGE-L against {column}", rouge)
+
+    weights = word_weights([encoded.prompt.text for encoded in prompts])
+
+    def relevance(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        return [lexical_relevance(prompt, text, weights) for prompt, text in zip(prompts, completions, strict=True)]
+
+    return HeldOutMetric("lexical relevance", relevance)
+
+
+def import_function(dotted_path: str, key: str) -> Metric:
+    """Import ``package.module.function``; the current directory counts as importable.
+
+    Args:
+        dotted_path: what the user wrote.
+        key: the setting it came from, for the message.
+
+    Raises:
+        ConfigError: no such module, no such function, or not callable.
+    """
+    module_name, _, name = dotted_path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"--{key} {dotted_path}: give a dotted path, as package.module.function.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--{key} {dotted_path}: can't be imported ({error}); check the path and PYTHONPATH."
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"--{key} {dotted_path}: is not a function.")
+    return function
+
+
+def answer(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    metric: HeldOutMetric,
+    *,
+    seed: int,
+    batch_size: int = 64,
+) -> Answers:
+    """Answer each prompt once and judge the answers; every random generator is left as it was.
+
+    Args:
+        loaded: the policy.
+        prompts: held-out prompts.
+        sampling: temperature (0 for greedy) and lengths.
+        metric: the judge.
+        seed: the same seed gives the same random numbers, so that two policies are compared under them.
+        batch_size: prompts at once.
+
+    Raises:
+        ConfigError: the metric gives another number of values than there are prompts.
+    """
+    completions: list[str] = []
+    lengths: list[int] = []
+    ended: list[bool] = []
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = collate_prompts(
+                prompts[start : start + batch_size],
+                pad_token_id=loaded.pad_token_id,
+                padding_side="right" if loaded.encoder_decoder else "left",
+                device=loaded.device,
+            )
+            rollout = sample_responses(loaded, batch, sampling)
+            completions += rollout.completions
+            lengths += rollout.response_mask.sum(dim=1).tolist()
+            ended += rollout.ended.tolist()
+    values = judge(metric, prompts, completions)
+    return Answers(tuple(completions), values, tuple(lengths), tuple(ended))
+
+
+def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> tuple[float, ...]:
+    """Apply a metric to one answer for each prompt, its row's columns at hand.
+
+    Raises:
+        ConfigError: the metric gives another number of values than there are prompts.
+    """
+    names = {name for encoded in prompts for name in encoded.prompt.columns} - {"prompts", "completions"}
+    columns = {name: [encoded.prompt.columns.get(name) for encoded in prompts] for name in sorted(names)}
+    values = metric.compute([encoded.prompt.text for encoded in prompts], list(completions), **columns)
+    if len(values) != len(prompts):
+        raise ConfigError(f"The metric {metric.name} gave {len(values)} values for {len(prompts)} prompts.")
+    return tuple(float(value) for value in values)
+
+
+def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
+    """What is logged of an evaluation: sampled at the training temperature, and greedy.
+
+    A policy that only became more peaked gains when sampled and gains nothing greedy (method.md, section 3), so both
+    are logged.
+    """
+    return {
+        "eval/metric": _mean(sampled.metric),
+        "eval/metric_greedy": _mean(greedy.metric),
+        "eval/length": _mean(sampled.lengths),
+        "eval/repetition": _mean([repetition(text) for text in sampled.completions]),
+        "eval/ended": _mean([float(value) for value in sampled.ended]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _texts(value: Any) -> list[str]:
+    """References as a list of texts, whatever form TRL's formats give them: text, texts, or chat messages."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [value[-1]["content"]]
+    return [text for item in value for text in _texts(item)]

@@ -1,0 +1,301 @@
+"""Load a policy and its tokenizer: safetensors only, device and precision chosen by themselves and stated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cagsr.config import LoraConfig, ModelConfig
+from cagsr.errors import ConfigError, ModelError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A policy ready for use, with what was chosen for it."""
+
+    model: nn.Module
+    """The transformers model, or the peft model around it; in eval mode, on ``device``."""
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    device: torch.device
+    compute_dtype: torch.dtype
+    """float32, or bfloat16 under autocast (trained weights stay float32)."""
+    encoder_decoder: bool
+    stop_ids: tuple[int, ...]
+    """Token ids that end an answer."""
+    lora: bool
+    notes: tuple[str, ...]
+    """What was chosen and why, one sentence each."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id used to fill up batches; masks, never this id, tell what is padding."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def padding_side(self) -> str:
+        """Prompts are padded on the left for decoder-only models and on the right for encoder-decoder models."""
+        return "right" if self.encoder_decoder else "left"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which every forward pass of this model runs."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def context_length(self) -> int | None:
+        """The longest prompt + response the model has positions for, None where it states no limit."""
+        return context_length(self.model.config)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Read the number of positions from a model config.
+
+    Args:
+        config: a transformers config.
+
+    Returns:
+        The number of tokens the model has positions for (its encoder, for encoder-decoder models), or None where the
+        config states none (relative positions, as T5).
+    """
+    text_config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0 and text_config.model_type not in ("t5", "mt5", "umt5"):
+            return value
+    return None
+
+
+def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_training: bool = True) -> LoadedModel:
+    """Load the model, its tokenizer and, if asked for, fresh LoRA adapters.
+
+    Args:
+        config: which model, where and in which precision.
+        lora: adapters to add; None or rank 0 adds none.
+        for_training: training needs a PAD token that is not EOS; reading and sampling do not, and then say what
+            fills the batches instead.
+
+    Returns:
+        The model in eval mode (dropout is off in every pass), weights in float32 where they are trained.
+
+    Raises:
+        ModelError: the path does not exist, holds no safetensors weights, has no tokenizer or no usable PAD token.
+        ConfigError: a device that is not there.
+    """
+    notes: list[str] = []
+    device = _choose_device(config.device, notes)
+    compute_dtype = _choose_dtype(config.dtype, device, notes)
+    model_config = _load_config(config)
+    _check_weights(config.path)
+    tokenizer = _load_tokenizer(config)
+    use_lora = lora is not None and lora.r > 0
+    frozen = use_lora or not for_training
+    model = _load_weights(config, model_config, torch.float32 if not frozen else compute_dtype)
+    added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    if added_pad:
+        notes.append(f"PAD: {tokenizer.pad_token!r} was added to the vocabulary (id {tokenizer.pad_token_id}).")
+    stop_ids = _stop_ids(model, tokenizer, config.path)
+    policy: nn.Module = model
+    if use_lora:
+        assert lora is not None
+        policy = _add_lora(model, lora)
+        notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
+    policy.to(device)
+    policy.eval()
+    if config.gradient_checkpointing and for_training:
+        _checkpoint_without_dropout(policy)
+    return LoadedModel(
+        model=policy,
+        tokenizer=tokenizer,
+        path=config.path,
+        device=device,
+        compute_dtype=compute_dtype,
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        stop_ids=stop_ids,
+        lora=use_lora,
+        notes=tuple(notes),
+    )
+
+
+def _choose_device(name: str, notes: list[str]) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        chosen = next(device for device, there in available.items() if there)
+        missing = [device.upper() for device, there in available.items() if not there]
+        notes.append(f"Device: {chosen}" + (f" ({' and '.join(missing)} not available)." if missing else "."))
+        return torch.device(chosen)
+    if not available[name]:
+        raise ConfigError(f"--model.device {name}: this machine has no {name} device; use auto or cpu.")
+    notes.append(f"Device: {name}, as asked.")
+    return torch.device(name)
+
+
+def _choose_dtype(name: str, device: torch.device, notes: list[str]) -> torch.dtype:
+    if name != "auto":
+        notes.append(f"Precision: {name}, as asked.")
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        notes.append("Precision: bfloat16, which this GPU computes natively; trained weights stay float32.")
+        return torch.bfloat16
+    notes.append(f"Precision: float32 (bfloat16 is not chosen by itself on {device.type}).")
+    return torch.float32
+
+
+def _load_config(config: ModelConfig) -> PretrainedConfig:
+    folder = Path(config.path)
+    looks_local = folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ModelError(
+            f"--model.path {config.path}: no such folder; give a folder in Hugging Face layout or a Hub id."
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"--model.path {config.path}: the folder has no config.json, so it is not a transformers model."
+        )
+    try:
+        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"--model.path {config.path}: can't be loaded from this folder or the Hub ({reason})"
+        ) from error
+
+
+def _check_weights(path: str) -> None:
+    """A local folder must hold safetensors: a pickle can run any code when it is opened."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ModelError(
+            f"--model.path {path}: only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are "
+            "never loaded; convert them to safetensors first (model.save_pretrained in a place you trust)."
+        )
+    raise ModelError(f"--model.path {path}: the folder has no *.safetensors weights.")
+
+
+def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"--model.path {config.path}: its tokenizer can't be loaded ({reason})") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"--model.path {config.path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "
+            "salience needs; save a fast tokenizer (tokenizer.json) with the model."
+        )
+    return tokenizer
+
+
+def _load_weights(config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    arguments = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        return auto.from_pretrained(
+            config.path,
+            config=model_config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"--model.path {config.path}: the {model_config.model_type} model can't be loaded as a language model ({reason})"
+        ) from error
+
+
+def _choose_pad(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, for_training: bool, notes: list[str]
+) -> bool:
+    """Give the tokenizer its PAD token; True when the vocabulary grew."""
+    if config.pad_token is not None:
+        before = len(tokenizer)
+        tokenizer.add_special_tokens({"pad_token": config.pad_token})
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise ModelError(
+                f"--model.pad_token {config.pad_token}: this is the EOS of {config.path}; name another token, as '<pad>'."
+            )
+        return len(tokenizer) > before
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return False
+    lack = "has no PAD token" if tokenizer.pad_token_id is None else f"uses its EOS {tokenizer.eos_token!r} as PAD"
+    if for_training:
+        raise ModelError(
+            f"--model.path {config.path}: the tokenizer {lack}, and a model trained so may never learn to stop; "
+            "name one with --model.pad_token '<pad>' (added to the vocabulary if it is new)."
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"--model.path {config.path}: the tokenizer has neither PAD nor EOS; give --model.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    notes.append(f"PAD: the tokenizer {lack}; EOS fills up batches here, which masks hide (training would refuse).")
+    return False
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:
+    """Stop tokens: those of the generation config (chat models have several) and the tokenizer's EOS."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ModelError(f"--model.path {path}: neither the tokenizer nor the generation config names an EOS token.")
+    return tuple(dict.fromkeys(int(number) for number in ids))
+
+
+def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType, get_peft_model
+
+    names = [name.strip() for name in lora.target_modules.split(",") if name.strip()]
+    settings = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=names[0] if names == ["all-linear"] else names,
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"--lora.target_modules {lora.target_modules}: peft finds no such modules in this {model.config.model_type} model."
+        ) from error
+
+
+def _checkpoint_without_dropout(model: nn.Module) -> None:
+    """Switch on gradient checkpointing, which transformers ties to training mode, and keep dropout off all the same.
+
+    Only the checkpointed layers themselves are put in training mode, not what is inside them, and their own dropout
+    rates (attributes used in functional calls) are set to zero.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
+        model.enable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)

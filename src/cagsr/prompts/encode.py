@@ -1,0 +1,142 @@
+"""Text to token ids with character offsets, and the cutting of prompts that are too long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from cagsr.errors import DataError, ModelError
+from cagsr.flow import Prompt
+from cagsr.prompts.ranges import cut, overlaps
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One text as tokens."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    """Character range of each token in the text; empty ranges for tokens the tokenizer added."""
+    special: tuple[bool, ...]
+    """True for special tokens (BOS, EOS, chat markers), whether added or written in the text."""
+    blank: tuple[bool, ...]
+    """True for tokens that are white space only."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A fast tokenizer, with offsets that can be trusted. ModelError for a slow tokenizer: it has no offsets."""
+
+    tokenizer: Any
+    _lost: dict[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ModelError(
+                f"The tokenizer {type(self.tokenizer).__name__} can't say where its tokens lie in the text; use a "
+                "model with a fast tokenizer (a tokenizer.json)."
+            )
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Tokens:
+        """Token ids of ``text`` and where each lies in it."""
+        ids, offsets = self._call(text, add_special_tokens)
+        offsets = self._mend(text, ids, offsets, add_special_tokens)
+        surfaces = self.tokenizer.convert_ids_to_tokens(ids)
+        return Tokens(
+            ids=tuple(ids),
+            offsets=tuple(offsets),
+            special=tuple(i in self._special_ids for i in ids),
+            blank=tuple(not surface.strip("▁ĠĊĉ \n\t\r") for surface in surfaces),
+        )
+
+    def _call(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        # verbose=False: transformers warns about texts above its own limit; ours is checked with a clear error.
+        encoding = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
+        )
+        return list(encoding["input_ids"]), [(start, end) for start, end in encoding["offset_mapping"]]
+
+    def _mend(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]], add_special_tokens: bool
+    ) -> list[tuple[int, int]]:
+        """Right the offsets of tokenizers that drop characters they don't know.
+
+        A BPE with neither an unknown token nor byte pieces drops such characters without a trace, and ``tokenizers``
+        then reports every later token too far left. The text without those characters gives the same ids and right
+        offsets, which are then moved back.
+        """
+        lost = {character for character in set(text) if self._is_lost(character)}
+        if not lost:
+            return offsets
+        keep = [index for index, character in enumerate(text) if character not in lost]
+        shorter_ids, shorter = self._call("".join(text[index] for index in keep), add_special_tokens)
+        if shorter_ids != ids:
+            return offsets
+        return [(keep[start], keep[end - 1] + 1) if end > start else (0, 0) for start, end in shorter]
+
+    def _is_lost(self, character: str) -> bool:
+        if character not in self._lost:
+            with_it, without = (self._call(text, False)[0] for text in (f"a{character}a", "aa"))
+            self._lost[character] = with_it == without
+        return self._lost[character]
+
+
+def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
+    """Encode a prompt as tokens.
+
+    Plain text gets the special tokens the tokenizer adds by itself (BOS for Llama, EOS for T5, none for GPT-2); text
+    that a chat template rendered holds its special tokens already and gets none again.
+    """
+    return encoder.encode(prompt.text, add_special_tokens=prompt.messages is None)
+
+
+def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> tuple[Prompt, Tokens]:
+    """Shorten a prompt to ``limit`` tokens by dropping its earliest tokens and keeping the end.
+
+    Special tokens and the chat template stay (a conversation without its markers is no conversation): what goes is the
+    earliest text. ``Prompt.text`` and its ranges are shortened with the tokens; ``Prompt.messages`` and the columns
+    keep the row as it was.
+
+    Raises:
+        DataError: the template alone is longer than ``limit``. ``where`` (file and row) opens the message.
+    """
+    surplus = len(tokens.ids) - limit
+    droppable = [
+        index
+        for index, (start, end) in enumerate(tokens.offsets)
+        if not tokens.special[index] and not _within_template(start, end, prompt)
+    ]
+    if surplus <= 0:
+        return prompt, tokens
+    if len(droppable) <= surplus:
+        raise DataError(
+            f"{where}: the special tokens and the chat template alone leave no room for the prompt within {limit} "
+            "tokens; raise --data.max_prompt_length or lower --sampling.max_new_tokens."
+        )
+    gone = set(droppable[:surplus])
+    kept = [index for index in range(len(tokens.ids)) if index not in gone]
+    # A character that two tokens share (byte pieces) stays when one of them stays.
+    alive = [tokens.offsets[index] for index in kept]
+    cuts = [tokens.offsets[index] for index in sorted(gone) if not overlaps(*tokens.offsets[index], alive)]
+    text, (template, spans, offsets) = cut(prompt.text, cuts, prompt.template, prompt.spans or (), alive)
+    shorter = replace(
+        prompt,
+        text=text,
+        template=tuple((start, end) for start, end in template if start < end),
+        spans=None if prompt.spans is None else tuple((start, end) for start, end in spans if start < end),
+    )
+    return shorter, Tokens(
+        ids=tuple(tokens.ids[index] for index in kept),
+        offsets=offsets,
+        special=tuple(tokens.special[index] for index in kept),
+        blank=tuple(tokens.blank[index] for index in kept),
+    )
+
+
+def _within_template(start: int, end: int, prompt: Prompt) -> bool:
+    return start < end and any(a <= start and end <= b for a, b in prompt.template)

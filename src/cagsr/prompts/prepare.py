@@ -1,0 +1,197 @@
+"""From a data configuration to prompts a model can answer: read, render, weigh the words, encode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from cagsr.config import DataConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.prompts.encode import TextEncoder, encode_prompt, truncate_prompt
+from cagsr.prompts.explain import explain_salience, salience_table
+from cagsr.prompts.load import Row, Rows, load_rows
+from cagsr.prompts.notes import describe
+from cagsr.prompts.pool import pool_words
+from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.render import render_prompt
+from cagsr.prompts.salience import DocumentFrequency, salient_words
+
+__all__ = ["PromptSet", "encode_texts", "explain_salience", "prepare_prompts", "salience_table"]
+
+FREQUENCY_ROWS = 10_000
+"""Rows of a streamed set on which document frequencies are estimated."""
+HEAD_ROWS = 1_000
+"""Rows of a streamed set that are kept in memory for evaluation and inspection."""
+
+
+def prepare_prompts(
+    data: DataConfig,
+    salience: SalienceConfig,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    frequency: DocumentFrequency | None = None,
+) -> PromptSet:
+    """Read the prompts that ``data`` names and encode them with their salience.
+
+    Args:
+        data: Where the prompts are, how they are read, what happens to long ones.
+        salience: Which words matter.
+        tokenizer: A fast tokenizer.
+        max_length: Longest prompt in tokens, special tokens included: what the model's context leaves after the
+            answer. ``data.max_prompt_length`` lowers it further.
+        frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
+            ``FREQUENCY_ROWS`` rows when ``data.streaming``).
+
+    Raises:
+        DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
+            first ``HEAD_ROWS`` are checked when they are read.
+        ConfigError: settings that contradict each other.
+        ModelError: the tokenizer has no offsets.
+    """
+    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
+    rows = load_rows(data)
+    if data.streaming:
+        return _prepare_stream(rows, pipeline, frequency)
+    located = list(pipeline.render(rows))
+    fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
+    results = [pipeline.encode(where, prompt, fitted) for where, prompt in located]
+    encoded = [result.encoded for result in results if result.encoded is not None]
+    long = sum(result.too_long for result in results)
+    if not encoded:
+        raise DataError(
+            f"{data.path}: all {len(results)} prompts are longer than {pipeline.limit} tokens and were dropped; "
+            "set --data.long_prompts truncate or allow longer prompts."
+        )
+    texts = {one.prompt.text for one in encoded}
+    different = f" ({len(texts):,} different)" if len(texts) < len(encoded) else ""
+    notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
+    if long and data.long_prompts == "drop":
+        notes.append(
+            f"{long:,} of {len(results):,} prompts are longer than {pipeline.limit:,} tokens and were dropped "
+            "(--data.long_prompts drop)."
+        )
+    elif long:
+        notes.append(
+            f"{long:,} of {len(results):,} prompts were longer than {pipeline.limit:,} tokens; their earliest text was "
+            "cut, the end kept (--data.long_prompts truncate)."
+        )
+    notes += describe(data, salience, tokenizer, located[0][1], fitted)
+    return PromptSet(encoded, fitted, tuple(notes))
+
+
+def encode_texts(
+    texts: Sequence[str | Sequence[Mapping[str, str]]],
+    tokenizer: Any,
+    salience: SalienceConfig,
+    max_length: int,
+    frequency: DocumentFrequency | None = None,
+    *,
+    source: str = "command line",
+) -> list[EncodedPrompt]:
+    """Encode prompts that come from no file: texts, or conversations as lists of chat messages.
+
+    Args:
+        texts: The prompts.
+        tokenizer: A fast tokenizer.
+        salience: Which words matter.
+        max_length: Longest prompt in tokens.
+        frequency: Document frequencies of a run or a prompt set; None: counted on ``texts`` themselves.
+        source: Where the prompts come from, for messages.
+
+    Raises:
+        DataError: a prompt that is empty, too long or holds no word that matters, named by its number.
+    """
+    data = DataConfig(path=source)
+    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
+    rows = (Row(number, source, {"prompt": text}) for number, text in enumerate(texts, start=1))
+    located = list(pipeline.render(rows))
+    fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
+    results = [pipeline.encode(where, prompt, fitted) for where, prompt in located]
+    return [result.encoded for result in results if result.encoded is not None]
+
+
+class _Result(NamedTuple):
+    encoded: EncodedPrompt | None
+    too_long: bool
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """What happens to one row, with the settings it happens under."""
+
+    data: DataConfig
+    salience: SalienceConfig
+    encoder: TextEncoder
+    limit: int
+
+    def render(self, rows: Iterable[Row]) -> Iterator[tuple[str, Prompt]]:
+        """Each row's prompt, with the words that open a message about it."""
+        for row in rows:
+            prompt = render_prompt(
+                row.values, row.number, self.data, self.salience, self.encoder.tokenizer, source=row.source
+            )
+            yield f"{row.source}, row {row.number}", prompt
+
+    def encode(self, where: str, prompt: Prompt, frequency: DocumentFrequency) -> _Result:
+        """Turn a prompt into tokens and words; None where it is too long and long prompts are dropped."""
+        tokens = encode_prompt(prompt, self.encoder)
+        too_long = len(tokens.ids) > self.limit
+        if too_long and self.data.long_prompts == "error":
+            cause = (
+                "--data.max_prompt_length"
+                if self.limit == self.data.max_prompt_length
+                else "what the model's context leaves after --sampling.max_new_tokens"
+            )
+            raise DataError(
+                f"{where}: the prompt has {len(tokens.ids)} tokens, more than the limit of {self.limit} ({cause}); "
+                "set --data.long_prompts to drop or truncate, or allow longer prompts."
+            )
+        if too_long and self.data.long_prompts == "drop":
+            return _Result(None, True)
+        if too_long:
+            prompt, tokens = truncate_prompt(prompt, tokens, self.limit, where)
+        salient = salient_words(prompt, self.salience, frequency, where)
+        return _Result(pool_words(prompt, tokens, salient, self.salience, where), too_long)
+
+
+def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequency | None) -> PromptSet:
+    data = pipeline.data
+    notes = [f"Prompts are read from {data.path} as they are needed (--data.streaming)."]
+    if frequency is None:
+        first = islice(rows, FREQUENCY_ROWS)
+        frequency = DocumentFrequency.fit(prompt for _, prompt in pipeline.render(first))
+        notes.append(f"IDF is estimated on the first {frequency.documents:,} rows.")
+    fitted = frequency
+
+    def reopen() -> Iterator[EncodedPrompt]:
+        for where, prompt in pipeline.render(rows):
+            encoded = pipeline.encode(where, prompt, fitted).encoded
+            if encoded is not None:
+                yield encoded
+
+    head = list(islice(reopen(), HEAD_ROWS))
+    if not head:
+        raise DataError(
+            f"{data.path}: all prompts are longer than {pipeline.limit} tokens and were dropped; "
+            "set --data.long_prompts truncate or allow longer prompts."
+        )
+    if data.long_prompts != "error":
+        done = "dropped" if data.long_prompts == "drop" else "cut at their front"
+        notes.append(f"Prompts longer than {pipeline.limit:,} tokens are {done} as they are read, uncounted.")
+    notes += describe(data, pipeline.salience, pipeline.encoder.tokenizer, head[0].prompt, fitted)
+    return PromptSet(head, fitted, tuple(notes), reopen)
+
+
+def _limit(data: DataConfig, max_length: int) -> int:
+    """Longest prompt in tokens: the tighter of the context's and the user's limit."""
+    if data.max_prompt_length is not None and data.max_prompt_length < 1:
+        raise ConfigError(f"--data.max_prompt_length must be 1 or more, not {data.max_prompt_length}.")
+    if max_length < 1:
+        raise ConfigError(
+            "The model's context leaves no room for a prompt beside the answer; lower --sampling.max_new_tokens."
+        )
+    return min(max_length, data.max_prompt_length or max_length)

@@ -1,0 +1,229 @@
+"""One row of the data as the text a model reads: columns, marked passages, chat template (TRL's formats)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cagsr.config import DataConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.flow import Prompt
+from cagsr.prompts.chat import Rendered, render_chat
+from cagsr.prompts.ranges import Range, cut
+
+
+def render_prompt(
+    row: Mapping[str, Any],
+    number: int,
+    config: DataConfig,
+    salience: SalienceConfig,
+    tokenizer: Any,
+    *,
+    source: str | None = None,
+) -> Prompt:
+    """Turn a row into a Prompt.
+
+    The prompt column holds text, or a list of chat messages ``{"role", "content"}``; messages go through the
+    tokenizer's chat template (with the opening of the answer; a conversation that ends with the assistant is
+    continued, as in TRL) and the character ranges the template wrote are noted. All other columns (``completion``,
+    ``chosen``, ``rejected``, ``references``, yours) are kept as they are. Passages between ``salience.markers`` lose
+    their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
+    ``spans_column`` count in the content of the last user message, and markers may stand in any message.
+
+    Args:
+        row: Column name -> value.
+        number: 1-based position in the file, for messages.
+        config: The columns and the system prompt.
+        salience: Its ``markers`` are used.
+        tokenizer: Used for its chat template only.
+        source: File that the row comes from, for messages; ``config.path`` when None.
+
+    Raises:
+        DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the
+            text, or the tokenizer can't render the conversation. One sentence with file and row.
+        ConfigError: markers that are empty, or markers together with a spans column.
+    """
+    where = f"{source or config.path}, row {number}"
+    if config.prompt_column not in row:
+        present = ", ".join(map(str, row)) or "none"
+        raise DataError(
+            f"{where}: no column '{config.prompt_column}' (columns here: {present}); "
+            "name the column that holds the prompt with --data.prompt_column."
+        )
+    value = row[config.prompt_column]
+    columns = {name: entry for name, entry in row.items() if name != config.prompt_column}
+    given = _given_spans(row, config, salience, where)
+    if isinstance(value, str):
+        if not value.strip():
+            raise _empty(where, config)
+        text, marked = _take_markers(value, salience, where)
+        if given is not None:
+            _check_spans(given, len(text), where)
+        return Prompt(row=number, text=text, spans=given or marked or None, columns=columns)
+    if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
+        return _conversation(value, number, columns, given, config, salience, tokenizer, where)
+    if value is None or value in ([], ()):
+        raise _empty(where, config)
+    raise DataError(
+        f"{where}: column '{config.prompt_column}' holds {_kind(value)}; a prompt is text or a list of chat messages "
+        '{"role": ..., "content": ...}.'
+    )
+
+
+def text_of(value: Any) -> str:
+    """Return the text of a completion or reference column in either of TRL's formats: text, or chat messages.
+
+    Raises:
+        DataError: ``value`` is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(entry, Mapping) and "content" in entry for entry in value):
+        return "\n".join(str(entry["content"]) for entry in value)
+    raise DataError(f"Expected text or a list of chat messages, found {_kind(value)}.")
+
+
+def _conversation(
+    value: Sequence[Mapping[str, Any]],
+    number: int,
+    columns: dict[str, Any],
+    given: tuple[Range, ...] | None,
+    config: DataConfig,
+    salience: SalienceConfig,
+    tokenizer: Any,
+    where: str,
+) -> Prompt:
+    messages: list[dict[str, str]] = []
+    marked: list[tuple[Range, ...]] = []
+    for position, entry in enumerate(value, start=1):
+        content, ranges = _take_markers(_content(entry, position, where), salience, where)
+        messages.append({"role": str(entry["role"]), "content": content})
+        marked.append(ranges)
+    if not any(message["content"].strip() for message in messages):
+        raise _empty(where, config)
+    if given is not None:
+        last_user = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=None)
+        if last_user is None:
+            raise DataError(f"{where}: spans count in the last user message, but the conversation has none.")
+        _check_spans(given, len(messages[last_user]["content"]), where)
+        marked[last_user] = given
+    added = config.system_prompt is not None and messages[0]["role"] != "system"
+    if added:
+        messages.insert(0, {"role": "system", "content": config.system_prompt or ""})
+        marked.insert(0, ())
+    rendered = render_chat(messages, tokenizer, columns, where)
+    return Prompt(
+        row=number,
+        text=rendered.text,
+        # The system prompt of the config is the same in every prompt: part of the template, never salient.
+        template=rendered.template(skip_first=added),
+        spans=_move_spans(marked, rendered, where),
+        messages=tuple(messages),
+        columns=columns,
+    )
+
+
+def _move_spans(marked: Sequence[tuple[Range, ...]], rendered: Rendered, where: str) -> tuple[Range, ...] | None:
+    """From offsets in each message's content to offsets in the rendered text; None when nothing is marked."""
+    moved = []
+    for ranges, place in zip(marked, rendered.places, strict=True):
+        for start, end in ranges:
+            if place is None:
+                raise DataError(
+                    f"{where}: the chat template changes the message with the marked passage, so that it can't be "
+                    "found again; mark plain prompts, or use --salience.weighting idf."
+                )
+            first = max(place.start, place.start + start - place.skipped)
+            last = min(place.end, place.start + end - place.skipped)
+            if first < last:
+                moved.append((first, last))
+    return tuple(moved) or None
+
+
+def _content(entry: Mapping[str, Any], position: int, where: str) -> str:
+    content = entry.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(entry.get("role"), str) or not isinstance(content, str):
+        raise DataError(
+            f"{where}: message {position} needs a role and a content that are text (images are not supported); "
+            f"it has {', '.join(f'{name}: {_kind(part)}' for name, part in entry.items()) or 'nothing'}."
+        )
+    return content
+
+
+def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str, tuple[Range, ...]]:
+    """Remove the pairs of markers from ``text``; returns what is left and the ranges of what stood between them."""
+    if salience.markers is None:
+        return text, ()
+    opening, closing = salience.markers
+    if not opening or not closing:
+        raise ConfigError("--salience.markers needs two texts that are not empty, as << >>.")
+    cuts, inside, cursor = [], [], 0
+    while (start := text.find(opening, cursor)) >= 0:
+        end = text.find(closing, start + len(opening))
+        again = text.find(opening, start + len(opening))
+        if end < 0 or (opening != closing and start < again < end):
+            raise DataError(f"{where}: the marker {opening} at character {start} has no {closing} of its own; add it.")
+        cuts += [(start, start + len(opening)), (end, end + len(closing))]
+        inside.append((start + len(opening), end))
+        cursor = end + len(closing)
+    if closing in text[cursor:] or any(closing in text[a:b] for a, b in _between(cuts)):
+        raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
+    shorter, (ranges,) = cut(text, cuts, inside)
+    return shorter, tuple((start, end) for start, end in ranges if start < end)
+
+
+def _between(cuts: Sequence[Range]) -> list[Range]:
+    """Return the stretches before the first pair of markers and between one pair and the next."""
+    starts = [0, *(end for _, end in cuts[1::2])]
+    return list(zip(starts, (start for start, _ in cuts[0::2]), strict=False))
+
+
+def _given_spans(
+    row: Mapping[str, Any], config: DataConfig, salience: SalienceConfig, where: str
+) -> tuple[Range, ...] | None:
+    if config.spans_column is None:
+        return None
+    if salience.markers is not None:
+        raise ConfigError("Give --data.spans_column or --salience.markers, not both.")
+    if config.spans_column not in row:
+        raise DataError(
+            f"{where}: no column '{config.spans_column}' (columns here: {', '.join(map(str, row))}); "
+            "name the column that holds the spans with --data.spans_column."
+        )
+    value = row[config.spans_column]
+    if isinstance(value, str):  # CSV has no lists
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    pairs = value if isinstance(value, list | tuple) else None
+    if pairs is None or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(type(offset) is int for offset in pair)
+        for pair in pairs
+    ):
+        raise DataError(
+            f"{where}: column '{config.spans_column}' must hold character ranges as [[start, end], ...]; "
+            f"it holds {str(row[config.spans_column])[:60]!r}."
+        )
+    return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def _check_spans(spans: Sequence[Range], length: int, where: str) -> None:
+    for start, end in spans:
+        if not 0 <= start < end <= length:
+            raise DataError(
+                f"{where}: the span [{start}, {end}] does not lie in the prompt of {length} characters "
+                "(0 <= start < end <= length; for a conversation it counts in the last user message)."
+            )
+
+
+def _empty(where: str, config: DataConfig) -> DataError:
+    return DataError(f"{where}: the prompt (column '{config.prompt_column}') is empty; write one or remove the row.")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,116 @@
+"""The endless order in which a run meets its prompts; a resumed run meets the same ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+
+from cagsr.errors import DataError, RunError
+from cagsr.flow import EncodedPrompt
+from cagsr.prompts.promptset import PromptSet
+
+BUFFER_ROWS = 1_000
+"""A streamed set is shuffled within a buffer of this many prompts."""
+
+
+class PromptStream:
+    """Batches of prompts for one process: shuffled epochs without end, the order fixed by ``seed``.
+
+    All processes walk the same global order; of each global batch (``batch_size * num_processes`` prompts) process
+    ``process_index`` takes its slice. An epoch's order depends on the seed and the epoch's number only, so the state is
+    two numbers. A batch may reach across the end of an epoch. Streamed sets are shuffled within a buffer of
+    ``BUFFER_ROWS`` prompts and read by every process; to resume, the epoch is read again up to the position.
+    """
+
+    def __init__(
+        self, prompts: PromptSet, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        if batch_size < 1 or not 0 <= process_index < num_processes:
+            raise ValueError("PromptStream needs batch_size >= 1 and 0 <= process_index < num_processes")
+        if not prompts.prompts:
+            raise DataError("There is no prompt to train on; give more prompts or hold out fewer.")
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._seed = seed
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._epoch = 0
+        self._position = 0  # prompts taken from this epoch by all processes together
+        self._rest: Iterator[EncodedPrompt] | None = None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs gone through, with the fraction of the present one where the size of the set is known."""
+        if self._prompts.reopen is not None:
+            return float(self._epoch)
+        return self._epoch + self._position / len(self._prompts.prompts)
+
+    def next_batch(self) -> list[EncodedPrompt]:
+        """Return this process's next ``batch_size`` prompts.
+
+        Raises:
+            DataError: a row of a streamed set that can't be used, or a streamed set that has become empty.
+        """
+        together = [self._take() for _ in range(self._batch_size * self._num_processes)]
+        first = self._process_index * self._batch_size
+        return together[first : first + self._batch_size]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands, the same in every process; goes into JSON."""
+        return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to where ``state`` stood; the next batch is the one the saved stream would have given.
+
+        Raises:
+            RunError: the state belongs to another seed, or to a set that was longer than this one.
+        """
+        if state["seed"] != self._seed:
+            raise RunError(
+                f"The checkpoint shuffled its prompts with seed {state['seed']}, this run with {self._seed}; "
+                f"resume with --run.seed {state['seed']}."
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._rest = self._order()
+        for _ in range(self._position):
+            if next(self._rest, None) is None:
+                raise RunError(
+                    f"The checkpoint has seen {self._position} prompts of an epoch, but the data holds fewer now; "
+                    "resume with the data the run was started with."
+                )
+
+    def _take(self) -> EncodedPrompt:
+        if self._rest is None:
+            self._rest = self._order()
+        taken = next(self._rest, None)
+        if taken is None:
+            if self._position == 0:
+                raise DataError("The streamed prompts ran out at once: the data has become empty.")
+            self._epoch, self._position = self._epoch + 1, 0
+            self._rest = None
+            return self._take()
+        self._position += 1
+        return taken
+
+    def _order(self) -> Iterator[EncodedPrompt]:
+        """Iterate over the present epoch's prompts in its order."""
+        generator = random.Random(f"{self._seed}/{self._epoch}")  # a text seed is hashed the same in every process
+        if self._prompts.reopen is not None:
+            return _shuffled(self._prompts.reopen(), generator)
+        order = list(range(len(self._prompts.prompts)))
+        generator.shuffle(order)
+        return (self._prompts.prompts[index] for index in order)
+
+
+def _shuffled(prompts: Iterator[EncodedPrompt], generator: random.Random) -> Iterator[EncodedPrompt]:
+    """Shuffle a stream within a buffer: each prompt read takes the place of one drawn at random."""
+    buffer: list[EncodedPrompt] = []
+    for prompt in prompts:
+        if len(buffer) < BUFFER_ROWS:
+            buffer.append(prompt)
+            continue
+        index = generator.randrange(BUFFER_ROWS)
+        drawn, buffer[index] = buffer[index], prompt
+        yield drawn
+    generator.shuffle(buffer)
+    yield from buffer

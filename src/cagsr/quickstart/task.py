@@ -1,0 +1,180 @@
+"""The quickstart's task: describe somebody or something so that every given fact is said.
+
+A prompt is an instruction and a list of facts::
+
+    Introduce this person. name: Mara; job: baker; city: Lisbon; hobby: chess; pet: parrot.
+
+and a complete answer says each of them: ``Mara is a baker and lives in Lisbon. She enjoys chess and keeps a parrot.``
+The training pairs are written by a hasty annotator who leaves facts out and now and then repeats himself, so a
+model trained on them knows how to say everything and often doesn't: that is what reinforcement learning is to mend.
+
+Facts combine into many millions of prompts. Which of the three sets one belongs to (labelled pairs, unlabelled prompts,
+held-out prompts) is decided by a hash of its facts, so the sets never meet, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cagsr.quickstart.words import SUBJECTS
+
+Part = Literal["pairs", "unlabelled", "held_out"]
+
+DROP = 0.25
+"""How often the annotator leaves a fact out."""
+REPEAT = 0.15
+"""How often he says one fact twice."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a prompt asks about."""
+
+    subject: str
+    """A key of ``words.SUBJECTS``."""
+    instruction: str
+    name: str
+    facts: tuple[tuple[str, str], ...]
+    """``(kind of fact, value)`` in the order in which the prompt lists them."""
+
+    def prompt(self) -> str:
+        """Give the text that the model reads."""
+        listed = "; ".join(f"{key}: {value}" for key, value in (("name", self.name), *self.facts))
+        return f"{self.instruction} {listed}."
+
+    def part(self) -> Part:
+        """Tell which set this combination of facts belongs to; neither the order nor the instruction matters."""
+        digest = hashlib.sha256(repr((self.name, sorted(self.facts))).encode()).digest()
+        return ("pairs", "unlabelled", "held_out")[digest[0] % 3]
+
+
+def make_pairs(n: int, seed: int) -> list[dict[str, str]]:
+    """Make ``n`` rows ``{"prompt", "completion"}`` as the hasty annotator writes them.
+
+    Completions begin with a space: prompt + completion is the text the model sees.
+    """
+    rng = random.Random(f"pairs {seed}")
+    return [{"prompt": item.prompt(), "completion": f" {_hasty(item, rng)}"} for item in _items(n, "pairs", rng)]
+
+
+def make_prompts(n: int, seed: int, part: Part = "unlabelled") -> list[dict[str, str]]:
+    """Make ``n`` different rows of prompts: ``{"prompt"}`` if unlabelled, held out with a complete ``"reference"``."""
+    rng = random.Random(f"{part} {seed}")
+    items = _items(n, part, rng)
+    if part == "unlabelled":
+        return [{"prompt": item.prompt()} for item in items]
+    return [{"prompt": item.prompt(), "reference": _tell(item, list(item.facts), rng)} for item in items]
+
+
+def read_prompt(prompt: str) -> dict[str, str]:
+    """Give the facts listed in a prompt, the name included, as ``{kind: value}``.
+
+    Raises:
+        ValueError: a text that is no prompt of this task.
+    """
+    facts = dict(re.findall(r"(\w+): (\w+)[;.]", prompt))
+    if "name" not in facts:
+        raise ValueError(f"no prompt of the quickstart task: {prompt!r}")
+    return facts
+
+
+def stated_facts(prompt: str, answer: str) -> list[tuple[str, str]]:
+    """List the facts that an answer states in a known phrase, ``(kind, value)``, in order, repetitions included.
+
+    A word out of place ("Mara lives in baker") states nothing that the prompt says, a bare list of words nothing at all.
+    """
+    kinds = set(read_prompt(prompt))
+    subject = next(name for name, one in SUBJECTS.items() if f"this {name}" in prompt or kinds <= {"name", *one.facts})
+    found = [(match.start(), "name", match.group()) for match in re.finditer(_names(subject), answer)]
+    for kind, fact in SUBJECTS[subject].facts.items():
+        for phrase in fact.phrases:
+            pattern = rf"\b{re.escape(phrase).replace(re.escape('{}'), f'({_any(fact.values)})')}\b"
+            found += [(match.start(), kind, match.group(1)) for match in re.finditer(pattern, answer)]
+    return [(kind, value) for _, kind, value in sorted(found)]
+
+
+def facts_covered(prompt: str, answer: str) -> float:
+    """Give the share of the prompt's facts (the name included) that the answer states, 0 to 1."""
+    facts = read_prompt(prompt)
+    stated = set(stated_facts(prompt, answer))
+    return sum((kind, value) in stated for kind, value in facts.items()) / len(facts)
+
+
+def wrong_facts(prompt: str, answer: str) -> int:
+    """Count the different facts that the answer states and the prompt doesn't: wrong values and inventions."""
+    facts = read_prompt(prompt)
+    return sum(facts.get(kind) != value for kind, value in set(stated_facts(prompt, answer)))
+
+
+def facts_metric(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """``facts_covered`` for many answers: the quickstart's held-out metric (``evaluation.metric``)."""
+    return [facts_covered(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+
+
+def all_words() -> list[str]:
+    """List every word, punctuation aside, that prompts and answers are made of, without duplicates."""
+    texts = ["name", "and", "who", "also"]
+    for subject in SUBJECTS.values():
+        texts += [*subject.instructions, *subject.names, *subject.names.values(), *subject.facts]
+        for fact in subject.facts.values():
+            texts += [*fact.phrases, *fact.values]
+    return list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text)))
+
+
+# ---- making ----
+
+
+def _items(n: int, part: Part, rng: random.Random) -> Iterator[Item]:
+    """Draw ``n`` items with different prompts that belong to ``part``."""
+    seen: set[str] = set()
+    while len(seen) < n:
+        subject = rng.choice(list(SUBJECTS))
+        known = SUBJECTS[subject]
+        kinds = rng.sample(list(known.facts), rng.randint(4, 6))
+        name = rng.choice(list(known.names))
+        facts = tuple((kind, rng.choice(known.facts[kind].values)) for kind in kinds)
+        item = Item(subject, rng.choice(known.instructions), name, facts)
+        if item.part() == part and item.prompt() not in seen:
+            seen.add(item.prompt())
+            yield item
+
+
+def _hasty(item: Item, rng: random.Random) -> str:
+    """Write an answer as the hasty annotator does: facts left out, now and then one said twice."""
+    said = [fact for fact in item.facts if rng.random() >= DROP] or [rng.choice(item.facts)]
+    again = [rng.choice(said)] if rng.random() < REPEAT else []
+    return _tell(item, said, rng, again)
+
+
+def _tell(
+    item: Item, facts: list[tuple[str, str]], rng: random.Random, again: list[tuple[str, str]] | None = None
+) -> str:
+    """Say the facts in sentences of one to three, in an order of the writer's own."""
+    subject = SUBJECTS[item.subject]
+    order = rng.sample(facts, len(facts)) + (again or [])
+    predicates = [rng.choice(subject.facts[kind].phrases).format(value) for kind, value in order]
+    sentences = []
+    while predicates:
+        size = min(len(predicates), rng.choice((1, 2, 2, 3)))
+        part, predicates = predicates[:size], predicates[size:]
+        who = item.name if not sentences else rng.choice((subject.names[item.name],) * 3 + (item.name,))
+        listed = part[0] if size == 1 else f"{', '.join(part[:-1])} and {part[-1]}"
+        sentences.append(f"{who} {listed}.")
+    return " ".join(sentences)
+
+
+# ---- checking ----
+
+
+def _any(words: tuple[str, ...]) -> str:
+    return "|".join(words)
+
+
+def _names(subject: str) -> str:
+    """Match a name at the beginning of a sentence (elsewhere the same word may be another fact, as a chef)."""
+    return rf"(?:(?<=^)|(?<=\. )|(?<=^ ))(?:{_any(tuple(SUBJECTS[subject].names))})\b"

@@ -1,0 +1,69 @@
+"""What is logged of a reward: every term alone, its share of the variance, its correlation with length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cagsr.flow import Reward, RewardBatch
+
+
+def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
+    """Pearson correlation of two values after centring both within each group: what a policy gradient sees.
+
+    Args:
+        x: ``(batch,)``; rows with NaN are left out of both.
+        y: ``(batch,)``; the same.
+        group: ``(batch,)`` int64, equal for answers to the same prompt.
+
+    Returns:
+        The correlation, 0.0 where either does not vary within any group.
+    """
+    known = torch.isfinite(x) & torch.isfinite(y)
+    x, y, group = x[known].cpu().double(), y[known].cpu().double(), group[known].cpu()
+    if len(x) < 2:
+        return 0.0
+    _, index = torch.unique(group, return_inverse=True)
+    size = torch.bincount(index).double()
+
+    def centred(values: Tensor) -> Tensor:
+        mean = torch.zeros_like(size).scatter_add(0, index, values) / size
+        deviation = values - mean[index]
+        # Values equal up to float32 rounding do not vary.
+        return torch.where(deviation.abs() > 1e-6 * values.abs(), deviation, 0.0)
+
+    dx, dy = centred(x), centred(y)
+    norm = float(dx.norm() * dy.norm())
+    return max(-1.0, min(1.0, float(dx @ dy) / norm)) if norm > 0 else 0.0
+
+
+def variance_share(contribution: Tensor, total: Tensor) -> float:
+    """Share of the variance of ``total`` that a summand brings, ``cov(contribution, total) / var(total)``.
+
+    The shares of all summands sum to 1; one that works against the rest has a negative share. Both ``(batch,)``; 0.0
+    where the total does not vary.
+    """
+    total, summand = total.cpu().double(), contribution.cpu().double()
+    centred = total - total.mean()
+    variance = float(centred @ centred)
+    return float((summand - summand.mean()) @ centred) / variance if variance > 1e-12 else 0.0
+
+
+def reward_metrics(reward: Reward, batch: RewardBatch) -> dict[str, float]:
+    """Describe a reward for the log.
+
+    For each term and for ``total``: ``rewards/<name>/mean`` and ``/std`` (population) of the raw values over the
+    answers the term applies to, ``/length_correlation`` (within the answers to one prompt); for each term
+    ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
+    """
+    length = batch.rollout.response_mask.sum(dim=1).float()
+    group = batch.rollout.prompts.group
+    metrics: dict[str, float] = {}
+    for name, values in {**reward.terms, "total": reward.total}.items():
+        known = values[torch.isfinite(values)].cpu().double()
+        metrics[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else 0.0
+        metrics[f"rewards/{name}/std"] = float(known.std(correction=0)) if len(known) else 0.0
+        metrics[f"rewards/{name}/length_correlation"] = within_group_correlation(values, length, group)
+        if name in reward.contributions:
+            metrics[f"rewards/{name}/share"] = variance_share(reward.contributions[name], reward.total)
+    return metrics

@@ -1,0 +1,142 @@
+"""The built-in terms: the formulas bound to their settings, as :class:`RewardTerm` objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cagsr.config import RewardConfig
+from cagsr.errors import RewardError
+from cagsr.flow import RewardBatch
+from cagsr.reward.certainty import mean_certainty
+from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, saturating_coverage
+from cagsr.reward.focus import focus
+from cagsr.reward.length import length
+from cagsr.reward.protocol import RewardTerm
+from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_token
+
+ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "mean_mass", "focus"})
+"""Names of the terms that read the prompt attention."""
+
+
+def _captured(attention: Tensor | None, name: str) -> Tensor:
+    if attention is None:
+        raise RewardError(f"reward term {name!r} reads the prompt attention, but none was captured for this batch")
+    return attention
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Saturating coverage; see :func:`cagsr.reward.coverage.saturating_coverage`."""
+
+    threshold: float
+    dense: bool
+    name: str = "coverage"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
+        formula = coverage_gains if self.dense else saturating_coverage
+        attention = _captured(batch.word_attention, self.name)
+        return formula(attention, batch.rollout.prompts.salience, batch.rollout.response_mask, self.threshold)
+
+
+@dataclass(frozen=True)
+class CopyCoverage:
+    """Copy coverage; see :func:`cagsr.reward.coverage.copy_coverage`."""
+
+    name: str = "copy_coverage"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        rollout = batch.rollout
+        return copy_coverage(
+            _captured(batch.word_attention, self.name),
+            rollout.prompts.salience,
+            rollout.response_ids,
+            rollout.response_mask,
+            rollout.prompts.ids,
+            rollout.prompts.words,
+        )
+
+
+@dataclass(frozen=True)
+class MeanMass:
+    """Mean attention mass on salient tokens; see :func:`cagsr.reward.coverage.mean_mass`."""
+
+    name: str = "mean_mass"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        attention = _captured(batch.attention, self.name)
+        return mean_mass(attention, batch.rollout.prompts.words, batch.rollout.response_mask)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Focus; see :func:`cagsr.reward.focus.focus`."""
+
+    entropy_floor: float
+    name: str = "focus"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        attention = _captured(batch.word_attention, self.name)
+        return focus(attention, batch.rollout.prompts.salience, batch.rollout.response_mask, self.entropy_floor)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """N-gram repetition without the stop token; see :func:`cagsr.reward.repetition.repetition`."""
+
+    n: int
+    dense: bool
+    name: str = "repetition"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``, or the price of each token ``(batch, response)`` if dense."""
+        rollout = batch.rollout
+        formula = repeated_ngrams if self.dense else repetition
+        return formula(rollout.response_ids, without_stop_token(rollout.response_mask, rollout.ended), self.n)
+
+
+@dataclass(frozen=True)
+class SelfCertainty:
+    """Mean self-certainty; see :func:`cagsr.reward.certainty.mean_certainty`."""
+
+    name: str = "self_certainty"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``, nats."""
+        return mean_certainty(batch.scores.certainty, batch.rollout.response_mask)
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length in tokens, or the distance from a target; see :func:`cagsr.reward.length.length`."""
+
+    target: int | None
+    name: str = "length"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``, tokens."""
+        return length(batch.rollout.response_mask, self.target)
+
+
+def builtin_terms(config: RewardConfig) -> list[tuple[RewardTerm, float]]:
+    """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all)."""
+    return [
+        (Coverage(config.coverage.threshold, config.coverage.dense), config.coverage.weight),
+        (CopyCoverage(), config.copy_coverage.weight),
+        (MeanMass(), config.mean_mass.weight),
+        (Focus(config.focus.entropy_floor), config.focus.weight),
+        (Repetition(config.repetition.n, config.repetition.dense), config.repetition.weight),
+        (SelfCertainty(), config.self_certainty.weight),
+        (Length(config.length.target), config.length.weight),
+    ]
+
+
+def needs_attention(config: RewardConfig) -> bool:
+    """Whether the reward may read the prompt attention: a built-in term does, or a user's function could."""
+    weights = {term.name: weight for term, weight in builtin_terms(config)}
+    return bool(config.functions) or any(weights[name] != 0 for name in ATTENTION_TERMS)

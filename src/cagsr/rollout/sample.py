@@ -1,0 +1,124 @@
+"""Sample answers with transformers' own ``generate`` and cut them at the first stop token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from cagsr.config import SamplingConfig
+from cagsr.flow import PromptBatch, Rollout
+from cagsr.models.load import LoadedModel
+
+
+def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+    """Sample one answer for each row of a prompt batch.
+
+    The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
+    softmax at ``temperature``; what top-p, top-k and the minimum length change is corrected in the scoring pass.
+
+    Args:
+        loaded: the policy.
+        prompts: ``(batch, prompt)``, candidates of one prompt as rows of their own.
+        sampling: temperature (0 is greedy), filters, lengths and stop strings.
+
+    Returns:
+        The answers, ``(batch, response)``, padded on the right to the longest.
+    """
+    with torch.no_grad(), loaded.autocast(), _only_these_settings(loaded.model, _settings(loaded, sampling)):
+        ids = loaded.model.generate(
+            input_ids=prompts.ids,
+            attention_mask=prompts.mask.long(),
+            **({"stop_strings": sampling.stop_strings, "tokenizer": loaded.tokenizer} if sampling.stop_strings else {}),
+        )
+    start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
+    return cut_responses(ids[:, start:], prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+
+
+def cut_responses(
+    ids: Tensor,
+    prompts: PromptBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
+) -> Rollout:
+    """Cut raw continuations at their first stop token (kept) or at the token that completes a stop string (kept).
+
+    Args:
+        ids: ``(batch, length)`` int64, whatever follows a stop is ignored.
+        prompts: the prompts, ``(batch, prompt)``.
+        tokenizer: turns the answers into text.
+        stop_ids: token ids that end an answer.
+        stop_strings: texts that end an answer; the text itself is left out of ``completions``.
+
+    Returns:
+        The rollout, cut to the longest answer, at least one position wide.
+    """
+    batch, length = ids.shape
+    lengths = torch.full((batch,), length, dtype=torch.long, device=ids.device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    if length:
+        is_stop = torch.isin(ids, torch.tensor(list(stop_ids), device=ids.device))
+        has_stop = is_stop.any(dim=1)
+        lengths = torch.where(has_stop, is_stop.int().argmax(dim=1) + 1, lengths)
+        ended = has_stop
+    completions = []
+    for row in range(batch):
+        tokens = ids[row, : int(lengths[row])].tolist()
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        cut = [text.find(stop) for stop in stop_strings if stop in text]
+        if cut:
+            lengths[row] = _tokens_until(tokens, stop_strings, tokenizer)
+            ended[row] = True
+            text = text[: min(cut)]
+        completions.append(text)
+    width = max(1, int(lengths.max()) if batch else 1)
+    positions = torch.arange(width, device=ids.device)
+    mask = positions[None, :] < lengths[:, None]
+    padded = torch.nn.functional.pad(ids, (0, max(0, width - length)))[:, :width]
+    response = padded.masked_fill(~mask, int(tokenizer.pad_token_id or 0))
+    return Rollout(prompts, response, mask, ended, tuple(completions))
+
+
+def _tokens_until(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens it takes until the decoded text holds a stop string (bisection: the text only grows)."""
+    low, high = 1, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        text = tokenizer.decode(tokens[:middle], skip_special_tokens=True)
+        if any(stop in text for stop in stop_strings):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _settings(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
+    base = loaded.model.generation_config
+    settings = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "min_new_tokens": sampling.min_new_tokens or None,
+        "eos_token_id": list(loaded.stop_ids),
+        "pad_token_id": loaded.pad_token_id,
+        "bos_token_id": loaded.tokenizer.bos_token_id,
+        "decoder_start_token_id": getattr(base, "decoder_start_token_id", None),
+        "do_sample": sampling.temperature > 0,
+    }
+    if sampling.temperature > 0:
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(**settings)
+
+
+@contextmanager
+def _only_these_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """Make ``settings`` the model's own for a while: generate fills whatever is unset from the model's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    previous = base.generation_config
+    base.generation_config = settings
+    try:
+        yield
+    finally:
+        base.generation_config = previous

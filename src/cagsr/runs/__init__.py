@@ -1,0 +1,1 @@
+"""Runs: the run folder, checkpoints, trackers and the model card."""

@@ -1,0 +1,139 @@
+"""The picture of a run: reward and its terms, KL, length, repetition, entropy, the held-out metric."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from cagsr.errors import RunError
+from cagsr.runs.atomic import write_bytes_atomically
+from cagsr.runs.lines import read_lines
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    metrics: tuple[str, ...]
+    """Names in metrics.jsonl; the first one present is drawn."""
+    unit: str
+    marks: bool = False
+    """Draw the points (for what is measured only now and then)."""
+    floor: float | None = None
+    """The axis starts at 0 and reaches at least this, so that noise near 0 does not look like news."""
+
+
+_PANELS = (
+    _Panel("Held-out metric", ("eval/metric",), "higher is better", marks=True),
+    _Panel("Reward", ("objective/raw_scores", "objective/scores"), "mean, before the KL penalty"),
+    _Panel("KL to the starting model", ("objective/kl",), "nats per answer"),
+    _Panel("Answer length", ("response/length",), "tokens"),
+    _Panel("Repetition", ("response/repetition",), "share of repeated n-grams", floor=0.2),
+    _Panel("Entropy of the policy", ("policy/entropy_avg",), "nats per token"),
+)
+
+
+def _series(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    """Pick a metric's steps and finite values."""
+    points = [
+        (row["step"], float(row[metric])) for row in rows if row.get(metric) is not None and math.isfinite(row[metric])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the ones around it, with a shorter window at the ends."""
+    half = window // 2
+    pieces = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str, marks: bool) -> None:
+    """Draw a series: faint as it is and strong smoothed where it is long, with its points where it is sparse."""
+    window = len(values) // 12
+    if marks or window < 3:
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if marks else None, markersize=4, label=label)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=label)
+
+
+def _style(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(unit, fontsize=8.5, color="#555555")
+    axes.set_xlabel("step", fontsize=8.5, color="#555555")
+    axes.tick_params(labelsize=8.5, colors="#555555")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#BBBBBB")
+
+
+def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
+    """Draw the curves of a run as PNG. Only panels with data are drawn.
+
+    Args:
+        metrics: the run's ``metrics.jsonl``.
+        out: the picture to write.
+        title: the heading.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        RunError: there is nothing to draw, the file is broken or ``out`` can't be written.
+    """
+    rows = read_lines(metrics)
+    drawn: list[tuple[_Panel, list[tuple[str, list[int], list[float]]]]] = []
+    for panel in _PANELS:
+        name = next((name for name in panel.metrics if _series(rows, name)[0]), None)
+        if name is not None:
+            drawn.append((panel, [("", *_series(rows, name))]))
+    terms = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
+    term_series = [(key.split("/")[1], *_series(rows, key)) for key in terms]
+    term_series = [one for one in term_series if one[1]]
+    if term_series:
+        place = next((i + 1 for i, (panel, _) in enumerate(drawn) if panel.title == "Reward"), len(drawn))
+        drawn.insert(place, (_Panel("Reward terms", (), "mean, raw"), term_series))
+    if not drawn:
+        raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
+
+    columns = min(len(drawn), 4 if len(drawn) > 6 else 3)
+    lines = math.ceil(len(drawn) / columns)
+    figure = Figure(
+        figsize=(3.7 * columns, 2.9 * lines + 0.6), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (panel, series) in zip(grid, drawn, strict=False):
+        for index, (label, steps, values) in enumerate(series):
+            _draw(axes, steps, values, _COLOURS[index % len(_COLOURS)], label, panel.marks)
+        _style(axes, panel.title, panel.unit)
+        if len(series) > 1 or series[0][0]:
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high + (high - low) * 0.1 * (len(series) + 1))  # room for the legend above the curves
+            axes.legend(fontsize=8, frameon=False, loc="upper left")
+        if panel.floor is not None:
+            axes.set_ylim(0, max(panel.floor, axes.get_ylim()[1]))
+    for axes in grid[len(drawn) :]:
+        axes.set_visible(False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", facecolor="white")
+    write_bytes_atomically(out, stream.getvalue())
+    return out

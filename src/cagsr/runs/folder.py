@@ -1,0 +1,279 @@
+"""The run folder: what a run writes, who may write it, and how it goes on after a stop.
+
+config.yaml      the resolved settings
+metrics.jsonl    one line a step, deterministic values only: a resumed run's file is bit for bit the same
+timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
+samples.jsonl    answers with their reward breakdown
+warnings.jsonl   what the monitors said
+checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
+final/           the trained model in Hugging Face layout, with its card as README.md
+final-adapter/   the LoRA adapter alone, where one was trained
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+
+from cagsr.errors import ConfigError, RunError
+from cagsr.runs.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
+from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, save_checkpoint
+from cagsr.runs.lines import append_lines, truncate_lines
+
+CONFIG = "config.yaml"
+LOCK = "run.lock"
+LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "summary.json")
+RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
+
+MAY_DIFFER = (
+    "output_dir",
+    "run.steps",
+    "run.save_every",
+    "run.save_total_limit",
+    "run.sample_rows",
+    "run.tracker",
+    "run.overwrite",
+    "run.resume",
+    "evaluation.samples",
+    "monitors",
+    "model.device",
+    "model.gradient_checkpointing",
+    "ppo.micro_batch_size",
+)
+"""Settings (or whole sections) that may change when a run is resumed: length, bookkeeping, what to warn of, where it
+runs. Everything else would make the second half another experiment than the first."""
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``section.key``."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def differing_keys(old_yaml: str, new_yaml: str) -> list[str]:
+    """Dotted keys whose values differ between two configs, leaving out ``MAY_DIFFER``; sorted."""
+    old, new = _flat(yaml.safe_load(old_yaml)), _flat(yaml.safe_load(new_yaml))
+    absent = object()
+    return sorted(
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key, absent) != new.get(key, absent)
+        and not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_DIFFER)
+    )
+
+
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, locked against other processes. Only the main process opens it; others need no folder."""
+
+    path: Path
+    checkpoint: Path | None
+    """The checkpoint to go on from; None: start from the beginning."""
+    step: int
+    """Steps done in that checkpoint, 0 from the beginning."""
+    notes: tuple[str, ...]
+    """What the user should know about how the folder was opened, in sentences."""
+    _lock: TextIO = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, config_yaml: str, *, resume: bool, overwrite: bool) -> RunFolder:
+        """Make, resume or overwrite a run folder, lock it and store the config.
+
+        On ``resume`` the newest valid checkpoint is looked up and the logs are cut back to its step. Call it once
+        model and data are loaded: ``overwrite`` deletes the old run here.
+
+        Args:
+            path: the folder, made where it is absent.
+            config_yaml: the resolved settings, as YAML.
+            resume: go on from the last checkpoint of the run in this folder, if there is one.
+            overwrite: remove the run in this folder first.
+
+        Raises:
+            ConfigError: both ``resume`` and ``overwrite``.
+            RunError: the folder holds another run and neither flag is set; it holds files that are no run; it is in
+                use; the config differs in something that matters; it can't be written.
+        """
+        path = Path(path)
+        if resume and overwrite:
+            raise ConfigError("--run.resume True and --run.overwrite True exclude each other: give one of them.")
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file: give a folder as output_dir.")
+        with disk_errors(path):
+            holds_files = bool(_entries(path))
+            is_run = (path / LOCK).exists() or ((path / CONFIG).exists() and (path / LOGS[0]).exists())
+            if holds_files and not is_run:
+                raise RunError(f"{path} holds files that are not a cagsr run: choose an empty or new folder.")
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        try:
+            # A lock alone is no run: the process that made it ended before it wrote anything.
+            holds_run = any((path / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS))
+            if holds_run and not resume and not overwrite:
+                raise RunError(
+                    f"{path} holds another run: go on with it (--run.resume True), replace it "
+                    "(--run.overwrite True) or choose another folder."
+                )
+            clean_leftovers(path)
+            if (path / "checkpoints").is_dir():
+                clean_leftovers(path / "checkpoints")
+            checkpoint: Path | None = None
+            step, notes = 0, list[str]()
+            if overwrite:
+                _remove_run(path)
+            elif resume:
+                checkpoint, step, notes = _resume(path, config_yaml)
+            write_text_atomically(path / CONFIG, config_yaml)
+            for name in LOGS:
+                append_lines(path / name, [])
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, checkpoint, step, tuple(notes), lock)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """File of the metrics."""
+        return self.path / LOGS[0]
+
+    def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl``. Deterministic values only: nothing read from a clock.
+
+        Raises:
+            RunError: the disk is full or the file can't be written (so for all ``append_`` functions).
+        """
+        append_lines(self.path / "metrics.jsonl", [{"step": step, **metrics}])
+
+    def append_timings(self, step: int, timings: Mapping[str, Any]) -> None:
+        """Add one line to ``timings.jsonl``: seconds, rates, memory."""
+        append_lines(self.path / "timings.jsonl", [{"step": step, **timings}])
+
+    def append_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one line for each answer to ``samples.jsonl``."""
+        append_lines(self.path / "samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def append_warning(self, step: int, name: str, sentence: str, action: str = "warn") -> None:
+        """Add what a monitor said to ``warnings.jsonl``."""
+        append_lines(
+            self.path / "warnings.jsonl", [{"step": step, "name": name, "sentence": sentence, "action": action}]
+        )
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the lines of all logs that belong to later steps, and half-written ones; ``open`` does it on resume.
+
+        Returns:
+            How many lines were dropped.
+        """
+        return sum(truncate_lines(self.path / name, step) for name in LOGS)
+
+    def save_checkpoint(
+        self, step: int, state: CheckpointState, keep: int, rng: Sequence[Mapping[str, Any]] | None = None
+    ) -> Path:
+        """As ``checkpoint.save_checkpoint``, after bringing the logs to the disk: none may lag behind a checkpoint."""
+        with disk_errors(self.path):
+            for name in LOGS:
+                sync_file(self.path / name)
+        return save_checkpoint(self.checkpoints, step, state, keep, rng)
+
+    def close(self) -> None:
+        """Release the lock; the folder may then be opened again."""
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lock(path: Path) -> TextIO:
+    """Lock a run folder for this process; the kernel drops the lock when the process ends, however it ends."""
+    with disk_errors(path / LOCK):
+        stream = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            owner = stream.read().strip() or "unknown"
+            stream.close()
+            raise RunError(
+                f"{path} is being written by another process (number {owner}): wait for it or choose another folder."
+            ) from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+    return stream
+
+
+def _remove_run(path: Path) -> None:
+    """Delete the files of a run, and nothing else that may lie in its folder.
+
+    The logs go last: after a kill in the middle the folder still says that it holds a run.
+    """
+    with disk_errors(path):
+        for name in RUN_FOLDERS:
+            if (path / name).is_dir():
+                remove_folder(path / name)
+        for name in reversed(RUN_FILES):
+            (path / name).unlink(missing_ok=True)
+
+
+def _resume(path: Path, config_yaml: str) -> tuple[Path | None, int, list[str]]:
+    """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
+    config = path / CONFIG
+    if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:
+        raise RunError(f"{config} is missing, so the run can't be resumed: put it back or choose another folder.")
+    if not config.exists():
+        return None, 0, [f"There is no run in {path} to resume: starting from the beginning."]
+    try:
+        old = config.read_text(encoding="utf-8")
+        different = differing_keys(old, config_yaml)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{config} can't be read, so the run can't be resumed: mend it or choose another folder."
+        ) from error
+    if different:
+        raise RunError(
+            f"The run in {path} can't be resumed because it was started with other values of {', '.join(different)}: "
+            "give the same ones or choose another folder."
+        )
+    latest = latest_checkpoint(path / "checkpoints")
+    notes = list(latest.notes)
+    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(config_yaml))
+    decays = after.get("ppo.lr_scheduler", "constant") != "constant"
+    if decays and before.get("run.steps") != after.get("run.steps"):
+        notes.append(
+            f"run.steps was {before.get('run.steps')} and is {after.get('run.steps')}: "
+            "the learning rate decays towards the new end from here."
+        )
+    if latest.path is None:
+        notes.append(f"The run in {path} has no checkpoint yet: starting from the beginning.")
+    else:
+        notes.append(f"Going on from {latest.path}, step {latest.step}.")
+    # Before the first step nothing is kept, not even what was logged as step 0.
+    cut = latest.step if latest.path is not None else -1
+    for name in LOGS:
+        truncate_lines(path / name, cut)
+    return latest.path, latest.step, notes

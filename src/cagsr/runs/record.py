@@ -1,0 +1,204 @@
+"""What one training run writes and restores: the folder, the tracker and the checkpoints of all processes together.
+
+Only the main process owns the folder; on the others every method does its share of the collective work and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from cagsr.commands.parse import flatten, to_yaml
+from cagsr.config import TrainConfig
+from cagsr.evaluation.monitors import Alert, Monitors
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.stream import PromptStream
+from cagsr.runs.atomic import write_text_atomically
+from cagsr.runs.card import CardFacts, model_card, save_final
+from cagsr.runs.checkpoint import CheckpointState, load_checkpoint
+from cagsr.runs.curves import plot_training_curves
+from cagsr.runs.folder import RunFolder
+from cagsr.runs.rng import gather_rng_states
+from cagsr.runs.tracker import start_tracker
+from cagsr.update.ppo import PPO
+
+TOLD_SETTINGS = (
+    "sampling",
+    "attention",
+    "salience",
+    "reward",
+    "ppo",
+    "lora",
+    "run.steps",
+    "run.batch_size",
+    "run.seed",
+)
+
+
+class RunRecord:
+    """The record of a run, opened once everything that can be refused has been checked.
+
+    Args:
+        config: all settings.
+        accelerator: which process this is.
+        ppo: policy, optimizer, KL controller and running moments.
+        monitors: their first values and streaks.
+        stream: the data position.
+
+    Raises:
+        RunError: the folder holds another run, is in use, or can't be written or resumed.
+    """
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, ppo: PPO, monitors: Monitors, stream: PromptStream
+    ) -> None:
+        self._config = config
+        self._accelerator = accelerator
+        self._ppo = ppo
+        self._monitors = monitors
+        self._stream = stream
+        self._folder: RunFolder | None = None
+        self._warnings: list[str] = []
+        self.notes: tuple[str, ...] = ()
+        """What the user should know about how the folder was opened."""
+        run = config.run
+        found: list[Any] = [None, 0]
+        if accelerator.is_main_process:
+            self._folder = RunFolder.open(
+                config.output_dir, to_yaml(config), resume=run.resume, overwrite=run.overwrite
+            )
+            found = [self._folder.checkpoint, self._folder.step]
+            self.notes = self._folder.notes
+        broadcast_object_list(found)
+        self.first_step: int = found[1]
+        """Steps already done."""
+        if found[0] is not None:
+            self._restore(found[0])
+        self._tracker = start_tracker(
+            run.tracker if accelerator.is_main_process else "none", Path(config.output_dir), asdict(config)
+        )
+
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        samples: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write a step's metrics, timings and sample answers.
+
+        Raises:
+            RunError: the disk is full or a file can't be written (so for all methods).
+        """
+        if self._folder is None:
+            return
+        self._folder.append_metrics(step, metrics)
+        if timings:
+            self._folder.append_timings(step, timings)
+        self._folder.append_samples(step, samples)
+        self._tracker.log(step, metrics)
+
+    def warn(self, alerts: Sequence[Alert]) -> None:
+        """Write what the monitors said."""
+        for alert in alerts:
+            self._warnings.append(f"step {alert.step}: {alert.sentence}")
+            if self._folder is not None:
+                self._folder.append_warning(alert.step, alert.name, alert.sentence, alert.action)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
+        states = gather_rng_states() if self._accelerator.num_processes > 1 else None
+        if self._folder is not None:
+            extra = {
+                "ppo": self._ppo.state_dict(),
+                "stream": self._stream.state_dict(),
+                "monitors": self._monitors.state_dict(),
+                "warnings": list(self._warnings),
+            }
+            self._folder.save_checkpoint(
+                step, self._checkpoint_state(extra), max(1, self._config.run.save_total_limit), states
+            )
+        self._accelerator.wait_for_everyone()
+
+    def where_to_resume(self) -> str:
+        """A sentence telling from where the run can go on."""
+        if self._folder is None:
+            return ""
+        saved = sorted(path.name for path in self._folder.checkpoints.glob("step-*"))
+        if not saved:
+            return f"No checkpoint was written yet in {self._folder.path}."
+        return f"The checkpoint {self._folder.checkpoints / saved[-1]} is intact; go on from it with --resume."
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """The held-out metrics of each evaluation so far, oldest first."""
+        if self._folder is None:
+            return []
+        rows = [json.loads(line) for line in self._folder.metrics.read_text(encoding="utf-8").splitlines()]
+        found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
+        return [row for row in found if row]
+
+    def finish(
+        self,
+        loaded: LoadedModel,
+        train_set: PromptSet,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        held_out: int,
+    ) -> None:
+        """Write the final model with its card, the IDF table and the curves, and close the folder."""
+        if self._folder is not None:
+            config = self._config
+            told = {key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)}
+            facts = CardFacts(
+                name=self._folder.path.name,
+                base_model=config.model.path,
+                data=config.data.path,
+                prompts=len(train_set.prompts),
+                steps=config.run.steps,
+                command=f"cagsr train --config {config.output_dir}/config.yaml --output_dir again",
+                settings=told,
+                estimator=config.ppo.estimator,
+                encoder_decoder=loaded.encoder_decoder,
+                before=before,
+                after=after,
+                held_out=held_out,
+                warnings=self._warnings,
+                versions={name: version(name) for name in ("cagsr", "torch", "transformers", "peft")},
+            )
+            save_final(self._folder.path, loaded.model, loaded.tokenizer, model_card(facts))
+            write_text_atomically(self._folder.path / "frequency.json", json.dumps(train_set.frequency.to_json()))
+            plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
+        self._tracker.finish()
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder's lock."""
+        if self._folder is not None:
+            self._folder.close()
+
+    def _checkpoint_state(self, extra: Mapping[str, Any]) -> CheckpointState:
+        return CheckpointState(
+            modules=self._ppo.modules(),
+            optimizers={"adamw": self._ppo.optimizer},
+            extra=extra,
+            trainable_only=self._config.lora.r > 0,
+        )
+
+    def _restore(self, path: Path) -> None:
+        found = load_checkpoint(
+            path, self._checkpoint_state({}), self._accelerator.process_index, self._accelerator.num_processes
+        )
+        self._ppo.load_state_dict(found.extra["ppo"])
+        self._stream.load_state_dict(found.extra["stream"])
+        self._monitors.load_state_dict(found.extra["monitors"])
+        self._warnings = list(found.extra["warnings"])
+        self.notes = (*self.notes, *found.notes)

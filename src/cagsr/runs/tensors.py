@@ -1,0 +1,99 @@
+"""Module weights in safetensors files: shared (tied) tensors once, everything back in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cagsr.errors import RunError
+from cagsr.runs.trees import pack_tree, unpack_tree
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """Return the tensor as safetensors takes it: contiguous and alone in its storage."""
+    tensor = tensor.detach()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    # Empty and meta tensors all have address 0 and are no aliases of each other.
+    if tensor.data_ptr() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def save_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None:
+    """Write a module's ``state_dict`` as safetensors; tensors with several names (tied weights) are stored once.
+
+    Args:
+        module: the bare module (unwrapped from DDP and the like).
+        path: the file.
+        trainable_only: leave out what needs no gradient (the frozen base model under LoRA).
+    """
+    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor) or (trainable_only and name not in trainable):
+            continue
+        first = seen.setdefault(_identity(tensor), name)
+        if first == name:
+            kept[name] = _storable(tensor)
+        else:
+            aliases[name] = first
+    save_file(kept, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+
+
+def load_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None:
+    """Load what ``save_weights`` wrote into a module of the same build, in place.
+
+    Raises:
+        RunError: the file holds other parameters or shapes than the module.
+    """
+    with safe_open(path, framework="pt") as file:
+        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    weights = load_file(path)
+    weights.update({alias: weights[first] for alias, first in aliases.items()})
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=not trainable_only)
+    except RuntimeError as error:
+        raise RunError(
+            f"{path} doesn't fit the model ({str(error).splitlines()[-1].strip()}): resume with the model the run was "
+            "started with."
+        ) from error
+    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    wrong = sorted(trainable.intersection(missing)) + sorted(unexpected)
+    if trainable_only and wrong:
+        raise RunError(
+            f"{path} doesn't fit the model's trainable parameters (first: {wrong[0]}): resume with the LoRA settings "
+            "the run was started with."
+        )
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Write nested state as ``path`` + ``.json`` and, where it holds tensors, ``path`` + ``.safetensors``."""
+    value, tensors = pack_tree(tree)
+    path.with_name(path.name + ".json").write_text(json.dumps(value), encoding="utf-8")
+    if tensors:
+        # Two entries of a state may be one tensor, which safetensors refuses; a copy only then, for states are large.
+        unshared: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            unshared[name] = tensor.clone() if tensor.data_ptr() in seen else _storable(tensor)
+            seen.add(tensor.data_ptr())
+        save_file(unshared, path.with_name(path.name + ".safetensors"))
+
+
+def load_tree(path: Path) -> Any:
+    """Read what ``save_tree`` wrote; tensors come on the CPU."""
+    value = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
+    tensors_file = path.with_name(path.name + ".safetensors")
+    return unpack_tree(value, load_file(tensors_file) if tensors_file.exists() else {})

@@ -1,0 +1,275 @@
+"""The whole method as one run: load, prepare, then sample -> score -> reward -> update until done.
+
+This file reads from top to bottom as what ``cagsr train`` does. The mathematics of a step is in ``update/ppo.py``, files
+are in ``runs/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from cagsr.config import TrainConfig
+from cagsr.errors import ConfigError, MonitorStop, RewardError
+from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
+from cagsr.evaluation.monitors import Monitors
+from cagsr.flow import EncodedPrompt, Experience
+from cagsr.models.load import LoadedModel, load_model
+from cagsr.prompts.prepare import prepare_prompts
+from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.stream import PromptStream
+from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
+from cagsr.runs.progress import TrainingProgress
+from cagsr.runs.record import RunRecord
+from cagsr.runs.tracker import check_tracker
+from cagsr.update.ppo import PPO
+
+# A model with relative positions states no longest prompt.
+UNLIMITED = 1_000_000
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run hands back."""
+
+    folder: Path
+    """The run folder; the trained model is in ``folder / "final"``."""
+    first: dict[str, float]
+    """Held-out metrics of the starting model."""
+    last: dict[str, float]
+    """Held-out metrics of the trained model."""
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse settings that can't be trained with, before anything is loaded or written.
+
+    Raises:
+        ConfigError: one sentence naming the setting and what to do.
+    """
+    sampling, ppo, run = config.sampling, config.ppo, config.run
+    positive = {
+        "sampling.num_generations": sampling.num_generations,
+        "sampling.max_new_tokens": sampling.max_new_tokens,
+        "run.steps": run.steps,
+        "run.batch_size": run.batch_size,
+        "ppo.num_ppo_epochs": ppo.num_ppo_epochs,
+        "ppo.num_mini_batches": ppo.num_mini_batches,
+        "ppo.micro_batch_size": ppo.micro_batch_size,
+        "ppo.learning_rate": ppo.learning_rate,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"--{name} {value}: must be greater than 0.")
+    if sampling.temperature <= 0:
+        raise ConfigError(f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0.")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"--sampling.top_p {sampling.top_p}: must lie in (0, 1].")
+    if sampling.top_k < 0:
+        raise ConfigError(f"--sampling.top_k {sampling.top_k}: must be 0 (off) or more.")
+    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens:
+        raise ConfigError(
+            f"--sampling.min_new_tokens {sampling.min_new_tokens}: must lie between 0 and "
+            f"sampling.max_new_tokens {sampling.max_new_tokens}."
+        )
+    if ppo.estimator != "gae" and sampling.num_generations < 2:
+        raise ConfigError(
+            f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
+        )
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        raise ConfigError(
+            "--ppo.kl_in loss: the gradient of k1 is zero on average, so it holds nothing; add --ppo.kl_estimator k3."
+        )
+    if ppo.num_mini_batches > run.batch_size * sampling.num_generations:
+        raise ConfigError(f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step.")
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+    """Run CAGSR: PPO on unlabelled prompts with the reward read from the model's own attention.
+
+    Args:
+        config: all settings.
+        console: where to say what was chosen and how it goes; None: standard output.
+
+    Returns:
+        The run folder and the held-out metrics before and after.
+
+    Raises:
+        CagsrError: bad input of any kind; the last good checkpoint is intact.
+    """
+    console = console or Console(soft_wrap=True, highlight=False)
+    check_config(config)
+    check_reward_config(config.reward)
+    check_tracker(config.run.tracker)
+    accelerator = Accelerator(cpu=config.model.device == "cpu")
+    main = accelerator.is_main_process
+    set_seed(config.run.seed)
+
+    loaded = load_model(config.model, config.lora)
+    train_set, held_out = _prompt_sets(config, loaded)
+    metric = choose_metric(config.evaluation.metric, held_out.prompts)
+    reward = build_reward(
+        config.reward, device=loaded.device, reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum")
+    )
+    ppo = PPO(config, loaded, reward, accelerator)
+    monitors = Monitors(config.monitors)
+    stream = PromptStream(
+        train_set,
+        config.run.batch_size,
+        config.run.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    # Initialisation is the same in every process, sampling is not.
+    set_seed(config.run.seed + 1 + accelerator.process_index)
+
+    # Everything that can be refused has been checked: only now is anything written.
+    record = RunRecord(config, accelerator, ppo, monitors, stream)
+    try:
+        if main:
+            _introduce(console, config, loaded, train_set, held_out, metric, record.notes)
+        if record.first_step == 0:
+            record.log(0, _evaluate(config, loaded, held_out.prompts, metric), {}, [])
+        with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
+            for step in range(record.first_step + 1, config.run.steps + 1):
+                _step(step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress)
+        evaluations = record.evaluations() or [{}]
+        record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
+    finally:
+        record.close()
+    folder = Path(config.output_dir)
+    if main:
+        console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
+    return TrainResult(folder, evaluations[0], evaluations[-1])
+
+
+def _step(
+    step: int,
+    config: TrainConfig,
+    loaded: LoadedModel,
+    ppo: PPO,
+    stream: PromptStream,
+    held_out: PromptSet,
+    metric: HeldOutMetric,
+    monitors: Monitors,
+    record: RunRecord,
+    progress: TrainingProgress,
+) -> None:
+    """One step: collect, update, evaluate now and then, write, watch, save."""
+    started = time.perf_counter()
+    try:
+        experience = ppo.collect(stream.next_batch())
+    except RewardError as error:
+        raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
+    collected = time.perf_counter()
+    metrics = ppo.update(experience)
+    updated = time.perf_counter()
+    last = step == config.run.steps
+    if last or _is_due(step, config.evaluation.every):
+        metrics |= _evaluate(config, loaded, held_out.prompts, metric)
+    timings = {
+        "collect_seconds": collected - started,
+        "update_seconds": updated - collected,
+        "evaluation_seconds": time.perf_counter() - updated,
+        "response_tokens": float(experience.rollout.response_mask.sum()),
+    }
+    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows))
+    progress.step(step, metrics)
+    alerts = monitors.observe(step, metrics)
+    record.warn(alerts)
+    for alert in alerts:
+        progress.say(f"warning: step {step}: {alert.sentence}")
+    stopping = [alert.sentence for alert in alerts if alert.action == "stop"]
+    if last or stopping or _is_due(step, config.run.save_every):
+        record.save(step)
+    if stopping:
+        raise MonitorStop(f"step {step}: {' '.join(stopping)} {record.where_to_resume()}")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, PromptSet]:
+    """Training and held-out prompts, every one short enough for the model's context."""
+    context = loaded.context_length()
+    room = None if context is None else context if loaded.encoder_decoder else context - config.sampling.max_new_tokens
+    if room is not None and room < 1:
+        raise ConfigError(
+            f"--sampling.max_new_tokens {config.sampling.max_new_tokens}: leaves no room for a prompt in the context of "
+            f"{context} tokens of {config.model.path}; lower it."
+        )
+    limit = room if room is not None else UNLIMITED
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=limit)
+    if config.evaluation.path is not None:
+        data = dataclasses.replace(
+            config.data, path=config.evaluation.path, limit=config.evaluation.held_out, streaming=False
+        )
+        return training, prepare_prompts(
+            data, config.salience, loaded.tokenizer, max_length=limit, frequency=training.frequency
+        )
+    held_out = config.evaluation.held_out
+    fifth = max(1, len(training.prompts) // 5)
+    if training.reopen is None and held_out > fifth:
+        held_out = fifth if len(training.prompts) > 1 else 0
+        note = f"Held out: {held_out} prompts instead of {config.evaluation.held_out}, at most a fifth of {len(training.prompts)}."
+        training = dataclasses.replace(training, notes=(*training.notes, note))
+    return training.split(held_out, config.run.seed)
+
+
+def _evaluate(
+    config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], metric: HeldOutMetric
+) -> dict[str, float]:
+    if not prompts:
+        return {}
+
+    def answers(temperature: float) -> Answers:
+        sampling = dataclasses.replace(config.sampling, temperature=temperature)
+        return answer(loaded, prompts, sampling, metric, seed=config.run.seed)
+
+    return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=answers(0.0))
+
+
+def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:
+    """A few answers with their reward breakdown, one of each prompt first."""
+    rollout, reward = experience.rollout, experience.reward
+    generations = max(1, int((rollout.prompts.group == rollout.prompts.group[0]).sum()))
+    count = len(rollout.completions)
+    order = [start + offset for offset in range(generations) for start in range(0, count, generations)][:limit]
+    return [
+        {
+            "prompt": rollout.prompts.prompts[row].text,
+            "completion": rollout.completions[row],
+            "reward": float(reward.total[row]),
+            "terms": {name: float(value[row]) for name, value in reward.terms.items()},
+            "contributions": {name: float(value[row]) for name, value in reward.contributions.items()},
+            "tokens": int(rollout.response_mask[row].sum()),
+            "ended": bool(rollout.ended[row]),
+        }
+        for row in order
+    ]
+
+
+def _introduce(
+    console: Console,
+    config: TrainConfig,
+    loaded: LoadedModel,
+    train_set: PromptSet,
+    held_out: PromptSet,
+    metric: HeldOutMetric,
+    notes: Sequence[str],
+) -> None:
+    """Say what was chosen and why."""
+    count = "streamed" if config.data.streaming else str(len(train_set.prompts))
+    console.print(f"[bold]CAGSR[/bold] {config.model.path} -> {config.output_dir}")
+    console.print(f"  Prompts: {count} to train on, {len(held_out.prompts)} held out, judged by {metric.name}.")
+    warnings = reward_warnings(config.reward)
+    for note in (*loaded.notes, *train_set.notes, *notes, *warnings):
+        console.print(f"  {note}", highlight=False)

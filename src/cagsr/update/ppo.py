@@ -1,0 +1,331 @@
+"""One step of the method, to be read from top to bottom.
+
+``PPO.collect``: prompts -> sampled answers -> one scoring pass (log-probabilities, values, prompt attention) -> reward ->
+advantages. ``PPO.update``: a few epochs of clipped policy and value losses on them. What the checklist of "The N+
+Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done where it belongs and said in a comment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cagsr.advantage.estimate import estimate_advantages
+from cagsr.advantage.kl import KLController, kl_k1, kl_k3
+from cagsr.attention import PromptAttentionReader
+from cagsr.config import TrainConfig
+from cagsr.errors import CagsrError
+from cagsr.flow import EncodedPrompt, Experience, RewardBatch, Rollout
+from cagsr.models.actor_critic import ActorCritic, PassInputs
+from cagsr.models.load import LoadedModel
+from cagsr.models.reference import Reference
+from cagsr.prompts.batch import collate_prompts
+from cagsr.reward.combine import RewardFunction
+from cagsr.reward.metrics import reward_metrics
+from cagsr.reward.repetition import repetition
+from cagsr.reward.words import pool_words
+from cagsr.rollout.sample import sample_responses
+from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
+from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
+from cagsr.update.statistics import token_entropy, token_logprobs
+
+FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+class PPO:
+    """The policy, its frozen reference, the reward and the optimizer, and what one step does with them.
+
+    Args:
+        config: all settings.
+        loaded: the starting model.
+        reward: the weighted sum of reward terms.
+        accelerator: device placement and processes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, loaded: LoadedModel, reward: RewardFunction, accelerator: Accelerator
+    ) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.reward = reward
+        self.accelerator = accelerator
+        self.reference = Reference(loaded)
+        self.actor_critic = ActorCritic.build(loaded, config.ppo)
+        self.kl_controller = KLController.build(config.ppo)
+        attention = config.attention
+        watched = self.reference.module if attention.source == "reference" else loaded.model
+        self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self.optimizer = self._build_optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
+        self.module: torch.nn.Module = accelerator.prepare_model(self.actor_critic)
+
+    def collect(self, prompts: Sequence[EncodedPrompt]) -> Experience:
+        """Sample, score and reward answers to a batch of prompts.
+
+        Args:
+            prompts: one process's share of the step's prompts.
+
+        Returns:
+            Everything the update needs, fixed before its first gradient step.
+
+        Raises:
+            RewardError: a term fails or gives a value that is not finite.
+        """
+        config, loaded = self.config, self.loaded
+        micro = config.ppo.micro_batch_size
+        batch = collate_prompts(
+            prompts,
+            pad_token_id=loaded.pad_token_id,
+            padding_side="right" if loaded.encoder_decoder else "left",
+            num_generations=config.sampling.num_generations,
+            device=loaded.device,
+            first_group=self.accelerator.process_index * len(prompts),
+        )
+        rollout = sample_responses(loaded, batch, config.sampling)
+
+        from_policy = config.attention.source == "policy"
+        scores = score_policy(
+            self.actor_critic,
+            loaded,
+            rollout,
+            config.sampling,
+            reader=self.reader if from_policy else None,
+            micro_batch_size=micro,
+        )
+        with self.reference.model() as reference:
+            reference_logprobs, reference_attention = score_reference(
+                reference,
+                loaded,
+                rollout,
+                config.sampling.temperature,
+                reader=None if from_policy else self.reader,
+                micro_batch_size=micro,
+            )
+        attention = scores.attention if from_policy else reference_attention
+        assert attention is not None
+
+        words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
+        reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
+        reward = self.reward(reward_batch)
+        advantages = estimate_advantages(
+            config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
+        )
+        return Experience(rollout, scores, reference_logprobs, reward, advantages)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Train on one batch of experience.
+
+        Args:
+            experience: what ``collect`` gave.
+
+        Returns:
+            Metrics by their TRL names, averaged over processes.
+        """
+        ppo = self.config.ppo
+        count = experience.rollout.response_ids.shape[0]
+        totals: dict[str, float] = {}
+        first_ratio_error = 0.0
+        for epoch in range(ppo.num_ppo_epochs):
+            for number, index in enumerate(torch.randperm(count).chunk(ppo.num_mini_batches)):
+                found = self._gradient_step(experience, index.to(self.loaded.device))
+                if epoch == 0 and number == 0:
+                    first_ratio_error = found["ratio_error"]
+                for name, value in found.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        self._check_first_ratio(first_ratio_error)
+        steps = ppo.num_ppo_epochs * min(ppo.num_mini_batches, count)
+        means = {name: value / steps for name, value in totals.items()}
+        metrics = self._experience_metrics(experience)
+        metrics |= {
+            "policy/approxkl_avg": means["approx_kl"],
+            "policy/clipfrac_avg": means["clipped"],
+            "policy/grad_norm": means["grad_norm"],
+            "loss/policy_avg": means["policy_loss"],
+            "val/ratio": means["ratio"],
+            "val/ratio_first_error": first_ratio_error,
+            "lr": self.scheduler.get_last_lr()[0],
+            "kl_coef": self.kl_controller.kl_coef,
+        }
+        if experience.scores.values is not None:
+            metrics["loss/value_avg"] = means["value_loss"]
+        sequences = float(self.reduce(torch.tensor(float(count), device=self.loaded.device)))
+        self.kl_controller.update(metrics["objective/kl"], int(sequences))
+        self.scheduler.step()
+        return metrics
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What a checkpoint holds: the policy and what estimates values."""
+        found = {"policy": self.loaded.model}
+        if self.actor_critic.value_head is not None:
+            found["value_head"] = self.actor_critic.value_head
+        if self.actor_critic.critic is not None:
+            found["critic"] = self.actor_critic.critic
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The small state outside modules and optimizer, as JSON values."""
+        return {
+            "scheduler_step": self.scheduler.last_epoch,
+            "kl_controller": self.kl_controller.state_dict(),
+            "reward": self.reward.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave (the optimizer's state must have been restored before)."""
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.reward.load_state_dict(state["reward"])
+        self.scheduler.last_epoch = int(state["scheduler_step"])
+        factor = self._learning_rate_factor(self.scheduler.last_epoch)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * factor
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _gradient_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
+        """One optimizer step on the sequences ``index``, in micro-batches."""
+        ppo, rollout, scores = self.config.ppo, experience.rollout, experience.scores
+        # Normalised by the token count of the whole mini-batch over all processes; DDP averages gradients over
+        # processes, hence the factor.
+        tokens = self.reduce(rollout.response_mask[index].sum().float()) / self.accelerator.num_processes
+        sums: dict[str, Tensor] = {}
+        ratio_error = torch.zeros((), device=self.loaded.device)
+        chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index)
+        for number, chunk in enumerate(chunks):
+            inputs = PassInputs.of(rollout).rows(chunk)
+            mask = inputs.response_mask
+            width = mask.shape[1]
+            last = number == len(chunks) - 1
+            with self.accelerator.no_sync(self.module) if not last else torch.enable_grad():
+                with self.loaded.autocast():
+                    logits, values = self.module(inputs)
+                logprobs = token_logprobs(logits, inputs.response_ids, self.config.sampling.temperature)
+                policy = policy_loss(
+                    logprobs,
+                    scores.logprobs[chunk, :width],
+                    experience.advantages.advantages[chunk, :width],
+                    mask,
+                    tokens,
+                    ppo.cliprange,
+                    scores.sampling_correction[chunk, :width],
+                )
+                loss = policy.loss
+                losses = {"policy_loss": policy.loss.detach()}
+                if values is not None:
+                    assert scores.values is not None
+                    error = value_loss(
+                        values,
+                        scores.values[chunk, :width],
+                        experience.advantages.returns[chunk, :width],
+                        mask,
+                        tokens,
+                        ppo.cliprange_value,
+                    )
+                    loss = loss + ppo.vf_coef * error
+                    losses["value_loss"] = error.detach()
+                if ppo.kl_in == "loss" and self.kl_controller.kl_coef > 0:
+                    estimator = kl_k3 if ppo.kl_estimator == "k3" else kl_k1
+                    penalty = estimator(logprobs, experience.reference_logprobs[chunk, :width])
+                    loss = loss + self.kl_controller.kl_coef * masked_sum_loss(penalty, mask, tokens)
+                if ppo.entropy_coef > 0:
+                    entropy = token_entropy(logits, self.config.sampling.temperature)
+                    loss = loss - ppo.entropy_coef * masked_sum_loss(entropy, mask, tokens)
+                self.accelerator.backward(loss)
+            found = losses | {
+                "ratio": (policy.ratio * mask).sum() / tokens,
+                "clipped": policy.clipped / tokens,
+                "approx_kl": policy.approx_kl / tokens,
+            }
+            for name, value in found.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            ratio_error = torch.maximum(ratio_error, ((policy.ratio - 1).abs() * mask).max())
+        grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        processes = self.accelerator.num_processes
+        result = {name: float(self.reduce(value)) / processes for name, value in sums.items()}
+        result["grad_norm"] = float(grad_norm)
+        result["ratio_error"] = float(ratio_error)
+        return result
+
+    def _check_first_ratio(self, error: float) -> None:
+        """Before the first gradient step the policy is the one that was scored: the ratio must be 1."""
+        if not math.isfinite(error) or error > FIRST_RATIO_TOLERANCE[self.loaded.compute_dtype]:
+            raise CagsrError(
+                f"The probability ratio before the first update is off by {error:.2g} instead of 0: the model's forward "
+                "pass is not deterministic (dropout inside it, or a batch-dependent layer), so PPO would be wrong."
+            )
+
+    def _experience_metrics(self, experience: Experience) -> dict[str, float]:
+        rollout, scores, reward = experience.rollout, experience.scores, experience.reward
+        mask = rollout.response_mask
+        lengths = mask.sum(dim=1).float()
+        kl = kl_k1(scores.logprobs, experience.reference_logprobs).masked_fill(~mask, 0.0).sum(dim=1)
+        k3 = kl_k3(scores.logprobs, experience.reference_logprobs).masked_fill(~mask, 0.0).sum(dim=1)
+        entropy = (scores.entropy * mask).sum(dim=1)
+        per_sequence = torch.stack(
+            [
+                kl,
+                k3,
+                entropy,
+                lengths,
+                reward.total,
+                rollout.ended.float(),
+                _repetition(rollout),
+                (scores.sampling_correction * mask).sum(dim=1),
+                torch.ones_like(lengths),
+            ]
+        ).sum(dim=1)
+        sums = self.reduce(per_sequence).tolist()
+        sequences = sums[-1]
+        kl_mean, k3_mean, entropy_mean, length, score, ended, repetition, correction = (
+            value / sequences for value in sums[:-1]
+        )
+        metrics = {
+            "objective/kl": kl_mean,
+            "objective/kl_k3": k3_mean,
+            "objective/entropy": entropy_mean,
+            "objective/scores": score,
+            "objective/rlhf_reward": score - self.kl_controller.kl_coef * kl_mean,
+            "policy/entropy_avg": entropy_mean / length,
+            "response/length": length,
+            "response/ended": ended,
+            "response/repetition": repetition,
+            "sampling/correction_avg": correction / length,
+        }
+        if scores.values is not None:
+            metrics["val/explained_variance"] = explained_variance(scores.values, experience.advantages.returns, mask)
+        batch = RewardBatch(rollout, scores, experience.reference_logprobs, None, None)
+        metrics |= reward_metrics(reward, batch)
+        return metrics
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        ppo = self.config.ppo
+        policy = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
+        groups = [{"params": policy, "lr": ppo.learning_rate}]
+        if values := self.actor_critic.value_parameters():
+            groups.append({"params": values, "lr": ppo.value_learning_rate})
+        return torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=ppo.weight_decay)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        ppo, steps = self.config.ppo, self.config.run.steps
+        if step < ppo.warmup_steps:
+            return (step + 1) / (ppo.warmup_steps + 1)
+        progress = (step - ppo.warmup_steps) / max(1, steps - ppo.warmup_steps)
+        if ppo.lr_scheduler == "linear":
+            return max(0.0, 1.0 - progress)
+        if ppo.lr_scheduler == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return 1.0
+
+
+def _repetition(rollout: Rollout) -> Tensor:
+    """Repeated 3-grams per answer, ``(batch,)``: watched whatever the reward is made of."""
+    return repetition(rollout.response_ids, rollout.response_mask, n=3)

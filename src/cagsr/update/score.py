@@ -1,0 +1,147 @@
+"""The teacher-forced pass over prompt + response that gives log-probabilities, values and prompt attention together."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading
+from cagsr.config import SamplingConfig
+from cagsr.flow import Rollout, Scores
+from cagsr.models.actor_critic import ActorCritic, PassInputs, teacher_forced
+from cagsr.models.load import LoadedModel
+from cagsr.reward.certainty import self_certainty
+from cagsr.update.statistics import sampling_correction, token_entropy, token_logprobs
+
+
+def length_sorted_chunks(rollout: Rollout, size: int, index: Tensor | None = None) -> list[Tensor]:
+    """Split sequences into micro-batches of similar length, so that little of the work is padding.
+
+    Args:
+        rollout: prompts and answers.
+        size: sequences per micro-batch.
+        index: which sequences, ``(n,)`` int64; None: all.
+
+    Returns:
+        Index tensors of at most ``size`` sequences, which together are ``index``.
+    """
+    if index is None:
+        index = torch.arange(rollout.response_ids.shape[0], device=rollout.response_ids.device)
+    lengths = rollout.prompts.mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
+    order = torch.argsort(lengths[index], stable=True)
+    return list(index[order].split(size))
+
+
+def score_policy(
+    actor_critic: ActorCritic,
+    loaded: LoadedModel,
+    rollout: Rollout,
+    sampling: SamplingConfig,
+    *,
+    reader: PromptAttentionReader | None,
+    micro_batch_size: int,
+) -> Scores:
+    """Read everything the reward and the update need from one pass over the policy.
+
+    Args:
+        actor_critic: the policy with its value head, unwrapped.
+        loaded: device, precision, stop tokens.
+        rollout: prompts and sampled answers.
+        sampling: how they were sampled.
+        reader: reads the prompt attention in the same pass; None: not read here.
+        micro_batch_size: sequences in memory at once.
+
+    Returns:
+        Scores, ``(batch, response)`` each, zero on padding; attention ``(batch, response, prompt)``.
+    """
+    shape = rollout.response_ids.shape
+    zeros = torch.zeros(shape, device=rollout.response_ids.device)
+    parts = {name: zeros.clone() for name in ("logprobs", "entropy", "certainty", "correction", "values")}
+    attention = None if reader is None else _empty_attention(rollout)
+    temperature = sampling.temperature or 1.0
+    with torch.no_grad(), loaded.autocast():
+        for index in length_sorted_chunks(rollout, micro_batch_size):
+            inputs = PassInputs.of(rollout).rows(index)
+            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+                logits, values = actor_critic(inputs)
+            if attention is not None and reading is not None:
+                _place_attention(attention, reading.attention, index, loaded.encoder_decoder)
+            ids, mask = inputs.response_ids, inputs.response_mask
+            found = {
+                "logprobs": token_logprobs(logits, ids, temperature),
+                "entropy": token_entropy(logits, temperature),
+                "certainty": self_certainty(logits / temperature),
+                "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
+            }
+            if values is not None:
+                found["values"] = values
+            for name, value in found.items():
+                parts[name][index, : mask.shape[1]] = value.masked_fill(~mask, 0.0)
+    return Scores(
+        logprobs=parts["logprobs"],
+        entropy=parts["entropy"],
+        certainty=parts["certainty"],
+        sampling_correction=parts["correction"],
+        values=parts["values"] if actor_critic.value_head is not None else None,
+        attention=attention,
+    )
+
+
+def score_reference(
+    model: nn.Module,
+    loaded: LoadedModel,
+    rollout: Rollout,
+    temperature: float,
+    *,
+    reader: PromptAttentionReader | None,
+    micro_batch_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (and prompt attention) of the answers under the frozen starting model.
+
+    Args:
+        model: the reference's module, its adapter off.
+        loaded: device and precision.
+        rollout: prompts and sampled answers.
+        temperature: the sampling temperature.
+        reader: reads the reference's prompt attention; None: not read here.
+        micro_batch_size: sequences in memory at once.
+
+    Returns:
+        ``(batch, response)`` float32, zero on padding, and ``(batch, response, prompt)`` or None.
+    """
+    logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+    attention = None if reader is None else _empty_attention(rollout)
+    with torch.no_grad(), loaded.autocast():
+        for index in length_sorted_chunks(rollout, micro_batch_size):
+            inputs = PassInputs.of(rollout).rows(index)
+            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+                logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+            if attention is not None and reading is not None:
+                _place_attention(attention, reading.attention, index, loaded.encoder_decoder)
+            found = token_logprobs(logits, inputs.response_ids, temperature)
+            logprobs[index, : found.shape[1]] = found.masked_fill(~inputs.response_mask, 0.0)
+    return logprobs, attention
+
+
+def _reading(
+    reader: PromptAttentionReader | None, inputs: PassInputs, encoder_decoder: bool
+) -> AbstractContextManager[Reading | None]:
+    if reader is None:
+        return nullcontext()
+    if encoder_decoder:
+        return reader.read(AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask))
+    return reader.read(AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask))
+
+
+def _empty_attention(rollout: Rollout) -> Tensor:
+    batch, response = rollout.response_ids.shape
+    return torch.zeros(batch, response, rollout.prompts.ids.shape[1], device=rollout.response_ids.device)
+
+
+def _place_attention(buffer: Tensor, found: Tensor, index: Tensor, encoder_decoder: bool) -> None:
+    """Put a micro-batch, cut on the side of its padding, back into the full width."""
+    response, prompt = found.shape[1:]
+    columns = slice(0, prompt) if encoder_decoder else slice(buffer.shape[2] - prompt, None)
+    buffer[index, :response, columns] = found

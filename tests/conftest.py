@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests of several rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cagsr.flow import Prompt, PromptBatch, RewardBatch, Rollout, Scores
+
+
+@pytest.fixture
+def make_reward_batch() -> Callable[..., RewardBatch]:
+    """Make a random reward batch: ``prompts`` times ``generations`` answers, all lengths from ``shortest`` on."""
+
+    def make(
+        seed: int = 0,
+        prompts: int = 2,
+        generations: int = 3,
+        response: int = 6,
+        prompt: int = 5,
+        words: int = 3,
+        shortest: int = 1,
+    ) -> RewardBatch:
+        g = torch.Generator().manual_seed(seed)
+        batch = prompts * generations
+        lengths = torch.randint(shortest, response + 1, (batch, 1), generator=g)
+        mask = torch.arange(response) < lengths
+        attention = torch.rand(batch, response, prompt, generator=g).softmax(dim=2)
+        word_of = torch.randint(-1, words, (prompts, prompt), generator=g).repeat_interleave(generations, 0)
+        salience = torch.rand(prompts, words, generator=g).repeat_interleave(generations, 0) + 0.1
+        pooled = torch.stack([((word_of == w)[:, None] * attention).sum(2) for w in range(words)], dim=2)
+        rows = tuple(Prompt(row=i + 1, text=f"prompt {i + 1}", columns={"answer": i}) for i in range(prompts))
+        return RewardBatch(
+            rollout=Rollout(
+                prompts=PromptBatch(
+                    prompts=tuple(rows[i // generations] for i in range(batch)),
+                    ids=torch.randint(0, 9, (batch, prompt), generator=g),
+                    mask=torch.ones(batch, prompt, dtype=torch.bool),
+                    words=word_of,
+                    salience=salience,
+                    group=torch.arange(prompts).repeat_interleave(generations),
+                ),
+                response_ids=torch.randint(0, 4, (batch, response), generator=g),
+                response_mask=mask,
+                ended=torch.rand(batch, generator=g) < 0.7,
+                completions=tuple(f"answer {i}" for i in range(batch)),
+            ),
+            scores=Scores(
+                logprobs=-torch.rand(batch, response, generator=g),
+                entropy=torch.rand(batch, response, generator=g),
+                certainty=torch.rand(batch, response, generator=g) * 3,
+                sampling_correction=torch.zeros(batch, response),
+                values=torch.randn(batch, response, generator=g),
+                attention=attention,
+            ),
+            reference_logprobs=-torch.rand(batch, response, generator=g),
+            attention=attention,
+            word_attention=pooled,
+        )
+
+    return make

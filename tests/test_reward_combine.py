@@ -1,0 +1,379 @@
+"""The weighted sum: normalisation over the run, where it is paid, what is logged, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from torch import Tensor
+
+from cagsr.config import (
+    CopyCoverageConfig,
+    CoverageConfig,
+    FocusConfig,
+    LengthConfig,
+    MeanMassConfig,
+    RepetitionConfig,
+    RewardConfig,
+    SelfCertaintyConfig,
+)
+from cagsr.errors import ConfigError, RewardError, RunError
+from cagsr.flow import Reward, RewardBatch
+from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
+from cagsr.reward.combine import RewardFunction, reward_metrics
+from cagsr.reward.metrics import variance_share, within_group_correlation
+from cagsr.reward.protocol import Partial, RewardTerm
+from cagsr.reward.terms import builtin_terms, needs_attention
+
+MakeBatch = Callable[..., RewardBatch]
+
+EVERYTHING = RewardConfig(
+    coverage=CoverageConfig(weight=1.0, dense=True),
+    copy_coverage=CopyCoverageConfig(weight=0.5),
+    mean_mass=MeanMassConfig(weight=0.25),
+    focus=FocusConfig(weight=-0.5, entropy_floor=0.1),
+    repetition=RepetitionConfig(weight=-1.0, n=2, dense=True),
+    self_certainty=SelfCertaintyConfig(weight=0.7),
+    length=LengthConfig(weight=-0.1, target=3),
+)
+
+
+@dataclass
+class Given:
+    """A term that returns what it is given."""
+
+    values: Tensor | Partial
+    name: str = "given"
+
+    def __call__(self, batch: RewardBatch) -> Tensor | Partial:
+        return self.values
+
+
+def sequence(values: list[float]) -> Given:
+    return Given(torch.tensor(values))
+
+
+def pick(batch: RewardBatch, rows: Tensor) -> RewardBatch:
+    """The same batch with these rows only, in this order."""
+    rollout, scores = batch.rollout, batch.scores
+    assert batch.reference_logprobs is not None
+    assert batch.attention is not None
+    assert batch.word_attention is not None
+    prompts = rollout.prompts
+    return RewardBatch(
+        rollout=replace(
+            rollout,
+            prompts=replace(
+                prompts,
+                prompts=tuple(prompts.prompts[i] for i in rows.tolist()),
+                **{key: getattr(prompts, key)[rows] for key in ("ids", "mask", "words", "salience", "group")},
+            ),
+            completions=tuple(rollout.completions[i] for i in rows.tolist()),
+            **{key: getattr(rollout, key)[rows] for key in ("response_ids", "response_mask", "ended")},
+        ),
+        scores=replace(scores, certainty=scores.certainty[rows]),
+        reference_logprobs=batch.reference_logprobs[rows],
+        attention=batch.attention[rows],
+        word_attention=batch.word_attention[rows],
+    )
+
+
+def widen(batch: RewardBatch, tokens: int) -> RewardBatch:
+    """The same batch with more padding, filled with nonsense that nobody may read."""
+    assert batch.attention is not None
+    assert batch.word_attention is not None
+
+    def pad(x: Tensor, value: float) -> Tensor:
+        filler = torch.full((x.shape[0], tokens, *x.shape[2:]), value, dtype=torch.float32).to(x.dtype)
+        return torch.cat([x, filler], dim=1)
+
+    rollout, prompts = batch.rollout, batch.rollout.prompts
+
+    def left(x: Tensor, value: float) -> Tensor:
+        return torch.cat([torch.full((x.shape[0], tokens), value).to(x.dtype), x], dim=1)
+
+    attention = pad(batch.attention, math.nan)
+    nothing = torch.full((*attention.shape[:2], tokens), 0.5)
+    return RewardBatch(
+        rollout=replace(
+            rollout,
+            prompts=replace(
+                prompts, ids=left(prompts.ids, 0), mask=left(prompts.mask, 0), words=left(prompts.words, -1)
+            ),
+            response_ids=pad(rollout.response_ids, 1),
+            response_mask=pad(rollout.response_mask, 0),
+        ),
+        scores=replace(batch.scores, certainty=pad(batch.scores.certainty, math.inf)),
+        reference_logprobs=None,
+        attention=torch.cat([nothing, attention], dim=2),
+        word_attention=pad(batch.word_attention, math.nan),
+    )
+
+
+# --- normalisation and payment
+
+
+def test_z_scores_by_hand(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=4)
+    # Mean 2.5, population deviation sqrt(1.25).
+    reward = RewardFunction([sequence([1.0, 2.0, 3.0, 4.0])], [2.0])(batch)
+    expected = 2 * (torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5) / math.sqrt(1.25)
+    torch.testing.assert_close(reward.total, expected)
+    torch.testing.assert_close(reward.terms["given"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    last = batch.rollout.response_mask.sum(1) - 1
+    torch.testing.assert_close(reward.per_token.gather(1, last[:, None])[:, 0], expected)
+    assert int((reward.per_token != 0).sum()) == 4
+
+
+def test_clipping_and_raw_values(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=4)
+    term = sequence([0.0, 0.0, 0.0, 8.0])  # z of the last: (8 - 2) / sqrt(12) = 1.73
+    clipped = RewardFunction([term], [1.0], clip=1.0)(batch)
+    torch.testing.assert_close(clipped.total, torch.tensor([-2 / math.sqrt(12)] * 3 + [1.0]))
+    raw = RewardFunction([term], [-0.5], normalize="none", clip=1.0)(batch)
+    torch.testing.assert_close(raw.total, torch.tensor([0.0, 0.0, 0.0, -4.0]))
+
+
+def test_dense_gains_are_scaled_in_place_and_centred_at_the_end(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=2, response=3, shortest=3)
+    gains = torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # totals 1 and 3: mean 2, deviation 1
+    reward = RewardFunction([Given(gains)], [10.0])(batch)
+    torch.testing.assert_close(reward.per_token, torch.tensor([[10.0, 0.0, -20.0], [0.0, 30.0, -20.0]]))
+    torch.testing.assert_close(reward.total, torch.tensor([-10.0, 10.0]))
+
+
+def test_a_term_without_variance_contributes_nothing(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch()
+    noise = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1]) * torch.tensor([1, 1 + 1e-7, 1, 1, 1, 1])
+    dense = batch.rollout.response_mask / batch.rollout.response_mask.sum(1, keepdim=True)
+    reward = RewardFunction([Given(noise, "noise"), Given(dense, "dense")], [1.0, 1.0])(batch)
+    assert (reward.total == 0).all()
+    assert (reward.per_token == 0).all()
+
+
+@pytest.mark.parametrize("normalize", ["running", "none"])
+def test_rows_of_per_token_sum_to_the_total(make_reward_batch: MakeBatch, normalize: str) -> None:
+    config = replace(EVERYTHING, normalize=normalize, clip=0.5)  # type: ignore[arg-type]
+    reward_function = build_reward(config, device="cpu")
+    for seed in range(5):
+        batch = make_reward_batch(seed=seed, prompts=3, generations=4)
+        reward = reward_function(batch)
+        torch.testing.assert_close(reward.per_token.sum(1), reward.total, atol=2e-6, rtol=0)
+        torch.testing.assert_close(sum(reward.contributions.values()), reward.total, atol=2e-6, rtol=0)
+        assert (reward.per_token[~batch.rollout.response_mask] == 0).all()
+
+
+def test_answers_without_tokens_are_paid_nothing_on_tokens(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(shortest=0, seed=3, prompts=4)
+    empty = ~batch.rollout.response_mask.any(1)
+    assert empty.any()
+    reward = build_reward(EVERYTHING, device="cpu")(batch)
+    assert torch.isfinite(reward.total).all()
+    assert (reward.per_token[empty] == 0).all()
+
+
+def test_padding_and_order_change_nothing(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=4, generations=4)
+    plain = build_reward(EVERYTHING, device="cpu")(batch)
+    wide = build_reward(EVERYTHING, device="cpu")(widen(batch, 4))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    shuffled = build_reward(EVERYTHING, device="cpu")(pick(batch, order))
+    for name, values in plain.terms.items():
+        torch.testing.assert_close(wide.terms[name], values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(shuffled.terms[name], values[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(wide.per_token[:, :-4], plain.per_token, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shuffled.total, plain.total[order], atol=1e-5, rtol=0)
+
+
+def test_batches_one_after_another_equal_one_big_batch(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=5, generations=4)
+    big, small = build_reward(EVERYTHING, device="cpu"), build_reward(EVERYTHING, device="cpu")
+    whole = big(batch)
+    for rows in (torch.arange(3), torch.arange(3, 4), torch.arange(4, 20)):
+        small(pick(batch, rows))
+    for name, state in big.state_dict().items():
+        assert small.state_dict()[name] == pytest.approx(state, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(small(batch, update=False).total, whole.total, atol=1e-5, rtol=0)
+
+
+def test_processes_share_their_moments(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=4, generations=4)
+    whole = build_reward(EVERYTHING, device="cpu")(batch)
+    inbox: list[Tensor | None] = [None, None]
+    barrier = Barrier(2, timeout=20)
+    parts: dict[int, Reward] = {}
+
+    def process(rank: int, rows: Tensor) -> None:
+        def reduce(tensor: Tensor) -> Tensor:
+            inbox[rank] = tensor
+            barrier.wait()
+            total = inbox[0] + inbox[1]  # type: ignore[operator]
+            barrier.wait()
+            return total
+
+        parts[rank] = build_reward(EVERYTHING, device="cpu", reduce=reduce)(pick(batch, rows))
+
+    threads = [Thread(target=process, args=(0, torch.arange(5))), Thread(target=process, args=(1, torch.arange(5, 16)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(torch.cat([parts[0].total, parts[1].total]), whole.total, atol=1e-5, rtol=0)
+
+
+def test_a_failure_on_another_process_is_an_error_here(make_reward_batch: MakeBatch) -> None:
+    with pytest.raises(RewardError, match="another process"):
+        RewardFunction([sequence([1.0] * 6)], [1.0], reduce=lambda tensor: tensor + 1)(make_reward_batch())
+
+
+def test_without_update_the_moments_stay(make_reward_batch: MakeBatch) -> None:
+    reward_function = build_reward(EVERYTHING, device="cpu")
+    assert (reward_function(make_reward_batch(), update=False).total == 0).all()
+    reward_function(make_reward_batch())
+    before = reward_function.state_dict()
+    reward_function(make_reward_batch(seed=1), update=False)
+    assert reward_function.state_dict() == before
+
+
+def test_state_survives_json_bit_for_bit(make_reward_batch: MakeBatch) -> None:
+    first, second = build_reward(EVERYTHING, device="cpu"), build_reward(EVERYTHING, device="cpu")
+    first(make_reward_batch(seed=1))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    batch = make_reward_batch(seed=2)
+    assert torch.equal(first(batch).per_token, second(batch).per_token)
+    assert first.state_dict() == second.state_dict()
+    with pytest.raises(RunError, match="coverage"):
+        build_reward(RewardConfig(), device="cpu").load_state_dict(first.state_dict())
+
+
+def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=4)
+    values = Partial(torch.tensor([1.0, math.nan, 3.0, 50.0]), torch.tensor([True, False, True, False]))
+    reward_function = RewardFunction([Given(values)], [1.0])
+    reward = reward_function(batch)
+    torch.testing.assert_close(reward.total, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
+    assert reward.terms["given"].isnan().tolist() == [False, True, False, True]
+    assert reward_function.state_dict()["given"] == {"count": 2.0, "mean": 2.0, "m2": 2.0}
+    metrics = reward_metrics(reward, batch)
+    assert metrics["rewards/given/mean"] == 2.0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: MakeBatch, bad: float) -> None:
+    batch = make_reward_batch()
+    long = replace(batch.rollout.prompts.prompts[4], row=17, text="a\nlong prompt " + "x" * 200)
+    prompts = (*batch.rollout.prompts.prompts[:4], long, *batch.rollout.prompts.prompts[5:])
+    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.rollout.prompts, prompts=prompts)))
+    reward_function = RewardFunction([sequence([1.0] * 6), Given(torch.tensor([1.0] * 4 + [bad, 2.0]), "odd")], [1, 1])
+    with pytest.raises(RewardError, match=r"'odd' gave (nan|inf) .*row 17") as caught:
+        reward_function(batch)
+    assert "a long prompt" in str(caught.value)
+    assert "x" * 66 in str(caught.value)
+    assert "x" * 67 not in str(caught.value)
+    assert reward_function.state_dict()["given"]["count"] == 0  # nothing was taken in
+
+
+def test_padding_may_hold_anything(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch()
+    dense = torch.where(batch.rollout.response_mask, 1.0, math.nan)
+    assert torch.isfinite(RewardFunction([Given(dense)], [1.0])(batch).per_token).all()
+
+
+def test_wrong_returns_are_named(make_reward_batch: MakeBatch) -> None:
+    with pytest.raises(RewardError, match=r"'given' returned shape \(5,\)"):
+        RewardFunction([sequence([1.0] * 5)], [1.0])(make_reward_batch())
+    with pytest.raises(RewardError, match="returned list"):
+        RewardFunction([Given([1.0] * 6)], [1.0])(make_reward_batch())  # type: ignore[arg-type]
+
+
+def test_a_term_without_attention_says_so(make_reward_batch: MakeBatch) -> None:
+    with pytest.raises(RewardError, match="'coverage' reads the prompt attention"):
+        build_reward(RewardConfig(), device="cpu")(replace(make_reward_batch(), attention=None, word_attention=None))
+
+
+ZERO = RewardConfig(coverage=CoverageConfig(weight=0.0), repetition=RepetitionConfig(weight=0.0))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ZERO, "every weight is 0"),
+        (replace(ZERO, functions=["m.f"], function_weights=[0.0]), "every weight is 0"),
+        (RewardConfig(functions=["m.f"], function_weights=[1.0, 2.0]), "2 values for 1 functions"),
+        (RewardConfig(models=["a", "b"], model_weights=[1.0]), "1 values for 2 models"),
+        (RewardConfig(coverage=CoverageConfig(threshold=0.0)), r"coverage\.threshold"),
+        (RewardConfig(coverage=CoverageConfig(weight=math.nan)), r"coverage\.weight"),
+        (RewardConfig(focus=FocusConfig(entropy_floor=1.0)), "entropy_floor"),
+        (RewardConfig(repetition=RepetitionConfig(n=0)), r"repetition\.n"),
+        (RewardConfig(length=LengthConfig(target=-1)), r"length\.target"),
+        (RewardConfig(clip=-1.0), r"reward\.clip"),
+    ],
+)
+def test_bad_configs(config: RewardConfig, words: str) -> None:
+    for check in (check_reward_config, reward_warnings):
+        with pytest.raises(ConfigError, match=words):
+            check(config)
+    with pytest.raises(ConfigError, match=words):
+        build_reward(config, device="cpu")
+
+
+def test_warnings_name_what_goes_wrong() -> None:
+    assert reward_warnings(RewardConfig()) == []
+    assert any("short answers" in text for text in reward_warnings(RewardConfig(mean_mass=MeanMassConfig(weight=1.0))))
+    assert any("collapse" in text for text in reward_warnings(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))))
+    assert any("repetition" in text for text in reward_warnings(RewardConfig(repetition=RepetitionConfig(weight=1.0))))
+
+
+def test_two_terms_of_one_name() -> None:
+    with pytest.raises(ConfigError, match="two reward terms are called 'given'"):
+        RewardFunction([sequence([1.0]), sequence([1.0])], [1.0, 1.0])
+
+
+def test_builtin_terms_are_terms_and_the_default_reads_attention() -> None:
+    terms = builtin_terms(RewardConfig())
+    assert [term.name for term, _ in terms] == [
+        "coverage", "copy_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
+    ]  # fmt: skip
+    assert all(isinstance(term, RewardTerm) for term, _ in terms)
+    assert needs_attention(RewardConfig())
+    assert not needs_attention(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0)))
+
+
+# --- what is logged
+
+
+def test_correlation_is_within_groups() -> None:
+    # Between the groups x rises with y, within each it falls.
+    x, y = torch.tensor([1.0, 2.0, 11.0, 12.0]), torch.tensor([2.0, 1.0, 12.0, 11.0])
+    assert within_group_correlation(x, y, torch.tensor([0, 0, 1, 1])) == pytest.approx(-1.0)
+    assert within_group_correlation(x, y, torch.tensor([0, 0, 0, 0])) > 0.9
+    assert within_group_correlation(x, y, torch.tensor([0, 1, 2, 3])) == 0.0
+    assert within_group_correlation(torch.full((4,), math.nan), y, torch.tensor([0, 0, 1, 1])) == 0.0
+
+
+def test_variance_shares_by_hand_sum_to_one() -> None:
+    # a = 0 1 2, b = 0 2 4: total 0 3 6, var 6; cov(a, total) = 2, cov(b, total) = 4.
+    a, b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 4.0])
+    assert variance_share(a, a + b) == pytest.approx(1 / 3)
+    assert variance_share(b, a + b) == pytest.approx(2 / 3)
+    assert variance_share(a, torch.zeros(3)) == 0.0
+
+
+def test_metrics_of_a_reward(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=4, generations=4)
+    reward = build_reward(replace(EVERYTHING, length=LengthConfig(weight=0.1)), device="cpu")(batch)
+    metrics = reward_metrics(reward, batch)
+    for name in [*reward.terms, "total"]:
+        assert {f"rewards/{name}/{what}" for what in ("mean", "std", "length_correlation")} <= set(metrics)
+    assert metrics["rewards/length/length_correlation"] == pytest.approx(1.0)
+    assert metrics["rewards/length/mean"] == pytest.approx(float(batch.rollout.response_mask.sum(1).float().mean()))
+    assert sum(metrics[f"rewards/{name}/share"] for name in reward.terms) == pytest.approx(1.0)
