@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_attention_models import DECODERS, captured_attention, decoder_batch, encoder_decoder_batch, tiny_model
 from transformers import DynamicCache
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader
+from test_attention_models import DECODERS, captured_attention, decoder_batch, encoder_decoder_batch, tiny_model
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -104,7 +104,10 @@ def test_several_response_tokens_after_a_cached_prompt(name):
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         first, second = slice(0, width), slice(width, width + 4)
         model(
-            input_ids=ids[:, first], attention_mask=mask[:, first], position_ids=positions[:, first], past_key_values=cache
+            input_ids=ids[:, first],
+            attention_mask=mask[:, first],
+            position_ids=positions[:, first],
+            past_key_values=cache,
         )
         region = AttentionRegion(
             batch=torch.arange(3),
@@ -113,7 +116,9 @@ def test_several_response_tokens_after_a_cached_prompt(name):
             keys=width + 4,
         )
         with reader.read(region) as reading:
-            model(input_ids=ids[:, second], attention_mask=mask, position_ids=positions[:, second], past_key_values=cache)
+            model(
+                input_ids=ids[:, second], attention_mask=mask, position_ids=positions[:, second], past_key_values=cache
+            )
     torch.testing.assert_close(reading.attention, captured_attention(model, batch)[:, 1:], rtol=0, atol=1e-5)
 
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_attention_models import batch_for, decoder_batch, tiny_model
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader, rows
 from cagsr.errors import AttentionError
+from test_attention_models import batch_for, decoder_batch, tiny_model
 
 
 def gradients(model):
@@ -19,6 +19,12 @@ def weights_for(region):
     return torch.randn(region.shape)
 
 
+def logits_loss(output, batch):
+    # Padding rows see nothing and differ between sdpa and eager.
+    real = batch.response_mask if "decoder_input_ids" in batch.inputs else batch.inputs["attention_mask"]
+    return (output.logits.square() * real[..., None]).mean()
+
+
 def eager_gradients(model, batch, weights):
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
@@ -28,7 +34,7 @@ def eager_gradients(model, batch, weights):
     region = batch.region
     index = torch.arange(region.shape[0])[:, None, None]
     read = mean[index, region.rows.clamp(min=0)[:, :, None], region.columns.clamp(min=0)[:, None, :]]
-    loss = (read * weights * region.valid(read.device)).sum() + output.logits.square().mean()
+    loss = (read * weights * region.valid(read.device)).sum() + logits_loss(output, batch)
     loss.backward()
     return gradients(eager)
 
@@ -37,7 +43,7 @@ def captured_gradients(model, batch, weights, backward_inside):
     reader = PromptAttentionReader(model, layers="all")
     with reader.read(batch.region, with_gradients=True) as reading:
         output = model(**batch.inputs)
-        loss = (reading.attention * weights).sum() + output.logits.square().mean()
+        loss = (reading.attention * weights).sum() + logits_loss(output, batch)
         if backward_inside:
             loss.backward()
     if not backward_inside:

@@ -44,7 +44,13 @@ def test_distinct_counts_over_the_set() -> None:
 
 
 def test_words_keep_hyphens_and_accents_together() -> None:
-    assert metrics.words("It's family-friendly, near Café Sicilia.") == ["it's", "family-friendly", "near", "café", "sicilia"]
+    assert metrics.words("It's family-friendly, near Café Sicilia.") == [
+        "it's",
+        "family-friendly",
+        "near",
+        "café",
+        "sicilia",
+    ]
     assert metrics.length_in_words("£20-25, please") == 2
 
 
@@ -78,8 +84,13 @@ class Letters:
 def judge() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.5,
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
     )
     return LlamaForCausalLM(config)
 
@@ -149,7 +160,8 @@ def test_pairing_takes_out_how_hard_the_prompts_are() -> None:
     before = generator.normal(0, 1, size=(5, 300))
     after = before - 0.1 + generator.normal(0, 0.05, size=(5, 300))
     interval = metrics.paired_difference(after, before)
-    assert interval.high < 0 and interval.low < -0.09
+    assert interval.high < 0
+    assert interval.low < -0.09
     assert interval.high - interval.low < 0.05
     with pytest.raises(ValueError, match="one shape"):
         metrics.paired_difference(after, before[0])

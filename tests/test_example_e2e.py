@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from examples.e2e import augment, evaluate, facts, prepare, pretrain, rewards
 from examples.e2e.slots import check
 
@@ -27,7 +26,9 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/dat
 
 def test_parse_reads_both_forms_alike() -> None:
     parsed = facts.parse(MEANING)
-    assert parsed[0] == ("name", "The Eagle") and parsed[4] == ("customer rating", "low") and len(parsed) == 8
+    assert parsed[0] == ("name", "The Eagle")
+    assert parsed[4] == ("customer rating", "low")
+    assert len(parsed) == 8
     assert facts.parse(facts.as_prompt(parsed)) == parsed
     assert facts.as_prompt(parsed[:2]) == "name: The Eagle | eatType: coffee shop =>"
     with pytest.raises(ValueError, match="meaning representation"):
@@ -59,7 +60,8 @@ def test_checker_catches_a_swapped_value(old: str, new: str, slot: str) -> None:
     assert old in TEXT
     report = check(MEANING, TEXT.replace(old, new))
     assert [name for name, _ in report.wrong] == [slot]
-    assert report.missed == report.wrong and not report.added
+    assert report.missed == report.wrong
+    assert not report.added
     assert report.hits == pytest.approx(7 / 8)
 
 
@@ -78,7 +80,8 @@ def test_checker_catches_a_dropped_part(part: str, slot: str) -> None:
     assert part in TEXT
     report = check(MEANING, TEXT.replace(part, ""))
     assert slot in [name for name, _ in report.missed]
-    assert not report.wrong and not report.added
+    assert not report.wrong
+    assert not report.added
 
 
 @pytest.mark.parametrize(
@@ -122,12 +125,13 @@ def test_checker_catches_an_added_fact(slot: str, sentence: str) -> None:
 )
 def test_checker_understands(meaning: str, text: str) -> None:
     report = check(meaning, text)
-    assert not report.missed and not report.added, report
+    assert (report.missed, report.added) == ((), ())
 
 
 def test_checker_counts_a_contradiction_as_added() -> None:
     report = check("food[Chinese]", "It serves Chinese and French food.")
-    assert report.hits == 1.0 and report.added == (("food", "French"),)
+    assert report.hits == 1.0
+    assert report.added == (("food", "French"),)
 
 
 @needs_data
@@ -154,8 +158,17 @@ def test_checker_is_not_lax_on_human_references() -> None:
         position = generator.randrange(len(true))
         slot, value = true[position]
         other = generator.choice(list(inventory.values[slot]))
-        same = {frozenset(pair) for pair in (("cheap", "less than £20"), ("moderate", "£20-25"), ("high", "more than £30"),
-                ("low", "1 out of 5"), ("average", "3 out of 5"), ("high", "5 out of 5"))}
+        same = {
+            frozenset(pair)
+            for pair in (
+                ("cheap", "less than £20"),
+                ("moderate", "£20-25"),
+                ("high", "more than £30"),
+                ("low", "1 out of 5"),
+                ("average", "3 out of 5"),
+                ("high", "5 out of 5"),
+            )
+        }
         if other == value or frozenset((value, other)) in same or check(true, row["completion"]).missed:
             continue
         tried += 1
@@ -184,24 +197,30 @@ def test_varied_copies_say_what_they_are_asked_to_say() -> None:
     inventory = facts.take_inventory(_pairs())
     original = (("name", "Aromi"), ("food", "English"), ("area", "riverside"))
     generator = random.Random(0)
-    copies = [augment.vary(original, "Aromi is an English place by the river.", inventory, generator) for _ in range(50)]
+    copies = [
+        augment.vary(original, "Aromi is an English place by the river.", inventory, generator) for _ in range(50)
+    ]
     varied = [copy for copy in copies if copy is not None]
     assert len(varied) > 20
     for meaning, text in varied:
         assert meaning != original
         assert check(meaning, text).hits == 1.0
-        assert "an Chinese" not in text and "a English" not in text
+        assert "an Chinese" not in text
+        assert "a English" not in text
     assert augment.vary(original, "Nothing is said here.", inventory, generator) is None
 
 
 def _rows(count: int) -> tuple[prepare.Rows, prepare.Rows]:
     """Made-up data in the files' format, for checkouts without ../shared."""
+
     def meaning(pair: tuple[facts.Fact, ...]) -> str:
         return ", ".join(f"{slot}[{value}]" for slot, value in pair)
 
     pairs = _pairs()
-    train = [{"prompt": meaning(pair), "completion": f"{pair[0][1]} has {pair[1][1]} food,  {pair[2][1]}."}
-             for pair in (pairs[number] for number in (0, 3, 5, 6, 8, 11))] * count
+    train = [
+        {"prompt": meaning(pair), "completion": f"{pair[0][1]} has {pair[1][1]} food,  {pair[2][1]}."}
+        for pair in (pairs[number] for number in (0, 3, 5, 6, 8, 11))
+    ] * count
     test = [{"prompt": meaning(pair), "references": [f"{pair[0][1]}:  {pair[1][1]}."]} for pair in (pairs[1], pairs[4])]
     return train, test
 
@@ -221,13 +240,22 @@ def work(tmp_path: Path) -> Path:
 
 
 def test_prepare_keeps_its_files_apart(work: Path) -> None:
-    prompts = {name: {frozenset(facts.parse(row["prompt"])) for row in prepare.read_jsonl(work / f"{name}.jsonl")}
-               for name in ("sft", "unlabelled", "held_out", "test")}
-    assert {name: len(some) for name, some in prompts.items() if name != "sft"} == {"unlabelled": 2, "held_out": 2, "test": 2}
+    prompts = {
+        name: {frozenset(facts.parse(row["prompt"])) for row in prepare.read_jsonl(work / f"{name}.jsonl")}
+        for name in ("sft", "unlabelled", "held_out", "test")
+    }
+    assert {name: len(some) for name, some in prompts.items() if name != "sft"} == {
+        "unlabelled": 2,
+        "held_out": 2,
+        "test": 2,
+    }
     together = [one for some in prompts.values() for one in some]
     assert len(together) == len(set(together))
     row = prepare.read_jsonl(work / "sft.jsonl")[0]
-    assert row == {"prompt": "name: Cotto | food: Chinese | area: riverside =>", "completion": " Cotto has Chinese food, riverside."}
+    assert row == {
+        "prompt": "name: Cotto | food: Chinese | area: riverside =>",
+        "completion": " Cotto has Chinese food, riverside.",
+    }
 
 
 def test_prepare_refuses_data_that_overlap(tmp_path: Path) -> None:
@@ -240,14 +268,15 @@ def test_read_names_the_malformed_line(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(prepare.DataError, match=r"bad\.jsonl, line 2: not JSON"):
         prepare.read_jsonl(tmp_path / "bad.jsonl")
-    with pytest.raises(prepare.DataError, match="absent.jsonl"):
+    with pytest.raises(prepare.DataError, match=r"absent\.jsonl"):
         prepare.read_jsonl(tmp_path / "absent.jsonl")
 
 
 def test_tokenizer_loses_nothing_and_stops(work: Path) -> None:
     model, tokenizer = evaluate.load(work / "init")
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
-    assert model.config.tie_word_embeddings and model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.tie_word_embeddings
+    assert model.config.eos_token_id == tokenizer.eos_token_id
     text = "name: Zizzi => It's  £20-25 , at Café Sicilia!\n"
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id
@@ -287,7 +316,8 @@ def test_evaluate_gives_a_value_for_each_prompt(work: Path) -> None:
     sampled, greedy = evaluate.evaluate(work / "init", work / "test.jsonl", max_new_tokens=6, samples=2)
     assert (sampled.temperature, greedy.temperature) == (1.0, 0.0)
     for values in sampled.values.values():
-        assert values.shape == (2,) and np.isfinite(values).all()
+        assert values.shape == (2,)
+        assert np.isfinite(values).all()
     assert sampled.values["missed"] + sampled.values["hits"] == pytest.approx([1.0, 1.0])
     assert sampled.means["missed"] > 0.5  # an untrained model says next to nothing
 
@@ -298,9 +328,15 @@ def test_entropy_is_matched_by_a_temperature(work: Path) -> None:
     model.model.norm.weight.data.mul_(6.0)
     model.save_pretrained(work / "peaked")
     tokenizer.save_pretrained(work / "peaked")
-    prompts = [row["prompt"] for row in prepare.read_jsonl(work / "sft.jsonl")]
-    target = evaluate.token_entropy(evaluate.generate(model, tokenizer, prompts, 0.7, max_new_tokens=8))
-    assert evaluate.match_entropy(work / "peaked", prompts, target, max_new_tokens=8) == pytest.approx(0.7, abs=0.02)
+    prompts = [row["prompt"] for row in prepare.read_jsonl(work / "sft.jsonl")] * 4
+
+    def entropy(temperature: float) -> float:
+        return float(evaluate.generate(model, tokenizer, prompts, temperature, max_new_tokens=8).entropy.mean())
+
+    target = entropy(0.7)
+    found = evaluate.match_entropy(work / "peaked", prompts, target, max_new_tokens=8)
+    assert found == pytest.approx(0.7, abs=0.1)
+    assert entropy(found) == pytest.approx(target, rel=0.02)
     with pytest.raises(ValueError, match="not reached"):
         evaluate.match_entropy(work / "peaked", prompts, 50.0, max_new_tokens=8)
 
@@ -318,7 +354,8 @@ def test_random_reward_is_uniform_and_repeats_itself() -> None:
     values = rewards.random_reward(["p"] * 2000, texts, [[1]] * 2000)
     assert values == rewards.random_reward(["p"] * 2000, texts, [[2]] * 2000)
     assert rewards.random_reward(["q"], ["answer 0"], [[1]])[0] != values[0]
-    assert 0.0 <= min(values) and max(values) < 1.0
+    assert min(values) >= 0.0
+    assert max(values) < 1.0
     assert np.mean(values) == pytest.approx(0.5, abs=0.03)
     assert np.std(values) == pytest.approx(12**-0.5, abs=0.02)
 
@@ -326,7 +363,9 @@ def test_random_reward_is_uniform_and_repeats_itself() -> None:
 @needs_data
 def test_prepare_on_a_slice_of_the_real_data(tmp_path: Path) -> None:
     prepare.main(replace(OPTIONS, data=SHARED, work=tmp_path, rows=50, unlabelled=3))
-    assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("unlabelled", "held_out", "test")] == [3, 2, 50]
+    assert [
+        len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("unlabelled", "held_out", "test")
+    ] == [3, 2, 50]
     sft = prepare.read_jsonl(tmp_path / "sft.jsonl")
     assert len(sft) >= 50
     assert json.loads((tmp_path / "init" / "config.json").read_text())["model_type"] == "llama"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts_tokenizers import CHATML, byte_bpe, word_level
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.render import render_prompt, text_of
+from prompts_tokenizers import CHATML, byte_bpe, word_level
 
 DATA = DataConfig(path="p.jsonl")
 MARKED = SalienceConfig(markers=("<<", ">>"))
@@ -84,7 +84,9 @@ def test_a_conversation_that_ends_with_the_assistant_is_continued() -> None:
 
 def test_a_template_that_rewrites_contents_falls_back_to_search() -> None:
     tok = byte_bpe()
-    tok.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'][:4] + '..' + m['content'][4:] }}{% endfor %}"
+    tok.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'][:4] + '..' + m['content'][4:] }}{% endfor %}"
+    )
     prompt = render({"prompt": [user("abcdefgh")]}, tok=tok)
     assert prompt.text == "[user] abcd..efgh"
     assert template_text(prompt) == prompt.text  # not found: nothing of it is called salient

@@ -122,6 +122,20 @@ def test_conversational_prompts_go_as_messages(module: Any, make_reward_batch: M
     assert module().seen["completions"][1] == [{"role": "assistant", "content": "answer 1"}]
 
 
+def test_a_function_of_trl_itself(make_reward_batch: MakeBatch) -> None:
+    pytest.importorskip("trl.rewards")
+    batch = make_reward_batch(prompts=1, generations=2)
+    prompts = tuple(replace(p, messages=({"role": "user", "content": "hi"},)) for p in batch.rollout.prompts.prompts)
+    rollout = replace(
+        batch.rollout,
+        prompts=replace(batch.rollout.prompts, prompts=prompts),
+        completions=("<think>\nso\n</think>\nyes", "yes"),
+    )
+    values = load_function("trl.rewards.think_format_reward")(replace(batch, rollout=rollout))
+    assert isinstance(values, Partial)
+    assert values.values.tolist() == [1.0, 0.0]
+
+
 def test_other_signatures(module: Any, make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=2, generations=2)
     assert load("trl_without_kwargs")(batch).values.tolist() == [0.5, 0.5, 1.5, 1.5]

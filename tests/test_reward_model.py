@@ -107,7 +107,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="only pickled weights"):
         load_reward_model(str(pickled), "cpu")
     (pickled / "pytorch_model.bin").unlink()
-    with pytest.raises(ModelError, match="no \\*.safetensors"):
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         load_reward_model(str(pickled), "cpu")
     bare = save(tmp_path / "bare")
     (bare / "config.json").write_text("{}")
@@ -118,7 +118,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
 def test_texts_that_are_refused(tmp_path: Path, make_reward_batch: MakeBatch) -> None:
     term = load_reward_model(str(save(tmp_path / "rm")), "cpu")
     batch = make_reward_batch(prompts=2, generations=2)
-    with pytest.raises(RewardError, match="at most 64 tokens.*row 2"):
+    with pytest.raises(RewardError, match=r"at most 64 tokens.*row 2"):
         term(with_texts(batch, ["a", "a", "a", "x" * 60]))
     with pytest.raises(ModelError, match="no chat template"):
         term(with_texts(batch, TEXTS, chat=True))

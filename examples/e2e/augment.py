@@ -15,8 +15,8 @@ from examples.e2e.facts import Fact, Inventory
 from examples.e2e.slots import check
 
 _SWAPPED = ("name", "eatType", "food", "priceRange", "customer rating", "near")
-_SYLLABLES = "ba be bo ca co da do fa fe fi ga gi la le li lo ma mi mo na ne no pa pe ra re ri ro sa se si ta to va vi zo".split()
-_ENDINGS = " n r s l m t x".split(" ")
+_SYLLABLES = [onset + vowel for onset in "bcdfglmnprstvz" for vowel in "aeio"]
+_ENDINGS = ["", *"nrslmtx"]
 
 
 def vary(
@@ -31,8 +31,7 @@ def vary(
         pattern = re.compile(rf"\b(an? )?(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE)
         if slot in _SWAPPED and pattern.search(text) and generator.random() < share:
             new = _other_value(slot, inventory, generator)
-            # "an English pub" becomes "a Chinese pub".
-            text = pattern.sub(lambda match, new=new: (_article(match[1], new) if match[1] else "") + new, text)
+            text = _put(pattern, new, text)
             text = re.sub(r"\bthe The\b", "The", text)
             value = new
         changed.append((slot, value))
@@ -41,6 +40,11 @@ def vary(
     if result == tuple(facts) or len(set(result)) < len(result) or report.missed or report.added:
         return None
     return result, text
+
+
+def _put(pattern: re.Pattern[str], new: str, text: str) -> str:
+    """Replace the value, and its article: "an English pub" becomes "a Chinese pub"."""
+    return pattern.sub(lambda match: (_article(match[1], new) if match[1] else "") + new, text)
 
 
 def _article(old: str, new: str) -> str:
@@ -56,7 +60,9 @@ def _other_value(slot: str, inventory: Inventory, generator: random.Random) -> s
 
 def made_up_name(generator: random.Random) -> str:
     """A name that exists nowhere, as ``Balosa`` or ``The Memora Gis``."""
-    made = ["".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3))) + generator.choice(_ENDINGS)
-            for _ in range(generator.choice((1, 1, 2)))]
+    made = [
+        "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3))) + generator.choice(_ENDINGS)
+        for _ in range(generator.choice((1, 1, 2)))
+    ]
     name = " ".join(word.capitalize() for word in made)
     return f"The {name}" if generator.random() < 0.3 else name

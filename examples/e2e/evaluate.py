@@ -70,8 +70,14 @@ def evaluate(
     model, tokenizer = load(model_dir)
     rows = read_jsonl(Path(test))[:limit]
     return [
-        judge(rows, [generate(model, tokenizer, [row["prompt"] for row in rows], temperature, seed + number,
-                              max_new_tokens) for number in range(samples if temperature > 0 else 1)], temperature)
+        judge(
+            rows,
+            [
+                generate(model, tokenizer, [row["prompt"] for row in rows], temperature, seed + number, max_new_tokens)
+                for number in range(samples if temperature > 0 else 1)
+            ],
+            temperature,
+        )
         for temperature in temperatures
     ]
 
@@ -126,11 +132,12 @@ def generate(
     """
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
-    generator = torch.Generator().manual_seed(seed)
     texts = [""] * len(prompts)
     tokens, entropy, ended = (np.zeros(len(prompts)) for _ in range(3))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        # Each batch has its own stream, so that a longer answer in one changes nothing in the next.
+        generator = torch.Generator().manual_seed(1_000_003 * seed + start)
         ids, entropies, mask = _generate_batch(
             model, tokenizer, [encoded[number] for number in chosen], temperature, generator, max_new_tokens
         )
@@ -156,7 +163,11 @@ def _generate_batch(
     cache = None
     for _ in range(limit):
         output = model(
-            input_ids=ids, attention_mask=attended, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=attended,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
             logits_to_keep=1,
         )
         cache = output.past_key_values
@@ -190,14 +201,17 @@ def match_entropy(
     tolerance: float = 0.005,
     max_new_tokens: int = 80,
 ) -> float:
-    """Temperature at which a model's own samples have the mean token entropy ``target`` (nats), by bisection.
+    """Temperature at which a model's own samples have the entropy ``target`` (nats), by bisection.
+
+    Entropy is the mean over prompts of each answer's mean token entropy, as ``Evaluation.means["entropy"]`` of samples at
+    temperature 1 gives it: hand in the same prompts.
 
     Raises ValueError where the target lies outside what temperatures between ``low`` and ``high`` give.
     """
     model, tokenizer = load(model_dir)
 
     def entropy(temperature: float) -> float:
-        return token_entropy(generate(model, tokenizer, prompts, temperature, seed, max_new_tokens))
+        return float(generate(model, tokenizer, prompts, temperature, seed, max_new_tokens).entropy.mean())
 
     if not entropy(low) <= target <= entropy(high):
         raise ValueError(f"entropy {target:.3f} is not reached between temperatures {low} and {high}")
@@ -205,11 +219,6 @@ def match_entropy(
         middle = (low + high) / 2
         low, high = (middle, high) if entropy(middle) < target else (low, middle)
     return (low + high) / 2
-
-
-def token_entropy(answers: Answers) -> float:
-    """Mean entropy over all sampled tokens, nats: the measure that ``match_entropy`` matches."""
-    return float((answers.entropy * answers.tokens).sum() / answers.tokens.sum())
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,8 @@ def main(options: Options) -> None:
     ):
         print(f"temperature {result.temperature:g}")
         for name, values in result.values.items():
-            print(f"  {name:<12}{mean_interval(values)}")
+            if np.isfinite(values).all():  # ROUGE-L needs references
+                print(f"  {name:<12}{mean_interval(values)}")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,80 @@
 from __future__ import annotations
 
 NAMES = (
-    "Alimentum|Aromi|Bibimbap House|Blue Spice|Browns Cambridge|Clowns|Cocum|Cotto|Fitzbillies|Giraffe|Green Man|"
-    "Loch Fyne|Midsummer House|Strada|Taste of Cambridge|The Cambridge Blue|The Cricketers|The Dumpling Tree|The Eagle|"
-    "The Golden Curry|The Golden Palace|The Mill|The Olive Grove|The Phoenix|The Plough|The Punter|The Rice Boat|"
-    "The Twenty Two|The Vaults|The Waterman|The Wrestlers|Travellers Rest Beefeater|Wildwood|Zizzi"
-).split("|")
+    "Alimentum",
+    "Aromi",
+    "Bibimbap House",
+    "Blue Spice",
+    "Browns Cambridge",
+    "Clowns",
+    "Cocum",
+    "Cotto",
+    "Fitzbillies",
+    "Giraffe",
+    "Green Man",
+    "Loch Fyne",
+    "Midsummer House",
+    "Strada",
+    "Taste of Cambridge",
+    "The Cambridge Blue",
+    "The Cricketers",
+    "The Dumpling Tree",
+    "The Eagle",
+    "The Golden Curry",
+    "The Golden Palace",
+    "The Mill",
+    "The Olive Grove",
+    "The Phoenix",
+    "The Plough",
+    "The Punter",
+    "The Rice Boat",
+    "The Twenty Two",
+    "The Vaults",
+    "The Waterman",
+    "The Wrestlers",
+    "Travellers Rest Beefeater",
+    "Wildwood",
+    "Zizzi",
+)
 """Every restaurant of E2E NLG."""
 
 NEARS = (
-    "All Bar One|Avalon|Burger King|Café Adriatic|Café Brazil|Café Rouge|Café Sicilia|Clare Hall|Crowne Plaza Hotel|"
-    "Express by Holiday Inn|Rainbow Vegetarian Café|Raja Indian Cuisine|Ranch|The Bakers|The Portland Arms|The Six Bells|"
-    "The Sorrento|Yippee Noodle Bar"
-).split("|")
+    "All Bar One",
+    "Avalon",
+    "Burger King",
+    "Café Adriatic",
+    "Café Brazil",
+    "Café Rouge",
+    "Café Sicilia",
+    "Clare Hall",
+    "Crowne Plaza Hotel",
+    "Express by Holiday Inn",
+    "Rainbow Vegetarian Café",
+    "Raja Indian Cuisine",
+    "Ranch",
+    "The Bakers",
+    "The Portland Arms",
+    "The Six Bells",
+    "The Sorrento",
+    "Yippee Noodle Bar",
+)
 """Every landmark of E2E NLG."""
 
 _RATED = r"(?:rat(?:ed|ing|ings|es?)\b|reviews?\b|reviewed|scores?\b|stars?\b|feedback|recommended)"
 _PRICED = r"(?:pric\w*|costs?\b|costing|cost\b)"
-_OTHER = r"(?!(?:and\b|but\b|with\b|high|low|average|moderate|good|poor|great|bad|mid|cheap|excellent|pric|cost|rat|expensive|recommend|reasonabl|affordabl|fair)\w*)"
+_OTHER = (
+    r"(?!(?:and\b|but\b|with\b|high|low|average|moderate|good|poor|great|bad|mid|cheap|excellent|pric|cost|rat|expensive"
+    r"|recommend|reasonabl|affordabl|fair)\w*)"
+)
 _FEW = rf"(?:[- ]{_OTHER}[\w']+){{0,3}}?[- ]"
-_IS = r"(?:[- ](?:range|ranges|rangers?|tag|point|level|bracket|category|scale|menu|food)s?)?(?:[:,]? (?:is|are|of|as|being|at|it|in|the|a|an|on|side|end|very|quite|rather|just|also|only|was|were|has|have|been|be|range|towards?|remains?|fairly|pretty|considered|end|by|customers?|them|it|at)\b)*[ :]+"
+"""Up to three words between an adjective and its noun, none of which begins another statement."""
+_NOUN = r"(?:[- ](?:range|rangers?|tag|point|level|bracket|category|scale|menu|food)s?)?"
+_LINK = (
+    r"is|are|was|were|be|been|being|as|of|at|it|them|in|on|by|a|an|the|very|quite|rather|just|also|only|fairly|pretty|"
+    r"has|have|side|end|range|towards?|remains?|considered|customers?"
+)
+_IS = rf"{_NOUN}(?:[:,]? (?:{_LINK})\b)*[ :]+"
+"""What stands between a noun and what is said of it: "price range is very ..."."""
 
 MEANINGS: dict[str, dict[str, str]] = {
     "eatType": {
@@ -43,12 +98,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         rf"|(?:less|lower|cheaper) th[ae]n (?:£ ?|pounds? )?20\b|(?:under|below|up to|within|<) ?(?:£ ?|pounds? )?20\b"
         r"|£ ?20 (?:or|and) (?:less|under|below)",
         "affordable": rf"\baffordabl\w+|\breasonabl\w+(?!{_FEW}{_RATED})|\b(?:great|good|decent){_FEW}{_PRICED}",
-        "above average": rf"\b(?:above|more than|higher than)(?: the)? average{_FEW}?{_PRICED}?|{_PRICED}{_IS}(?:above|higher than) average",
-        "moderate": rf"\bmoderat\w+(?!{_FEW}{_RATED})|\b(?:mid|medium|middle|average(?:ly)?|fair(?:ly)?|decent(?:ly)?){_FEW}{_PRICED}"
+        "above average": r"\b(?:above|more than|higher than)(?: the)? average"
+        rf"|{_PRICED}{_IS}(?:above|higher than) average",
+        "moderate": rf"\bmoderat\w+(?!{_FEW}{_RATED})|\b(?:mid|medium|middle|average(?:ly)?|fair(?:ly)?|decent(?:ly)?)"
+        rf"{_FEW}{_PRICED}"
         rf"|\bmid(?:dle)?[- ]?(?:range|rage)|{_PRICED}{_IS}(?:average|mid|medium|moderate|fair)\w*"
         r"|(?:£ ?|pounds? )?20 ?(?:£|pounds)? ?(?:-|–|to|and|through) ?(?:£ ?)?25",
-        "high": rf"(?<!in)(?<!not )(?<!not too )\bexpensive|\bpric(?:e)?y\b|\bcostly|upscale|\bhigh(?:er|ly|est)?(?:[- ]end)?{_FEW}{_PRICED}|{_PRICED}{_IS}(?:high|expensive)\w*"
-        r"|(?:more|higher|greater) th[ae]n (?:£ ?|pounds? )?30\b|(?:over|above|excess of|>|at least|from|upwards of) ?(?:£ ?|pounds? )?30\b"
+        "high": rf"(?<!in)(?<!not )(?<!not too )\bexpensive|\bpric(?:e)?y\b|\bcostly|upscale"
+        rf"|\bhigh(?:er|ly|est)?(?:[- ]end)?{_FEW}{_PRICED}|{_PRICED}{_IS}(?:high|expensive)\w*"
+        r"|(?:more|higher|greater) th[ae]n (?:£ ?|pounds? )?30\b"
+        r"|(?:over|above|excess of|>|at least|from|upwards of) ?(?:£ ?|pounds? )?30\b"
         r"|£ ?30 (?:or|and) (?:more|over|above|up)",
     },
     "customer rating": {
@@ -58,7 +117,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "average": rf"(?<!above )(?<!than )\b(?:average(?:ly)?|mediocre|moderate(?:ly)?|middling|3|three){_FEW}{_RATED}"
         rf"|{_RATED}{_IS}(?:average|mediocre|moderate)\w*|\b(?:3|three) (?:out )?of (?:a possible )?(?:5|five)\b|\b3 ?/ ?5\b",
         "high": rf"\b(?:high(?:er|est|ly)?|great|excellent|top|best|outstanding|perfect|(?<!of )(?<!/)(?:5|five)){_FEW}{_RATED}"
-        rf"|{_RATED}{_IS}(?:high|great|excellent|outstanding|perfect)\w*|\b(?:5|five) (?:out )?of (?:a possible )?(?:5|five)\b|\b5 ?/ ?5\b",
+        rf"|{_RATED}{_IS}(?:high|great|excellent|outstanding|perfect)\w*"
+        r"|\b(?:5|five) (?:out )?of (?:a possible )?(?:5|five)\b|\b5 ?/ ?5\b",
         "good": rf"(?<!not )(?<!not a )(?<!not very )\b(?:good|well|decent(?:ly)?|positive|favou?rable|reasonabl[ey]){_FEW}{_RATED}"
         rf"|{_RATED}{_IS}(?:good|well|decent)\w*|above[- ]average{_FEW}{_RATED}",
     },
@@ -90,7 +150,10 @@ _KIN = r"(?:famil(?:y|ies)|famliy|kids?|child(?:ren)?(?:'?s)?)"
 FAMILY = rf"\b{_KIN}\b|\ball ages\b"
 """Words that say a place is for families, unless they are part of a negation."""
 
-_NO = r"(?:\bnot?\b|n't\b|\bnon\b|\bnever\b|\bwithout\b|\bnor\b|\bun|\bisnt\b|\barent\b|\bdoesnt\b|\bcannot\b|\bnone\b|\blacks?\b|\bavoid\b|\bleave\b)"
+_NO = (
+    r"(?:\bnot?\b|n't\b|\bnon\b|\bnever\b|\bwithout\b|\bnor\b|\bun|\bisnt\b|\barent\b|\bdoesnt\b|\bcannot\b|\bnone\b"
+    r"|\blacks?\b|\bavoid\b|\bleave\b)"
+)
 _STEP = r"(?:(?!\bbut\b|\bhowever\b|\balthough\b)[^.!?;§,])"
 NOT_FAMILY = (
     rf"{_NO}{_STEP}{{0,40}}?\b{_KIN}(?:[- ](?:friendly|orient\w+|or \w+))?\b"

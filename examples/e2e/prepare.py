@@ -79,8 +79,10 @@ def prepare_data(options: Options, train: Rows, test: Rows) -> dict[str, int]:
         raise DataError(f"{options.data}: {len(overlap)} prompts of test are also in train; use disjoint files.")
     inventory = take_inventory(dict.fromkeys(train_facts))
     total = options.unlabelled + options.held_out
-    new = [{"prompt": as_prompt(facts)} for facts in
-           invent(inventory, total, [*train_facts, *test_facts], options.seed, options.flatten)]
+    new = [
+        {"prompt": as_prompt(facts)}
+        for facts in invent(inventory, total, [*train_facts, *test_facts], options.seed, options.flatten)
+    ]
     pairs = [(facts, tidy(row["completion"])) for facts, row in zip(train_facts, train, strict=True)]
     generator = random.Random(options.seed)
     copies = (vary(facts, text, inventory, generator) for _ in range(options.variants) for facts, text in pairs)
@@ -117,7 +119,8 @@ def load_rows(folder: Path) -> tuple[Rows, Rows]:
     from datasets import load_dataset
 
     try:
-        hub = load_dataset(HUB_ID)
+        # The Hub's own conversion: datasets 4 and later don't run the loading script of the main branch.
+        hub = load_dataset(HUB_ID, revision="refs/convert/parquet")
     except Exception as error:
         raise DataError(
             f"{folder} is absent and {HUB_ID} can't be read from the Hub ({error}); give --data a folder with "
@@ -138,10 +141,12 @@ def read_jsonl(path: Path) -> Rows:
     """Rows of a JSONL file. Raises DataError naming the file and line that can't be read."""
     rows: Rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(f"{path} can't be read ({error.strerror}); give --data a folder that holds it.") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

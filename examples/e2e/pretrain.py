@@ -34,18 +34,16 @@ class Options:
     """Folder for the trained model and its tokenizer."""
     seed: int = 0
     """Seeds the initial weights and the order of batches."""
-    epochs: int = 6
+    epochs: int = 4
     """Passes over sft.jsonl."""
     batch_size: int = 32
     """Rows per step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup_share: float = 0.05
     """Share of the steps with a rising learning rate."""
     weight_decay: float = 0.05
     """AdamW weight decay."""
-    dropout: float = 0.0
-    """Attention dropout in training."""
 
 
 def main(options: Options) -> None:

@@ -136,7 +136,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, record.notes)
         if record.first_step == 0:
-            record.log(0, _evaluate(config, loaded, held_out.prompts, metric), {}, [])
+            start = _evaluate(config, loaded, held_out.prompts, metric)
+            record.log(0, start, {}, [])
+            monitors.observe(0, start)
         with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
             for step in range(record.first_step + 1, config.run.steps + 1):
                 _step(step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress)

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cagsr import __version__
-from cagsr.commands.parse import parse_command, suggestion
+from cagsr.commands.parse import parse_command
+from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
 
 BAD_INPUT = 2
@@ -152,6 +153,8 @@ def _run(name: str, flags: Sequence[str]) -> None:
     summary = command.summary[0].upper() + command.summary[1:] + "."
     epilog = f"\nExamples:\n{command.examples}"
     config = parse_command(module.Config, flags, prog=f"cagsr {name}", description=summary, epilog=epilog)
+    # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     module.run(config)
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cagsr.configfile import checked, flatten, leaf_types, read_config_file, suggestion, to_yaml
 from cagsr.errors import ConfigError
+
+__all__ = ["ALIASES", "flatten", "from_yaml", "parse_command", "to_yaml"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -50,10 +50,10 @@ def parse_command(
     """
     keys = dict(leaf_types(config_class))
     flags, files = _split_off_files(argv)
-    flags = [_long_name(token, keys) for token in flags]
+    flags = _plain_switches([_long_name(token, keys) for token in flags], keys)
     given: dict[str, Any] = {}
     for file in files:
-        given.update(_read_file(Path(file), config_class, keys))
+        given.update(read_config_file(Path(file), config_class))
     default = _instance(config_class, given)
 
     printed = io.StringIO()
@@ -70,13 +70,8 @@ def parse_command(
         raise ConfigError(_explain(flags, keys, needed, printed.getvalue())) from None
     # A second look at the flags' values: constraints that annotated types state hold for flags as for files.
     for key, value in flatten(config).items():
-        _checked(keys[key], value, f"--{key}")
+        checked(keys[key], value, f"--{key}")
     return config
-
-
-def to_yaml(config: Any) -> str:
-    """Write a config (a dataclass instance) as YAML that ``--config`` reads back to an equal config."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
@@ -86,97 +81,6 @@ def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
         ConfigError: as ``parse_command``.
     """
     return parse_command(config_class, ["--config", str(path)], prog=path.name)
-
-
-def leaf_types(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted key, type)`` for every setting of a nested config dataclass, in order."""
-    hints = get_type_hints(config_class, include_extras=True)
-    for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from leaf_types(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", hints[field.name]
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Give ``{dotted key: value}`` for every setting of a config instance."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{field.name}."))
-        else:
-            flat[f"{prefix}{field.name}"] = value
-    return flat
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """Give ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
-    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
-    last = word.rpartition(".")[2]
-    if last in by_last and word not in known:
-        return f"; did you mean '{by_last[last]}'?"
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:
-        near = [by_last[match] for match in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)]
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-# ---- the file ----
-
-
-def _read_file(path: Path, config_class: type[Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Give ``{dotted key: checked value}`` for what a YAML file sets."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; check the path after --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} can't be read ({error}); give a UTF-8 text file in YAML") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise ConfigError(f"{path}{where}: not valid YAML ({problem}); correct that line") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: should hold 'key: value' lines, not a {type(tree).__name__}")
-    groups = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
-    found: dict[str, Any] = {}
-    _walk(tree, "", groups, keys, path, found)
-    return found
-
-
-def _walk(
-    tree: Mapping[Any, Any], prefix: str, groups: set[str], keys: Mapping[str, Any], path: Path, found: dict[str, Any]
-) -> None:
-    """Collect a file's values under dotted keys; nested mappings and dotted keys may be mixed."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}".replace("-", "_")
-        if key in keys:
-            found[key] = _checked(keys[key], value, f"{path}: '{key}'")
-        elif key not in groups:
-            raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
-        elif isinstance(value, dict):
-            _walk(value, f"{key}.", groups, keys, path, found)
-        elif value is not None:
-            example = next(known for known in keys if known.startswith(f"{key}."))
-            raise ConfigError(f"{path}: '{key}' is a group of settings (as '{example}'), not a single value")
-
-
-def _checked(kind: Any, value: Any, name: str) -> Any:
-    """Convert ``value`` to the type ``kind`` or raise a ConfigError that names the key."""
-    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
-    try:
-        checked = adapter.validate_python(value)
-    except ValidationError as error:
-        problems = dict.fromkeys(problem["msg"].removeprefix("Input ") for problem in error.errors())
-        raise ConfigError(f"{name} {' or '.join(problems)} (it is {value!r})") from None
-    # pydantic takes true for 1 and "true" for text; in a file that is a slip.
-    if isinstance(value, bool) and not isinstance(checked, bool):
-        raise ConfigError(f"{name} should not be true or false (it is {value!r})")
-    return checked
 
 
 def _instance(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str = "") -> ConfigT:
@@ -196,9 +100,6 @@ def _instance(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-# ---- the flags ----
 
 
 def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -225,6 +126,21 @@ def _long_name(token: str, keys: Mapping[str, Any]) -> str:
     if key in ALIASES and key not in keys and ALIASES[key] in keys:
         return f"--{ALIASES[key]}{equals}{value}"
     return token
+
+
+def _plain_switches(flags: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """Rewrite ``--run.resume True`` and ``--run.resume=false`` as tyro's ``--run.resume`` and ``--run.no_resume``."""
+    plain: list[str] = []
+    for token in flags:
+        switch, equals, value = _flag(token)
+        if equals and keys.get(switch) is bool and value.lower() in ("true", "false"):
+            plain.append(f"--{switch}" if value.lower() == "true" else f"--{_negated(switch)}")
+        elif plain and token.lower() in ("true", "false") and keys.get(_flag(plain[-1])[0]) is bool:
+            if token.lower() == "false":
+                plain[-1] = f"--{_negated(_flag(plain[-1])[0])}"
+        else:
+            plain.append(token)
+    return plain
 
 
 def _flag(token: str) -> tuple[str, str, str]:
@@ -289,7 +205,7 @@ def _bad_words(kind: Any, key: str, words: list[str]) -> str | None:
     problem = ""
     for value in several:  # a list, one word, or None: any that fits will do
         try:
-            _checked(kind, value, name)
+            checked(kind, value, name)
         except ConfigError as error:
             problem = str(error)
         else:
@@ -307,12 +223,3 @@ def _required_keys(config_class: Any, prefix: str = "") -> Iterator[str]:
             yield from _required_keys(hints[field.name], f"{prefix}{field.name}.")
         elif _required(field):
             yield f"{prefix}{field.name}"
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists, all the way down: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, wor
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
+from cagsr.reward.functions import import_dotted
 from cagsr.rollout.sample import sample_responses
 
 Metric = Callable[..., Sequence[float]]
@@ -53,7 +51,7 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
         ConfigError: the path can't be imported or is no function.
     """
     if dotted_path is not None:
-        return HeldOutMetric(dotted_path, import_function(dotted_path, "evaluation.metric"))
+        return HeldOutMetric(dotted_path, import_dotted(dotted_path, "evaluation.metric"))
     column = next((name for name in REFERENCE_COLUMNS if all(p.prompt.columns.get(name) for p in prompts)), None)
     if column is not None and prompts:
 
@@ -69,33 +67,6 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
         return [lexical_relevance(prompt, text, weights) for prompt, text in zip(prompts, completions, strict=True)]
 
     return HeldOutMetric("lexical relevance", relevance)
-
-
-def import_function(dotted_path: str, key: str) -> Metric:
-    """Import ``package.module.function``; the current directory counts as importable.
-
-    Args:
-        dotted_path: what the user wrote.
-        key: the setting it came from, for the message.
-
-    Raises:
-        ConfigError: no such module, no such function, or not callable.
-    """
-    module_name, _, name = dotted_path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"--{key} {dotted_path}: give a dotted path, as package.module.function.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"--{key} {dotted_path}: can't be imported ({error}); check the path and PYTHONPATH."
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"--{key} {dotted_path}: is not a function.")
-    return function
 
 
 def answer(

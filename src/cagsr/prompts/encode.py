@@ -51,7 +51,11 @@ class TextEncoder:
             ids=tuple(ids),
             offsets=tuple(offsets),
             special=tuple(i in self._special_ids for i in ids),
-            blank=tuple(not surface.strip("▁ĠĊĉ \n\t\r") for surface in surfaces),
+            # A sentencepiece token ▁ that was put before the text lies, by its offsets, on the first character.
+            blank=tuple(
+                not surface.strip("▁ ") or not text[start:end].strip()
+                for surface, (start, end) in zip(surfaces, offsets, strict=True)
+            ),
         )
 
     def _call(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -116,7 +120,7 @@ def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> t
     if len(droppable) <= surplus:
         raise DataError(
             f"{where}: the special tokens and the chat template alone leave no room for the prompt within {limit} "
-            "tokens; raise --data.max_prompt_length or lower --sampling.max_new_tokens."
+            "tokens; set --data.long_prompts drop, or allow longer prompts (--data.max_prompt_length)."
         )
     gone = set(droppable[:surplus])
     kept = [index for index in range(len(tokens.ids)) if index not in gone]

@@ -173,8 +173,8 @@ def _json(path: Path, config: DataConfig) -> Iterator[Row]:
 
 
 def _csv(path: Path, config: DataConfig) -> Iterator[Row]:
-    # Prompts stay text: without the converter a column of numbers becomes numbers, and "NA" or "None" nothing.
-    return _local("csv", path, converters={config.prompt_column: str})
+    # Text stays text: pandas would turn a prompt column of numbers into numbers, and the words NA and None into nothing.
+    return _local("csv", path, converters={config.prompt_column: str}, keep_default_na=False, na_values=[""])
 
 
 def _parquet(path: Path, config: DataConfig) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.prompts.encode import TextEncoder, encode_prompt, truncate_prompt
+from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
 from cagsr.prompts.explain import explain_salience, salience_table
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import describe
@@ -38,7 +38,8 @@ def prepare_prompts(
     """Read the prompts that ``data`` names and encode them with their salience.
 
     Args:
-        data: Where the prompts are, how they are read, what happens to long ones.
+        data: Where the prompts are, how they are read, what happens to long ones: ``truncate`` leaves out a
+            conversation's earliest turns, then the earliest text, never special tokens or the chat template.
         salience: Which words matter.
         tokenizer: A fast tokenizer.
         max_length: Longest prompt in tokens, special tokens included: what the model's context leaves after the
@@ -58,7 +59,7 @@ def prepare_prompts(
         return _prepare_stream(rows, pipeline, frequency)
     located = list(pipeline.render(rows))
     fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
-    results = [pipeline.encode(where, prompt, fitted) for where, prompt in located]
+    results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
     encoded = [result.encoded for result in results if result.encoded is not None]
     long = sum(result.too_long for result in results)
     if not encoded:
@@ -76,8 +77,8 @@ def prepare_prompts(
         )
     elif long:
         notes.append(
-            f"{long:,} of {len(results):,} prompts were longer than {pipeline.limit:,} tokens; their earliest text was "
-            "cut, the end kept (--data.long_prompts truncate)."
+            f"{long:,} of {len(results):,} prompts were longer than {pipeline.limit:,} tokens; their earliest turns "
+            "or text were cut, the end kept (--data.long_prompts truncate)."
         )
     notes += describe(data, salience, tokenizer, located[0][1], fitted)
     return PromptSet(encoded, fitted, tuple(notes))
@@ -110,7 +111,7 @@ def encode_texts(
     rows = (Row(number, source, {"prompt": text}) for number, text in enumerate(texts, start=1))
     located = list(pipeline.render(rows))
     fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
-    results = [pipeline.encode(where, prompt, fitted) for where, prompt in located]
+    results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
     return [result.encoded for result in results if result.encoded is not None]
 
 
@@ -128,16 +129,14 @@ class _Pipeline:
     encoder: TextEncoder
     limit: int
 
-    def render(self, rows: Iterable[Row]) -> Iterator[tuple[str, Prompt]]:
-        """Each row's prompt, with the words that open a message about it."""
+    def render(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Prompt]]:
+        """Yield each row with its prompt."""
         for row in rows:
-            prompt = render_prompt(
-                row.values, row.number, self.data, self.salience, self.encoder.tokenizer, source=row.source
-            )
-            yield f"{row.source}, row {row.number}", prompt
+            yield row, self._render(row)
 
-    def encode(self, where: str, prompt: Prompt, frequency: DocumentFrequency) -> _Result:
+    def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> _Result:
         """Turn a prompt into tokens and words; None where it is too long and long prompts are dropped."""
+        where = f"{row.source}, row {row.number}"
         tokens = encode_prompt(prompt, self.encoder)
         too_long = len(tokens.ids) > self.limit
         if too_long and self.data.long_prompts == "error":
@@ -153,9 +152,30 @@ class _Pipeline:
         if too_long and self.data.long_prompts == "drop":
             return _Result(None, True)
         if too_long:
-            prompt, tokens = truncate_prompt(prompt, tokens, self.limit, where)
+            prompt, tokens = truncate_prompt(*self._drop_turns(row, prompt, tokens), self.limit, where)
         salient = salient_words(prompt, self.salience, frequency, where)
         return _Result(pool_words(prompt, tokens, salient, self.salience, where), too_long)
+
+    def _drop_turns(self, row: Row, prompt: Prompt, tokens: Tokens) -> tuple[Prompt, Tokens]:
+        """Leave out the earliest turns of a conversation, as few as it takes, the last user message never."""
+        if prompt.messages is None:
+            return prompt, tokens
+        messages = list(row.values[self.data.prompt_column])
+        first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+        for start in range(first + 1, len(messages)):
+            if messages[start]["role"] != "user":  # a conversation must open with the user
+                continue
+            kept = {**row.values, self.data.prompt_column: messages[:first] + messages[start:]}
+            prompt = self._render(row._replace(values=kept))
+            tokens = encode_prompt(prompt, self.encoder)
+            if len(tokens.ids) <= self.limit:
+                break
+        return prompt, tokens
+
+    def _render(self, row: Row) -> Prompt:
+        return render_prompt(
+            row.values, row.number, self.data, self.salience, self.encoder.tokenizer, source=row.source
+        )
 
 
 def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequency | None) -> PromptSet:
@@ -168,8 +188,8 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
     fitted = frequency
 
     def reopen() -> Iterator[EncodedPrompt]:
-        for where, prompt in pipeline.render(rows):
-            encoded = pipeline.encode(where, prompt, fitted).encoded
+        for row, prompt in pipeline.render(rows):
+            encoded = pipeline.encode(row, prompt, fitted).encoded
             if encoded is not None:
                 yield encoded
 

@@ -13,7 +13,7 @@ from cagsr.prompts.ranges import outside
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LETTER = rf"(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*)"
 _WORD = regex.compile(
-    rf"[{_UNSPACED}]\p{{M}}*"
+    rf"(?=[\p{{L}}\p{{N}}])[{_UNSPACED}]\p{{M}}*"
     rf"|\p{{Sc}}?{_LETTER}+(?:(?:['’\-‐_&@]|(?<=\p{{N}})[.,:/](?=\p{{N}}))\p{{Sc}}?{_LETTER}+)*[%°]?"
 )
 

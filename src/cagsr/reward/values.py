@@ -55,8 +55,8 @@ def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
             "(batch, response) was expected"
         )
     values = values.detach().to(mask.device, torch.float32)
-    applies = torch.ones_like(mask[:, 0] if mask.shape[1] else mask.any(dim=1)) if applies is None else applies
-    applies = applies.to(mask.device, torch.bool)
+    everywhere = torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
+    applies = everywhere if applies is None else applies.to(mask.device, torch.bool)
     dense = values.shape == mask.shape
     if applies.shape != mask.shape[:1] or not (dense or values.shape == mask.shape[:1]):
         raise RewardError(

@@ -70,7 +70,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    names = [name for name in facts.before if name in facts.after]
+    names = [name for name, value in facts.before.items() if value is not None and facts.after.get(name) is not None]
     if not names:
         return "No held-out metrics were measured in this run."
     rows = [

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SHOWN = {
+    "loss": ("loss",),
     "reward": ("objective/raw_scores", "objective/scores"),
     "kl": ("objective/kl",),
     "length": ("response/length",),

@@ -18,15 +18,17 @@ from accelerate.utils import broadcast_object_list
 
 from cagsr.commands.parse import flatten, to_yaml
 from cagsr.config import TrainConfig
+from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.card import CardFacts, model_card, save_final
-from cagsr.runs.checkpoint import CheckpointState, load_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.folder import RunFolder
+from cagsr.runs.lines import read_lines
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.tracker import start_tracker
 from cagsr.update.ppo import PPO
@@ -71,14 +73,20 @@ class RunRecord:
         self.notes: tuple[str, ...] = ()
         """What the user should know about how the folder was opened."""
         run = config.run
-        found: list[Any] = [None, 0]
+        found: list[Any] = [None, 0, None]
         if accelerator.is_main_process:
-            self._folder = RunFolder.open(
-                config.output_dir, to_yaml(config), resume=run.resume, overwrite=run.overwrite
-            )
-            found = [self._folder.checkpoint, self._folder.step]
-            self.notes = self._folder.notes
+            try:
+                self._folder = RunFolder.open(
+                    config.output_dir, to_yaml(config), resume=run.resume, overwrite=run.overwrite
+                )
+                found = [self._folder.checkpoint, self._folder.step, None]
+                self.notes = self._folder.notes
+            except CagsrError as error:
+                found = [None, 0, error]
+        # A refusal must reach every process: the others would wait for the main one for ever.
         broadcast_object_list(found)
+        if found[2] is not None:
+            raise found[2]
         self.first_step: int = found[1]
         """Steps already done."""
         if found[0] is not None:
@@ -133,16 +141,16 @@ class RunRecord:
         """A sentence telling from where the run can go on."""
         if self._folder is None:
             return ""
-        saved = sorted(path.name for path in self._folder.checkpoints.glob("step-*"))
-        if not saved:
+        latest = latest_checkpoint(self._folder.checkpoints)
+        if latest.path is None:
             return f"No checkpoint was written yet in {self._folder.path}."
-        return f"The checkpoint {self._folder.checkpoints / saved[-1]} is intact; go on from it with --resume."
+        return f"The checkpoint {latest.path} is intact; go on from it with --resume."
 
     def evaluations(self) -> list[dict[str, float]]:
         """The held-out metrics of each evaluation so far, oldest first."""
         if self._folder is None:
             return []
-        rows = [json.loads(line) for line in self._folder.metrics.read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(self._folder.metrics)
         found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
         return [row for row in found if row]
 

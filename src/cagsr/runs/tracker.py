@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from cagsr.errors import ConfigError
+from cagsr.runs.atomic import disk_errors
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 
@@ -83,7 +84,8 @@ def check_tracker(name: TrackerName) -> None:
 def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """Start a tracker for a run.
 
-    TensorBoard writes to ``folder/trackers``; the others name the run after ``folder`` in the project ``cagsr``.
+    TensorBoard and Weights & Biases write to ``folder/trackers``; Weights & Biases and Trackio name the run after
+    ``folder`` in the project ``cagsr``.
 
     Args:
         name: which one; ``none`` gives a tracker that does nothing.
@@ -101,7 +103,9 @@ def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) ->
     if name == "tensorboard":
         tracker = TensorBoardTracker(folder.name, logging_dir=folder / "trackers")
     elif name == "wandb":
-        tracker = WandBTracker("cagsr", name=folder.name, dir=str(folder))
+        with disk_errors(folder / "trackers"):
+            (folder / "trackers").mkdir(parents=True, exist_ok=True)
+        tracker = WandBTracker("cagsr", name=folder.name, dir=str(folder / "trackers"))
     else:
         tracker = TrackioTracker("cagsr", name=folder.name)
     tracker.start()

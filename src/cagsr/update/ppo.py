@@ -27,7 +27,7 @@ from cagsr.models.reference import Reference
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.combine import RewardFunction
 from cagsr.reward.metrics import reward_metrics
-from cagsr.reward.repetition import repetition
+from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.reward.words import pool_words
 from cagsr.rollout.sample import sample_responses
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
@@ -328,4 +328,4 @@ class PPO:
 
 def _repetition(rollout: Rollout) -> Tensor:
     """Repeated 3-grams per answer, ``(batch,)``: watched whatever the reward is made of."""
-    return repetition(rollout.response_ids, rollout.response_mask, n=3)
+    return repetition(rollout.response_ids, without_stop_token(rollout.response_mask, rollout.ended), n=3)

@@ -1,0 +1,1 @@
+"""Benchmarks: how much reading the prompt attention costs."""

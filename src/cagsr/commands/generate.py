@@ -1,0 +1,85 @@
+"""``cagsr generate``: answer the prompts of a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cagsr.commands.inputs import (
+    OptionalDataConfig,
+    check_output,
+    check_sampling,
+    progress,
+    prompt_as_given,
+    read_prompts,
+    say,
+    write_rows,
+)
+from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+
+
+@dataclass(frozen=True)
+class GenerateSampling(SamplingConfig):
+    """How answers are sampled."""
+
+    num_generations: int = 1
+    """Answers per prompt."""
+    temperature: float = 1.0
+    """Divides the logits. 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Answer the prompts of a file, or one prompt."""
+
+    model: ModelConfig
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    prompt: str | None = None
+    """One prompt, instead of --data."""
+    output: str | None = None
+    """JSONL file for the answers; None writes them to standard output."""
+    sampling: GenerateSampling = field(default_factory=GenerateSampling)
+    keep_columns: bool = False
+    """Keep the rows' other columns."""
+    token_ids: bool = False
+    """Also write the sampled tokens as completion_ids, which score takes as they are."""
+    batch_size: int = 32
+    """Prompts at once."""
+    seed: int = 0
+    """Seeds the sampling."""
+
+
+def run(config: Config) -> None:
+    """Sample ``num_generations`` answers to each prompt: rows of prompt, completion, tokens and ended."""
+    check_output(config.output)
+    check_sampling(config.sampling, config.batch_size)
+
+    from cagsr.evaluation.sampling import sample_in_batches
+    from cagsr.models.load import load_model
+
+    loaded = load_model(config.model, for_training=False)
+    # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
+    prompts, notes = read_prompts(
+        config.data,
+        config.prompt,
+        SalienceConfig(weighting="uniform", skip_sink=False),
+        None,
+        loaded,
+        config.sampling.max_new_tokens,
+    )
+    say([*loaded.notes, *(note for note in notes if "word" not in note)])
+    rows = []
+    with progress("answering", len(prompts)) as advance:
+        for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
+            for row, text in enumerate(rollout.completions):
+                encoded = some[row // config.sampling.num_generations]
+                ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
+                kept = dict(encoded.prompt.columns) if config.keep_columns else {}
+                made = {"prompt": prompt_as_given(encoded), "completion": text}
+                made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
+                rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
+            advance(len(some))
+    if config.prompt is not None and config.output is None:
+        for row in rows:
+            print(row["completion"])
+        return
+    write_rows(rows, config.output)

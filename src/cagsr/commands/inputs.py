@@ -1,0 +1,194 @@
+"""Prompts in, JSON lines out: what generate, score, rank and diagnose share. Cheap to import, for the help's sake."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cagsr.config import DataConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from cagsr.flow import EncodedPrompt
+    from cagsr.models.load import LoadedModel
+    from cagsr.prompts.salience import DocumentFrequency
+
+UNLIMITED = 1_000_000  # a model with relative positions states no longest prompt
+
+
+@dataclass(frozen=True)
+class OptionalDataConfig(DataConfig):
+    """Where the prompts come from, unless --prompt gives one."""
+
+    path: str = ""
+    """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
+
+
+def read_prompts(
+    data: DataConfig,
+    prompt: str | None,
+    salience: SalienceConfig,
+    salience_from: str | None,
+    loaded: LoadedModel,
+    max_new_tokens: int,
+) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
+    """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
+
+    Raises:
+        ConfigError: neither or both of the two were given, or no room is left for a prompt.
+        DataError: a prompt that can't be used.
+        RunError: ``salience_from`` is no run with an IDF table.
+    """
+    from cagsr.prompts.prepare import encode_texts, prepare_prompts
+
+    if (prompt is None) == (data.path == ""):
+        raise ConfigError("Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both."))
+    limit = room_for_prompts(loaded, max_new_tokens)
+    frequency = read_frequency(salience_from)
+    if prompt is not None:
+        return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
+    found = prepare_prompts(data, salience, loaded.tokenizer, max_length=limit, frequency=frequency)
+    return list(found.prompts if found.reopen is None else found.reopen()), found.notes
+
+
+def room_for_prompts(loaded: LoadedModel, max_new_tokens: int) -> int:
+    """Longest prompt in tokens that leaves ``max_new_tokens`` of the model's context for the answer.
+
+    Raises:
+        ConfigError: no room is left.
+    """
+    context = loaded.context_length()
+    if context is None:
+        return UNLIMITED
+    room = context if loaded.encoder_decoder else context - max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"--sampling.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context of {context} tokens "
+            f"of {loaded.path}; lower it."
+        )
+    return room
+
+
+def read_frequency(run: str | None) -> DocumentFrequency | None:
+    """Read the IDF table that a training run left in its folder; None without a run.
+
+    Raises:
+        RunError: no such folder, or no table in it.
+    """
+    if run is None:
+        return None
+    from cagsr.prompts.salience import DocumentFrequency
+
+    file = Path(run) / "frequency.json"
+    try:
+        return DocumentFrequency.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"--salience_from {run}: no readable {file.name} there; name the folder of a cagsr train run."
+        ) from error
+
+
+def check_sampling(sampling: SamplingConfig, batch_size: int = 1) -> None:
+    """Refuse sampling settings that make no sense.
+
+    Raises:
+        ConfigError: one sentence naming the flag.
+    """
+    for name, value, least in (
+        ("sampling.num_generations", sampling.num_generations, 1),
+        ("sampling.max_new_tokens", sampling.max_new_tokens, 1),
+        ("sampling.temperature", sampling.temperature, 0),
+        ("sampling.top_k", sampling.top_k, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"--{name} {value}: must be {least} or more.")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"--sampling.top_p {sampling.top_p}: must lie in (0, 1].")
+    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens:
+        raise ConfigError(
+            f"--sampling.min_new_tokens {sampling.min_new_tokens}: must lie between 0 and sampling.max_new_tokens "
+            f"{sampling.max_new_tokens}."
+        )
+
+
+def check_output(output: str | None) -> None:
+    """Refuse an output file that can't be written, before any work is done.
+
+    Raises:
+        ConfigError: its folder does not exist, or it is a folder itself.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; give the name of a file.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {output}: the folder {path.parent} does not exist; create it first.")
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
+    """Write rows as JSON lines: to a file at once (never half of it), or to standard output.
+
+    Numbers that are not finite (a term that does not apply) become null.
+
+    Raises:
+        RunError: the file can't be written.
+    """
+    from cagsr.runs.atomic import write_text_atomically
+
+    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        write_text_atomically(Path(output), text)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: tuples as lists, numbers that are not finite as null, dates and the like as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:
+    """Return the prompt in the form of its row: text or chat messages."""
+    prompt = encoded.prompt
+    return prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+
+
+def say(sentences: Iterable[str]) -> None:
+    """Print notes to standard error, so that standard output stays clean."""
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in sentences:
+        console.print(sentence, markup=False)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal (standard error) while the block runs; yields a function that is told what was done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(done: int) -> None:
+            bar.update(task, advance=done)
+
+        yield advance

@@ -1,0 +1,290 @@
+"""``cagsr score``: every reward term for prompt-response pairs, as JSONL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cagsr.commands.inputs import (
+    check_output,
+    progress,
+    prompt_as_given,
+    read_frequency,
+    room_for_prompts,
+    say,
+    write_rows,
+)
+from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cagsr.evaluation.scorer import Response
+    from cagsr.flow import EncodedPrompt, RewardBatch
+    from cagsr.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score prompt-response pairs: all reward terms, raw, and the weighted ones on one scale over the file."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str | None = None
+    """JSONL file for the scores; None writes them to standard output."""
+    response_column: str = "completion"
+    """Column with the response: text, or a list of chat messages."""
+    split_text: float = 0.0
+    """For a file of plain texts: take this share of each text (up to a space) as the prompt and the rest as the
+    response; 0 reads responses from response_column."""
+    max_response_length: int | None = None
+    """Cut responses to this many tokens (they then count as unfinished); None never cuts."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    salience_from: str | None = None
+    """Folder of a cagsr train run whose IDF table is used; None: IDF over the prompts of this file."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    temperature: float = 1.0
+    """Divides the logits for self-certainty, as sampling.temperature does in training."""
+    per_token: bool = False
+    """Also write each response token with the coverage it adds."""
+    per_word: bool = False
+    """Also write each salient word with its share of the salience and the best attention it got."""
+    batch_size: int = 32
+    """Pairs in memory at once."""
+
+
+def run(config: Config) -> None:
+    """Score the file; rows with every term, and a summary table on standard error."""
+    check_output(config.output)
+    _check(config)
+
+    import torch
+
+    from cagsr.evaluation.scorer import Scorer, weigh
+    from cagsr.models.load import load_model
+    from cagsr.reward.build import check_reward_config
+
+    check_reward_config(config.reward)
+    loaded = load_model(config.model, for_training=False)
+    scorer = Scorer(
+        loaded,
+        config.reward,
+        config.attention,
+        config.salience,
+        temperature=config.temperature,
+        micro_batch_size=config.batch_size,
+    )
+    prompts, responses, notes = read_pairs(config, loaded)
+    scale = (
+        "Contributions: weight times the raw value (--reward.normalize none)."
+        if config.reward.normalize == "none"
+        else f"Contributions: weight times the term centred and divided by its standard deviation over these "
+        f"{len(prompts):,} pairs."
+    )
+    say([*loaded.notes, *notes, scale])
+    raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
+    details: list[dict[str, Any]] = []
+    with progress("scoring", len(prompts)) as advance:
+        for batch, values in scorer.score_texts(prompts, responses):
+            for name, value in values.items():
+                raw[name].append(value)
+            start = len(details)
+            details += _details(config, loaded, prompts[start : start + config.batch_size], batch)
+            advance(len(batch.rollout.completions))
+    terms = {name: torch.cat(values) for name, values in raw.items()}
+    parts = weigh(terms, scorer.weights, normalize=config.reward.normalize, clip=config.reward.clip)
+    active = {name: part for name, part in parts.items() if scorer.weights[name] != 0}
+    reward = torch.stack(list(active.values())).sum(dim=0)
+    rows = [
+        {
+            "row": encoded.prompt.row,
+            "prompt": prompt_as_given(encoded),
+            "completion": response.text,
+            "reward": float(reward[number]),
+            "terms": {name: float(values[number]) for name, values in terms.items()},
+            "contributions": {name: float(values[number]) for name, values in active.items()},
+            "tokens": len(response.ids),
+            "ended": response.ended,
+            **details[number],
+        }
+        for number, (encoded, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    write_rows(rows, config.output)
+    _summary(terms, reward, scorer.weights, [len(response.ids) for response in responses])
+
+
+def _check(config: Config) -> None:
+    if not 0 <= config.split_text < 1:
+        raise ConfigError(f"--split_text {config.split_text:g}: give a share between 0 and 1, as 0.5.")
+    if config.max_response_length is not None and config.max_response_length < 1:
+        raise ConfigError(f"--max_response_length {config.max_response_length}: must be 1 or more.")
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch_size {config.batch_size}: must be 1 or more.")
+    if not config.temperature > 0:
+        raise ConfigError(f"--temperature {config.temperature:g}: must be above 0.")
+
+
+def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], list[Response], list[str]]:
+    """Read the file's prompts and responses, as tokens that fit the model's context together.
+
+    Raises:
+        DataError: a row without a response, with an empty one, or too long; the message names file and row.
+    """
+    from cagsr.evaluation.scorer import encode_response
+    from cagsr.prompts.prepare import prepare_prompts
+
+    rows = _rows(config)
+    truncate = config.data.long_prompts == "truncate"
+    room = room_for_prompts(loaded, _longest(config, loaded, rows) - 1 if truncate else 0)
+    found = prepare_prompts(
+        config.data,
+        config.salience,
+        loaded.tokenizer,
+        max_length=room,
+        frequency=read_frequency(config.salience_from),
+        rows=rows,
+    )
+    context = None if loaded.encoder_decoder else loaded.context_length()
+    prompts: list[EncodedPrompt] = []
+    responses: list[Response] = []
+    dropped = cut = 0
+    for encoded in found.prompts if found.reopen is None else found.reopen():
+        columns, where = encoded.prompt.columns, f"{config.data.path}, row {encoded.prompt.row}"
+        text = _text(columns.get(config.response_column), config, where)
+        ids = columns.get("completion_ids")
+        ended = columns.get("ended") is not False
+        response = encode_response(
+            loaded, encoded, text, ended=ended, limit=config.max_response_length, ids=ids if config.split_text == 0 else None
+        )
+        if not response.ids:
+            raise DataError(f"{where}: a response of zero tokens can't be scored; remove the row or mend it.")
+        # The last response token is never fed: nothing follows it.
+        total = len(encoded.ids) + len(response.ids) - 1
+        if context is not None and total > context:
+            if config.data.long_prompts == "error":
+                raise DataError(
+                    f"{where}: prompt and response have {total + 1} tokens, more than the model's context of {context}; "
+                    "set --max_response_length, or --data.long_prompts to drop or truncate."
+                )
+            dropped += 1
+            continue
+        cut += ended and not response.ended
+        prompts.append(encoded)
+        responses.append(response)
+    if not prompts:
+        raise DataError(f"{config.data.path}: no pair fits the model's context; set --data.long_prompts truncate.")
+    notes = list(found.notes)
+    if config.salience_from is not None:
+        notes.append(f"IDF: the table of the run {config.salience_from}.")
+    elif config.salience.weighting == "idf":
+        notes.append("IDF: counted on this file's prompts (--salience_from RUN takes a run's).")
+    if dropped:
+        notes.append(f"{dropped:,} pairs are longer than the model's context and were dropped.")
+    if cut:
+        notes.append(f"{cut:,} responses were cut to {config.max_response_length} tokens and count as unfinished.")
+    return prompts, responses, notes
+
+
+def _rows(config: Config) -> Any:
+    """Find the file's rows; with ``split_text`` each text becomes a prompt and a response."""
+    from cagsr.prompts.load import Row, Rows, load_rows
+
+    rows = load_rows(config.data)
+    if config.split_text == 0:
+        return rows
+    column = config.data.prompt_column
+
+    def halves() -> Any:
+        for row in rows:
+            text = row.values.get(column)
+            if not isinstance(text, str):  # the error is the prompt's own
+                yield row
+                continue
+            prompt, response = split_at_space(text, config.split_text)
+            yield Row(row.number, row.source, {**row.values, column: prompt, config.response_column: response})
+
+    return Rows(rows.source, halves)
+
+
+def split_at_space(text: str, share: float) -> tuple[str, str]:
+    """Cut a text before the white space nearest after ``share`` of its characters; the rest keeps that space."""
+    start = max(1, round(len(text) * share))
+    position = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
+    return text[:position], text[position:]
+
+
+def _longest(config: Config, loaded: LoadedModel, rows: Any) -> int:
+    """Tokens of the file's longest response, its stop token included, as far as it will be read."""
+    longest = 1
+    for row in rows:
+        text = _text(row.values.get(config.response_column), config, f"{row.source}, row {row.number}")
+        longest = max(longest, 2 + len(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    return min(longest, config.max_response_length or longest)
+
+
+def _text(value: Any, config: Config, where: str) -> str:
+    from cagsr.prompts.render import text_of
+
+    if value is None:
+        hint = "" if config.split_text else ", or cut plain texts into prompt and response with --split_text 0.5"
+        raise DataError(
+            f"{where}: no response in column '{config.response_column}'; name the column with --response_column{hint}."
+        )
+    try:
+        return text_of(value)
+    except DataError as error:
+        raise DataError(f"{where}: column '{config.response_column}': {error}") from error
+
+
+def _details(
+    config: Config, loaded: LoadedModel, prompts: list[EncodedPrompt], batch: RewardBatch
+) -> list[dict[str, Any]]:
+    """Give what ``per_token`` and ``per_word`` add to each row."""
+    from cagsr.prompts.explain import explain_salience
+    from cagsr.reward.coverage import coverage_gains
+
+    rollout, attention = batch.rollout, batch.word_attention
+    assert attention is not None
+    rows: list[dict[str, Any]] = [{} for _ in prompts]
+    mask = rollout.response_mask
+    if config.per_token:
+        gains = coverage_gains(attention, rollout.prompts.salience, mask, config.reward.coverage.threshold)
+        for number, row in enumerate(rows):
+            ids = rollout.response_ids[number][mask[number]].tolist()
+            row["per_token"] = [
+                {"token": loaded.tokenizer.decode([token]), "coverage_gain": round(gain, 6)}
+                for token, gain in zip(ids, gains[number].tolist(), strict=False)
+            ]
+    if config.per_word:
+        best = attention.masked_fill(~mask[:, :, None], 0.0).amax(dim=1)
+        for number, (row, encoded) in enumerate(zip(rows, prompts, strict=True)):
+            total = sum(encoded.salience)
+            row["per_word"] = [
+                {"word": word, "salience": round(weight / total, 6), "attention": round(value, 6)}
+                for (word, weight), value in zip(
+                    explain_salience(encoded, loaded.tokenizer), best[number].tolist(), strict=False
+                )
+            ]
+    return rows
+
+
+def _summary(terms: Any, reward: Any, weights: dict[str, float], lengths: list[int]) -> None:
+    """Print mean, standard deviation and correlation with length of every term, on standard error."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from cagsr.reward.metrics import within_group_correlation
+
+    table = Table(title=f"{len(lengths):,} pairs")
+    for name in ("term", "weight", "mean", "std", "corr. with length"):
+        table.add_column(name, justify="left" if name == "term" else "right")
+    length = torch.tensor(lengths, dtype=torch.float64)
+    one = torch.zeros(len(lengths), dtype=torch.int64)
+    for name, values in {**terms, "reward": reward}.items():
+        known = values[torch.isfinite(values)].double()
+        weight = "" if name == "reward" else f"{weights[name]:g}"
+        mean = f"{float(known.mean()):.4g}" if len(known) else "-"
+        std = f"{float(known.std(correction=0)):.4g}" if len(known) else "-"
+        table.add_row(name, weight, mean, std, f"{within_group_correlation(values, length, one):+.2f}")
+    Console(stderr=True).print(table)

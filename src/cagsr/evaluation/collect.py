@@ -1,0 +1,233 @@
+"""Sample answers and read every signal of them once, for all layers and thresholds at the same time.
+
+Each layer is read alone, all of them in one forward; the attention of several layers is the mean of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cagsr.attention import AttentionRegion, PromptAttentionReader
+from cagsr.attention.select import parse_layers
+from cagsr.config import AttentionConfig, SamplingConfig
+from cagsr.evaluation.metrics import repetition
+from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.evaluation.scorer import Scorer
+from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
+from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.load import LoadedModel
+from cagsr.reward.coverage import saturating_coverage
+from cagsr.reward.terms import ATTENTION_TERMS
+from cagsr.reward.values import term_values
+from cagsr.reward.words import pool_words
+from cagsr.update.score import score_policy
+
+Floats = NDArray[np.float64]
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Attention at which a word counts as covered, as tried by the diagnosis."""
+POOLINGS = ("sum", "max")
+MOST_LAYERS = 12
+"""A deeper model is read at this many layers alone, evenly spread; last-N and all stay exact within them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to compute the coverage."""
+
+    layers: str
+    """As ``attention.layers`` takes it."""
+    pooling: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What was measured of P prompts with G answers each; all arrays ``(prompts, candidates)`` float64."""
+
+    terms: Mapping[str, Floats]
+    """Every reward term, raw, as configured; NaN where it does not apply."""
+    coverage: Mapping[Setting, Floats]
+    """Saturating coverage for all layer choices, poolings and thresholds."""
+    by_layers: Mapping[str, Mapping[str, Floats]]
+    """Layer choice -> attention term (copy_coverage, mean_mass, focus) -> values, pooled as configured."""
+    configured: Setting
+    """The setting that ``terms`` were computed with."""
+    length: Floats
+    """Tokens."""
+    repetition: Floats
+    """Repeated word 3-grams of the text."""
+    ended: Floats
+    """1 where the answer stopped by itself."""
+    prompts: tuple[EncodedPrompt, ...] = ()
+    completions: tuple[tuple[str, ...], ...] = ()
+    truth: Floats | None = None
+    """What a checker or a reference metric says, higher is better."""
+    truth_name: str = ""
+
+
+def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[int, ...]]:
+    """Name the layer choices that are compared: each layer, last-1 to last-4, all, and the configured one.
+
+    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number).
+
+    Raises:
+        ConfigError: the configured layers do not exist.
+    """
+    names = [configured, "all", *(f"last-{count}" for count in range(1, 5)), *map(str, available)]
+    found: dict[tuple[int, ...], str] = {}
+    for name in names:
+        found.setdefault(parse_layers(name, available), name)
+    return {name: layers for layers, name in found.items()}
+
+
+def collect_signals(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    scorer: Scorer,
+    attention: AttentionConfig,
+    *,
+    seed: int,
+    chunk: int = 8,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Signals:
+    """Sample ``sampling.num_generations`` answers to each prompt and measure everything about them.
+
+    Args:
+        loaded: the policy.
+        prompts: what is asked.
+        sampling: how answers are sampled.
+        scorer: the reward's terms and their settings.
+        attention: the configured layers and heads.
+        seed: of the sampling; the global random generators are left as they were.
+        chunk: prompts at once.
+        advance: told how many prompts were done.
+    """
+    everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
+    choices = layer_choices(everything.layers, attention.layers)
+    choices = _thinned(choices, everything.layers, attention.layers)
+    numbers = sorted({number for layers in choices.values() for number in layers})
+    readers = {
+        number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
+    }
+    configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
+    parts: list[_Part] = []
+    for some, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
+        scores = score_policy(
+            scorer.actor_critic,
+            loaded,
+            rollout,
+            scorer.sampling,
+            reader=None,
+            micro_batch_size=scorer.micro_batch_size,
+        )
+        parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
+        advance(len(some))
+    return _joined(parts, prompts, sampling.num_generations, configured)
+
+
+def attention_by_layer(
+    loaded: LoadedModel, rollout: Rollout, readers: Mapping[int, PromptAttentionReader]
+) -> dict[int, Tensor]:
+    """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
+    inputs = PassInputs.of(rollout)
+    region = (
+        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)
+        if loaded.encoder_decoder
+        else AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask)
+    )
+    with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
+        readings = {number: stack.enter_context(reader.read(region)) for number, reader in readers.items()}
+        teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+    return {number: reading.attention for number, reading in readings.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The signals of one chunk, flat: ``(sequences,)`` each."""
+
+    terms: dict[str, Tensor]
+    coverage: dict[Setting, Tensor]
+    by_layers: dict[str, dict[str, Tensor]]
+    length: Tensor
+    ended: Tensor
+    completions: tuple[str, ...]
+
+
+def _measure(
+    loaded: LoadedModel,
+    rollout: Rollout,
+    scores: Scores,
+    readers: Mapping[int, PromptAttentionReader],
+    choices: Mapping[str, tuple[int, ...]],
+    scorer: Scorer,
+    configured: Setting,
+) -> _Part:
+    layers = attention_by_layer(loaded, rollout, readers)
+    salience, mask = rollout.prompts.salience, rollout.response_mask
+    terms: dict[str, Tensor] = {}
+    coverage: dict[Setting, Tensor] = {}
+    by_layers: dict[str, dict[str, Tensor]] = {}
+    thresholds = sorted({*THRESHOLDS, configured.threshold})
+    for name, numbers in choices.items():
+        attention = torch.stack([layers[number] for number in numbers]).mean(dim=0)
+        for pooling in POOLINGS:
+            words = pool_words(attention, rollout.prompts.words, salience.shape[1], pooling)
+            for threshold in thresholds:
+                coverage[Setting(name, pooling, threshold)] = saturating_coverage(words, salience, mask, threshold)
+            if pooling != configured.pooling:
+                continue
+            seen = RewardBatch(rollout, replace(scores, attention=attention), scores.logprobs, attention, words)
+            if name == configured.layers:
+                terms = scorer.values(seen)
+            by_layers[name] = {
+                term.name: term_values(term, seen).raw
+                for term in scorer.terms
+                if term.name in ATTENTION_TERMS - {"coverage"}
+            }
+    return _Part(terms, coverage, by_layers, mask.sum(dim=1), rollout.ended, rollout.completions)
+
+
+def _joined(parts: Sequence[_Part], prompts: Sequence[EncodedPrompt], candidates: int, configured: Setting) -> Signals:
+    def table(values: Sequence[Tensor]) -> Floats:
+        return torch.cat([value.cpu().double() for value in values]).view(-1, candidates).numpy()
+
+    first = parts[0]
+    texts = [text for part in parts for text in part.completions]
+    rows = tuple(tuple(texts[start : start + candidates]) for start in range(0, len(texts), candidates))
+    return Signals(
+        terms={name: table([part.terms[name] for part in parts]) for name in first.terms},
+        coverage={setting: table([part.coverage[setting] for part in parts]) for setting in first.coverage},
+        by_layers={
+            choice: {name: table([part.by_layers[choice][name] for part in parts]) for name in terms}
+            for choice, terms in first.by_layers.items()
+        },
+        configured=configured,
+        length=table([part.length for part in parts]),
+        repetition=np.array([[repetition(text) for text in row] for row in rows]),
+        ended=table([part.ended for part in parts]),
+        prompts=tuple(prompts),
+        completions=rows,
+    )
+
+
+def _thinned(
+    choices: Mapping[str, tuple[int, ...]], available: Sequence[int], configured: str
+) -> dict[str, tuple[int, ...]]:
+    """Leave out single layers of a deep model, evenly, so that the table stays readable."""
+    if len(available) <= MOST_LAYERS:
+        return dict(choices)
+    spread = {available[round(i * (len(available) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)}
+    return {
+        name: layers
+        for name, layers in choices.items()
+        if len(layers) > 1 or layers[0] in spread or name in (configured, "last-1")
+    }

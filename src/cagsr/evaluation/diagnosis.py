@@ -1,0 +1,144 @@
+"""The diagnosis: is this reward worth a training run for this model and these prompts?
+
+Pure functions from :class:`~cagsr.evaluation.collect.Signals` to numbers, ready for a table or a JSON file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
+from cagsr.evaluation.collect import Setting, Signals
+from cagsr.evaluation.metrics import Interval
+from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, within_z
+from cagsr.evaluation.scorer import standardized
+
+Floats = NDArray[np.float64]
+
+COMBINATIONS = (
+    ("coverage", "self_certainty"),
+    ("coverage", "copy_coverage"),
+    ("coverage", "self_certainty", "copy_coverage"),
+)
+"""Sums of z-scores within a prompt that are tried besides the single terms (method.md, section 3)."""
+
+
+@dataclass(frozen=True)
+class SignalReport:
+    """What one signal sees; correlations are within the answers to one prompt."""
+
+    name: str
+    mean: float
+    within_share: float
+    """Share of its variance that lies within prompts."""
+    length: float
+    repetition: float
+    others: Mapping[str, float]
+    """Correlation with each single term."""
+    truth: float | None = None
+    best_of_n: float | None = None
+    """Mean truth of the answers it picks."""
+    gain: Interval | None = None
+    """That, above the mean of all answers."""
+    oracle_share: Interval | None = None
+
+
+@dataclass(frozen=True)
+class SettingReport:
+    """Coverage at one choice of layers, pooling and threshold."""
+
+    setting: Setting
+    mean: float
+    length: float
+    truth: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything the command prints and writes."""
+
+    prompts: int
+    candidates: int
+    truth_name: str
+    truth_mean: float | None
+    oracle: float | None
+    """Mean truth of the best answer to each prompt."""
+    length: float
+    ended: float
+    repetition: float
+    signals: tuple[SignalReport, ...]
+    settings: tuple[SettingReport, ...]
+    recommendation: Recommendation
+    warnings: tuple[str, ...]
+
+
+def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
+    """Analyse measured signals.
+
+    Args:
+        signals: what was measured.
+        weights: term -> weight of the configured reward.
+    """
+    recommendation = recommend(signals)
+    truth = signals.truth
+    named: dict[str, Floats] = dict(signals.terms)
+    for names in COMBINATIONS:
+        named[" + ".join(names)] = np.sum([within_z(signals.terms[name]) for name in names], axis=0)
+    named["configured reward"] = weighted_sum(signals.terms, weights)
+    guards = {name: weight for name, weight in weights.items() if name == "repetition"}
+    named["recommended reward"] = weighted_sum(
+        term_columns(signals, recommendation.setting), {**guards, **recommendation.weights}
+    )
+    return Diagnosis(
+        prompts=signals.length.shape[0],
+        candidates=signals.length.shape[1],
+        truth_name=signals.truth_name,
+        truth_mean=None if truth is None else float(truth.mean()),
+        oracle=None if truth is None else float(truth.max(axis=1).mean()),
+        length=float(signals.length.mean()),
+        ended=float(signals.ended.mean()),
+        repetition=float(signals.repetition.mean()),
+        signals=tuple(_signal(name, values, signals) for name, values in named.items()),
+        settings=tuple(
+            SettingReport(
+                setting,
+                float(values.mean()),
+                correlation(values, signals.length),
+                None if truth is None else correlation(values, truth),
+            )
+            for setting, values in signals.coverage.items()
+        ),
+        recommendation=recommendation,
+        warnings=tuple(warnings_for(signals, weights)),
+    )
+
+
+def weighted_sum(terms: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
+    """Sum the terms as training does: each divided by its standard deviation over all answers, then weighted."""
+    total = np.zeros_like(next(iter(terms.values())))
+    for name, weight in weights.items():
+        if weight and name in terms:
+            values = standardized(torch.from_numpy(terms[name].ravel().copy()), clip=5.0)
+            total = total + weight * values.numpy().reshape(total.shape)
+    return total
+
+
+def _signal(name: str, values: Floats, signals: Signals) -> SignalReport:
+    truth = signals.truth
+    return SignalReport(
+        name=name,
+        mean=float(np.nanmean(values)) if np.isfinite(values).any() else 0.0,
+        within_share=within_share(values) if np.isfinite(values).any() else 0.0,
+        length=correlation(values, signals.length),
+        repetition=correlation(values, signals.repetition),
+        others={other: correlation(values, column) for other, column in signals.terms.items()},
+        truth=None if truth is None else correlation(values, truth),
+        best_of_n=None if truth is None else float(picked(values, truth).mean()),
+        gain=None if truth is None else best_of_n_gain(values, truth),
+        oracle_share=None if truth is None else oracle_share(values, truth),
+    )

@@ -1,0 +1,279 @@
+"""From measured signals to a recommendation: layers, threshold, weights, and warnings in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from cagsr.evaluation.best_of_n import correlation, within_share
+from cagsr.evaluation.collect import Setting, Signals
+from cagsr.evaluation.metrics import lexical_relevance, word_weights
+from cagsr.evaluation.scorer import standardized
+from cagsr.reward.metrics import variance_share
+
+Floats = NDArray[np.float64]
+
+WEIGHED = ("coverage", "copy_coverage", "focus", "self_certainty")
+"""Terms that a recommendation may weigh; repetition stays a guard, length and mean mass measure length."""
+CLOSE = 0.02
+"""Correlations nearer than this count as equal: the simpler or configured choice wins."""
+SMALL = 0.2
+"""A weight below this share of the largest is left out."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to train with."""
+
+    setting: Setting
+    weights: Mapping[str, float]
+    """Term -> weight, for ``reward.normalize running``; terms not named: 0 (repetition: as configured)."""
+    reasons: tuple[str, ...]
+    """What it rests on, one sentence each."""
+
+
+def within_z(values: ArrayLike) -> Floats:
+    """Centre each row and divide by the standard deviation that is left over all rows; NaN becomes 0.
+
+    ``(prompts, candidates)`` in and out; zeros where the values do not vary within any row.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    group = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
+    return standardized(torch.from_numpy(x.ravel().copy()), group=group).numpy().reshape(x.shape)
+
+
+def agreement_target(signals: Signals) -> Floats:
+    """What stands in for the truth without a checker: self-certainty plus the prompt's words that an answer uses.
+
+    Neither reads attention, so that a coverage which agrees with them is likely to see the prompt's content.
+    """
+    weights = word_weights([encoded.prompt.text for encoded in signals.prompts])
+    relevance = np.array(
+        [
+            [lexical_relevance(encoded.prompt.text, text, weights) for text in texts]
+            for encoded, texts in zip(signals.prompts, signals.completions, strict=True)
+        ]
+    )
+    return within_z(within_z(signals.terms["self_certainty"]) + within_z(relevance))
+
+
+def setting_quality(signals: Signals, target: ArrayLike) -> dict[Setting, float]:
+    """Rate every way to compute the coverage: its within-prompt correlation with the target.
+
+    Without a truth the target is only an agreement, so what correlates with length beyond 0.2 is taken off.
+    """
+    found = {}
+    for setting, values in signals.coverage.items():
+        quality = correlation(values, target)
+        if signals.truth is None:
+            quality -= max(0.0, abs(correlation(values, signals.length)) - 0.2)
+        found[setting] = quality
+    return found
+
+
+def best_setting(quality: Mapping[Setting, float], configured: Setting) -> Setting:
+    """Pick the best setting; the configured one where it is as good, then its pooling, layers and threshold."""
+    best = max(quality.values())
+    if quality.get(configured, -1.0) >= best - CLOSE:
+        return configured
+    close = [setting for setting, value in quality.items() if value >= best - CLOSE]
+    return max(
+        close,
+        key=lambda setting: (
+            setting.pooling == configured.pooling,
+            setting.layers == configured.layers,
+            -abs(setting.threshold - configured.threshold),
+            quality[setting],
+        ),
+    )
+
+
+def fit_weights(columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: float = 0.05) -> dict[str, float]:
+    """Non-negative ridge weights of within-prompt z-scores that predict the target best; small ones left out.
+
+    ``min_w |target - sum_i w_i z_i|^2 / n + ridge |w|^2``, ``w >= 0``, both sides as :func:`within_z`. Weights below
+    ``SMALL`` of the largest are set aside and the rest is fitted again. Empty where no column helps.
+    """
+    names = [name for name, values in columns.items() if np.any(within_z(values))]
+    y = within_z(target).ravel()
+    while names:
+        matrix = np.stack([within_z(columns[name]).ravel() for name in names], axis=1)
+        penalty = np.sqrt(ridge * len(y)) * np.eye(len(names))
+        solution, _ = nnls(np.vstack([matrix, penalty]), np.concatenate([y, np.zeros(len(names))]))
+        largest = solution.max()
+        if largest <= 1e-6:
+            return {}
+        kept = [name for name, weight in zip(names, solution, strict=True) if weight >= SMALL * largest]
+        if len(kept) == len(names):
+            return {name: float(weight) for name, weight in zip(names, solution, strict=True)}
+        names = kept
+    return {}
+
+
+def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """Turn weights of within-prompt z-scores into weights under ``reward.normalize running``.
+
+    Training divides a term by its standard deviation over all answers; of that only the part within prompts moves the
+    policy. So a weight is divided by ``sqrt(within share)``, and all are scaled so that the sum's standard deviation
+    within prompts is 1 (comparable with a KL coefficient and the missing-EOS penalty). Two significant digits.
+    """
+    total = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros(1))
+    spread = float(np.std(total))
+    if spread <= 0:
+        return {}
+    return {
+        name: float(f"{weight / spread / np.sqrt(max(within_share(columns[name]), 1e-4)):.2g}")
+        for name, weight in weights.items()
+    }
+
+
+def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
+    """All terms as they would be under ``setting``: the attention terms at its layers, the coverage at its threshold."""
+    moved = {"coverage": signals.coverage[setting]}
+    if setting.pooling == signals.configured.pooling:
+        moved |= dict(signals.by_layers[setting.layers])
+    return {**signals.terms, **moved}
+
+
+def recommend(signals: Signals) -> Recommendation:
+    """Choose layers, threshold and weights.
+
+    With a truth by correlation within prompts; without one by agreement of the signals and low correlation with
+    length, which is said in the reasons.
+    """
+    target = agreement_target(signals) if signals.truth is None else signals.truth
+    quality = setting_quality(signals, target)
+    setting = best_setting(quality, signals.configured)
+    columns = term_columns(signals, setting)
+    judged = "signals that read no attention" if signals.truth is None else signals.truth_name
+    reasons = [
+        f"Coverage at layers {setting.layers}, threshold {setting.threshold:g}, pooling {setting.pooling} correlates "
+        f"{correlation(columns['coverage'], target):+.2f} with {judged} within a prompt (as configured: "
+        f"{correlation(signals.coverage[signals.configured], target):+.2f})."
+    ]
+    usable = {name: columns[name] for name in WEIGHED if name in columns}
+    if signals.truth is not None:
+        weights = fit_weights(usable, signals.truth)
+        reasons.append("The weights are a non-negative least-squares fit to it on z-scores within a prompt.")
+    else:
+        weights = _agreeing(usable, signals.length)
+        reasons.append(
+            "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
+            "with length, not on truth. Give --checker, or rows with references, to test it."
+        )
+    return Recommendation(setting, training_weights(weights, columns), tuple(reasons))
+
+
+def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
+    """Coverage, plus each term that agrees with it without repeating it and keeps the sum from paying for length."""
+    if not np.any(within_z(columns["coverage"])):
+        return {}
+    weights, total = {"coverage": 1.0}, within_z(columns["coverage"])
+    for name in ("copy_coverage", "self_certainty"):
+        agrees = 0.05 < correlation(columns[name], columns["coverage"]) < 0.9
+        more = total + within_z(columns[name])
+        if agrees and abs(correlation(more, length)) <= 0.3:
+            weights[name], total = 1.0, more
+    return weights
+
+
+def warnings_for(signals: Signals, weights: Mapping[str, float]) -> list[str]:
+    """Say in plain words what would go wrong with the configured reward on these prompts.
+
+    Args:
+        signals: what was measured.
+        weights: term -> configured weight.
+    """
+    found = []
+    active = {name: weight for name, weight in weights.items() if weight != 0 and name in signals.terms}
+    flat = {name: torch.from_numpy(signals.terms[name].ravel().copy()) for name in active}
+    parts = {name: weight * standardized(flat[name]) for name, weight in active.items()}
+    total = sum(parts.values(), torch.zeros(signals.length.size, dtype=torch.float64))
+    reward = total.numpy().reshape(signals.length.shape)
+    bias = correlation(reward, signals.length)
+    if abs(bias) > 0.3:
+        found.append(
+            f"This reward pays for {'long' if bias > 0 else 'short'} answers: within a prompt it correlates {bias:+.2f} "
+            "with length; change the weights, or watch the length."
+        )
+    if within_share(reward) < 0.1:
+        found.append(
+            f"The reward hardly varies within a prompt ({within_share(reward):.0%} of its variance; the rest lies "
+            "between prompts and teaches nothing): a policy gets little signal from it."
+        )
+    found += _about_coverage(signals) if "coverage" in active else []
+    cut = 1.0 - float(signals.ended.mean())
+    if cut > 0.5:
+        found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
+    within = {name: torch.from_numpy(_centred(part.numpy().reshape(reward.shape)).ravel()) for name, part in parts.items()}
+    for name, part in within.items():
+        share = variance_share(part, sum(within.values(), torch.zeros_like(part)))
+        if len(active) > 1 and share > 0.9:
+            found.append(f"One term dominates: {name} holds {share:.0%} of the reward's variance within a prompt.")
+    repeated = correlation(reward, signals.repetition)
+    if repeated > 0.2:
+        found.append(f"This reward pays for repetition (correlation {repeated:+.2f} within a prompt): penalise it more.")
+    same = float(np.mean([len(set(texts)) / len(texts) for texts in signals.completions]))
+    if same < 0.5:
+        found.append(
+            f"The answers to a prompt are mostly the same ({same:.0%} differ): raise --sampling.temperature, or the "
+            "model has nothing left to choose from."
+        )
+    if signals.truth is not None:
+        found += _about_truth(signals, reward)
+    return found
+
+
+def _about_coverage(signals: Signals) -> list[str]:
+    mean = float(np.mean(signals.terms["coverage"]))
+    threshold = signals.configured.threshold
+    if mean > 0.9:
+        return [f"Coverage is saturated (mean {mean:.2f} at threshold {threshold:g}): raise the threshold."]
+    if mean < 0.1:
+        return [f"Nearly nothing is covered (mean {mean:.2f} at threshold {threshold:g}): lower the threshold."]
+    share = within_share(signals.terms["coverage"])
+    if share < 0.1:
+        return [
+            f"Coverage hardly varies within a prompt ({share:.0%} of its variance): under reward.normalize running its "
+            "weight counts for little beside other terms; the recommended weights make up for it."
+        ]
+    return []
+
+
+def _about_truth(signals: Signals, reward: Floats) -> list[str]:
+    assert signals.truth is not None
+    if not np.any(within_z(signals.truth)):
+        return [f"{signals.truth_name} says the same of all answers to a prompt: it can't judge a reward here."]
+    seen = correlation(reward, signals.truth)
+    if seen < 0.1:
+        return [
+            f"The configured reward hardly sees {signals.truth_name} (correlation {seen:+.2f} within a prompt): training "
+            "on it is unlikely to help."
+        ]
+    return []
+
+
+def _centred(values: Floats) -> Floats:
+    return np.asarray(values - values.mean(axis=1, keepdims=True))
+
+
+def flags_of(recommendation: Recommendation, configured: Setting, names: Sequence[str] = WEIGHED) -> list[str]:
+    """Write the recommendation as flags of ``cagsr train``."""
+    setting = recommendation.setting
+    flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
+    if setting.pooling != configured.pooling:
+        flags.append(f"--salience.pooling {setting.pooling}")
+    return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in names]
+
+
+def yaml_of(recommendation: Recommendation, names: Sequence[str] = WEIGHED) -> dict[str, dict[str, object]]:
+    """Write the recommendation as the settings of a ``--config`` file."""
+    setting = recommendation.setting
+    reward: dict[str, object] = {name: {"weight": recommendation.weights.get(name, 0.0)} for name in names}
+    reward["coverage"] = {"weight": recommendation.weights.get("coverage", 0.0), "threshold": setting.threshold}
+    return {"attention": {"layers": setting.layers}, "salience": {"pooling": setting.pooling}, "reward": reward}

@@ -1,0 +1,42 @@
+"""Sample answers to a list of prompts, batch by batch, without touching the global random generators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from cagsr.config import SamplingConfig
+from cagsr.flow import EncodedPrompt, Rollout
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.batch import collate_prompts
+from cagsr.rollout.sample import sample_responses
+
+
+def sample_in_batches(
+    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int, batch_size: int
+) -> Iterator[tuple[Sequence[EncodedPrompt], Rollout]]:
+    """Yield some prompts at a time with ``sampling.num_generations`` answers to each.
+
+    Args:
+        loaded: the policy.
+        prompts: what is asked.
+        sampling: how.
+        seed: the same seed and batch size give the same answers.
+        batch_size: prompts at once.
+    """
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    for number, start in enumerate(range(0, len(prompts), batch_size)):
+        some = prompts[start : start + batch_size]
+        batch = collate_prompts(
+            some,
+            pad_token_id=loaded.pad_token_id,
+            padding_side="right" if loaded.encoder_decoder else "left",
+            num_generations=sampling.num_generations,
+            device=loaded.device,
+            first_group=start,
+        )
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed + 7919 * number)
+            rollout = sample_responses(loaded, batch, sampling)
+        yield some, rollout

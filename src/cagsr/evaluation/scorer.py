@@ -1,0 +1,255 @@
+"""Score finished answers outside a training run: texts or samples in, every reward term out.
+
+The same scoring pass, the same terms and the same salience as in training, but for a file instead of a step: terms
+are read micro-batch by micro-batch, and normalised once all of them are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cagsr.attention import PromptAttentionReader
+from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import DataError
+from cagsr.flow import EncodedPrompt, PromptBatch, RewardBatch, Rollout
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.batch import collate_prompts
+from cagsr.reward.build import build_reward
+from cagsr.reward.protocol import RewardTerm
+from cagsr.reward.terms import builtin_terms
+from cagsr.reward.values import term_values
+from cagsr.reward.words import pool_words
+from cagsr.update.score import score_policy
+
+
+@dataclass(frozen=True)
+class Response:
+    """A finished answer."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Its tokens, the stop token included if it ended by itself."""
+    ended: bool
+    """It stopped by itself; False: it was cut."""
+
+
+def encode_response(
+    loaded: LoadedModel,
+    prompt: EncodedPrompt,
+    text: str,
+    *,
+    ended: bool = True,
+    limit: int | None = None,
+    ids: Sequence[int] | None = None,
+) -> Response:
+    """Turn an answer's text into the tokens the model would have had to say.
+
+    Where white space stands between prompt and answer the two are tokenised together, as in supervised training, if
+    that leaves the prompt's tokens as they are; otherwise the answer is tokenised alone, because a sampled answer may
+    come without the space that its first token holds. No special tokens are put in; the stop token is appended to an
+    answer that ended.
+
+    Args:
+        loaded: the model's tokenizer and stop tokens.
+        prompt: what is answered.
+        text: the answer.
+        ended: the answer is complete; False appends no stop token.
+        limit: cut the answer to this many tokens (it is then unfinished); None: never.
+        ids: the tokens it was sampled as, taken as they are; None: tokenise the text.
+
+    Returns:
+        The answer; its ``ids`` are empty for a text without a token that is cut.
+    """
+    tokens = _tokens(loaded, prompt, text, ended) if ids is None else [int(token) for token in ids]
+    if limit is not None and len(tokens) > limit:
+        tokens, ended = tokens[:limit], False
+    return Response(text, tuple(tokens), ended)
+
+
+def _tokens(loaded: LoadedModel, prompt: EncodedPrompt, text: str, ended: bool) -> list[int]:
+    tokenizer = loaded.tokenizer
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not loaded.encoder_decoder and (text[:1].isspace() or prompt.prompt.text[-1:].isspace()):
+        add_special = prompt.prompt.messages is None
+        before = tokenizer(prompt.prompt.text, add_special_tokens=add_special, verbose=False)["input_ids"]
+        both = tokenizer(prompt.prompt.text + text, add_special_tokens=add_special, verbose=False)["input_ids"]
+        if both[: len(before)] == before and len(both) > len(before):
+            ids = both[len(before) :]
+    ids = _without_stop(ids, loaded)
+    if text and ids and ended:
+        stop = tokenizer.eos_token_id
+        ids = [*ids, loaded.stop_ids[0] if stop is None else int(stop)]
+    return ids
+
+
+def _without_stop(ids: list[int], loaded: LoadedModel) -> list[int]:
+    """Drop a stop token that stands at the end of the text itself (or that the tokenizer closes every text with)."""
+    while ids and ids[-1] in loaded.stop_ids:
+        ids = ids[:-1]
+    return ids
+
+
+class Scorer:
+    """Reads everything the reward looks at from one pass over prompt + answer, and asks every term.
+
+    Args:
+        loaded: the model whose attention is read.
+        reward: terms, their settings and weights; every built-in term is computed, also those of weight 0.
+        attention: which layers and heads (``source`` makes no difference: the only model here is the starting model).
+        salience: how the pieces of a word are pooled.
+        temperature: divides the logits for log-probabilities and self-certainty, as in sampling.
+        micro_batch_size: answers in memory at once.
+
+    Raises:
+        ConfigError: a reward or a choice of layers that can't be used.
+        AttentionError: the model's attention can't be read.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        reward: RewardConfig,
+        attention: AttentionConfig,
+        salience: SalienceConfig,
+        *,
+        temperature: float = 1.0,
+        micro_batch_size: int = 32,
+    ) -> None:
+        self.loaded = loaded
+        self.config = reward
+        self.salience = salience
+        self.sampling = SamplingConfig(temperature=temperature or 1.0)
+        self.micro_batch_size = micro_batch_size
+        self.actor_critic = ActorCritic(loaded)
+        self.reader = PromptAttentionReader(loaded.model, layers=attention.layers, heads=attention.heads)
+        chosen = build_reward(reward, device=loaded.device)
+        builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward)}
+        others = [
+            (term, weight)
+            for term, weight in zip(chosen.terms, chosen.weights, strict=True)
+            if term.name not in builtin
+        ]
+        both = [*builtin.values(), *others]
+        self.terms: tuple[RewardTerm, ...] = tuple(term for term, _ in both)
+        self.weights: dict[str, float] = {term.name: float(weight) for term, weight in both}
+
+    def rollout(self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]) -> Rollout:
+        """Pad prompts and finished answers, one answer for each prompt, into a rollout.
+
+        Raises:
+            DataError: an answer without a token; the message names the prompt's row.
+        """
+        for prompt, response in zip(prompts, responses, strict=True):
+            if not response.ids:
+                raise DataError(
+                    f"Row {prompt.prompt.row}: a response of zero tokens can't be scored; remove the row or mend it."
+                )
+        batch = self._collate(prompts)
+        width = max(len(response.ids) for response in responses)
+        ids = torch.full((len(responses), width), self.loaded.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros((len(responses), width), dtype=torch.bool)
+        for row, response in enumerate(responses):
+            ids[row, : len(response.ids)] = torch.tensor(response.ids, dtype=torch.int64)
+            mask[row, : len(response.ids)] = True
+        device = self.loaded.device
+        ended = torch.tensor([response.ended for response in responses], dtype=torch.bool)
+        texts = tuple(response.text for response in responses)
+        return Rollout(batch, ids.to(device), mask.to(device), ended.to(device), texts)
+
+    def batch(self, rollout: Rollout) -> RewardBatch:
+        """Score a rollout: log-probabilities, entropies, self-certainty and prompt attention in one pass.
+
+        The model is its own reference here, so ``reference_logprobs`` are its own.
+        """
+        scores = score_policy(
+            self.actor_critic,
+            self.loaded,
+            rollout,
+            self.sampling,
+            reader=self.reader,
+            micro_batch_size=self.micro_batch_size,
+        )
+        assert scores.attention is not None
+        prompts = rollout.prompts
+        words = pool_words(scores.attention, prompts.words, prompts.salience.shape[1], self.salience.pooling)
+        return RewardBatch(rollout, scores, scores.logprobs, scores.attention, words)
+
+    def values(self, batch: RewardBatch) -> dict[str, Tensor]:
+        """Give every term's raw values, name -> ``(batch,)`` float32 on the CPU, NaN where a term does not apply.
+
+        Raises:
+            RewardError: a term fails or gives a number that is not finite.
+        """
+        return {term.name: term_values(term, batch).raw.cpu() for term in self.terms}
+
+    def score_texts(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]
+    ) -> Iterator[tuple[RewardBatch, dict[str, Tensor]]]:
+        """Score answers in their order, ``micro_batch_size`` at a time: what the terms saw and what they gave."""
+        for start in range(0, len(prompts), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            batch = self.batch(self.rollout(prompts[part], responses[part]))
+            yield batch, self.values(batch)
+
+    def _collate(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
+        return collate_prompts(
+            prompts,
+            pad_token_id=self.loaded.pad_token_id,
+            padding_side="right" if self.loaded.encoder_decoder else "left",
+            device=self.loaded.device,
+        )
+
+
+def weigh(
+    raw: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    *,
+    normalize: str = "running",
+    clip: float = 5.0,
+    group: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Bring the terms of a set of answers to one scale and weigh them.
+
+    ``running`` centres each term and divides it by its standard deviation over the set, which is what training's running
+    moments come to. With ``group`` each term is centred within its group and divided by the standard deviation that
+    is left, over all groups: the scale on which answers to one prompt compete.
+
+    Args:
+        raw: name -> ``(answers,)``, NaN where a term does not apply.
+        weights: name -> weight, for every name of ``raw``.
+        normalize: ``running`` or ``none`` (raw values).
+        clip: normalised values are clipped to plus or minus this; 0 does not clip.
+        group: ``(answers,)`` int64, equal for answers to one prompt; None: one scale for all.
+
+    Returns:
+        Name -> ``(answers,)`` float64, weight * value; 0 where a term does not apply or does not vary.
+    """
+    return {name: weights[name] * standardized(values, normalize, clip, group) for name, values in raw.items()}
+
+
+def standardized(
+    values: Tensor, normalize: str = "running", clip: float = 0.0, group: Tensor | None = None
+) -> Tensor:
+    """Normalise one term as :func:`weigh` does: ``(answers,)`` in and out, float64, 0 where it does not apply."""
+    known = torch.isfinite(values)
+    x = torch.where(known, values, 0.0).double()
+    if normalize == "none":
+        return x
+    index = torch.zeros_like(known, dtype=torch.int64)
+    if group is not None:
+        index = torch.unique(group, return_inverse=True)[1]
+    size = torch.zeros(int(index.max()) + 1 if len(index) else 0).double()
+    counts = size.scatter_add(0, index, known.double()).clamp(min=1)
+    means = size.scatter_add(0, index, x) / counts
+    centred = torch.where(known, x - means[index], 0.0)
+    std = float((centred.square().sum() / known.sum().clamp(min=1)).sqrt())
+    # Values equal up to float32 rounding do not vary.
+    if std <= 1e-6 * float(x.abs().max() if len(x) else 0.0) + 1e-8:
+        return torch.zeros_like(x)
+    z = centred / std
+    return z.clamp(-clip, clip) if clip > 0 else z

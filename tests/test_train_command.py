@@ -1,0 +1,255 @@
+"""``cagsr train`` as a user runs it: what a run leaves behind, resuming, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from cagsr.commands.main import main
+
+SMALL = [
+    "--run.batch_size",
+    "3",
+    "--sampling.num_generations",
+    "2",
+    "--sampling.max_new_tokens",
+    "5",
+    "--evaluation.held_out",
+    "2",
+    "--evaluation.every",
+    "3",
+    "--model.device",
+    "cpu",
+    "--ppo.num_ppo_epochs",
+    "2",
+    "--ppo.num_mini_batches",
+    "2",
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return tiny.save_model(tmp_path / "start")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return tiny.save_prompts(tmp_path / "prompts.jsonl")
+
+
+def arguments(start: Path, prompts: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "--model", str(start), "--data", str(prompts), "--output_dir", str(run), *SMALL, *more]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run, expect status 2 and one sentence without a traceback; return it."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert len(errors) == 1, said
+    assert "Traceback" not in said
+    return errors[0]
+
+
+def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert main(arguments(start, prompts, run, "--steps", "4", "--run.save_every", "2")) == 0
+    metrics = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert "eval/metric" in metrics[0]
+    assert "eval/metric_greedy" in metrics[3]
+    assert {"objective/kl", "policy/clipfrac_avg", "rewards/coverage/share", "val/ratio"} <= metrics[1].keys()
+    sample = lines(run / "samples.jsonl")[0]
+    assert sample["reward"] == pytest.approx(sum(sample["contributions"].values()), abs=1e-5)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert not list(run.rglob("*.bin"))
+    assert not list(run.rglob("*.pt"))
+    assert AutoModelForCausalLM.from_pretrained(run / "final").config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained(run / "final").pad_token == "<pad>"
+    card = (run / "final" / "README.md").read_text()
+    assert "cagsr" in card
+    assert (run / "curves.png").stat().st_size > 10_000
+    # the stored config repeats the run
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
+    assert (again / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--lora_r", "2"], ["--ppo.kl_controller", "adaptive", "--ppo.lr_scheduler", "linear"]]
+)
+def test_resumed_is_bit_for_bit_the_uninterrupted_run(start: Path, prompts: Path, tmp_path: Path, extra: list[str]):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    common = ["--steps", "5", "--run.save_every", "2", *extra]
+    assert main(arguments(start, prompts, whole, *common)) == 0
+    # stopped after step 3: the checkpoint of step 2 is the last, and step 3 is done again
+    stop = ["--monitors.length_drift", "-1", "--monitors.length_drift_action", "stop", "--monitors.patience", "3"]
+    assert main(arguments(start, prompts, halves, *common, *stop)) == 2
+    for path in (halves / "checkpoints").glob("step-000003"):
+        import shutil
+
+        shutil.rmtree(path)
+    assert main(arguments(start, prompts, halves, *common, "--resume")) == 0
+    assert (halves / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (halves / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    name = "model.safetensors"
+    assert (halves / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+
+
+def test_killed_at_random_moments_and_resumed(start: Path, prompts: Path, tmp_path: Path):
+    """SIGKILL, several times, then resumed: the metrics are those of the uninterrupted run."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    common = ["--steps", "8", "--run.save_every", "1"]
+    assert main(arguments(start, prompts, whole, *common)) == 0
+    command = [sys.executable, "-m", "cagsr.commands.main", *arguments(start, prompts, killed, *common)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    moments = random.Random(0)
+    kills = 0
+    for attempt in range(12):
+        process = subprocess.Popen(
+            command + (["--resume"] if attempt else []),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        target = 1 + 2 * kills  # let it get past another step or two, then kill it soon after
+        while process.poll() is None and kills < 3:
+            written = (killed / "metrics.jsonl").read_bytes().count(b"\n") if (killed / "metrics.jsonl").exists() else 0
+            if written > target:
+                time.sleep(moments.random() * 0.15)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        _, said = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, said.decode()
+        kills += 1
+    assert kills == 3
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_an_output_folder_with_another_run(start: Path, prompts: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert main(arguments(start, prompts, run, "--steps", "1")) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert "holds another run" in refused(capsys, arguments(start, prompts, run, "--steps", "1"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert main(arguments(start, prompts, run, "--steps", "1", "--overwrite")) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "empty"),
+        ('{"prompt": "the cat"}\n' * 6 + '{"prompt": "the\n', "row 7"),
+        ('{"prompt": "the cat"}\n{"question": "the dog"}\n', "row 2"),
+        ('{"prompt": "the cat"}\n{"prompt": ""}\n', "row 2"),
+        ('{"prompt": "the cat"}\n{"prompt": "' + "cat " * 80 + '"}\n', "row 2"),
+        ('{"prompt": "the cat"}\n{"prompt": "<bos> <eos>"}\n', "row 2"),
+    ],
+)
+def test_bad_prompts(start: Path, tmp_path: Path, capsys, content: str, expected: str):
+    prompts = tmp_path / "bad.jsonl"
+    prompts.write_text(content)
+    run = tmp_path / "run"
+    sentence = refused(capsys, arguments(start, prompts, run))
+    assert expected in sentence
+    assert "bad.jsonl" in sentence
+    assert not run.exists()
+
+
+def test_bad_model_and_settings(start: Path, prompts: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert "no such folder" in refused(capsys, arguments(tmp_path / "nothing", prompts, run))
+    (start / "model.safetensors").rename(start / "pytorch_model.bin")
+    assert "pickled" in refused(capsys, arguments(start, prompts, run))
+    (start / "pytorch_model.bin").rename(start / "model.safetensors")
+    cases = {
+        "--ppo.learning_rat": ("1e-3", "ppo.learning_rate"),
+        "--sampling.temperature": ("0", "must be above 0"),
+        "--sampling.max_new_tokens": ("64", "no room for a prompt"),
+        "--reward.coverage.weight": ("many", "reward.coverage.weight"),
+        "--attention.layers": ("last", "layers"),
+        "--evaluation.metric": ("nowhere.metric", "nowhere.metric"),
+        "--ppo.kl_in": ("loss", "k3"),
+    }
+    for flag, (value, expected) in cases.items():
+        assert expected in refused(capsys, arguments(start, prompts, run, flag, value)), flag
+    config = tmp_path / "config.yaml"
+    config.write_text("ppo:\n  learning_rat: 0.001\n")
+    assert "ppo.learning_rate" in refused(capsys, [*arguments(start, prompts, run), "--config", str(config)])
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_tokenizer_without_a_pad_of_its_own(prompts: Path, tmp_path: Path, capsys, pad: str | None):
+    start = tiny.save_model(tmp_path / "padless", pad=pad)
+    run = tmp_path / "run"
+    assert "--model.pad_token" in refused(capsys, arguments(start, prompts, run))
+    assert not run.exists()
+    assert main(arguments(start, prompts, run, "--steps", "1", "--model.pad_token", "<new_pad>")) == 0
+    assert AutoTokenizer.from_pretrained(run / "final").pad_token == "<new_pad>"
+
+
+def test_a_reward_that_is_not_a_number_stops_with_term_step_and_prompt(
+    start: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch
+):
+    (tmp_path / "broken_reward.py").write_text(
+        "calls = 0\n"
+        "def late_nan(prompts, completions, completion_ids, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [float('nan') if calls == 3 and i == 4 else 1.0 * i for i in range(len(prompts))]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "run"
+    more = ["--reward.functions", "broken_reward.late_nan", "--run.save_every", "1", "--steps", "5"]
+    sentence = refused(capsys, arguments(start, prompts, run, *more))
+    assert "late_nan" in sentence
+    assert "step 3" in sentence
+    assert "tell me about" in sentence
+    assert "step-000002" in sentence
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [0, 1, 2]
+    from cagsr.runs.checkpoint import latest_checkpoint
+
+    assert latest_checkpoint(run / "checkpoints").step == 2
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder_models_train_end_to_end(kind: str, prompts: Path, tmp_path: Path):
+    start = tiny.save_model(tmp_path / "start", kind)
+    run = tmp_path / "run"
+    assert main(arguments(start, prompts, run, "--steps", "2")) == 0
+    rows = lines(run / "metrics.jsonl")
+    assert rows[-1]["step"] == 2
+    assert rows[1]["rewards/coverage/std"] > 0
+
+
+def test_unreadable_attention_is_refused(prompts: Path, tmp_path: Path, capsys):
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    size = len(tiny.SPECIAL) + len(tiny.WORDS)
+    model = BloomForCausalLM(BloomConfig(vocab_size=size, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0))
+    model.save_pretrained(tmp_path / "bloom")
+    tiny.tokenizer().save_pretrained(tmp_path / "bloom")
+    sentence = refused(capsys, arguments(tmp_path / "bloom", prompts, tmp_path / "run"))
+    assert "bloom" in sentence
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,171 @@
+"""One PPO step: ratio 1 before the first update, micro-batches that change nothing, and a reward it can follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tiny
+from cagsr.config import (
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SalienceConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from cagsr.errors import CagsrError
+from cagsr.models.load import load_model
+from cagsr.prompts.prepare import prepare_prompts
+from cagsr.prompts.promptset import PromptSet
+from cagsr.reward.build import build_reward
+from cagsr.update.ppo import PPO
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
+
+
+def setting(folder: Path, kind: str = "llama", **changes: object) -> tuple[PPO, PromptSet]:
+    if not (folder / "config.json").exists():
+        tiny.save_model(folder, kind)
+    data = tiny.save_prompts(folder / "prompts.jsonl")
+    config = TrainConfig(
+        model=ModelConfig(str(folder), device="cpu"),
+        data=DataConfig(str(data)),
+        output_dir=str(folder / "run"),
+        sampling=SamplingConfig(num_generations=4, max_new_tokens=6),
+        ppo=PPOConfig(num_ppo_epochs=2, num_mini_batches=2, learning_rate=1e-3, adam_eps=1e-5),
+        run=RunConfig(steps=5),
+    )
+    config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    loaded = load_model(config.model, config.lora)
+    prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
+    reward = build_reward(config.reward, device="cpu")
+    return PPO(config, loaded, reward, Accelerator(cpu=True)), prompts
+
+
+def step(ppo: PPO, prompts: PromptSet, seed: int = 0) -> dict[str, float]:
+    torch.manual_seed(seed)
+    return ppo.update(ppo.collect(prompts.prompts[:4]))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_every_family_takes_a_step_with_ratio_one_before_it(kind: str, rank: int, tmp_path: Path):
+    ppo, prompts = setting(tmp_path, kind, lora=LoraConfig(r=rank))
+    before = {name: value.clone() for name, value in ppo.loaded.model.named_parameters()}
+    metrics = step(ppo, prompts)
+    assert metrics["val/ratio_first_error"] < 1e-4
+    assert metrics["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    after = dict(ppo.loaded.model.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved
+    assert all(after[name].requires_grad for name in moved)
+    assert step(ppo, prompts, seed=1)["objective/kl_k3"] > 1e-6
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_micro_batches_change_nothing(tmp_path: Path, estimator: str, kl_in: str):
+    def trained(micro: int) -> tuple[dict[str, float], torch.Tensor]:
+        config = PPOConfig(
+            estimator=estimator,  # type: ignore[arg-type]
+            kl_in=kl_in,  # type: ignore[arg-type]
+            kl_estimator="k3" if kl_in == "loss" else "k1",
+            kl_coef=0.3,
+            entropy_coef=0.01,
+            num_ppo_epochs=2,
+            num_mini_batches=2,
+            micro_batch_size=micro,
+            learning_rate=1e-3,
+            adam_eps=1e-3,
+        )
+        ppo, prompts = setting(tmp_path, ppo=config)
+        step(ppo, prompts)
+        metrics = step(ppo, prompts, seed=1)
+        return metrics, torch.cat([value.flatten() for value in ppo.loaded.model.parameters()]).detach()
+
+    whole, weights_whole = trained(16)
+    split, weights_split = trained(3)
+    torch.testing.assert_close(weights_split, weights_whole, atol=2e-5, rtol=1e-4)
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, abs=2e-3, rel=2e-3), name
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_a_reward_is_followed(tmp_path: Path, estimator: str):
+    """Paying for the share of one token must make it likelier: the sign and the plumbing of the whole step."""
+    (tmp_path / "pays_for_cat.py").write_text(
+        "def pays(prompts, completions, completion_ids, **columns):\n"
+        "    return [sum(w == 'cat' for w in text.split()) / 6 for text in completions]\n"
+    )
+    reward = RewardConfig(
+        coverage=dataclasses.replace(RewardConfig().coverage, weight=0.0),
+        repetition=dataclasses.replace(RewardConfig().repetition, weight=0.0),
+        functions=["pays_for_cat.pays"],
+    )
+    ppo_config = PPOConfig(
+        estimator=estimator,  # type: ignore[arg-type]
+        kl_coef=0.0,
+        learning_rate=3e-3,
+        missing_eos_penalty=None,
+    )
+    monkey = pytest.MonkeyPatch()
+    monkey.syspath_prepend(str(tmp_path))
+    try:
+        ppo, prompts = setting(tmp_path, reward=reward, ppo=ppo_config, run=RunConfig(steps=12))
+        history = [step(ppo, prompts, seed=number)["rewards/pays/mean"] for number in range(12)]
+    finally:
+        monkey.undo()
+    assert sum(history[-3:]) / 3 > sum(history[:3]) / 3 + 0.1, history
+
+
+def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path):
+    ppo, prompts = setting(
+        tmp_path,
+        attention=AttentionConfig(source="reference"),
+        sampling=SamplingConfig(num_generations=2, max_new_tokens=5, temperature=1.0),
+    )
+    torch.manual_seed(0)
+    first = ppo.collect(prompts.prompts[:2])
+    with torch.no_grad():
+        for parameter in ppo.loaded.model.parameters():
+            parameter.mul_(1.05)
+    torch.manual_seed(0)
+    second = ppo.collect(prompts.prompts[:2])
+    same = (first.rollout.response_ids.shape == second.rollout.response_ids.shape) and bool(
+        (first.rollout.response_ids == second.rollout.response_ids).all()
+    )
+    if same:
+        torch.testing.assert_close(first.reward.terms["coverage"], second.reward.terms["coverage"])
+    assert first.scores.attention is None
+
+
+def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
+    ppo, prompts = setting(tmp_path)
+    experience = ppo.collect(prompts.prompts[:4])
+    shifted = dataclasses.replace(experience.scores, logprobs=experience.scores.logprobs - 0.1)
+    with pytest.raises(CagsrError, match="ratio before the first update"):
+        ppo.update(dataclasses.replace(experience, scores=shifted))
+
+
+def test_filters_are_corrected_and_logged(tmp_path: Path):
+    ppo, prompts = setting(tmp_path, sampling=SamplingConfig(num_generations=4, max_new_tokens=6, top_p=0.5))
+    assert step(ppo, prompts)["sampling/correction_avg"] < -0.05
+
+
+def test_salience_pooling_reaches_the_reward(tmp_path: Path):
+    ppo, prompts = setting(tmp_path, salience=SalienceConfig(weighting="uniform"))
+    experience = ppo.collect(prompts.prompts[:2])
+    coverage = experience.reward.terms["coverage"]
+    assert ((coverage >= 0) & (coverage <= 1)).all()
+    assert coverage.std() > 0

@@ -1,0 +1,129 @@
+"""The scoring pass: log-probabilities, values and attention of real tokens, whatever the padding and the batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from cagsr.attention import PromptAttentionReader
+from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
+from cagsr.flow import Prompt, PromptBatch, Rollout
+from cagsr.models.actor_critic import ActorCritic, PassInputs, teacher_forced
+from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.reference import Reference
+from cagsr.rollout.sample import sample_responses
+from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
+TEXTS = ["the cat", "tell me about the small red bird near a house", "a big dog likes the tree", "blue . green"]
+
+
+def rolled_out(loaded: LoadedModel, copies: int = 2) -> Rollout:
+    texts = [text for text in TEXTS for _ in range(copies)]
+    encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.padding_side)
+    prompts = PromptBatch(
+        tuple(Prompt(row, text) for row, text in enumerate(texts, 1)),
+        encoded.input_ids,
+        encoded.attention_mask.bool(),
+        torch.full_like(encoded.input_ids, -1),
+        torch.ones(len(texts), 1),
+        torch.arange(len(texts)) // copies,
+    )
+    torch.manual_seed(3)
+    return sample_responses(loaded, prompts, SamplingConfig(max_new_tokens=9, temperature=1.3))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_one_batch_of_eight_equals_eight_batches_of_one(kind: str, tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    rollout = rolled_out(loaded)
+    actor_critic = ActorCritic(loaded, value="head")
+    torch.nn.init.normal_(actor_critic.value_head.weight)
+    reader = PromptAttentionReader(loaded.model, "all")
+    sampling = SamplingConfig(temperature=1.3)
+    together = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=8)
+    alone = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=1)
+    for name in ("logprobs", "entropy", "certainty", "values", "attention"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=2e-5, rtol=1e-4)
+    mask = rollout.response_mask
+    assert (together.logprobs[~mask] == 0).all()
+    assert (together.logprobs[mask] < 0).all()
+    assert (together.attention[:, 0].sum(1) > 0.01).all()  # later rows may lie beyond a sliding window
+    assert (together.attention.transpose(1, 2)[~rollout.prompts.mask] == 0).all()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
+    """Teacher-forced log-probabilities equal those of decoding step by step with a cache."""
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    rollout = rolled_out(loaded, copies=1)
+    scores = score_policy(
+        ActorCritic(loaded), loaded, rollout, SamplingConfig(temperature=1.3), reader=None, micro_batch_size=8
+    )
+    row, length = 1, int(rollout.response_mask[1].sum())
+    prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]][None]
+    cache, fed = None, prompt
+    for t in range(length):
+        if loaded.encoder_decoder:
+            start = torch.tensor([[loaded.model.config.decoder_start_token_id]])
+            decoder = torch.cat([start, rollout.response_ids[row : row + 1, :t]], dim=1)
+            logits = loaded.model(input_ids=prompt, decoder_input_ids=decoder).logits
+        else:
+            output = loaded.model(input_ids=fed, past_key_values=cache, use_cache=True)
+            cache, logits = output.past_key_values, output.logits
+            fed = rollout.response_ids[row : row + 1, t : t + 1]
+        expected = torch.log_softmax(logits[0, -1].float() / 1.3, dim=-1)[rollout.response_ids[row, t]]
+        torch.testing.assert_close(scores.logprobs[row, t], expected.detach(), atol=2e-5, rtol=1e-4)
+
+
+def test_values_come_from_the_last_hidden_state(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    inputs = PassInputs.of(rolled_out(loaded))
+    logits, hidden = teacher_forced(loaded.model, inputs, False, loaded.pad_token_id, with_hidden=True)
+    assert hidden is not None
+    torch.testing.assert_close(loaded.model.get_output_embeddings()(hidden), logits)
+    assert not loaded.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_value_head_starts_at_zero(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    for value in ("head", "model"):
+        _, values = ActorCritic(loaded, value=value)(PassInputs.of(rolled_out(loaded)))
+        assert values is not None
+        assert (values == 0).all()
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(r=2)])
+def test_reference_stays_where_the_policy_started(tmp_path: Path, lora: LoraConfig):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"), lora)
+    rollout = rolled_out(loaded)
+    reference = Reference(loaded)
+
+    def scored() -> torch.Tensor:
+        with reference.model() as model:
+            return score_reference(model, loaded, rollout, 1.0, reader=None, micro_batch_size=8)[0]
+
+    before = scored()
+    policy = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    torch.testing.assert_close(policy.logprobs, before, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.testing.assert_close(scored(), before, atol=0, rtol=0)
+    moved = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    assert (moved.logprobs - before).abs().max() > 1e-2
+
+
+def test_micro_batches_are_a_partition_sorted_by_length(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    rollout = rolled_out(loaded)
+    chosen = torch.tensor([6, 1, 3, 0, 7])
+    chunks = length_sorted_chunks(rollout, 2, chosen)
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+    assert sorted(torch.cat(chunks).tolist()) == [0, 1, 3, 6, 7]
+    lengths = rollout.prompts.mask.sum(1) + rollout.response_mask.sum(1)
+    assert lengths[torch.cat(chunks)].tolist() == sorted(lengths[chosen].tolist())

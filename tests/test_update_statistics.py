@@ -1,0 +1,45 @@
+"""Per-token statistics: against torch's own distributions, and what sampling filters change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from cagsr.config import SamplingConfig
+from cagsr.update.statistics import sampling_correction, token_entropy, token_logprobs
+
+
+def test_logprobs_and_entropy_are_those_of_the_tempered_softmax():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 3, 7), torch.randint(0, 7, (2, 3))
+    expected = Categorical(logits=logits / 0.7)
+    torch.testing.assert_close(token_logprobs(logits, ids, 0.7), expected.log_prob(ids))
+    torch.testing.assert_close(token_entropy(logits, 0.7), expected.entropy())
+
+
+def test_bfloat16_logits_are_computed_in_float32():
+    logits = torch.tensor([[[1.0, 2.0, 3.0]]], dtype=torch.bfloat16)
+    found = token_logprobs(logits, torch.tensor([[2]]), 1.0)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(3 - math.log(sum(map(math.exp, (1, 2, 3)))), abs=1e-6)
+
+
+def test_without_filters_nothing_is_corrected():
+    found = sampling_correction(torch.randn(1, 2, 5), torch.tensor([[1, 2]]), SamplingConfig(), (0,))
+    assert found.tolist() == [[0.0, 0.0]]
+
+
+def test_correction_is_the_log_of_the_mass_that_may_be_sampled():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().view(1, 1, 4).expand(1, 2, 4)
+    ids = torch.tensor([[0, 1]])
+    top_k = sampling_correction(logits, ids, SamplingConfig(top_k=2), (3,))
+    assert top_k.exp().tolist()[0] == pytest.approx([0.8, 0.8], abs=1e-6)
+    top_p = sampling_correction(logits, ids, SamplingConfig(top_p=0.85), (3,))
+    assert top_p.exp().tolist()[0] == pytest.approx([0.95, 0.95], abs=1e-6)
+    # the stop token 3 is forbidden in the first position only
+    shortest = sampling_correction(logits, ids, SamplingConfig(min_new_tokens=1), (3,))
+    assert shortest.exp().tolist()[0] == pytest.approx([0.95, 1.0], abs=1e-6)
