@@ -194,7 +194,7 @@ def test_batches_one_after_another_equal_one_big_batch(make_reward_batch: MakeBa
     batch = make_reward_batch(prompts=5, generations=4)
     big, small = build_reward(EVERYTHING, device="cpu"), build_reward(EVERYTHING, device="cpu")
     whole = big(batch)
-    for rows in (torch.arange(3), torch.arange(3, 4), torch.arange(4, 20)):
+    for rows in (torch.arange(4), torch.arange(4, 12), torch.arange(12, 20)):  # a prompt's answers stay together
         small(pick(batch, rows))
     for name, state in big.state_dict().items():
         assert small.state_dict()[name] == pytest.approx(state, rel=1e-9, abs=1e-12)
@@ -218,7 +218,7 @@ def test_processes_share_their_moments(make_reward_batch: MakeBatch) -> None:
 
         parts[rank] = build_reward(EVERYTHING, device="cpu", reduce=reduce)(pick(batch, rows))
 
-    threads = [Thread(target=process, args=(0, torch.arange(5))), Thread(target=process, args=(1, torch.arange(5, 16)))]
+    threads = [Thread(target=process, args=(0, torch.arange(4))), Thread(target=process, args=(1, torch.arange(4, 16)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -258,7 +258,8 @@ def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
     reward = reward_function(batch)
     torch.testing.assert_close(reward.total, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
     assert reward.terms["given"].isnan().tolist() == [False, True, False, True]
-    assert reward_function.state_dict()["given"] == {"count": 2.0, "mean": 2.0, "m2": 2.0}
+    state = reward_function.state_dict()["given"]
+    assert (state["count"], state["mean"], state["m2"]) == (2.0, 2.0, 2.0)
     metrics = reward_metrics(reward, batch)
     assert metrics["rewards/given/mean"] == 2.0
     assert all(math.isfinite(value) for value in metrics.values())
@@ -377,3 +378,25 @@ def test_metrics_of_a_reward(make_reward_batch: MakeBatch) -> None:
     assert metrics["rewards/length/length_correlation"] == pytest.approx(1.0)
     assert metrics["rewards/length/mean"] == pytest.approx(float(batch.rollout.response_mask.sum(1).float().mean()))
     assert sum(metrics[f"rewards/{name}/share"] for name in reward.terms) == pytest.approx(1.0)
+
+
+def test_within_prompt_compares_answers_to_one_prompt_only(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=2, generations=2)
+    # means 2 and 105, deviations -1 1 -5 5: variance within 52 / (4 - 2) = 26, whatever lies between the prompts
+    reward = RewardFunction([sequence([1.0, 3.0, 100.0, 110.0])], [2.0], "within_prompt")(batch)
+    expected = torch.tensor([-1.0, 1.0, -5.0, 5.0]) * 2 / math.sqrt(26)
+    torch.testing.assert_close(reward.total, expected)
+    torch.testing.assert_close(reward.per_token.sum(1), expected)
+
+
+def test_within_prompt_needs_two_answers_to_a_prompt(make_reward_batch: MakeBatch) -> None:
+    with pytest.raises(ConfigError, match="--reward.normalize running"):
+        RewardFunction([sequence([1.0, 3.0])], [1.0], "within_prompt")(make_reward_batch(prompts=2, generations=1))
+
+
+def test_within_prompt_leaves_out_answers_the_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=3)
+    values = Partial(torch.tensor([1.0, 99.0, 3.0]), torch.tensor([True, False, True]))
+    function = RewardFunction([Given(values)], [1.0], "within_prompt")
+    torch.testing.assert_close(function(batch).total, torch.tensor([-1.0, 0.0, 1.0]) / math.sqrt(2))
+    assert json.loads(json.dumps(function.state_dict()))["given"]["within_count"] == 1.0

@@ -11,12 +11,10 @@ import random
 import re
 from collections.abc import Sequence
 
-from examples.e2e.facts import Fact, Inventory
+from examples.e2e.facts import Fact, Inventory, made_up_name
 from examples.e2e.slots import check
 
 _SWAPPED = ("name", "eatType", "food", "priceRange", "customer rating", "near")
-_SYLLABLES = [onset + vowel for onset in "bcdfglmnprstvz" for vowel in "aeio"]
-_ENDINGS = ["", *"nrslmtx"]
 
 
 def vary(
@@ -56,13 +54,3 @@ def _other_value(slot: str, inventory: Inventory, generator: random.Random) -> s
     if slot in ("name", "near") and generator.random() < 0.5:
         return made_up_name(generator)
     return generator.choice(list(inventory.values[slot]))
-
-
-def made_up_name(generator: random.Random) -> str:
-    """A name that exists nowhere, as ``Balosa`` or ``The Memora Gis``."""
-    made = [
-        "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3))) + generator.choice(_ENDINGS)
-        for _ in range(generator.choice((1, 1, 2)))
-    ]
-    name = " ".join(word.capitalize() for word in made)
-    return f"The {name}" if generator.random() < 0.3 else name

@@ -15,6 +15,8 @@ SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "fa
 """The slots of E2E NLG, in the order in which every meaning representation lists them."""
 
 _BRACKETS = re.compile(r"(\w[\w ]*)\[\s*([^\]]*?)\s*\]")
+_SYLLABLES = [onset + vowel for onset in "bcdfglmnprstvz" for vowel in "aeio"]
+_ENDINGS = ["", *"nrslmtx"]
 _PROMPT_END = " =>"
 _SEPARATOR = " | "
 
@@ -68,12 +70,18 @@ def take_inventory(meanings: Iterable[Sequence[Fact]]) -> Inventory:
 
 
 def invent(
-    inventory: Inventory, count: int, taken: Iterable[Sequence[Fact]], seed: int, flatten: float = 0.5
+    inventory: Inventory,
+    count: int,
+    taken: Iterable[Sequence[Fact]],
+    seed: int,
+    flatten: float = 0.5,
+    new_names: float = 0.0,
 ) -> list[tuple[Fact, ...]]:
     """Invent ``count`` new meaning representations, all different and none of them (in any order) in ``taken``.
 
     Slot combinations are drawn as often as they occur. Values are drawn with their count to the power ``flatten``:
-    1 repeats the inventory, where one value of ``eatType`` holds 85 %; 0 makes every value as likely as any other.
+    1 repeats the inventory, where one value of ``eatType`` holds 85 %; 0 makes every value as likely as any other. A
+    share ``new_names`` of the names and landmarks is made up, as new restaurants have new names.
 
     Raises ValueError where that many new combinations can't be found.
     """
@@ -85,8 +93,23 @@ def invent(
         if len(invented) == count:
             return invented
         slots = generator.choices(inventory.combinations, inventory.combination_counts)[0]
-        facts = tuple((slot, generator.choices(list(inventory.values[slot]), weights[slot])[0]) for slot in slots)
+        facts = tuple(
+            (slot, made_up_name(generator))
+            if slot in ("name", "near") and generator.random() < new_names
+            else (slot, generator.choices(list(inventory.values[slot]), weights[slot])[0])
+            for slot in slots
+        )
         if frozenset(facts) not in seen:
             seen.add(frozenset(facts))
             invented.append(facts)
     raise ValueError(f"only {len(invented)} of {count} new meaning representations found; ask for fewer")
+
+
+def made_up_name(generator: random.Random) -> str:
+    """A name that exists nowhere, as ``Balosa`` or ``The Memora Gis``."""
+    made = [
+        "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3))) + generator.choice(_ENDINGS)
+        for _ in range(generator.choice((1, 1, 2)))
+    ]
+    name = " ".join(word.capitalize() for word in made)
+    return f"The {name}" if generator.random() < 0.3 else name

@@ -42,6 +42,8 @@ class Options:
     """New meaning representations that are never trained on."""
     flatten: float = 0.5
     """Exponent of the value counts when values are drawn: 1 as often as in the data, 0 all alike."""
+    new_names: float = 0.5
+    """Share of made-up names and landmarks in the new meaning representations."""
     variants: int = 2
     """Varied copies of each training pair: other names and values, in prompt and sentence alike; 0 for none."""
     vocab_size: int = 1024
@@ -81,7 +83,9 @@ def prepare_data(options: Options, train: Rows, test: Rows) -> dict[str, int]:
     total = options.unlabelled + options.held_out
     new = [
         {"prompt": as_prompt(facts)}
-        for facts in invent(inventory, total, [*train_facts, *test_facts], options.seed, options.flatten)
+        for facts in invent(
+            inventory, total, [*train_facts, *test_facts], options.seed, options.flatten, options.new_names
+        )
     ]
     pairs = [(facts, tidy(row["completion"])) for facts, row in zip(train_facts, train, strict=True)]
     generator = random.Random(options.seed)

@@ -207,8 +207,10 @@ class RewardConfig:
     """Sequence-classification reward models (folder or Hub id) with one output."""
     model_weights: list[float] = field(default_factory=list)
     """One weight for each reward model; empty: 1 each."""
-    normalize: Literal["running", "none"] = "running"
-    """running: each term is centred and divided by its running standard deviation over the run; none: raw values."""
+    normalize: Literal["within_prompt", "running", "none"] = "within_prompt"
+    """within_prompt: each term is centred on the mean of the prompt's candidates and divided by its standard deviation
+    within prompts over the run, so that weights compare what training can follow; running: centred and divided over all
+    answers of the run; none: raw values."""
     clip: float = 5.0
     """Normalised terms are clipped to plus or minus this; 0 does not clip."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -174,34 +175,37 @@ def _arguments(config: SftConfig, loaded: LoadedModel, folder: Path, limit: int 
     saving: dict[str, Any] = {"save_strategy": "no"}
     if config.save_every > 0:
         saving = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 1}
-    return SFTConfig(
-        output_dir=str(folder / CHECKPOINTS),
-        num_train_epochs=config.epochs,
-        max_steps=config.steps if config.steps is not None else -1,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
-        learning_rate=_learning_rate(config),
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps
-        lr_scheduler_type=config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup",
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        adam_beta2=0.98,
-        max_length=limit,
-        packing=False,
-        completion_only_loss=True,
-        dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
-        bf16=loaded.compute_dtype == torch.bfloat16,
-        fp16=False,
-        use_cpu=loaded.device.type == "cpu",
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        seed=config.seed,
-        data_seed=config.seed,
-        disable_tqdm=True,
-        logging_steps=50,
-        report_to="none",
-        dataloader_num_workers=0,
-        **saving,
-    )
+    with warnings.catch_warnings():
+        # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
+        return SFTConfig(
+            output_dir=str(folder / CHECKPOINTS),
+            num_train_epochs=config.epochs,
+            max_steps=config.steps if config.steps is not None else -1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=config.batch_size // micro,
+            learning_rate=_learning_rate(config),
+            warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps
+            lr_scheduler_type=config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup",
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            adam_beta2=0.98,
+            max_length=limit,
+            packing=False,
+            completion_only_loss=True,
+            dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
+            bf16=loaded.compute_dtype == torch.bfloat16,
+            fp16=False,
+            use_cpu=loaded.device.type == "cpu",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.seed,
+            data_seed=config.seed,
+            disable_tqdm=True,
+            logging_steps=50,
+            report_to="none",
+            dataloader_num_workers=0,
+            **saving,
+        )
 
 
 def _learning_rate(config: SftConfig) -> float:

@@ -83,6 +83,11 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError(
             f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
         )
+    if config.reward.normalize == "within_prompt" and sampling.num_generations < 2:
+        raise ConfigError(
+            "--reward.normalize within_prompt: compares candidates, so sampling.num_generations must be 2 or more; or use "
+            "--reward.normalize running."
+        )
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         raise ConfigError(
             "--ppo.kl_in loss: the gradient of k1 is zero on average, so it holds nothing; add --ppo.kl_estimator k3."

@@ -88,7 +88,7 @@ class Reading:
         self._sum: Tensor | None = None
         self._heads_summed = 0
         self._attention: Tensor | None = None
-        self._plans: dict[tuple[object, ...], tuple[list[Piece], Intercepted]] = {}
+        self._plans: dict[tuple[object, ...], tuple[list[Piece], tuple[object, ...]]] = {}
         self._scratch: Scratch | None = None
         self._stack: ExitStack | None = None
 
@@ -188,8 +188,10 @@ class Reading:
             if len(self._plans) == _PLANS_KEPT:
                 del self._plans[next(iter(self._plans))]
             with torch.no_grad():
-                # The call is kept beside its plan: an address names a mask only as long as the mask lives.
-                self._plans[key] = plan_region(self.region, call, causal), call
+                plan = plan_region(self.region, call, causal)
+            # An address names a tensor only as long as it lives: those in the key are kept beside the plan.
+            named = (call.mask, options.get("position_ids"), options.get("cu_seq_lens_k"))
+            self._plans[key] = plan, named
         return self._plans[key][0]
 
     def _finish(self) -> None:

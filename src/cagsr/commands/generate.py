@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
@@ -67,19 +68,19 @@ def run(config: Config) -> None:
         config.sampling.max_new_tokens,
     )
     say([*loaded.notes, *(note for note in notes if "word" not in note)])
-    rows = []
+    rows: list[dict[str, Any]] = []
     with progress("answering", len(prompts)) as advance:
         for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
             for row, text in enumerate(rollout.completions):
                 encoded = some[row // config.sampling.num_generations]
                 ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
                 kept = dict(encoded.prompt.columns) if config.keep_columns else {}
-                made = {"prompt": prompt_as_given(encoded), "completion": text}
+                made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
                 made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
                 rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
             advance(len(some))
     if config.prompt is not None and config.output is None:
-        for row in rows:
-            print(row["completion"])
+        for one in rows:
+            print(one["completion"])
         return
     write_rows(rows, config.output)

@@ -31,6 +31,8 @@ ALIASES = {
     "resume": "run.resume",
     "overwrite": "run.overwrite",
     "lora_r": "lora.r",
+    "num_generations": "sampling.num_generations",
+    "max_new_tokens": "sampling.max_new_tokens",
 }
 """Short names of the most used flags, where a command has the key they stand for."""
 

@@ -154,7 +154,12 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
         ids = columns.get("completion_ids")
         ended = columns.get("ended") is not False
         response = encode_response(
-            loaded, encoded, text, ended=ended, limit=config.max_response_length, ids=ids if config.split_text == 0 else None
+            loaded,
+            encoded,
+            text,
+            ended=ended,
+            limit=config.max_response_length,
+            ids=ids if config.split_text == 0 else None,
         )
         if not response.ids:
             raise DataError(f"{where}: a response of zero tokens can't be scored; remove the row or mend it.")

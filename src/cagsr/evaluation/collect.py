@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ Floats = NDArray[np.float64]
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Attention at which a word counts as covered, as tried by the diagnosis."""
-POOLINGS = ("sum", "max")
+POOLINGS: tuple[Literal["sum", "max"], ...] = ("sum", "max")
 MOST_LAYERS = 12
 """A deeper model is read at this many layers alone, evenly spread; last-N and all stay exact within them."""
 

@@ -6,14 +6,16 @@ Pure functions from :class:`~cagsr.evaluation.collect.Signals` to numbers, ready
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cagsr.errors import ConfigError
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals
+from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.metrics import Interval
 from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, within_z
 from cagsr.evaluation.scorer import standardized
@@ -116,6 +118,25 @@ def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
         recommendation=recommendation,
         warnings=tuple(warnings_for(signals, weights)),
     )
+
+
+def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
+    """Judge every answer by a metric.
+
+    Raises:
+        ConfigError: the metric gives another number of values than there are answers, or one that is not finite.
+    """
+    candidates = signals.length.shape[1]
+    repeated = [encoded for encoded in signals.prompts for _ in range(candidates)]
+    values = judge(metric, repeated, [text for texts in signals.completions for text in texts])
+    truth = np.array(values, dtype=np.float64).reshape(signals.length.shape)
+    if not np.isfinite(truth).all():
+        prompt = signals.prompts[int(np.argwhere(~np.isfinite(truth))[0, 0])].prompt
+        raise ConfigError(
+            f"The metric {metric.name} gave a value that is not a finite number for the prompt of row {prompt.row}; "
+            "mend it."
+        )
+    return replace(signals, truth=truth, truth_name=metric.name)
 
 
 def weighted_sum(terms: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:

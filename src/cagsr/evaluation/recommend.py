@@ -210,14 +210,18 @@ def warnings_for(signals: Signals, weights: Mapping[str, float]) -> list[str]:
     cut = 1.0 - float(signals.ended.mean())
     if cut > 0.5:
         found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
-    within = {name: torch.from_numpy(_centred(part.numpy().reshape(reward.shape)).ravel()) for name, part in parts.items()}
+    within = {
+        name: torch.from_numpy(_centred(part.numpy().reshape(reward.shape)).ravel()) for name, part in parts.items()
+    }
     for name, part in within.items():
         share = variance_share(part, sum(within.values(), torch.zeros_like(part)))
         if len(active) > 1 and share > 0.9:
             found.append(f"One term dominates: {name} holds {share:.0%} of the reward's variance within a prompt.")
     repeated = correlation(reward, signals.repetition)
     if repeated > 0.2:
-        found.append(f"This reward pays for repetition (correlation {repeated:+.2f} within a prompt): penalise it more.")
+        found.append(
+            f"This reward pays for repetition (correlation {repeated:+.2f} within a prompt): penalise it more."
+        )
     same = float(np.mean([len(set(texts)) / len(texts) for texts in signals.completions]))
     if same < 0.5:
         found.append(

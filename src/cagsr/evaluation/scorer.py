@@ -232,9 +232,7 @@ def weigh(
     return {name: weights[name] * standardized(values, normalize, clip, group) for name, values in raw.items()}
 
 
-def standardized(
-    values: Tensor, normalize: str = "running", clip: float = 0.0, group: Tensor | None = None
-) -> Tensor:
+def standardized(values: Tensor, normalize: str = "running", clip: float = 0.0, group: Tensor | None = None) -> Tensor:
     """Normalise one term as :func:`weigh` does: ``(answers,)`` in and out, float64, 0 where it does not apply."""
     known = torch.isfinite(values)
     x = torch.where(known, values, 0.0).double()

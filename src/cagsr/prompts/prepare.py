@@ -34,6 +34,7 @@ def prepare_prompts(
     *,
     max_length: int,
     frequency: DocumentFrequency | None = None,
+    rows: Rows | None = None,
 ) -> PromptSet:
     """Read the prompts that ``data`` names and encode them with their salience.
 
@@ -46,6 +47,7 @@ def prepare_prompts(
             answer. ``data.max_prompt_length`` lowers it further.
         frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
+        rows: The rows, where the caller has changed them; None: those that ``data`` names.
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
@@ -54,7 +56,7 @@ def prepare_prompts(
         ModelError: the tokenizer has no offsets.
     """
     pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
-    rows = load_rows(data)
+    rows = rows or load_rows(data)
     if data.streaming:
         return _prepare_stream(rows, pipeline, frequency)
     located = list(pipeline.render(rows))

@@ -76,7 +76,7 @@ def save_blank(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_start(folder: Path, seed: int, *, pairs: int = 9600, steps: int = 600, quiet: bool = False) -> Path:
+def make_start(folder: Path, seed: int, *, pairs: int = 12000, steps: int = 900, quiet: bool = False) -> Path:
     """Train the start model from random weights on the hasty annotator's pairs, as ``cagsr sft --from_scratch`` does.
 
     Args:
@@ -99,7 +99,7 @@ def make_start(folder: Path, seed: int, *, pairs: int = 9600, steps: int = 600, 
         from_scratch=True,
         steps=steps,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=1.5e-3,
         lr_scheduler="linear",
         warmup_ratio=0.05,
         save_every=0,

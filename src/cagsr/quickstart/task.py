@@ -158,7 +158,7 @@ def _tell(
     subject = SUBJECTS[item.subject]
     order = rng.sample(facts, len(facts)) + (again or [])
     predicates = [rng.choice(subject.facts[kind].phrases).format(value) for kind, value in order]
-    sentences = []
+    sentences: list[str] = []
     while predicates:
         size = min(len(predicates), rng.choice((1, 2, 2, 3)))
         part, predicates = predicates[:size], predicates[size:]

@@ -11,7 +11,7 @@ from torch import Tensor
 from cagsr.errors import CagsrError, ConfigError, RewardError, RunError
 from cagsr.flow import Reward, RewardBatch
 from cagsr.reward.metrics import reward_metrics
-from cagsr.reward.moments import Moments
+from cagsr.reward.moments import Moments, group_deviations
 from cagsr.reward.pay import add_at_last_token
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.values import TermValues, term_values
@@ -29,7 +29,7 @@ class RewardFunction:
         self,
         terms: Sequence[RewardTerm],
         weights: Sequence[float],
-        normalize: Literal["running", "none"] = "running",
+        normalize: Literal["within_prompt", "running", "none"] = "running",
         clip: float = 5.0,
         reduce: Reduce | None = None,
     ) -> None:
@@ -38,8 +38,10 @@ class RewardFunction:
         Args:
             terms: the terms, each with a name of its own.
             weights: one weight for each term.
-            normalize: ``running`` centres each term and divides it by its standard deviation over all answers of the
-                run; ``none`` takes raw values.
+            normalize: ``within_prompt`` centres each term on its mean over the answers to the same prompt and divides
+                it by its standard deviation within prompts over the run, so that weights compare what a policy
+                gradient can follow; ``running`` centres and divides by mean and standard deviation over all answers
+                of the run; ``none`` takes raw values.
             clip: normalised values are clipped to plus or minus this; 0 does not clip. Raw values are never clipped.
             reduce: sums over processes, so that the moments are those of all processes; None for one process.
 
@@ -60,6 +62,8 @@ class RewardFunction:
         self.clip = clip
         self.reduce = reduce
         self.moments = {name: Moments() for name in self.names}
+        self.within = {name: Moments() for name in self.names}
+        """Deviations from the mean of the same prompt's answers; ``count`` is their degrees of freedom."""
 
     def __call__(self, batch: RewardBatch, *, update: bool = True) -> Reward:
         """Compute the reward of a batch.
@@ -76,17 +80,23 @@ class RewardFunction:
 
         Raises:
             RewardError: a term fails or gives a number that is not finite (the moments are then unchanged).
+            ConfigError: ``within_prompt`` and no prompt has two answers.
         """
+        mask, group = batch.rollout.response_mask, batch.rollout.prompts.group
+        if self.normalize == "within_prompt" and len(torch.unique(group)) == len(group):
+            raise ConfigError(
+                "reward.normalize within_prompt compares the answers to one prompt and there is one answer each: "
+                "use --reward.normalize running, or sample more with --sampling.num_generations"
+            )
         values = self._values(batch, update)
         if update:
-            self._update(values, batch.rollout.response_mask.device)
-        mask = batch.rollout.response_mask
+            self._update(values, group)
         total = torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
         per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         contributions: dict[str, Tensor] = {}
         for name, weight in zip(self.names, self.weights, strict=True):
             term = values[name]
-            amount, scale = self._normalized(name, term)
+            amount, scale = self._normalized(name, term, group)
             # Dense gains keep their place, scaled; the centring and the clipping of the sum fall on the last token.
             tokens = torch.zeros_like(per_token) if term.tokens is None else term.tokens * scale
             tokens = add_at_last_token(tokens, amount - tokens.sum(dim=1), mask)
@@ -117,32 +127,63 @@ class RewardFunction:
             return tensor
         return self.reduce(tensor.to(device, torch.float32 if device.type == "mps" else torch.float64)).double().cpu()
 
-    def _update(self, values: Mapping[str, TermValues], device: torch.device) -> None:
+    def _update(self, values: Mapping[str, TermValues], group: Tensor) -> None:
         seen = [value.total[value.applies].cpu().double() for value in values.values()]
-        sums = torch.tensor([[float(len(x)), float(x.sum())] for x in seen], dtype=torch.float64)
-        counts, totals = self._summed(sums, device).unbind(dim=1)
+        # Prompts never span processes, so deviations from their means are summed as they are.
+        deviations = [group_deviations(value.total, value.applies, group) for value in values.values()]
+        sums = torch.tensor(
+            [
+                [float(len(x)), float(x.sum()), freedom, float(d.square().sum())]
+                for x, (d, freedom) in zip(seen, deviations, strict=True)
+            ],
+            dtype=torch.float64,
+        )
+        counts, totals, freedoms, within = self._summed(sums, group.device).unbind(dim=1)
         means = totals / counts.clamp(min=1)
         # The deviations are taken from the mean of all processes, so that their squares can simply be summed.
         squares = [float((x - mean).square().sum()) for x, mean in zip(seen, means, strict=True)]
-        m2 = self._summed(torch.tensor(squares, dtype=torch.float64), device)
+        m2 = self._summed(torch.tensor(squares, dtype=torch.float64), group.device)
         for index, name in enumerate(values):
             self.moments[name].merge(float(counts[index]), float(means[index]), float(m2[index]))
+            self.within[name].merge(float(freedoms[index]), 0.0, float(within[index]))
 
-    def _normalized(self, name: str, term: TermValues) -> tuple[Tensor, float]:
+    def scale(self, name: str) -> float:
+        """Return the factor that brings a term to the common scale; 0 for a term that does not vary."""
+        if self.normalize == "none":
+            return 1.0
+        if self.normalize == "running":
+            return 0.0 if self.moments[name].constant else 1.0 / self.moments[name].std
+        # The mean of all values says what counts as rounding; that of deviations is 0.
+        noise = 1e-6 * abs(self.moments[name].mean) + 1e-8
+        std = self.within[name].std
+        return 0.0 if std <= noise else 1.0 / std
+
+    def _normalized(self, name: str, term: TermValues, group: Tensor) -> tuple[Tensor, float]:
         """Return the ``(batch,)`` normalised values and the factor that brings a dense gain to their scale."""
         if self.normalize == "none":
             return term.total, 1.0
-        moments = self.moments[name]
-        if moments.constant:
-            return torch.zeros_like(term.total), 0.0
-        amount = (term.total - moments.mean) / moments.std
+        scale = self.scale(name)
+        if self.normalize == "within_prompt":
+            deviations, _ = group_deviations(term.total, term.applies, group)
+            amount = deviations.to(term.total.device, torch.float32) * scale
+        else:
+            amount = (term.total - self.moments[name].mean) * scale
         if self.clip > 0:
             amount = amount.clamp(-self.clip, self.clip)
-        return torch.where(term.applies, amount, 0.0), 1.0 / moments.std
+        return torch.where(term.applies, amount, 0.0), scale
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """Return the running moments as JSON-able floats, exact: name -> count, mean, m2."""
-        return {name: {"count": m.count, "mean": m.mean, "m2": m.m2} for name, m in self.moments.items()}
+        """Return the running moments as JSON-able floats, exact: name -> count, mean, m2 and those within prompts."""
+        return {
+            name: {
+                "count": m.count,
+                "mean": m.mean,
+                "m2": m.m2,
+                "within_count": self.within[name].count,
+                "within_m2": self.within[name].m2,
+            }
+            for name, m in self.moments.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the moments of :meth:`state_dict`.
@@ -155,4 +196,7 @@ class RewardFunction:
                 f"the checkpoint holds running moments of the reward terms {sorted(state)}, but this reward has "
                 f"{sorted(self.names)}: resume with the reward the run was started with"
             )
-        self.moments = {name: Moments(**{key: float(x) for key, x in state[name].items()}) for name in self.names}
+        for name in self.names:
+            kept = {key: float(x) for key, x in state[name].items()}
+            self.moments[name] = Moments(kept["count"], kept["mean"], kept["m2"])
+            self.within[name] = Moments(kept["within_count"], 0.0, kept["within_m2"])

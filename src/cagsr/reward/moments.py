@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass
 class Moments:
@@ -36,3 +39,24 @@ class Moments:
     def constant(self) -> bool:
         """The values do not vary beyond float32 rounding: dividing by their deviation would blow up noise."""
         return self.std <= 1e-6 * abs(self.mean) + 1e-8
+
+
+def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Tensor, float]:
+    """Deviation of each value from the mean of its group, over the values that apply.
+
+    Args:
+        values: ``(batch,)``.
+        applies: ``(batch,)`` bool; values that do not apply are in no mean.
+        group: ``(batch,)`` int64, answers to the same prompt have the same number.
+
+    Returns:
+        ``(batch,)`` float64 on the CPU, 0 where the value does not apply, and the degrees of freedom: values that apply
+        less groups that have any.
+    """
+    known, own = applies.cpu(), torch.unique(group.cpu(), return_inverse=True)[1]
+    x = torch.where(known, values.cpu().double(), 0.0)
+    size = int(own.max()) + 1 if len(own) else 0
+    count = torch.zeros(size, dtype=torch.float64).index_add_(0, own, known.double())
+    total = torch.zeros(size, dtype=torch.float64).index_add_(0, own, x)
+    deviation = torch.where(known, x - (total / count.clamp(min=1))[own], 0.0)
+    return deviation, float(known.sum() - (count > 0).sum())

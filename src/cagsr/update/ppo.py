@@ -304,6 +304,11 @@ class PPO:
             metrics["val/explained_variance"] = explained_variance(scores.values, experience.advantages.returns, mask)
         batch = RewardBatch(rollout, scores, experience.reference_logprobs, None, None)
         metrics |= reward_metrics(reward, batch)
+        # Contributions centred on each prompt average to 0: what rises is the weighted sum of the uncentred terms.
+        weights = dict(zip(self.reward.names, self.reward.weights, strict=True))
+        metrics["objective/raw_scores"] = sum(
+            weight * self.reward.scale(name) * metrics[f"rewards/{name}/mean"] for name, weight in weights.items()
+        )
         return metrics
 
     def _build_optimizer(self) -> torch.optim.Optimizer:

@@ -1,0 +1,94 @@
+"""``cagsr diagnose``: is the reward worth a training run for this model and these prompts?"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cagsr.commands.inputs import check_output, check_sampling, progress, read_prompts, say
+from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sample answers and measure what each reward term sees in them, before anyone spends a training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    checker: str | None = None
+    """Dotted path of f(prompts, completions, **columns) -> numbers, higher is better: the truth to test against.
+    None: ROUGE-L where the rows have a reference (completion, reference or references), else no truth."""
+    num_prompts: int = 96
+    """Prompts, drawn from the file by the seed."""
+    output: str | None = None
+    """JSON file for all numbers; beside it, with the ending .yaml, the recommendation for cagsr train --config."""
+    markdown: str | None = None
+    """Also write the report as Markdown to this file."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    batch_size: int = 8
+    """Prompts at once."""
+    seed: int = 0
+    """Seeds the choice of prompts and the sampling."""
+
+
+def run(config: Config) -> None:
+    """Measure, print the report and write what was asked for."""
+    check_output(config.output)
+    check_output(config.markdown)
+    check_sampling(config.sampling, config.batch_size)
+    if config.sampling.num_generations < 2 or config.sampling.temperature == 0:
+        raise ConfigError(
+            "The answers to a prompt are compared with each other: give --sampling.num_generations 2 or more and a "
+            "--sampling.temperature above 0."
+        )
+    if config.num_prompts < 2:
+        raise ConfigError(f"--num_prompts {config.num_prompts}: must be 2 or more.")
+
+    from rich.console import Console
+
+    from cagsr.evaluation.collect import collect_signals
+    from cagsr.evaluation.diagnosis import diagnose, with_truth
+    from cagsr.evaluation.held_out import choose_metric
+    from cagsr.evaluation.report import as_json, as_markdown, as_yaml, print_report
+    from cagsr.evaluation.scorer import Scorer
+    from cagsr.models.load import load_model
+    from cagsr.reward.build import check_reward_config, reward_warnings
+    from cagsr.runs.atomic import write_text_atomically
+
+    check_reward_config(config.reward)
+    loaded = load_model(config.model, for_training=False)
+    prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
+    if len(prompts) > config.num_prompts:
+        prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
+    metric = choose_metric(config.checker, prompts)
+    scorer = Scorer(loaded, config.reward, config.attention, config.salience, temperature=config.sampling.temperature)
+    say([*loaded.notes, *notes])
+    with progress("diagnosing", len(prompts)) as advance:
+        signals = collect_signals(
+            loaded,
+            prompts,
+            config.sampling,
+            scorer,
+            config.attention,
+            seed=config.seed,
+            chunk=config.batch_size,
+            advance=advance,
+        )
+    if config.checker is not None or metric.name.startswith("ROUGE-L"):
+        signals = with_truth(signals, metric)
+    found = diagnose(signals, scorer.weights)
+    found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
+    print_report(found, signals.configured, Console())
+    if config.output is not None:
+        path = Path(config.output)
+        write_text_atomically(path, as_json(found))
+        write_text_atomically(path.with_suffix(".yaml"), as_yaml(found, config.model.path))
+        say([f"All numbers: {path}; the recommendation: cagsr train --config {path.with_suffix('.yaml')}"])
+    if config.markdown is not None:
+        write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))

@@ -1,0 +1,220 @@
+"""``cagsr rank``: best of N by the reward, at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cagsr.commands.inputs import (
+    OptionalDataConfig,
+    check_output,
+    check_sampling,
+    progress,
+    prompt_as_given,
+    read_prompts,
+    say,
+    write_rows,
+)
+from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cagsr.evaluation.scorer import Response, Scorer
+    from cagsr.flow import EncodedPrompt
+    from cagsr.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sample N answers to each prompt (or take those of the file), and put the best by the reward first."""
+
+    model: ModelConfig
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    prompt: str | None = None
+    """One prompt, instead of --data; the ranking is then printed."""
+    output: str | None = None
+    """JSONL file for the rankings; None prints that of --prompt, and writes those of --data to standard output."""
+    candidates_column: str | None = None
+    """Column with the answers to rank, a list of texts; None samples sampling.num_generations answers."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    salience_from: str | None = None
+    """Folder of a cagsr train run whose IDF table is used; None: IDF over these prompts."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    batch_size: int = 8
+    """Prompts at once."""
+    seed: int = 0
+    """Seeds the sampling."""
+
+
+def run(config: Config) -> None:
+    """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
+    check_output(config.output)
+    check_sampling(config.sampling, config.batch_size)
+    if config.candidates_column is None and config.sampling.num_generations < 2:
+        raise ConfigError("--sampling.num_generations 1: ranking needs 2 answers or more.")
+    if config.candidates_column is not None and config.prompt is not None:
+        raise ConfigError("--candidates_column names a column of --data; it can't be used with --prompt.")
+
+    import torch
+
+    from cagsr.evaluation.scorer import Scorer, weigh
+    from cagsr.models.load import load_model
+    from cagsr.reward.build import check_reward_config
+
+    check_reward_config(config.reward)
+    loaded = load_model(config.model, for_training=False)
+    scorer = Scorer(loaded, config.reward, config.attention, config.salience, temperature=config.sampling.temperature)
+    given = config.candidates_column is not None
+    prompts, notes = read_prompts(
+        config.data,
+        config.prompt,
+        config.salience,
+        config.salience_from,
+        loaded,
+        0 if given else config.sampling.max_new_tokens,
+    )
+    scale = "within the prompt, on the raw values" if config.reward.normalize == "none" else "in standard deviations"
+    say([*loaded.notes, *notes, f"Candidates of one prompt are compared with each other ({scale})."])
+    answers: list[Candidate] = []
+    with progress("ranking", len(prompts)) as advance:
+        found = _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts)
+        for some, done in found:
+            answers += some
+            advance(done)
+    group = torch.tensor([answer.prompt for answer in answers])
+    raw = {name: torch.tensor([answer.terms[name] for answer in answers]) for name in scorer.weights}
+    normalize, clip = config.reward.normalize, config.reward.clip
+    parts = weigh(raw, scorer.weights, normalize=normalize, clip=clip, group=group)
+    reward = torch.stack([part for name, part in parts.items() if scorer.weights[name] != 0]).sum(dim=0)
+    rows = [_ranking(number, encoded, answers, reward.tolist()) for number, encoded in enumerate(prompts)]
+    if config.output is not None or config.prompt is None:
+        write_rows(rows, config.output)
+    if config.prompt is not None:
+        _print(rows[0], scorer.weights)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer with its raw terms."""
+
+    prompt: int
+    """Index of the prompt it answers."""
+    completion: str
+    tokens: int
+    ended: bool
+    terms: dict[str, float]
+
+
+def _sampled(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
+    """Yield candidates sampled for a few prompts at a time, with the number of prompts done."""
+    from cagsr.evaluation.sampling import sample_in_batches
+
+    start = 0
+    for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
+        values = scorer.values(scorer.batch(rollout))
+        lengths = rollout.response_mask.sum(dim=1).tolist()
+        yield (
+            [
+                Candidate(
+                    start + row // config.sampling.num_generations,
+                    text,
+                    lengths[row],
+                    bool(rollout.ended[row]),
+                    {name: float(value[row]) for name, value in values.items()},
+                )
+                for row, text in enumerate(rollout.completions)
+            ],
+            len(some),
+        )
+        start += len(some)
+
+
+def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
+    """Yield each prompt's own candidates, scored."""
+    context = None if loaded.encoder_decoder else loaded.context_length()
+    for number, encoded in enumerate(prompts):
+        where = f"{config.data.path}, row {encoded.prompt.row}"
+        responses = _responses(config, loaded, encoded, where)
+        total = len(encoded.ids) + max(len(response.ids) for response in responses) - 1
+        if context is not None and total > context:
+            raise DataError(
+                f"{where}: prompt and longest candidate have {total + 1} tokens, more than the model's context of "
+                f"{context}; shorten them, or cut prompts with --data.max_prompt_length and --data.long_prompts truncate."
+            )
+        found: list[Candidate] = []
+        for _, values in scorer.score_texts([encoded] * len(responses), responses):
+            for row in range(len(next(iter(values.values())))):
+                response = responses[len(found)]
+                terms = {name: float(value[row]) for name, value in values.items()}
+                found.append(Candidate(number, response.text, len(response.ids), True, terms))
+        yield found, 1
+
+
+def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, where: str) -> list[Response]:
+    from cagsr.evaluation.scorer import encode_response
+    from cagsr.prompts.render import text_of
+
+    column = config.candidates_column
+    value = encoded.prompt.columns.get(column or "")
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError(
+            f"{where}: column '{column}' must hold a list of two candidate texts or more; name the right column with "
+            "--candidates_column, or leave it out to sample answers."
+        )
+    responses = []
+    for place, one in enumerate(value, start=1):
+        try:
+            response = encode_response(loaded, encoded, text_of(one))
+        except DataError as error:
+            raise DataError(f"{where}: candidate {place} of column '{column}': {error}") from error
+        if not response.ids:
+            raise DataError(f"{where}: candidate {place} is a response of zero tokens; remove it or mend it.")
+        responses.append(response)
+    return responses
+
+
+def _ranking(
+    number: int, encoded: EncodedPrompt, answers: Sequence[Candidate], reward: Sequence[float]
+) -> dict[str, Any]:
+    """One prompt's candidates, the best first; equal ones in their order."""
+    own = [(reward[index], answer) for index, answer in enumerate(answers) if answer.prompt == number]
+    own.sort(key=lambda pair: -pair[0])
+    return {
+        "row": encoded.prompt.row,
+        "prompt": prompt_as_given(encoded),
+        "completion": own[0][1].completion,
+        "reward": own[0][0],
+        "candidates": [
+            {
+                "completion": answer.completion,
+                "reward": value,
+                "terms": answer.terms,
+                "tokens": answer.tokens,
+                "ended": answer.ended,
+            }
+            for value, answer in own
+        ],
+    }
+
+
+def _print(row: dict[str, Any], weights: dict[str, float]) -> None:
+    """Show one ranking on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [name for name, weight in weights.items() if weight != 0]
+    table = Table(show_lines=True)
+    table.add_column("reward", justify="right")
+    for name in shown:
+        table.add_column(name, justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("answer", overflow="fold", ratio=1)
+    for candidate in row["candidates"]:
+        tokens = str(candidate["tokens"]) + ("" if candidate["ended"] else " (cut)")
+        terms = [f"{candidate['terms'][name]:.3g}" for name in shown]
+        table.add_row(f"{candidate['reward']:+.2f}", *terms, tokens, Text(candidate["completion"].strip()))
+    Console().print(table)

@@ -1,0 +1,157 @@
+"""The diagnosis as tables on a terminal, as JSON, as Markdown, and its recommendation as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cagsr.evaluation.collect import Setting
+from cagsr.evaluation.diagnosis import Diagnosis
+from cagsr.evaluation.recommend import flags_of, yaml_of
+
+Rows = list[list[str]]
+
+
+def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """One row a signal: correlations within a prompt, and what picking by it gains."""
+    header = ["signal", "length", "repetition", "within"]
+    if found.truth_mean is not None:
+        header[1:1] = ["truth"]
+        header += [f"best of {found.candidates}", "gain [95 %]", "share of oracle [95 %]"]
+    rows = []
+    for signal in found.signals:
+        row = [signal.name, _signed(signal.length), _signed(signal.repetition), f"{signal.within_share:.0%}"]
+        if signal.truth is not None and signal.gain is not None and signal.oracle_share is not None:
+            row[1:1] = [_signed(signal.truth)]
+            share = signal.oracle_share
+            row += [
+                f"{signal.best_of_n:.3f}",
+                f"{signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]",
+                f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]",
+            ]
+        rows.append(row)
+    return header, rows
+
+
+def agreement_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """Correlation of the single terms with each other, within a prompt."""
+    names = [name for name in found.signals[0].others if name != "length"]
+    single = [signal for signal in found.signals if signal.name in names]
+    return ["term", *names], [[one.name, *(_signed(one.others[name]) for name in names)] for one in single]
+
+
+def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
+    """Coverage by layers and threshold: correlation with the truth (without one: with length) and mean."""
+    thresholds = sorted({one.setting.threshold for one in found.settings})
+    layers = list(dict.fromkeys(one.setting.layers for one in found.settings))
+    cells = {one.setting: one for one in found.settings}
+    rows = []
+    for name in layers:
+        row = [name]
+        for threshold in thresholds:
+            one = cells[Setting(name, pooling, threshold)]
+            row.append(f"{_signed(one.length if one.truth is None else one.truth)} ({one.mean:.2f})")
+        rows.append(row)
+    return ["layers", *(f"tau {threshold:g}" for threshold in thresholds)], rows
+
+
+def headline(found: Diagnosis) -> list[str]:
+    """What was sampled, in one or two sentences."""
+    lines = [
+        f"{found.prompts} prompts, {found.candidates} answers each; {found.length:.1f} tokens on average, "
+        f"{found.ended:.0%} ended by themselves, repetition {found.repetition:.3f}."
+    ]
+    if found.truth_mean is not None and found.oracle is not None:
+        lines.append(
+            f"Truth: {found.truth_name}; mean {found.truth_mean:.3f}, best of {found.candidates} by an oracle "
+            f"{found.oracle:.3f}."
+        )
+    else:
+        lines.append("No truth: neither --checker nor a reference in the rows.")
+    return lines
+
+
+def print_report(found: Diagnosis, configured: Setting, console: Console) -> None:
+    """Print everything, the recommendation last, where the eye falls."""
+    for line in headline(found):
+        console.print(line, highlight=False)
+    console.print(_rich("Within the answers to one prompt: correlation with", *signal_table(found)))
+    console.print(_rich("Terms with each other", *agreement_table(found)))
+    console.print(_rich(_settings_title(found, configured.pooling), *setting_table(found, configured.pooling)))
+    for warning in found.warnings:
+        console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
+    for line in recommendation_lines(found, configured):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def recommendation_lines(found: Diagnosis, configured: Setting) -> list[str]:
+    """Why, and the flags to paste."""
+    lines = ["Recommendation:", *(f"  {reason}" for reason in found.recommendation.reasons)]
+    if not found.recommendation.weights:
+        return [*lines, "  No term helps here: don't spend a training run on this reward."]
+    return [
+        *lines,
+        "  Weights are for --reward.normalize running, scaled so that the reward's standard deviation within a prompt is 1.",
+        "",
+        "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation, configured)]),
+    ]
+
+
+def as_json(found: Diagnosis) -> str:
+    """Return all numbers as JSON text."""
+    return json.dumps(_plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_yaml(found: Diagnosis, model: str) -> str:
+    """Return the recommendation as a file for ``cagsr train --config``."""
+    comment = f"# What cagsr diagnose recommends for {model} on {found.prompts} prompts.\n"
+    reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
+    return comment + reasons + yaml.safe_dump(yaml_of(found.recommendation), sort_keys=False)
+
+
+def as_markdown(found: Diagnosis, configured: Setting) -> str:
+    """Return the report as Markdown."""
+    parts = ["# Diagnosis\n", *headline(found), ""]
+    for title, (header, rows) in (
+        ("Within the answers to one prompt", signal_table(found)),
+        ("Terms with each other", agreement_table(found)),
+        (_settings_title(found, configured.pooling), setting_table(found, configured.pooling)),
+    ):
+        parts += [f"## {title}\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+        parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    parts += ["## Warnings\n", *(f"- {warning}" for warning in found.warnings or ("none",)), ""]
+    parts += ["## Recommendation\n", "```", *recommendation_lines(found, configured), "```", ""]
+    return "\n".join(parts)
+
+
+def _settings_title(found: Diagnosis, pooling: str) -> str:
+    against = "length" if found.truth_mean is None else found.truth_name
+    return f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
+
+
+def _rich(title: str, header: Sequence[str], rows: Rows) -> Table:
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
