@@ -74,11 +74,11 @@ class Measured:
 def cases(fast: bool) -> list[Case]:
     """All cases of the benchmark, or those of the smaller model only, with fewer rounds."""
     small = [
-        Case("30M", 256, 128, 8, False, 9 if fast else 25, 3),
-        Case("30M", 256, 128, 8, True, 9 if fast else 25, 3),
-        Case("30M", 2048, 256, 1, False, 5 if fast else 15, 2),
+        Case("30M", 256, 128, 4, False, 9 if fast else 15, 2),
+        Case("30M", 256, 128, 4, True, 5 if fast else 9, 2),
+        Case("30M", 2048, 256, 1, False, 5 if fast else 9, 1),
     ]
-    large = [Case("125M", 256, 128, 4, False, 13, 3), Case("125M", 2048, 256, 1, False, 7, 2)]
+    large = [Case("125M", 256, 128, 4, False, 9, 1), Case("125M", 2048, 256, 1, False, 5, 1)]
     return small if fast else small + large
 
 

@@ -42,11 +42,16 @@ def test_an_exception_inside_leaves_everything_as_before(implementation):
     reader = PromptAttentionReader(model)
     assert surroundings(model) == before
 
-    with pytest.raises(Broken), torch.no_grad(), reader.read(batch.region) as reading:
-        assert surroundings(model)[:3] != before[:3]
-        model(**batch.inputs)
-        raise Broken
+    reading = reader.read(batch.region)
 
+    def forward_and_fail():
+        with torch.no_grad(), reading:
+            assert surroundings(model)[:3] != before[:3]
+            model(**batch.inputs)
+            raise Broken
+
+    with pytest.raises(Broken):
+        forward_and_fail()
     assert surroundings(model) == before
     assert not intercept._wrapped
     assert not intercept._listeners

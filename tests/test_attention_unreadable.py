@@ -29,7 +29,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_the_model_type_and_its_layers_are_named(name):
     model = AutoModelForCausalLM.from_config(UNREADABLE[name])
-    with pytest.raises(AttentionError, match=f"{name} model .*none of its 2 layers") as caught:
+    with pytest.raises(AttentionError, match=rf"{name} model .*none of its 2 layers") as caught:
         PromptAttentionReader(model)
     assert "\n" not in str(caught.value)
 
@@ -79,5 +79,5 @@ def test_a_forward_that_fails_is_told_with_its_reason():
         raise ValueError("broken weights")
 
     model.model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(AttentionError, match="llama model .*broken weights"):
+    with pytest.raises(AttentionError, match=r"llama model .*broken weights"):
         PromptAttentionReader(model)

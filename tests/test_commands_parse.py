@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cagsr.commands import main as main_module
 from cagsr.commands.main import COMMANDS, main
 from cagsr.commands.parse import ALIASES, flatten, parse_command, to_yaml
 from cagsr.config import (
@@ -129,6 +128,7 @@ def test_a_file_may_write_numbers_where_text_is_meant(write: Any) -> None:
     assert parse(*NEEDED, "--config", write("attention: {layers: 3}")).attention.layers == "3"
 
 
+@settings(max_examples=10, deadline=None)
 @given(
     learning=st.floats(1e-9, 1.0),
     stops=st.lists(st.text(max_size=5), max_size=3),
@@ -247,13 +247,10 @@ def fake_command(monkeypatch: pytest.MonkeyPatch) -> list[FakeConfig]:
         if config.fail in failures:
             raise failures[config.fail]
 
-    module = types.SimpleNamespace(Config=FakeConfig, run=run)
-    real = main_module.importlib.import_module
-
-    def import_module(name: str) -> Any:
-        return module if name in ("cagsr.commands.score", "cagsr.commands.train") else real(name)
-
-    monkeypatch.setattr(main_module.importlib, "import_module", import_module)
+    module = types.ModuleType("fake")
+    module.Config, module.run = FakeConfig, run  # type: ignore[attr-defined]
+    for name in ("score", "train"):
+        monkeypatch.setitem(sys.modules, f"cagsr.commands.{name}", module)
     return seen
 
 
@@ -318,4 +315,4 @@ def test_help_and_mistakes_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "did you mean '--model.path'?" in done.stderr or "'--model" in done.stderr
+    assert "did you mean '--model'?" in done.stderr

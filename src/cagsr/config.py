@@ -56,6 +56,9 @@ class DataConfig:
     """Configuration of a Hub dataset that has several."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages."""
+    split_text: float = 0.0
+    """For a file of plain texts: this share of each text (up to a space) is the prompt, the rest becomes the column
+    completion; 0 takes the prompt column whole."""
     spans_column: str | None = None
     """Column with important character ranges of the prompt, as [[start, end], ...]."""
     limit: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -89,9 +90,8 @@ def _walk(
 
 def checked(kind: Any, value: Any, name: str) -> Any:
     """Convert ``value`` to the type ``kind`` or raise a ConfigError that names the key."""
-    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
     try:
-        converted = adapter.validate_python(value)
+        converted = _adapter(kind).validate_python(value)
     except ValidationError as error:
         problems = dict.fromkeys(problem["msg"].removeprefix("Input ") for problem in error.errors())
         raise ConfigError(f"{name} {' or '.join(problems)} (it is {value!r})") from None
@@ -99,6 +99,11 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     if isinstance(value, bool) and not isinstance(converted, bool):
         raise ConfigError(f"{name} should not be true or false (it is {value!r})")
     return converted
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

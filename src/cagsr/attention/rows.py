@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cagsr.attention.masks import pick_rows
 from cagsr.attention.plan import Piece
 
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 25}
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
 """Scores held at once. On a CPU a block stays within the cache; on an accelerator few, large steps are faster."""
 
 

@@ -53,7 +53,7 @@ def run(config: Config) -> None:
     from rich.console import Console
 
     from cagsr.evaluation.collect import collect_signals
-    from cagsr.evaluation.diagnosis import diagnose, with_truth
+    from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.evaluation.report import as_json, as_markdown, as_yaml, print_report
     from cagsr.evaluation.scorer import Scorer
@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
-    metric = choose_metric(config.checker, prompts)
+    metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
     scorer = Scorer(loaded, config.reward, config.attention, config.salience, temperature=config.sampling.temperature)
     say([*loaded.notes, *notes])
     with progress("diagnosing", len(prompts)) as advance:
@@ -84,7 +84,9 @@ def run(config: Config) -> None:
         signals = with_truth(signals, metric)
     found = diagnose(signals, scorer.weights)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
-    print_report(found, signals.configured, Console())
+    console = Console()
+    # A file or a pipe has no width of its own; the tables need more than the usual 80.
+    print_report(found, signals.configured, console if console.is_terminal else Console(width=130))
     if config.output is not None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))

@@ -67,7 +67,7 @@ def run(config: Config) -> None:
         loaded,
         config.sampling.max_new_tokens,
     )
-    say([*loaded.notes, *(note for note in notes if "word" not in note)])
+    say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
     rows: list[dict[str, Any]] = []
     with progress("answering", len(prompts)) as advance:
         for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

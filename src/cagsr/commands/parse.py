@@ -171,7 +171,8 @@ def _explain(flags: Sequence[str], keys: Mapping[str, Any], needed: Sequence[str
             current = key
             values[key] = [value] if equals else []
         elif key:
-            hint = suggestion(key, list(keys)).replace("'", "'--", 1)
+            names = [name for name, long in ALIASES.items() if long in keys]
+            hint = suggestion(key, [*keys, *names]).replace("'", "'--", 1)
             return f"unknown flag --{key}{hint or '; --help lists them all'}"
         elif current is not None:
             values[current].append(token)
@@ -189,7 +190,8 @@ def _explain(flags: Sequence[str], keys: Mapping[str, Any], needed: Sequence[str
     if missing:
         short = {long: name for name, long in ALIASES.items() if name not in keys}
         named = ", ".join(f"--{short.get(key, key)}" for key in missing)
-        return f"{named} {'is' if len(missing) == 1 else 'are'} missing; give it as a flag or in the --config file"
+        lack = "is missing; give it" if len(missing) == 1 else "are missing; give them"
+        return f"{named} {lack} as a flag or in the --config file"
     return " ".join("".join(char for char in printed if char not in "│╭╮╰╯─").split())
 
 

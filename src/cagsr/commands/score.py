@@ -33,9 +33,6 @@ class Config:
     """JSONL file for the scores; None writes them to standard output."""
     response_column: str = "completion"
     """Column with the response: text, or a list of chat messages."""
-    split_text: float = 0.0
-    """For a file of plain texts: take this share of each text (up to a space) as the prompt and the rest as the
-    response; 0 reads responses from response_column."""
     max_response_length: int | None = None
     """Cut responses to this many tokens (they then count as unfinished); None never cuts."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -114,8 +111,6 @@ def run(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    if not 0 <= config.split_text < 1:
-        raise ConfigError(f"--split_text {config.split_text:g}: give a share between 0 and 1, as 0.5.")
     if config.max_response_length is not None and config.max_response_length < 1:
         raise ConfigError(f"--max_response_length {config.max_response_length}: must be 1 or more.")
     if config.batch_size < 1:
@@ -131,9 +126,13 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
         DataError: a row without a response, with an empty one, or too long; the message names file and row.
     """
     from cagsr.evaluation.scorer import encode_response
+    from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
+    from cagsr.prompts.split import split_texts
 
-    rows = _rows(config)
+    rows = split_texts(load_rows(config.data), config.data)
+    first = next(iter(rows))
+    _text(first.values.get(config.response_column), config, f"{first.source}, row {first.number}")
     truncate = config.data.long_prompts == "truncate"
     room = room_for_prompts(loaded, _longest(config, loaded, rows) - 1 if truncate else 0)
     found = prepare_prompts(
@@ -142,7 +141,6 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
         loaded.tokenizer,
         max_length=room,
         frequency=read_frequency(config.salience_from),
-        rows=rows,
     )
     context = None if loaded.encoder_decoder else loaded.context_length()
     prompts: list[EncodedPrompt] = []
@@ -159,7 +157,7 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
             text,
             ended=ended,
             limit=config.max_response_length,
-            ids=ids if config.split_text == 0 else None,
+            ids=ids,
         )
         if not response.ids:
             raise DataError(f"{where}: a response of zero tokens can't be scored; remove the row or mend it.")
@@ -190,34 +188,6 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
     return prompts, responses, notes
 
 
-def _rows(config: Config) -> Any:
-    """Find the file's rows; with ``split_text`` each text becomes a prompt and a response."""
-    from cagsr.prompts.load import Row, Rows, load_rows
-
-    rows = load_rows(config.data)
-    if config.split_text == 0:
-        return rows
-    column = config.data.prompt_column
-
-    def halves() -> Any:
-        for row in rows:
-            text = row.values.get(column)
-            if not isinstance(text, str):  # the error is the prompt's own
-                yield row
-                continue
-            prompt, response = split_at_space(text, config.split_text)
-            yield Row(row.number, row.source, {**row.values, column: prompt, config.response_column: response})
-
-    return Rows(rows.source, halves)
-
-
-def split_at_space(text: str, share: float) -> tuple[str, str]:
-    """Cut a text before the white space nearest after ``share`` of its characters; the rest keeps that space."""
-    start = max(1, round(len(text) * share))
-    position = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
-    return text[:position], text[position:]
-
-
 def _longest(config: Config, loaded: LoadedModel, rows: Any) -> int:
     """Tokens of the file's longest response, its stop token included, as far as it will be read."""
     longest = 1
@@ -231,7 +201,7 @@ def _text(value: Any, config: Config, where: str) -> str:
     from cagsr.prompts.render import text_of
 
     if value is None:
-        hint = "" if config.split_text else ", or cut plain texts into prompt and response with --split_text 0.5"
+        hint = ", or cut plain texts in two with --data.split_text 0.5"
         raise DataError(
             f"{where}: no response in column '{config.response_column}'; name the column with --response_column{hint}."
         )

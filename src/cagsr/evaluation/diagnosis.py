@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cagsr.errors import ConfigError
+from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.metrics import Interval
 from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, within_z
 from cagsr.evaluation.scorer import standardized
+from cagsr.reward.functions import import_dotted
 
 Floats = NDArray[np.float64]
 
@@ -92,10 +93,7 @@ def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
     for names in COMBINATIONS:
         named[" + ".join(names)] = np.sum([within_z(signals.terms[name]) for name in names], axis=0)
     named["configured reward"] = weighted_sum(signals.terms, weights)
-    guards = {name: weight for name, weight in weights.items() if name == "repetition"}
-    named["recommended reward"] = weighted_sum(
-        term_columns(signals, recommendation.setting), {**guards, **recommendation.weights}
-    )
+    named["recommended reward"] = weighted_sum(term_columns(signals, recommendation.setting), recommendation.weights)
     return Diagnosis(
         prompts=signals.length.shape[0],
         candidates=signals.length.shape[1],
@@ -120,15 +118,36 @@ def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
     )
 
 
+def load_checker(dotted_path: str) -> HeldOutMetric:
+    """Import a checker ``f(prompts, completions, **columns) -> numbers``, higher is better.
+
+    Raises:
+        ConfigError: it can't be imported or is no function.
+    """
+    function = import_dotted(dotted_path, "--checker")
+    if not callable(function):
+        raise ConfigError(f"--checker {dotted_path}: is {type(function).__name__}, not a function.")
+    return HeldOutMetric(dotted_path, function)
+
+
 def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
     """Judge every answer by a metric.
 
     Raises:
-        ConfigError: the metric gives another number of values than there are answers, or one that is not finite.
+        ConfigError: the metric fails, gives another number of values than there are answers, or one that is not finite.
     """
     candidates = signals.length.shape[1]
     repeated = [encoded for encoded in signals.prompts for _ in range(candidates)]
-    values = judge(metric, repeated, [text for texts in signals.completions for text in texts])
+    completions = [text for texts in signals.completions for text in texts]
+    try:
+        values = judge(metric, repeated, completions)
+    except CagsrError:
+        raise
+    except Exception as error:  # a user's code can raise anything; the cause stays attached
+        raise ConfigError(
+            f"The metric {metric.name} failed with {type(error).__name__}: {error}; it is called as "
+            "f(prompts, completions, **columns) and returns one number for each."
+        ) from error
     truth = np.array(values, dtype=np.float64).reshape(signals.length.shape)
     if not np.isfinite(truth).all():
         prompt = signals.prompts[int(np.argwhere(~np.isfinite(truth))[0, 0])].prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,12 @@ from cagsr.reward.metrics import variance_share
 Floats = NDArray[np.float64]
 
 WEIGHED = ("coverage", "copy_coverage", "focus", "self_certainty")
-"""Terms that a recommendation may weigh; repetition stays a guard, length and mean mass measure length."""
+"""Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
+ALL_WEIGHTS = (*WEIGHED, "repetition")
 CLOSE = 0.02
 """Correlations nearer than this count as equal: the simpler or configured choice wins."""
+GUARD = 0.3
+"""Standard deviation within a prompt that the repetition penalty gets, where the other terms together have 1."""
 SMALL = 0.2
 """A weight below this share of the largest is left out."""
 
@@ -32,7 +35,7 @@ class Recommendation:
 
     setting: Setting
     weights: Mapping[str, float]
-    """Term -> weight, for ``reward.normalize running``; terms not named: 0 (repetition: as configured)."""
+    """Term -> weight, for ``reward.normalize running``; terms not named: 0. Empty: no term helps."""
     reasons: tuple[str, ...]
     """What it rests on, one sentence each."""
 
@@ -63,29 +66,34 @@ def agreement_target(signals: Signals) -> Floats:
 
 
 def setting_quality(signals: Signals, target: ArrayLike) -> dict[Setting, float]:
-    """Rate every way to compute the coverage: its within-prompt correlation with the target.
+    """Rate the choices of layers and threshold, under the configured pooling.
 
-    Without a truth the target is only an agreement, so what correlates with length beyond 0.2 is taken off.
+    With a truth: the within-prompt correlation of the best weighted sum of terms under that choice. Without: the
+    agreement of the coverage with the target, less its correlation with length as far as that is above 0.2.
     """
     found = {}
     for setting, values in signals.coverage.items():
-        quality = correlation(values, target)
+        if setting.pooling != signals.configured.pooling:
+            continue
         if signals.truth is None:
-            quality -= max(0.0, abs(correlation(values, signals.length)) - 0.2)
-        found[setting] = quality
+            short = max(0.0, abs(correlation(values, signals.length)) - 0.2)
+            found[setting] = correlation(values, target) - short
+        else:
+            columns = term_columns(signals, setting)
+            weights = fit_weights({name: columns[name] for name in WEIGHED}, target)
+            total = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(values))
+            found[setting] = correlation(total, target)
     return found
 
 
 def best_setting(quality: Mapping[Setting, float], configured: Setting) -> Setting:
-    """Pick the best setting; the configured one where it is as good, then its pooling, layers and threshold."""
+    """Pick the best setting; of those as good the configured one, then one with its layers and a near threshold."""
     best = max(quality.values())
-    if quality.get(configured, -1.0) >= best - CLOSE:
-        return configured
     close = [setting for setting, value in quality.items() if value >= best - CLOSE]
     return max(
         close,
         key=lambda setting: (
-            setting.pooling == configured.pooling,
+            setting == configured,
             setting.layers == configured.layers,
             -abs(setting.threshold - configured.threshold),
             quality[setting],
@@ -134,10 +142,7 @@ def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLi
 
 def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
     """All terms as they would be under ``setting``: the attention terms at its layers, the coverage at its threshold."""
-    moved = {"coverage": signals.coverage[setting]}
-    if setting.pooling == signals.configured.pooling:
-        moved |= dict(signals.by_layers[setting.layers])
-    return {**signals.terms, **moved}
+    return {**signals.terms, **signals.by_layers[setting.layers], "coverage": signals.coverage[setting]}
 
 
 def recommend(signals: Signals) -> Recommendation:
@@ -152,11 +157,11 @@ def recommend(signals: Signals) -> Recommendation:
     columns = term_columns(signals, setting)
     judged = "signals that read no attention" if signals.truth is None else signals.truth_name
     reasons = [
-        f"Coverage at layers {setting.layers}, threshold {setting.threshold:g}, pooling {setting.pooling} correlates "
+        f"Coverage at layers {setting.layers}, threshold {setting.threshold:g} correlates "
         f"{correlation(columns['coverage'], target):+.2f} with {judged} within a prompt (as configured: "
         f"{correlation(signals.coverage[signals.configured], target):+.2f})."
     ]
-    usable = {name: columns[name] for name in WEIGHED if name in columns}
+    usable = {name: columns[name] for name in WEIGHED}
     if signals.truth is not None:
         weights = fit_weights(usable, signals.truth)
         reasons.append("The weights are a non-negative least-squares fit to it on z-scores within a prompt.")
@@ -166,7 +171,22 @@ def recommend(signals: Signals) -> Recommendation:
             "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
             "with length, not on truth. Give --checker, or rows with references, to test it."
         )
-    return Recommendation(setting, training_weights(weights, columns), tuple(reasons))
+    paid = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(signals.length))
+    bias = correlation(paid, signals.length)
+    if abs(bias) > 0.3:
+        reasons.append(
+            f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
+            "prompt): watch the length in training."
+        )
+    return Recommendation(setting, _with_guard(training_weights(weights, columns), columns), tuple(reasons))
+
+
+def _with_guard(weights: dict[str, float], columns: Mapping[str, Floats]) -> dict[str, float]:
+    """Add a penalty on repetition that moves the reward within a prompt by ``GUARD`` of what the other terms do."""
+    if not weights:
+        return {}
+    share = within_share(columns["repetition"])
+    return {**weights, "repetition": -float(f"{GUARD / np.sqrt(share if share > 0 else 1.0):.2g}")}
 
 
 def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
@@ -266,18 +286,16 @@ def _centred(values: Floats) -> Floats:
     return np.asarray(values - values.mean(axis=1, keepdims=True))
 
 
-def flags_of(recommendation: Recommendation, configured: Setting, names: Sequence[str] = WEIGHED) -> list[str]:
+def flags_of(recommendation: Recommendation) -> list[str]:
     """Write the recommendation as flags of ``cagsr train``."""
     setting = recommendation.setting
     flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
-    if setting.pooling != configured.pooling:
-        flags.append(f"--salience.pooling {setting.pooling}")
-    return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in names]
+    return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
 
 
-def yaml_of(recommendation: Recommendation, names: Sequence[str] = WEIGHED) -> dict[str, dict[str, object]]:
+def yaml_of(recommendation: Recommendation) -> dict[str, dict[str, object]]:
     """Write the recommendation as the settings of a ``--config`` file."""
     setting = recommendation.setting
-    reward: dict[str, object] = {name: {"weight": recommendation.weights.get(name, 0.0)} for name in names}
+    reward: dict[str, object] = {name: {"weight": recommendation.weights.get(name, 0.0)} for name in ALL_WEIGHTS}
     reward["coverage"] = {"weight": recommendation.weights.get("coverage", 0.0), "threshold": setting.threshold}
-    return {"attention": {"layers": setting.layers}, "salience": {"pooling": setting.pooling}, "reward": reward}
+    return {"attention": {"layers": setting.layers}, "reward": reward}

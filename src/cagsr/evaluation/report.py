@@ -21,10 +21,10 @@ Rows = list[list[str]]
 
 def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
     """One row a signal: correlations within a prompt, and what picking by it gains."""
-    header = ["signal", "length", "repetition", "within"]
+    header = ["signal", "length", "repetition", "within-prompt variance"]
     if found.truth_mean is not None:
         header[1:1] = ["truth"]
-        header += [f"best of {found.candidates}", "gain [95 %]", "share of oracle [95 %]"]
+        header += [f"best of {found.candidates}", "gain [95 %]", "of the oracle's gain"]
     rows = []
     for signal in found.signals:
         row = [signal.name, _signed(signal.length), _signed(signal.repetition), f"{signal.within_share:.0%}"]
@@ -87,11 +87,11 @@ def print_report(found: Diagnosis, configured: Setting, console: Console) -> Non
     console.print(_rich(_settings_title(found, configured.pooling), *setting_table(found, configured.pooling)))
     for warning in found.warnings:
         console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
-    for line in recommendation_lines(found, configured):
+    for line in recommendation_lines(found):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def recommendation_lines(found: Diagnosis, configured: Setting) -> list[str]:
+def recommendation_lines(found: Diagnosis) -> list[str]:
     """Why, and the flags to paste."""
     lines = ["Recommendation:", *(f"  {reason}" for reason in found.recommendation.reasons)]
     if not found.recommendation.weights:
@@ -100,7 +100,7 @@ def recommendation_lines(found: Diagnosis, configured: Setting) -> list[str]:
         *lines,
         "  Weights are for --reward.normalize running, scaled so that the reward's standard deviation within a prompt is 1.",
         "",
-        "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation, configured)]),
+        "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation)]),
     ]
 
 
@@ -113,6 +113,8 @@ def as_yaml(found: Diagnosis, model: str) -> str:
     """Return the recommendation as a file for ``cagsr train --config``."""
     comment = f"# What cagsr diagnose recommends for {model} on {found.prompts} prompts.\n"
     reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
+    if not found.recommendation.weights:
+        return comment + reasons + "# No term helps here: nothing is recommended.\n"
     return comment + reasons + yaml.safe_dump(yaml_of(found.recommendation), sort_keys=False)
 
 
@@ -127,7 +129,7 @@ def as_markdown(found: Diagnosis, configured: Setting) -> str:
         parts += [f"## {title}\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
         parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     parts += ["## Warnings\n", *(f"- {warning}" for warning in found.warnings or ("none",)), ""]
-    parts += ["## Recommendation\n", "```", *recommendation_lines(found, configured), "```", ""]
+    parts += ["## Recommendation\n", "```", *recommendation_lines(found), "```", ""]
     return "\n".join(parts)
 
 

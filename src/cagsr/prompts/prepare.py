@@ -18,6 +18,7 @@ from cagsr.prompts.pool import pool_words
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.salience import DocumentFrequency, salient_words
+from cagsr.prompts.split import split_texts
 
 __all__ = ["PromptSet", "encode_texts", "explain_salience", "prepare_prompts", "salience_table"]
 
@@ -34,7 +35,6 @@ def prepare_prompts(
     *,
     max_length: int,
     frequency: DocumentFrequency | None = None,
-    rows: Rows | None = None,
 ) -> PromptSet:
     """Read the prompts that ``data`` names and encode them with their salience.
 
@@ -47,7 +47,6 @@ def prepare_prompts(
             answer. ``data.max_prompt_length`` lowers it further.
         frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
-        rows: The rows, where the caller has changed them; None: those that ``data`` names.
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
@@ -56,7 +55,7 @@ def prepare_prompts(
         ModelError: the tokenizer has no offsets.
     """
     pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
-    rows = rows or load_rows(data)
+    rows = split_texts(load_rows(data), data)
     if data.streaming:
         return _prepare_stream(rows, pipeline, frequency)
     located = list(pipeline.render(rows))
