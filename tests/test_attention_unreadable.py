@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DiffLlamaConfig,
     FalconConfig,
     GPT2Config,
     GPTJConfig,
@@ -39,6 +40,12 @@ def test_gpt2_that_computes_its_own_attention():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(AttentionError, match="gpt2 model"):
         PromptAttentionReader(model)
+
+
+def test_a_module_that_calls_the_interface_twice():
+    config = DiffLlamaConfig(**SMALL, num_key_value_heads=2)
+    with pytest.raises(AttentionError, match=r"diffllama model .*layer 0 calls the attention interface 2 times"):
+        PromptAttentionReader(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_hybrid_model_is_read_where_it_has_attention():

@@ -20,7 +20,14 @@ from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceCon
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals, collect_signals, layer_choices
 from cagsr.evaluation.diagnosis import diagnose
-from cagsr.evaluation.recommend import best_setting, fit_weights, training_weights, warnings_for, within_z
+from cagsr.evaluation.recommend import (
+    best_setting,
+    fit_weights,
+    training_weights,
+    warnings_for,
+    weighted_parts,
+    within_z,
+)
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
@@ -56,13 +63,16 @@ def make_signals(seed: int = 0, prompts: int = 40, candidates: int = 8, **change
     }
     flat = g.normal(size=(prompts, candidates)) * 0.01
     terms = {
-        "coverage": coverage[HERE], "copy_coverage": flat, "mean_mass": flat, "focus": flat,
+        "coverage": coverage[HERE], "copy_coverage": flat, "grounded_coverage": flat, "mean_mass": flat, "focus": flat,
         "repetition": np.abs(flat), "self_certainty": 5 + b, "length": 20 + noise,
     }  # fmt: skip
     given: dict = {
         "terms": terms,
         "coverage": coverage,
-        "by_layers": {name: {"copy_coverage": flat, "mean_mass": flat, "focus": flat} for name in ("last-2", "0")},
+        "by_layers": {
+            name: {"copy_coverage": flat, "grounded_coverage": flat, "mean_mass": flat, "focus": flat}
+            for name in ("last-2", "0")
+        },
         "configured": HERE,
         "length": 20 + noise,
         "repetition": np.abs(flat),
@@ -126,15 +136,15 @@ def test_weights_are_found_and_small_ones_left_out():
     assert fit_weights({"a": -a}, a) == {}
 
 
-def test_training_weights_make_up_for_variance_between_prompts():
-    g = np.random.default_rng(1)
-    within = g.normal(size=(500, 4))
-    between = within + 3 * g.normal(size=(500, 1))  # a tenth of the variance within prompts
-    weights = training_weights({"a": 1.0, "b": 1.0}, {"a": within, "b": between})
-    assert weights["b"] / weights["a"] == pytest.approx(np.sqrt(within_share(within) / within_share(between)), rel=0.1)
-    alone = training_weights({"a": 7.0}, {"a": within})
-    # The reward's standard deviation within a prompt is 1: the term's own is sqrt(within share) in training.
-    assert alone["a"] * np.sqrt(within_share(within)) == pytest.approx(1.0, rel=0.05)
+def test_training_weights_give_the_reward_a_deviation_of_one_within_a_prompt():
+    a, b = np.random.default_rng(1).normal(size=(2, 500, 4))
+    columns = {"a": a + 9 * np.arange(500)[:, None], "b": 3 * b}  # neither level nor scale matters
+    weights = training_weights({"a": 3.0, "b": 4.0}, columns)
+    assert weights["b"] / weights["a"] == pytest.approx(4 / 3, rel=0.05)
+    reward = sum(weighted_parts(columns, weights, clip=0).values())
+    # Three of four deviations within a prompt are free.
+    assert np.std(reward) * np.sqrt(4 / 3) == pytest.approx(1.0, rel=0.05)
+    assert training_weights({"a": 1.0}, {"a": np.ones((2, 2))}) == {}
 
 
 # ---- advice ----
@@ -182,7 +192,7 @@ def test_without_a_checker_the_recommendation_says_what_it_rests_on():
         ({"ended": 0}, WEIGHTS, "hit the length limit (100%)"),
         ({"coverage": 0.97}, WEIGHTS, "saturated (mean 0.97 at threshold 0.3): raise the threshold"),
         ({"coverage": 0.02}, WEIGHTS, "lower the threshold"),
-        ({"between": 9.0}, {"coverage": 1.0}, "hardly varies within a prompt"),
+        ({"between": 9.0}, {"coverage": 1.0}, "coverage hardly varies within a prompt (1%"),
         ({}, {"coverage": 1.0, "self_certainty": 0.05}, "One term dominates: coverage"),
         ({"same": 1}, WEIGHTS, "mostly the same (12% differ)"),
         ({"truth": 0}, WEIGHTS, "hardly sees judge"),

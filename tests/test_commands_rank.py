@@ -7,9 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from cagsr.commands.main import main
+from cagsr.config import RewardConfig
+from cagsr.evaluation.scorer import weigh
+from cagsr.reward.combine import RewardFunction
+from cagsr.reward.terms import builtin_terms
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +115,15 @@ def test_bad_input_is_one_sentence(model: Path, prompts: Path, tmp_path: Path, c
     for sentence, flags in cases.items():
         assert rank(model, *flags) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_scale_is_that_of_training(make_reward_batch):
+    """Candidates are weighed as training weighs them: the reward function and ``weigh`` give the same contributions."""
+    batch = make_reward_batch(seed=3, prompts=4, generations=5)
+    terms = builtin_terms(RewardConfig())
+    weights = {term.name: float(number + 1) for number, (term, _) in enumerate(terms)}
+    function = RewardFunction([term for term, _ in terms], list(weights.values()), "within_prompt", clip=1.5)
+    reward = function(batch)
+    parts = weigh(reward.terms, weights, clip=1.5, group=batch.rollout.prompts.group)
+    for name, part in parts.items():
+        torch.testing.assert_close(part.float(), reward.contributions[name], atol=1e-5, rtol=1e-5, msg=name)

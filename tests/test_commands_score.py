@@ -67,7 +67,7 @@ def scored(model: Path, data: Path, *more: str) -> list[dict]:
 def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]):
     rows = scored(model, pairs)
     assert set(rows[0]["terms"]) == {
-        "coverage", "copy_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
+        "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
     }  # fmt: skip
     assert set(rows[0]["contributions"]) == {"coverage", "repetition"}
     # Seven words and the stop token; no stop token where the row says that the answer was cut.
@@ -201,8 +201,8 @@ def test_the_stop_token_is_never_doubled(loaded: LoadedModel):
 def test_standardized_by_hand():
     values = torch.tensor([1.0, 3.0, 10.0, 10.0, math.nan])
     group = torch.tensor([7, 7, 9, 9, 9])
-    # Within the groups: deviations -1, 1, 0, 0; their mean square 1/2.
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64) * math.sqrt(2)
+    # Within the groups: deviations -1, 1, 0, 0; squares sum to 2, with 4 - 2 degrees of freedom.
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(standardized(values, group=group), expected)
     # Over all: mean 6, deviations -5, -3, 4, 4, mean square 66/4.
     whole = torch.tensor([-5.0, -3.0, 4.0, 4.0, 0.0], dtype=torch.float64) / math.sqrt(16.5)

@@ -342,7 +342,7 @@ def test_two_terms_of_one_name() -> None:
 def test_builtin_terms_are_terms_and_the_default_reads_attention() -> None:
     terms = builtin_terms(RewardConfig())
     assert [term.name for term, _ in terms] == [
-        "coverage", "copy_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
+        "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
     assert needs_attention(RewardConfig())

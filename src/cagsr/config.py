@@ -143,6 +143,18 @@ class CopyCoverageConfig:
 
 
 @dataclass(frozen=True)
+class GroundedCoverageConfig:
+    """Grounded coverage: each salient token must be looked at hard once by the response token that says it."""
+
+    weight: float = 0.0
+    """Weight in the reward; 0 leaves the term out."""
+    threshold: float = 0.1
+    """Attention at which a token counts as covered (tau)."""
+    dense: bool = False
+    """Pay each token for the coverage it adds instead of all at the end."""
+
+
+@dataclass(frozen=True)
 class MeanMassConfig:
     """Mean attention mass on salient words: the paper's literal reading, which pays for short answers."""
 
@@ -196,6 +208,7 @@ class RewardConfig:
 
     coverage: CoverageConfig = field(default_factory=CoverageConfig)
     copy_coverage: CopyCoverageConfig = field(default_factory=CopyCoverageConfig)
+    grounded_coverage: GroundedCoverageConfig = field(default_factory=GroundedCoverageConfig)
     mean_mass: MeanMassConfig = field(default_factory=MeanMassConfig)
     focus: FocusConfig = field(default_factory=FocusConfig)
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)

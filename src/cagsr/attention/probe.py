@@ -96,10 +96,11 @@ def find_attention_layers(model: nn.Module) -> AttentionLayers:
             f"transformers' attention interface: use a model that does, such as Llama, Qwen, Gemma, Mistral, GPT-2, "
             f"GPT-NeoX, T5 or BART."
         )
-    if shared := [layer.number for layer in layers if calls[layer.module] > 1]:
+    if repeated := [layer for layer in layers if calls[layer.module] > 1]:
         raise AttentionError(
-            f"The attention of a {model_type} model ({type(inner).__name__}) can't be read, because layer "
-            f"{shared[0]}'s attention module serves several layers."
+            f"The attention of a {model_type} model ({type(inner).__name__}) can't be read, because the "
+            f"attention module of layer {repeated[0].number} calls the attention interface "
+            f"{calls[repeated[0].module]} times in one forward."
         )
     layers.sort(key=lambda layer: layer.number)
     return AttentionLayers(model_type, cross, tuple(layers), max(total, layers[-1].number + 1))
@@ -122,9 +123,10 @@ def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str) -> None:
     try:
         model(**{name: value for name, value in inputs.items() if name in accepted}, **options)
     except Exception as error:  # whatever a model's own code raises: the user needs its name and the reason
+        reason = (str(error).splitlines() or [""])[0]
         raise AttentionError(
             f"The attention of a {model_type} model ({type(model).__name__}) can't be read, because a forward over a "
-            f"few tokens fails: {type(error).__name__}: {error}"
+            f"few tokens fails: {type(error).__name__}: {reason}"
         ) from error
 
 

@@ -84,7 +84,7 @@ def add_prompt_attention(
     with torch.no_grad():
         inputs = _Inputs.of(query, key, piece, softmax, heads)
         for block in _blocks(inputs, query.shape[1], key.shape[1], heads):
-            part = _block_sum(*inputs.block(block, piece), piece.columns, block.batch, softmax.softcap, scratch)
+            part = _block_sum(*inputs.block(block), piece.columns, block.batch, softmax.softcap, scratch)
             target[block.batch, block.rows].add_(part)
 
 
@@ -105,7 +105,7 @@ def prompt_attention(
         inputs = _Inputs.of(query, key, piece, softmax, heads)
         sums: dict[tuple[int, int], tuple[_Block, Tensor]] = {}
         for block in _blocks(inputs, query.shape[1], key.shape[1], heads):
-            arguments = (*inputs.block(block, piece), piece.columns, block.batch, softmax.softcap, None)
+            arguments = (*inputs.block(block), piece.columns, block.batch, softmax.softcap, None)
             part = checkpoint(_block_sum, *arguments, use_reentrant=False, preserve_rng_state=False)
             place = block.batch.start, block.rows.start
             sums[place] = (block, part if place not in sums else sums[place][1] + part)
@@ -118,32 +118,36 @@ def prompt_attention(
 class _Inputs:
     query: Tensor  # (sequences, chosen heads, rows, width) float32, scaled
     key: Tensor  # (sequences, key-value heads, keys, width)
-    position_bias: Tensor | None  # (sequences | 1, chosen heads, rows | 1, keys)
+    mask: Tensor | None  # (sequences | 1, chosen heads | 1, rows, keys)
+    position_bias: Tensor | None  # (sequences | 1, chosen heads | 1, rows | 1, keys)
     sinks: Tensor | None  # (chosen heads,)
 
     @staticmethod
     def of(query: Tensor, key: Tensor, piece: Piece, softmax: Softmax, heads: Sequence[int] | None) -> _Inputs:
-        query = query[piece.sequences]
-        bias, sinks = softmax.position_bias, softmax.sinks
-        bias = None if bias is None else pick_rows(bias[..., : key.shape[2]], piece.sequences, piece.rows)
-        sinks = None if sinks is None else sinks.reshape(-1)
-        if heads is not None:
-            index = torch.as_tensor(heads, device=query.device)
-            query = query[:, index]
-            bias = bias[:, index] if bias is not None and bias.shape[1] > 1 else bias
-            sinks = None if sinks is None else sinks[index]
+        query, mask, bias, sinks = query[piece.sequences], piece.mask, softmax.position_bias, softmax.sinks
         if isinstance(piece.rows, slice):
             query = query[:, :, piece.rows]
         else:
             query = query.gather(2, piece.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        bias = None if bias is None else bias[..., piece.keys]
-        return _Inputs(query.float() * softmax.scaling, key[piece.sequences, :, piece.keys], bias, sinks)
+        if bias is not None:
+            bias = pick_rows(bias[..., : key.shape[2]], piece.sequences, piece.rows)[..., piece.keys]
+        sinks = None if sinks is None else sinks.reshape(-1)
+        if heads is not None:
+            index = torch.as_tensor(heads, device=query.device)
+            query = query[:, index]
+            mask = mask[:, index] if mask is not None and mask.shape[1] > 1 else mask
+            bias = bias[:, index] if bias is not None and bias.shape[1] > 1 else bias
+            sinks = None if sinks is None else sinks[index]
+        return _Inputs(query.float() * softmax.scaling, key[piece.sequences, :, piece.keys], mask, bias, sinks)
 
-    def block(self, block: _Block, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        mask = _narrow(piece.mask, block)
-        sinks = None if self.sinks is None else self.sinks[block.heads]
-        query = self.query[block.batch, block.heads, block.rows]
-        return query, self.key[block.batch, block.kv_heads], mask, _narrow(self.position_bias, block), sinks
+    def block(self, block: _Block) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            self.query[block.batch, block.heads, block.rows],
+            self.key[block.batch, block.kv_heads],
+            _narrow(self.mask, block),
+            _narrow(self.position_bias, block),
+            None if self.sinks is None else self.sinks[block.heads],
+        )
 
 
 def _narrow(rows: Tensor | None, block: _Block) -> Tensor | None:

@@ -82,7 +82,7 @@ def run(config: Config) -> None:
         )
     if config.checker is not None or metric.name.startswith("ROUGE-L"):
         signals = with_truth(signals, metric)
-    found = diagnose(signals, scorer.weights)
+    found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     console = Console()
     # A file or a pipe has no width of its own; the tables need more than the usual 80.

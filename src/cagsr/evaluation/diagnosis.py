@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import CagsrError, ConfigError
@@ -17,8 +16,7 @@ from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.metrics import Interval
-from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, within_z
-from cagsr.evaluation.scorer import standardized
+from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, weighted_parts, within_z
 from cagsr.reward.functions import import_dotted
 
 Floats = NDArray[np.float64]
@@ -27,6 +25,8 @@ COMBINATIONS = (
     ("coverage", "self_certainty"),
     ("coverage", "copy_coverage"),
     ("coverage", "self_certainty", "copy_coverage"),
+    ("grounded_coverage", "self_certainty"),
+    ("coverage", "grounded_coverage", "self_certainty"),
 )
 """Sums of z-scores within a prompt that are tried besides the single terms (method.md, section 3)."""
 
@@ -80,20 +80,26 @@ class Diagnosis:
     warnings: tuple[str, ...]
 
 
-def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
+def diagnose(
+    signals: Signals, weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+) -> Diagnosis:
     """Analyse measured signals.
 
     Args:
         signals: what was measured.
         weights: term -> weight of the configured reward.
+        normalize: as ``reward.normalize``.
+        clip: as ``reward.clip``.
     """
     recommendation = recommend(signals)
     truth = signals.truth
     named: dict[str, Floats] = dict(signals.terms)
     for names in COMBINATIONS:
         named[" + ".join(names)] = np.sum([within_z(signals.terms[name]) for name in names], axis=0)
-    named["configured reward"] = weighted_sum(signals.terms, weights)
-    named["recommended reward"] = weighted_sum(term_columns(signals, recommendation.setting), recommendation.weights)
+    nothing = np.zeros_like(signals.length)
+    named["configured reward"] = sum(weighted_parts(signals.terms, weights, normalize, clip).values(), nothing)
+    recommended = weighted_parts(term_columns(signals, recommendation.setting), recommendation.weights, clip=clip)
+    named["recommended reward"] = sum(recommended.values(), nothing)
     return Diagnosis(
         prompts=signals.length.shape[0],
         candidates=signals.length.shape[1],
@@ -114,7 +120,7 @@ def diagnose(signals: Signals, weights: Mapping[str, float]) -> Diagnosis:
             for setting, values in signals.coverage.items()
         ),
         recommendation=recommendation,
-        warnings=tuple(warnings_for(signals, weights)),
+        warnings=tuple(warnings_for(signals, weights, normalize, clip)),
     )
 
 
@@ -156,16 +162,6 @@ def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
             "mend it."
         )
     return replace(signals, truth=truth, truth_name=metric.name)
-
-
-def weighted_sum(terms: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
-    """Sum the terms as training does: each divided by its standard deviation over all answers, then weighted."""
-    total = np.zeros_like(next(iter(terms.values())))
-    for name, weight in weights.items():
-        if weight and name in terms:
-            values = standardized(torch.from_numpy(terms[name].ravel().copy()), clip=5.0)
-            total = total + weight * values.numpy().reshape(total.shape)
-    return total
 
 
 def _signal(name: str, values: Floats, signals: Signals) -> SignalReport:

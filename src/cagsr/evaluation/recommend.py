@@ -18,13 +18,13 @@ from cagsr.reward.metrics import variance_share
 
 Floats = NDArray[np.float64]
 
-WEIGHED = ("coverage", "copy_coverage", "focus", "self_certainty")
+WEIGHED = ("coverage", "copy_coverage", "grounded_coverage", "focus", "self_certainty")
 """Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
 ALL_WEIGHTS = (*WEIGHED, "repetition")
 CLOSE = 0.02
 """Correlations nearer than this count as equal: the simpler or configured choice wins."""
-GUARD = 0.3
-"""Standard deviation within a prompt that the repetition penalty gets, where the other terms together have 1."""
+GUARD = -0.3
+"""Weight of repetition in a recommendation whose other terms together have the standard deviation 1 within a prompt."""
 SMALL = 0.2
 """A weight below this share of the largest is left out."""
 
@@ -35,7 +35,7 @@ class Recommendation:
 
     setting: Setting
     weights: Mapping[str, float]
-    """Term -> weight, for ``reward.normalize running``; terms not named: 0. Empty: no term helps."""
+    """Term -> weight, for ``reward.normalize within_prompt``; terms not named: 0. Empty: no term helps."""
     reasons: tuple[str, ...]
     """What it rests on, one sentence each."""
 
@@ -124,20 +124,17 @@ def fit_weights(columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: floa
 
 
 def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLike]) -> dict[str, float]:
-    """Turn weights of within-prompt z-scores into weights under ``reward.normalize running``.
+    """Scale weights of within-prompt z-scores for ``reward.normalize within_prompt``.
 
-    Training divides a term by its standard deviation over all answers; of that only the part within prompts moves the
-    policy. So a weight is divided by ``sqrt(within share)``, and all are scaled so that the sum's standard deviation
-    within prompts is 1 (comparable with a KL coefficient and the missing-EOS penalty). Two significant digits.
+    The standard deviation of the weighted sum within a prompt becomes 1, comparable with a KL coefficient and the
+    missing-EOS penalty. Two significant digits; empty where nothing varies.
     """
-    total = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros(1))
-    spread = float(np.std(total))
-    if spread <= 0:
+    if not weights:
         return {}
-    return {
-        name: float(f"{weight / spread / np.sqrt(max(within_share(columns[name]), 1e-4)):.2g}")
-        for name, weight in weights.items()
-    }
+    total = np.sum([weight * within_z(columns[name]) for name, weight in weights.items()], axis=0)
+    # As training counts: the prompts' means cost a degree of freedom each.
+    spread = float(np.sqrt(np.square(total).sum() / (total.size - len(total))))
+    return {name: float(f"{weight / spread:.2g}") for name, weight in weights.items()} if spread > 0 else {}
 
 
 def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
@@ -178,15 +175,8 @@ def recommend(signals: Signals) -> Recommendation:
             f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
             "prompt): watch the length in training."
         )
-    return Recommendation(setting, _with_guard(training_weights(weights, columns), columns), tuple(reasons))
-
-
-def _with_guard(weights: dict[str, float], columns: Mapping[str, Floats]) -> dict[str, float]:
-    """Add a penalty on repetition that moves the reward within a prompt by ``GUARD`` of what the other terms do."""
-    if not weights:
-        return {}
-    share = within_share(columns["repetition"])
-    return {**weights, "repetition": -float(f"{GUARD / np.sqrt(share if share > 0 else 1.0):.2g}")}
+    scaled = training_weights(weights, columns)
+    return Recommendation(setting, {**scaled, "repetition": GUARD} if scaled else {}, tuple(reasons))
 
 
 def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
@@ -194,7 +184,7 @@ def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]
     if not np.any(within_z(columns["coverage"])):
         return {}
     weights, total = {"coverage": 1.0}, within_z(columns["coverage"])
-    for name in ("copy_coverage", "self_certainty"):
+    for name in ("grounded_coverage", "copy_coverage", "self_certainty"):
         agrees = 0.05 < correlation(columns[name], columns["coverage"]) < 0.9
         more = total + within_z(columns[name])
         if agrees and abs(correlation(more, length)) <= 0.3:
@@ -202,40 +192,61 @@ def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]
     return weights
 
 
-def warnings_for(signals: Signals, weights: Mapping[str, float]) -> list[str]:
+def weighted_parts(
+    terms: Mapping[str, Floats], weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+) -> dict[str, Floats]:
+    """Normalise and weigh terms as training does: name -> ``(prompts, candidates)``, terms of weight 0 left out."""
+    parts = {}
+    for name, weight in weights.items():
+        if weight == 0 or name not in terms:
+            continue
+        values = terms[name]
+        group = torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
+        flat = torch.from_numpy(values.ravel().copy())
+        normalized = standardized(flat, normalize, clip, group if normalize == "within_prompt" else None)
+        parts[name] = weight * normalized.numpy().reshape(values.shape)
+    return parts
+
+
+def warnings_for(
+    signals: Signals, weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+) -> list[str]:
     """Say in plain words what would go wrong with the configured reward on these prompts.
 
     Args:
         signals: what was measured.
         weights: term -> configured weight.
+        normalize: as ``reward.normalize``.
+        clip: as ``reward.clip``.
     """
     found = []
-    active = {name: weight for name, weight in weights.items() if weight != 0 and name in signals.terms}
-    flat = {name: torch.from_numpy(signals.terms[name].ravel().copy()) for name in active}
-    parts = {name: weight * standardized(flat[name]) for name, weight in active.items()}
-    total = sum(parts.values(), torch.zeros(signals.length.size, dtype=torch.float64))
-    reward = total.numpy().reshape(signals.length.shape)
+    parts = weighted_parts(signals.terms, weights, normalize, clip)
+    reward = sum(parts.values(), np.zeros_like(signals.length))
     bias = correlation(reward, signals.length)
     if abs(bias) > 0.3:
         found.append(
             f"This reward pays for {'long' if bias > 0 else 'short'} answers: within a prompt it correlates {bias:+.2f} "
             "with length; change the weights, or watch the length."
         )
-    if within_share(reward) < 0.1:
-        found.append(
-            f"The reward hardly varies within a prompt ({within_share(reward):.0%} of its variance; the rest lies "
-            "between prompts and teaches nothing): a policy gets little signal from it."
-        )
-    found += _about_coverage(signals) if "coverage" in active else []
+    for name in parts:
+        share = within_share(signals.terms[name])
+        if share < 0.1 and name != "repetition":
+            found.append(
+                f"{name} hardly varies within a prompt ({share:.0%} of its variance lies there, the rest between prompts): "
+                + (
+                    "training follows that small part alone, magnified to a standard deviation of 1."
+                    if normalize == "within_prompt"
+                    else "its weight moves the reward little; use --reward.normalize within_prompt."
+                )
+            )
+    found += _about_coverage(signals) if "coverage" in parts else []
     cut = 1.0 - float(signals.ended.mean())
     if cut > 0.5:
         found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
-    within = {
-        name: torch.from_numpy(_centred(part.numpy().reshape(reward.shape)).ravel()) for name, part in parts.items()
-    }
+    within = {name: torch.from_numpy(_centred(part).ravel()) for name, part in parts.items()}
     for name, part in within.items():
         share = variance_share(part, sum(within.values(), torch.zeros_like(part)))
-        if len(active) > 1 and share > 0.9:
+        if len(parts) > 1 and share > 0.9:
             found.append(f"One term dominates: {name} holds {share:.0%} of the reward's variance within a prompt.")
     repeated = correlation(reward, signals.repetition)
     if repeated > 0.2:
@@ -260,12 +271,6 @@ def _about_coverage(signals: Signals) -> list[str]:
         return [f"Coverage is saturated (mean {mean:.2f} at threshold {threshold:g}): raise the threshold."]
     if mean < 0.1:
         return [f"Nearly nothing is covered (mean {mean:.2f} at threshold {threshold:g}): lower the threshold."]
-    share = within_share(signals.terms["coverage"])
-    if share < 0.1:
-        return [
-            f"Coverage hardly varies within a prompt ({share:.0%} of its variance): under reward.normalize running its "
-            "weight counts for little beside other terms; the recommended weights make up for it."
-        ]
     return []
 
 
@@ -298,4 +303,4 @@ def yaml_of(recommendation: Recommendation) -> dict[str, dict[str, object]]:
     setting = recommendation.setting
     reward: dict[str, object] = {name: {"weight": recommendation.weights.get(name, 0.0)} for name in ALL_WEIGHTS}
     reward["coverage"] = {"weight": recommendation.weights.get("coverage", 0.0), "threshold": setting.threshold}
-    return {"attention": {"layers": setting.layers}, "reward": reward}
+    return {"attention": {"layers": setting.layers}, "reward": {"normalize": "within_prompt", **reward}}

@@ -98,7 +98,8 @@ def recommendation_lines(found: Diagnosis) -> list[str]:
         return [*lines, "  No term helps here: don't spend a training run on this reward."]
     return [
         *lines,
-        "  Weights are for --reward.normalize running, scaled so that the reward's standard deviation within a prompt is 1.",
+        "  The weights are for --reward.normalize within_prompt (the default) and scaled so that the reward's standard "
+        "deviation within a prompt is 1.",
         "",
         "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation)]),
     ]

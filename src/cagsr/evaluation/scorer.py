@@ -209,20 +209,20 @@ def weigh(
     raw: Mapping[str, Tensor],
     weights: Mapping[str, float],
     *,
-    normalize: str = "running",
+    normalize: str = "within_prompt",
     clip: float = 5.0,
     group: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Bring the terms of a set of answers to one scale and weigh them.
 
-    ``running`` centres each term and divides it by its standard deviation over the set, which is what training's running
-    moments come to. With ``group`` each term is centred within its group and divided by the standard deviation that
-    is left, over all groups: the scale on which answers to one prompt compete.
+    Without ``group`` each term is centred and divided by its standard deviation over the set, which is what training's
+    ``running`` moments come to. With ``group`` it is centred within its group and divided by the standard deviation
+    within groups, as training's ``within_prompt``: the scale on which answers to one prompt compete.
 
     Args:
         raw: name -> ``(answers,)``, NaN where a term does not apply.
         weights: name -> weight, for every name of ``raw``.
-        normalize: ``running`` or ``none`` (raw values).
+        normalize: ``none`` takes raw values; anything else normalises, over the set or within ``group``.
         clip: normalised values are clipped to plus or minus this; 0 does not clip.
         group: ``(answers,)`` int64, equal for answers to one prompt; None: one scale for all.
 
@@ -232,7 +232,9 @@ def weigh(
     return {name: weights[name] * standardized(values, normalize, clip, group) for name, values in raw.items()}
 
 
-def standardized(values: Tensor, normalize: str = "running", clip: float = 0.0, group: Tensor | None = None) -> Tensor:
+def standardized(
+    values: Tensor, normalize: str = "within_prompt", clip: float = 0.0, group: Tensor | None = None
+) -> Tensor:
     """Normalise one term as :func:`weigh` does: ``(answers,)`` in and out, float64, 0 where it does not apply."""
     known = torch.isfinite(values)
     x = torch.where(known, values, 0.0).double()
@@ -245,7 +247,9 @@ def standardized(values: Tensor, normalize: str = "running", clip: float = 0.0, 
     counts = size.scatter_add(0, index, known.double()).clamp(min=1)
     means = size.scatter_add(0, index, x) / counts
     centred = torch.where(known, x - means[index], 0.0)
-    std = float((centred.square().sum() / known.sum().clamp(min=1)).sqrt())
+    # Degrees of freedom within groups, as in training: each group's mean was taken from its own values.
+    freedom = float(known.sum()) if group is None else float(known.sum() - torch.unique(index[known]).numel())
+    std = (float(centred.square().sum()) / max(freedom, 1.0)) ** 0.5
     # Values equal up to float32 rounding do not vary.
     if std <= 1e-6 * float(x.abs().max() if len(x) else 0.0) + 1e-8:
         return torch.zeros_like(x)

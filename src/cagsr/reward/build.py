@@ -71,10 +71,10 @@ def check_reward_config(config: RewardConfig) -> None:
         raise ConfigError(
             "the reward is empty: every weight is 0; give at least one term a weight, as --reward.coverage.weight 1"
         )
-    if not 0 < config.coverage.threshold <= 1:
-        raise ConfigError(
-            f"reward.coverage.threshold is {config.coverage.threshold}: give an attention above 0, up to 1"
-        )
+    thresholds = {"coverage": config.coverage.threshold, "grounded_coverage": config.grounded_coverage.threshold}
+    for name, threshold in thresholds.items():
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"reward.{name}.threshold is {threshold}: give an attention above 0, up to 1")
     if not 0 <= config.focus.entropy_floor < 1:
         raise ConfigError(f"reward.focus.entropy_floor is {config.focus.entropy_floor}: give a value from 0 to below 1")
     if config.repetition.n < 1:

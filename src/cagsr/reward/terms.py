@@ -12,11 +12,12 @@ from cagsr.flow import RewardBatch
 from cagsr.reward.certainty import mean_certainty
 from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, saturating_coverage
 from cagsr.reward.focus import focus
+from cagsr.reward.grounded import grounded_coverage, grounded_coverage_gains
 from cagsr.reward.length import length
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_token
 
-ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "mean_mass", "focus"})
+ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus"})
 """Names of the terms that read the prompt attention."""
 
 
@@ -57,6 +58,29 @@ class CopyCoverage:
             rollout.response_mask,
             rollout.prompts.ids,
             rollout.prompts.words,
+        )
+
+
+@dataclass(frozen=True)
+class GroundedCoverage:
+    """Grounded coverage; see :func:`cagsr.reward.grounded.grounded_coverage`."""
+
+    threshold: float
+    dense: bool
+    name: str = "grounded_coverage"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
+        rollout = batch.rollout
+        formula = grounded_coverage_gains if self.dense else grounded_coverage
+        return formula(
+            _captured(batch.attention, self.name),
+            rollout.response_ids,
+            rollout.response_mask,
+            rollout.prompts.ids,
+            rollout.prompts.words,
+            rollout.prompts.salience,
+            self.threshold,
         )
 
 
@@ -128,6 +152,10 @@ def builtin_terms(config: RewardConfig) -> list[tuple[RewardTerm, float]]:
     return [
         (Coverage(config.coverage.threshold, config.coverage.dense), config.coverage.weight),
         (CopyCoverage(), config.copy_coverage.weight),
+        (
+            GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense),
+            config.grounded_coverage.weight,
+        ),
         (MeanMass(), config.mean_mass.weight),
         (Focus(config.focus.entropy_floor), config.focus.weight),
         (Repetition(config.repetition.n, config.repetition.dense), config.repetition.weight),

@@ -60,6 +60,7 @@ class PPO:
         attention = config.attention
         watched = self.reference.module if attention.source == "reference" else loaded.model
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.module: torch.nn.Module = accelerator.prepare_model(self.actor_critic)
@@ -177,12 +178,14 @@ class PPO:
             "scheduler_step": self.scheduler.last_epoch,
             "kl_controller": self.kl_controller.state_dict(),
             "reward": self.reward.state_dict(),
+            "first_means": self._first_means,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave (the optimizer's state must have been restored before)."""
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.reward.load_state_dict(state["reward"])
+        self._first_means = dict(state["first_means"])
         self.scheduler.last_epoch = int(state["scheduler_step"])
         factor = self._learning_rate_factor(self.scheduler.last_epoch)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
@@ -304,10 +307,14 @@ class PPO:
             metrics["val/explained_variance"] = explained_variance(scores.values, experience.advantages.returns, mask)
         batch = RewardBatch(rollout, scores, experience.reference_logprobs, None, None)
         metrics |= reward_metrics(reward, batch)
-        # Contributions centred on each prompt average to 0: what rises is the weighted sum of the uncentred terms.
-        weights = dict(zip(self.reward.names, self.reward.weights, strict=True))
+        # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
+        # first step, each in its own unit of spread.
+        means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.names}
+        if not self._first_means:
+            self._first_means = means
         metrics["objective/raw_scores"] = sum(
-            weight * self.reward.scale(name) * metrics[f"rewards/{name}/mean"] for name, weight in weights.items()
+            weight * self.reward.scale(name) * (means[name] - self._first_means[name])
+            for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
         )
         return metrics
 

@@ -1,0 +1,99 @@
+"""Grounded coverage: was each important word looked at by the very token that says it?
+
+Plain coverage pays for looking at a word, whatever is said meanwhile: an answer that looks at a name and misspells it is
+paid in full. Here only attention from a response token to the same token in the prompt counts, so that the answer's
+text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
+
+Measured on E2E NLG (`python -m examples.e2e.signals`): a higher within-prompt correlation with the facts really said than
+plain coverage, and a negative one with invented facts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cagsr.reward.coverage import normalized_salience
+
+
+def grounded_attention(
+    attention: Tensor, response_ids: Tensor, mask: Tensor, prompt_ids: Tensor, words: Tensor
+) -> Tensor:  # (batch, response, prompt)
+    """Keep the attention from each response token to salient prompt tokens that are the same token.
+
+    Args:
+        attention: ``(batch, response, prompt)`` attention probabilities.
+        response_ids: ``(batch, response)`` int64.
+        mask: ``(batch, response)`` bool, real response tokens.
+        prompt_ids: ``(batch, prompt)`` int64.
+        words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
+
+    Returns:
+        ``(batch, response, prompt)`` float32, 0 where response and prompt token differ.
+    """
+    same = response_ids[:, :, None] == prompt_ids[:, None, :]
+    return torch.where(same & mask[:, :, None] & (words >= 0)[:, None, :], attention.float(), 0.0)
+
+
+def grounded_coverage_gains(
+    attention: Tensor,
+    response_ids: Tensor,
+    mask: Tensor,
+    prompt_ids: Tensor,
+    words: Tensor,
+    salience: Tensor,
+    threshold: float,
+) -> Tensor:
+    """How much each response token adds to the grounded coverage.
+
+    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u = x_j] / tau)``: saturating coverage (method.md,
+    section 2) in which token u counts for prompt token j only if it is that token; the pieces of a word count alike. It
+    grows with t only, so the gains ``G_t - G_{t-1}`` sum to the coverage.
+
+    Args:
+        attention: ``(batch, response, prompt)`` attention probabilities.
+        response_ids: ``(batch, response)`` int64.
+        mask: ``(batch, response)`` bool, real response tokens.
+        prompt_ids: ``(batch, prompt)`` int64.
+        words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
+        salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
+        threshold: tau > 0, the attention at which a token counts as covered.
+
+    Returns:
+        ``(batch, response)`` float32 in [0, 1], 0 on masked tokens.
+    """
+    if attention.shape[1] == 0 or salience.shape[1] == 0:
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    grounded = grounded_attention(attention, response_ids, mask, prompt_ids, words)
+    covered = (grounded.cummax(dim=1).values / threshold).clamp(max=1.0)
+    before = torch.nn.functional.pad(covered[:, :-1], (0, 0, 1, 0))
+    return torch.einsum("btp,bp->bt", covered - before, _token_weights(words, salience))
+
+
+def grounded_coverage(
+    attention: Tensor,
+    response_ids: Tensor,
+    mask: Tensor,
+    prompt_ids: Tensor,
+    words: Tensor,
+    salience: Tensor,
+    threshold: float,
+) -> Tensor:
+    """Grounded coverage ``G = sum_w s_w mean_{j in w} min(1, max_t A[t, j] [y_t = x_j] / tau)``, ``(batch,)`` in [0, 1].
+
+    Arguments as in :func:`grounded_coverage_gains`. An answer without tokens, and a prompt without a salient word, give 0.
+    """
+    if attention.shape[1] == 0 or salience.shape[1] == 0:
+        return torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
+    grounded = grounded_attention(attention, response_ids, mask, prompt_ids, words)
+    covered = (grounded.amax(dim=1) / threshold).clamp(max=1.0)
+    return (covered * _token_weights(words, salience)).sum(dim=1)
+
+
+def _token_weights(words: Tensor, salience: Tensor) -> Tensor:
+    """Share each word's normalised salience among its pieces, ``(batch, prompt)``."""
+    salient = (words >= 0).float()
+    index = words.clamp(min=0)
+    pieces = torch.zeros_like(salience, dtype=torch.float32).scatter_add_(1, index, salient)
+    per_piece = normalized_salience(salience) / pieces.clamp(min=1)
+    return per_piece.gather(1, index) * salient
