@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,7 +134,7 @@ class Workload:
             return reading.attention
 
 
-def measure_time(case: Case, tick: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+def measure_time(case: Case) -> dict[str, list[float]]:
     """Seconds of each variant in each round; eager, which is slow, in the first rounds only."""
     workload = Workload(case)
     read, eager = workload.run("last-4"), workload.run("eager")
@@ -153,7 +154,6 @@ def measure_time(case: Case, tick: Callable[[], None] = lambda: None) -> dict[st
             start = time.perf_counter()
             workload.run(variant)
             seconds[variant].append(time.perf_counter() - start)
-        tick()
     return seconds
 
 
@@ -210,10 +210,7 @@ def _main(case: Case) -> None:
     # Libraries allocate their own buffers at the first call; they belong to the idle model. Eager is not run for that.
     workload.run("plain")
     workload.run("all")
-    peaks = {}
-    for variant in VARIANTS:
-        repeats = 1 if variant == "eager" else 3
-        peaks[variant] = statistics.median(_peak_of(lambda v=variant: workload.run(v)) for _ in range(repeats))  # type: ignore[misc]
+    peaks = {variant: _peak_of(partial(workload.run, variant)) for variant in VARIANTS}
     sys.stdout.write(json.dumps(peaks) + "\n")
 
 

@@ -390,7 +390,7 @@ def test_within_prompt_compares_answers_to_one_prompt_only(make_reward_batch: Ma
 
 
 def test_within_prompt_needs_two_answers_to_a_prompt(make_reward_batch: MakeBatch) -> None:
-    with pytest.raises(ConfigError, match="--reward.normalize running"):
+    with pytest.raises(ConfigError, match=r"--reward\.normalize running"):
         RewardFunction([sequence([1.0, 3.0])], [1.0], "within_prompt")(make_reward_batch(prompts=2, generations=1))
 
 

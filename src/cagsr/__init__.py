@@ -1,3 +1,82 @@
-"""cagsr: reinforcement learning for language models whose reward comes from the model's own attention."""
+"""cagsr: reinforcement learning for language models whose reward comes from the model's own attention.
+
+The names below are the library's public face; each is imported when it is first asked for, so ``import cagsr`` itself
+loads neither torch nor transformers. Training is ``cagsr.train.train(config)``: the function is not repeated here, because
+a function and a module can't both be called ``cagsr.train``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading
+    from cagsr.config import (
+        AttentionConfig,
+        DataConfig,
+        EvalConfig,
+        LoraConfig,
+        ModelConfig,
+        MonitorConfig,
+        PPOConfig,
+        RewardConfig,
+        RunConfig,
+        SalienceConfig,
+        SamplingConfig,
+        SftConfig,
+        TrainConfig,
+    )
+    from cagsr.errors import CagsrError
+    from cagsr.flow import RewardBatch
+    from cagsr.reward.protocol import Partial, RewardTerm
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionRegion",
+    "CagsrError",
+    "DataConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "PPOConfig",
+    "Partial",
+    "PromptAttentionReader",
+    "Reading",
+    "RewardBatch",
+    "RewardConfig",
+    "RewardTerm",
+    "RunConfig",
+    "SalienceConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "TrainConfig",
+    "__version__",
+]
+
+_ELSEWHERE = {
+    "AttentionRegion": "cagsr.attention",
+    "PromptAttentionReader": "cagsr.attention",
+    "Reading": "cagsr.attention",
+    "CagsrError": "cagsr.errors",
+    "RewardBatch": "cagsr.flow",
+    "Partial": "cagsr.reward.protocol",
+    "RewardTerm": "cagsr.reward.protocol",
+}
+"""Where the names live that are no settings."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'cagsr' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "cagsr.config")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

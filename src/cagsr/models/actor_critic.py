@@ -71,6 +71,9 @@ class ActorCritic(nn.Module):
                 if loaded.lora:
                     raise ModelError("--ppo.critic model needs full fine-tuning; with LoRA use --ppo.critic head.")
                 self.critic = copy.deepcopy(loaded.model)
+                head, embedding = self.critic.get_output_embeddings(), self.critic.get_input_embeddings()
+                if head.weight is not embedding.weight:
+                    head.requires_grad_(False)  # only its input is used; DDP waits for every trainable parameter
             width = loaded.model.get_output_embeddings().weight.shape[-1]
             # Zero weights: every value is 0 before the first update, so the first advantages are plain returns.
             self.value_head = nn.Linear(width, 1).to(loaded.device)

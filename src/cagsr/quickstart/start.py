@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cagsr.config import DataConfig, ModelConfig, SftConfig
+from cagsr.configfile import to_yaml
 from cagsr.quickstart.task import all_words, make_pairs
 from cagsr.runs.atomic import write_text_atomically
-from cagsr.sft import sft
+from cagsr.sft import SETTINGS, sft
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
@@ -76,6 +79,71 @@ def save_blank(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made from nothing: what ``folder`` holds in the end depends on these alone."""
+
+    folder: Path
+    """Gets ``pairs.jsonl``, ``blank/`` (architecture and tokenizer) and ``NAME/`` (the result)."""
+    name: str
+    """Name of the result's folder."""
+    data_seed: int
+    """Seeds the pairs."""
+    seed: int
+    """Seeds the random weights and the order of the pairs."""
+    pairs: int = 12000
+    """How many pairs the annotator writes."""
+    steps: int = 900
+    """Gradient steps of 16 pairs."""
+
+    def settings(self) -> SftConfig:
+        """Give the settings as ``cagsr sft`` takes them."""
+        return SftConfig(
+            model=ModelConfig(path=str(self.folder / "blank"), device="cpu"),
+            data=DataConfig(path=str(self.folder / "pairs.jsonl")),
+            output_dir=str(self.folder / self.name),
+            from_scratch=True,
+            steps=self.steps,
+            batch_size=16,
+            learning_rate=1.5e-3,
+            lr_scheduler="linear",
+            warmup_ratio=0.05,
+            save_every=0,
+            seed=self.seed,
+            overwrite=True,
+        )
+
+    def rows(self) -> str:
+        """Give the text of ``pairs.jsonl``."""
+        return as_jsonl(make_pairs(self.pairs, self.data_seed))
+
+    def is_made(self) -> bool:
+        """Whether the folder holds the finished result of this very recipe.
+
+        ``sft`` takes ``config.json`` away before it changes anything and writes it last.
+        """
+        result, pairs = self.folder / self.name, self.folder / "pairs.jsonl"
+        settings = result / SETTINGS
+        return (
+            (result / "config.json").is_file()
+            and settings.is_file()
+            and settings.read_text(encoding="utf-8") == to_yaml(self.settings())
+            and pairs.is_file()
+            and pairs.read_text(encoding="utf-8") == self.rows()
+        )
+
+    def make(self, *, quiet: bool = False) -> Path:
+        """Train the model with ``sft``, from random weights, and return its folder.
+
+        Raises:
+            CagsrError: a folder in the way, a full disk.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.folder / "pairs.jsonl", self.rows())
+        save_blank(self.folder / "blank", self.seed)
+        return sft(self.settings(), quiet=quiet)
+
+
 def make_start(folder: Path, seed: int, *, pairs: int = 12000, steps: int = 900, quiet: bool = False) -> Path:
     """Train the start model from random weights on the hasty annotator's pairs, as ``cagsr sft --from_scratch`` does.
 
@@ -89,26 +157,9 @@ def make_start(folder: Path, seed: int, *, pairs: int = 12000, steps: int = 900,
     Returns:
         ``folder/start``, a model in Hugging Face layout with its tokenizer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "pairs.jsonl", make_pairs(pairs, seed))
-    save_blank(folder / "blank", seed)
-    config = SftConfig(
-        model=ModelConfig(path=str(folder / "blank"), device="cpu"),
-        data=DataConfig(path=str(folder / "pairs.jsonl")),
-        output_dir=str(folder / "start"),
-        from_scratch=True,
-        steps=steps,
-        batch_size=16,
-        learning_rate=1.5e-3,
-        lr_scheduler="linear",
-        warmup_ratio=0.05,
-        save_every=0,
-        seed=seed,
-        overwrite=True,
-    )
-    return sft(config, quiet=quiet)
+    return Recipe(folder, "start", seed, seed, pairs, steps).make(quiet=quiet)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as JSONL, one object a line."""
-    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+def as_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows as JSON, one object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -111,6 +111,12 @@ def wrong_facts(prompt: str, answer: str) -> int:
     return sum(facts.get(kind) != value for kind, value in set(stated_facts(prompt, answer)))
 
 
+def facts_said_again(prompt: str, answer: str) -> int:
+    """Count how often the answer states a fact that it has stated before, in whatever phrase; the name doesn't count."""
+    stated = [(kind, value) for kind, value in stated_facts(prompt, answer) if kind != "name"]
+    return len(stated) - len(set(stated))
+
+
 def facts_metric(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """``facts_covered`` for many answers: the quickstart's held-out metric (``evaluation.metric``)."""
     return [facts_covered(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]

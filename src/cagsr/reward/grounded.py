@@ -4,8 +4,8 @@ Plain coverage pays for looking at a word, whatever is said meanwhile: an answer
 paid in full. Here only attention from a response token to the same token in the prompt counts, so that the answer's
 text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
 
-Measured on E2E NLG (`python -m examples.e2e.signals`): a higher within-prompt correlation with the facts really said than
-plain coverage, and a negative one with invented facts.
+Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E NLG its within-prompt correlation with the
+facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
 """
 
 from __future__ import annotations

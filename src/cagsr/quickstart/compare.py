@@ -1,0 +1,198 @@
+"""Before and after: both models answer the held-out prompts, a checker that the reward never saw judges the answers.
+
+A policy that only became more peaked makes fewer mistakes when it is sampled, whether it learned anything or not. So the
+start is also sampled at the temperature at which it is as peaked as the trained model, and both answer greedily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cagsr.config import SamplingConfig
+from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
+from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.flow import EncodedPrompt
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.load import LoadedModel
+from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
+from cagsr.update.score import score_policy
+
+Floats = NDArray[np.float64]
+
+BATCH = 128
+"""Prompts answered at once."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the table."""
+
+    key: str
+    label: str
+    better: str
+    """higher, lower, or empty where neither is better."""
+    digits: int = 3
+
+
+MEASURES = (
+    Measure("facts_covered", "facts covered (share)", "higher"),
+    Measure("wrong_facts", "wrong facts (per answer)", "lower"),
+    Measure("said_again", "facts said again (per answer)", "lower"),
+    Measure("rouge_l", "ROUGE-L to a complete answer", "higher"),
+    Measure("repetition", "repetition (3-grams)", "lower"),
+    Measure("words", "length (words)", "", 1),
+    Measure("perplexity", "perplexity for the judge", "lower", 2),
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One model's answers to the held-out prompts, one each, with their measures."""
+
+    temperature: float
+    """0 is greedy."""
+    answers: tuple[str, ...]
+    values: dict[str, Floats]
+    """Key of a measure -> ``(prompts,)`` float64; ``perplexity`` is NaN for an empty answer."""
+
+    def mean(self, key: str) -> float:
+        """Mean over prompts; for perplexity the geometric one, so that a single odd answer does not decide."""
+        values = self.values[key]
+        return float(np.exp(np.nanmean(np.log(values)))) if key == "perplexity" else float(values.mean())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the table shows: the start and the trained model, three ways."""
+
+    before: Answered
+    """The start, sampled at temperature 1."""
+    peaked: Answered
+    """The start at the temperature at which its entropy is the trained model's (at most 1)."""
+    after: Answered
+    """The trained model, sampled at temperature 1."""
+    before_greedy: Answered
+    after_greedy: Answered
+
+    def columns(self) -> dict[str, Answered]:
+        """Column name -> answers, in the order of the table."""
+        return {
+            "before": self.before,
+            f"before, T = {self.peaked.temperature:.2f}": self.peaked,
+            "after": self.after,
+            "before, greedy": self.before_greedy,
+            "after, greedy": self.after_greedy,
+        }
+
+
+def compare(
+    start: LoadedModel,
+    trained: LoadedModel,
+    judge: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Comparison:
+    """Let both models answer every prompt and measure the answers; the same seed gives the same numbers.
+
+    Args:
+        start: the model before.
+        trained: the model after.
+        judge: whose perplexity is reported; neither of the two.
+        prompts: held-out prompts, each with a complete ``reference`` in its columns.
+        sampling: how long answers may be; the temperatures are set here.
+        seed: of the sampling.
+        advance: told 1 after each of ``STAGES`` pieces of work.
+    """
+
+    def answered(loaded: LoadedModel, temperature: float) -> Answered:
+        texts = _answers(loaded, prompts, sampling, temperature, seed)
+        advance(1)
+        return Answered(temperature, texts, measure(judge, prompts, texts))
+
+    temperature = matched_temperature(start, trained, prompts, sampling, seed=seed)
+    advance(1)
+    return Comparison(
+        before=answered(start, 1.0),
+        peaked=answered(start, temperature),
+        after=answered(trained, 1.0),
+        before_greedy=answered(start, 0.0),
+        after_greedy=answered(trained, 0.0),
+    )
+
+
+STAGES = 6
+"""How often ``compare`` calls ``advance``."""
+
+
+def measure(judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Sequence[str]) -> dict[str, Floats]:
+    """Measure one answer to each prompt: key of ``MEASURES`` -> ``(prompts,)`` float64."""
+    asked = [encoded.prompt.text for encoded in prompts]
+    references = [str(encoded.prompt.columns["reference"]) for encoded in prompts]
+    pairs = list(zip(asked, answers, strict=True))
+    values: dict[str, Sequence[float] | Floats] = {
+        "facts_covered": [facts_covered(prompt, answer) for prompt, answer in pairs],
+        "wrong_facts": [wrong_facts(prompt, answer) for prompt, answer in pairs],
+        "said_again": [facts_said_again(prompt, answer) for prompt, answer in pairs],
+        "rouge_l": [rouge_l(answer, [reference]) for answer, reference in zip(answers, references, strict=True)],
+        "repetition": [repetition(answer) for answer in answers],
+        "words": [length_in_words(answer) for answer in answers],
+        "perplexity": perplexity(judge.model, judge.tokenizer, asked, list(answers)),
+    }
+    return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}
+
+
+def matched_temperature(
+    start: LoadedModel,
+    trained: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    lowest: float = 0.2,
+    steps: int = 6,
+) -> float:
+    """Find the temperature at which the start's own answers have the trained model's entropy, by bisection.
+
+    Returns:
+        A temperature in ``[lowest, 1]``; 1 where the trained model is no more peaked than the start.
+    """
+    target = _entropy(trained, prompts, sampling, 1.0, seed)
+    low, high = lowest, 1.0
+    if _entropy(start, prompts, sampling, high, seed) <= target:
+        return high
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _entropy(start, prompts, sampling, middle, seed) < target else (low, middle)
+    return (low + high) / 2
+
+
+def _answers(
+    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, temperature: float, seed: int
+) -> tuple[str, ...]:
+    settings = replace(sampling, num_generations=1, temperature=temperature)
+    return tuple(
+        text.strip()
+        for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH)
+        for text in rollout.completions
+    )
+
+
+def _entropy(
+    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, temperature: float, seed: int
+) -> float:
+    """Mean entropy of the sampled next-token distributions over all answers' tokens, nats."""
+    settings = replace(sampling, num_generations=1, temperature=temperature)
+    policy = ActorCritic(loaded)
+    total, tokens = 0.0, 0
+    for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH):
+        scores = score_policy(policy, loaded, rollout, settings, reader=None, micro_batch_size=BATCH)
+        total += float(scores.entropy[rollout.response_mask].sum())
+        tokens += int(rollout.response_mask.sum())
+    return total / max(1, tokens)
