@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)  ## train a small model with CAGSR from nothing, offline, and show before and after
 	$(BIN)/cagsr quickstart
 
-test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the test suite, a process a core with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -51,8 +51,8 @@ class Case:
     @property
     def name(self) -> str:
         """One line for the table."""
-        padding = ", left-padded" if self.padded else ""
-        return f"{self.model}, {self.batch} x ({self.prompt}+{self.response}){padding}"
+        padding = " padded" if self.padded else ""
+        return f"{self.model} {self.batch}x({self.prompt}+{self.response}){padding}"
 
 
 @dataclass(frozen=True)

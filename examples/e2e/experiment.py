@@ -25,7 +25,7 @@ import tyro
 
 from cagsr.commands.parse import parse_command
 from cagsr.config import TrainConfig
-from cagsr.evaluation.metrics import Interval, mean_interval, paired_difference
+from cagsr.evaluation.metrics import paired_difference
 from cagsr.runs.atomic import write_text_atomically
 from examples.e2e.evaluate import Evaluation, evaluate, match_entropy
 from examples.e2e.prepare import read_jsonl
@@ -44,8 +44,10 @@ class Options:
 
     work: Path = Path("runs/e2e")
     """Folder that ``examples.e2e.prepare`` wrote; runs and results go below it."""
-    seeds: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Start models, each trained with each reward."""
+    arms: tuple[Arm, ...] = ARMS
+    """Rewards: cagsr, checker (the ceiling), random (the floor)."""
     jobs: int = 1
     """Runs at a time; the cores are shared among them."""
     steps: int | None = None
@@ -84,7 +86,7 @@ def _judge(work: Path, seed: int, arm: Arm, start: Path, final: Path) -> None:
     sampled, greedy = evaluate(final, test, temperatures=(1.0, 0.0), seed=seed)
     prompts = [row["prompt"] for row in read_jsonl(test)][::4]
     target = float(sampled.values["entropy"][::4].mean())
-    temperature = match_entropy(start, prompts, target, seed=seed, low=0.02, tolerance=0.01)
+    temperature = match_entropy(start, prompts, target, seed=seed, low=0.02, high=1.2, tolerance=0.02)
     (matched,) = evaluate(start, test, temperatures=(temperature,), seed=seed)
     base = work / "results" / f"seed{seed}-start.json"
     if not base.exists():
@@ -122,84 +124,92 @@ def _start_jobs(options: Options) -> None:
             subprocess.run(command, check=True, env=environment, stdout=stream, stderr=stream)
 
     def one_seed(seed: int) -> None:
-        for arm in ARMS:
+        for arm in options.arms:
             job(seed, arm)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(one_seed, range(options.seeds)))
+        list(pool.map(one_seed, options.seeds))
 
 
-def _values(work: Path, seeds: list[int], arm: str, setting: str, measure: str) -> Any:
-    rows = [json.loads((work / "results" / f"seed{seed}-{arm}.json").read_text()) for seed in seeds]
-    return np.array([row["values"][setting][measure] for row in rows])
+@dataclass(frozen=True)
+class _Results:
+    """What the finished runs under ``work/results`` hold."""
+
+    work: Path
+
+    def seeds(self, arm: str) -> list[int]:
+        """Seeds whose start and whose run with this reward were judged."""
+        found = self.work / "results"
+        names = (arm, "start")
+        return [seed for seed in range(100) if all((found / f"seed{seed}-{name}.json").exists() for name in names)]
+
+    def read(self, seed: int, arm: str) -> dict[str, Any]:
+        return json.loads((self.work / "results" / f"seed{seed}-{arm}.json").read_text(encoding="utf-8"))
+
+    def values(self, seeds: list[int], arm: str, setting: str, measure: str) -> Any:
+        """``(seeds, prompts)``."""
+        return np.array([self.read(seed, arm)["values"][setting][measure] for seed in seeds])
+
+
+COMPARISONS = {
+    "sampled at T = 1, against the start sampled at T = 1": ("sampled", "start", "sampled"),
+    "sampled at T = 1, against the start at matched entropy": ("sampled", None, "start_matched"),
+    "greedy, against the start greedy": ("greedy", "start", "greedy"),
+}
 
 
 def write_report(work: Path, path: Path) -> str:
     """Put every measure with its interval over seeds and prompts in one Markdown file; return its text."""
-    seeds = sorted(
-        seed for seed in range(100) if all((work / "results" / f"seed{seed}-{arm}.json").exists() for arm in ARMS)
-    )
-    if not seeds:
-        raise SystemExit(f"{work / 'results'} holds no finished seed: run the experiment first.")
-
-    def values(arm: str, setting: str, measure: str) -> Any:
-        return _values(work, seeds, arm, setting, measure)
-
-    def level(arm: str, setting: str, measure: str) -> str:
-        return f"{np.mean(values(arm, setting, measure)):.3f}"
-
-    def change(after: Any, before: Any) -> Interval:
-        return paired_difference(after, before)
-
-    measures = ("missed", "added", "wrong", "rouge_l", "repetition", "tokens", "entropy")
+    results = _Results(work)
+    arms = [arm for arm in ARMS if results.seeds(arm)]
+    if not arms:
+        raise SystemExit(f"{work / 'results'} holds no finished run: run the experiment first.")
+    counts = ", ".join(f"{arm}: {len(results.seeds(arm))}" for arm in arms)
+    prompts = len(results.read(results.seeds(arms[0])[0], "start")["values"]["greedy"]["missed"])
     lines = [
-        f"Seeds: {len(seeds)}; test prompts: {values('start', 'greedy', 'missed').shape[1]}. Each cell is a mean over seeds "
-        "and prompts; brackets are 95 % intervals of the paired difference, bootstrapped over seeds and prompts.",
+        f"Seeds: {counts}. Test prompts: {prompts}. Cells are means over seeds and prompts; missed, added and wrong are "
+        "shares of a prompt's facts, entropy is in nats a token.",
         "",
-        "| policy | decoding | " + " | ".join(measures) + " |",
-        "| --- | --- | " + " | ".join("---" for _ in measures) + " |",
+        "| policy | decoding | " + " | ".join(MEASURES) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in MEASURES) + " |",
     ]
-    for arm in ("start", *ARMS):
+    for arm in ("start", *arms):
+        seeds = results.seeds(arm if arm != "start" else arms[0])
         for setting, decoding in (("sampled", "sampled, T = 1"), ("greedy", "greedy")):
-            cells = " | ".join(level(arm, setting, measure) for measure in measures)
-            lines.append(f"| {arm} | {decoding} | {cells} |")
-    for arm in ARMS:
-        temperatures = [
-            json.loads((work / "results" / f"seed{seed}-{arm}.json").read_text())["temperature"] for seed in seeds
+            lines.append(_row(arm, decoding, [results.values(seeds, arm, setting, name) for name in MEASURES]))
+    for arm in arms:
+        seeds = results.seeds(arm)
+        temperature = np.mean([results.read(seed, arm)["temperature"] for seed in seeds])
+        cells = [results.values(seeds, arm, "start_matched", name) for name in MEASURES]
+        lines.append(_row("start", f"at the entropy of {arm} (T = {temperature:.2f})", cells))
+    for measure in ("missed", "added", "wrong", "repetition", "rouge_l"):
+        lines += [
+            "",
+            f"Difference in {measure}, with the 95 % interval of the paired difference over seeds and prompts:",
         ]
-        cells = " | ".join(level(arm, "start_matched", measure) for measure in measures)
-        lines.append(f"| start | at the entropy of {arm} (T = {np.mean(temperatures):.2f}) | {cells} |")
-    lines += [
-        "",
-        "| missed slots, difference | cagsr | checker (ceiling) | random (floor) | cagsr / ceiling |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    comparisons = {
-        "sampled against the start sampled": ("sampled", "start", "sampled"),
-        "sampled against the start at matched entropy": ("sampled", None, "start_matched"),
-        "greedy against the start greedy": ("greedy", "start", "greedy"),
-    }
-    for measure in ("missed", "added"):
-        for name, (setting, other, other_setting) in comparisons.items():
-            found = [
-                change(values(arm, setting, measure), values(other or arm, other_setting, measure)) for arm in ARMS
-            ]
-            share = f"{found[0].mean / found[1].mean:.2f}" if abs(found[1].mean) > 1e-9 else "-"
-            label = name if measure == "missed" else f"added slots: {name}"
-            lines.append(f"| {label} | {found[0]} | {found[1]} | {found[2]} | {share if measure == 'missed' else ''} |")
-    per_seed = []
-    for i, seed in enumerate(seeds):
-        moves = [
-            f"{values('start', how, 'missed')[i].mean():.3f} -> {values('cagsr', how, 'missed')[i].mean():.3f} {how}"
-            for how in ("sampled", "greedy")
-        ]
-        per_seed.append(f"{seed}: {', '.join(moves)}")
-    lines += ["", "Missed slots by seed, start -> cagsr:", "", *(f"- seed {line}" for line in per_seed), ""]
-    start_missed = mean_interval(values("start", "sampled", "missed"))
-    lines.append(f"The start misses {start_missed} of the facts sampled at T = 1.")
+        lines += ["", "| comparison | " + " | ".join(arms) + " | cagsr / checker |", "| --- " * (len(arms) + 2) + "|"]
+        for name, (setting, other, other_setting) in COMPARISONS.items():
+            found = []
+            for arm in arms:
+                seeds = results.seeds(arm)
+                after = results.values(seeds, arm, setting, measure)
+                found.append(paired_difference(after, results.values(seeds, other or arm, other_setting, measure)))
+            share = f"{found[0].mean / found[1].mean:.2f}" if len(found) > 1 and abs(found[1].mean) > 1e-9 else ""
+            lines.append(f"| {name} | " + " | ".join(map(str, found)) + f" | {share if measure == 'missed' else ''} |")
+    lines += ["", "Missed slots by seed, start -> cagsr:", ""]
+    for seed in results.seeds("cagsr"):
+        moves = []
+        for how in ("sampled", "greedy"):
+            before, after = (results.values([seed], arm, how, "missed").mean() for arm in ("start", "cagsr"))
+            moves.append(f"{how} {before:.3f} -> {after:.3f}")
+        lines.append(f"- seed {seed}: {', '.join(moves)}")
     text = "\n".join(lines) + "\n"
     write_text_atomically(path, text)
     return text
+
+
+def _row(policy: str, decoding: str, cells: list[Any]) -> str:
+    return f"| {policy} | {decoding} | " + " | ".join(f"{np.mean(cell):.3f}" for cell in cells) + " |"
 
 
 def main(options: Options) -> None:

@@ -24,7 +24,9 @@ from cagsr.update.score import score_policy
 Floats = NDArray[np.float64]
 
 BATCH = 128
-"""Prompts answered at once."""
+"""Answers written at once."""
+DRAWS = 4
+"""Sampled answers to each prompt: one alone leaves much to luck. Greedy there is but one."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,33 @@ class Measure:
 
 
 MEASURES = (
-    Measure("facts_covered", "facts covered (share)", "higher"),
-    Measure("wrong_facts", "wrong facts (per answer)", "lower"),
-    Measure("said_again", "facts said again (per answer)", "lower"),
+    Measure("facts_covered", "facts covered, share", "higher"),
+    Measure("wrong_facts", "wrong facts, per answer", "lower"),
+    Measure("said_again", "facts said again, per answer", "lower"),
     Measure("rouge_l", "ROUGE-L to a complete answer", "higher"),
-    Measure("repetition", "repetition (3-grams)", "lower"),
-    Measure("words", "length (words)", "", 1),
-    Measure("perplexity", "perplexity for the judge", "lower", 2),
+    Measure("repetition", "repeated 3-grams, share", "lower"),
+    Measure("words", "length, words", "", 1),
+    Measure("perplexity", "perplexity under the judge", "lower", 2),
 )
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One model's answers to the held-out prompts, one each, with their measures."""
+    """One model's answers to the held-out prompts with their measures."""
 
     temperature: float
     """0 is greedy."""
-    answers: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    """Each prompt's answers: ``DRAWS``, or one if greedy."""
     values: dict[str, Floats]
-    """Key of a measure -> ``(prompts,)`` float64; ``perplexity`` is NaN for an empty answer."""
+    """Key of a measure -> ``(prompts, draws)`` float64; ``perplexity`` is NaN for an empty answer."""
+
+    def per_prompt(self, key: str) -> Floats:
+        """Mean over each prompt's answers, ``(prompts,)``."""
+        return self.values[key].mean(axis=1)
 
     def mean(self, key: str) -> float:
-        """Mean over prompts; for perplexity the geometric one, so that a single odd answer does not decide."""
+        """Mean over all answers; for perplexity the geometric one, so that a single odd answer does not decide."""
         values = self.values[key]
         return float(np.exp(np.nanmean(np.log(values)))) if key == "perplexity" else float(values.mean())
 
@@ -82,7 +89,7 @@ class Comparison:
         """Column name -> answers, in the order of the table."""
         return {
             "before": self.before,
-            f"before, T = {self.peaked.temperature:.2f}": self.peaked,
+            f"before, T={self.peaked.temperature:.2f}": self.peaked,
             "after": self.after,
             "before, greedy": self.before_greedy,
             "after, greedy": self.after_greedy,
@@ -112,7 +119,7 @@ def compare(
     """
 
     def answered(loaded: LoadedModel, temperature: float) -> Answered:
-        texts = _answers(loaded, prompts, sampling, temperature, seed)
+        texts = _answers(loaded, prompts, sampling, temperature, DRAWS if temperature > 0 else 1, seed)
         advance(1)
         return Answered(temperature, texts, measure(judge, prompts, texts))
 
@@ -131,21 +138,22 @@ STAGES = 6
 """How often ``compare`` calls ``advance``."""
 
 
-def measure(judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Sequence[str]) -> dict[str, Floats]:
-    """Measure one answer to each prompt: key of ``MEASURES`` -> ``(prompts,)`` float64."""
-    asked = [encoded.prompt.text for encoded in prompts]
-    references = [str(encoded.prompt.columns["reference"]) for encoded in prompts]
-    pairs = list(zip(asked, answers, strict=True))
+def measure(
+    judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Sequence[Sequence[str]]
+) -> dict[str, Floats]:
+    """Measure the answers to each prompt: key of ``MEASURES`` -> ``(prompts, draws)`` float64."""
+    pairs = [(encoded.prompt, answer) for encoded, own in zip(prompts, answers, strict=True) for answer in own]
+    asked, texts = [prompt.text for prompt, _ in pairs], [answer for _, answer in pairs]
     values: dict[str, Sequence[float] | Floats] = {
-        "facts_covered": [facts_covered(prompt, answer) for prompt, answer in pairs],
-        "wrong_facts": [wrong_facts(prompt, answer) for prompt, answer in pairs],
-        "said_again": [facts_said_again(prompt, answer) for prompt, answer in pairs],
-        "rouge_l": [rouge_l(answer, [reference]) for answer, reference in zip(answers, references, strict=True)],
-        "repetition": [repetition(answer) for answer in answers],
-        "words": [length_in_words(answer) for answer in answers],
-        "perplexity": perplexity(judge.model, judge.tokenizer, asked, list(answers)),
+        "facts_covered": [facts_covered(prompt.text, answer) for prompt, answer in pairs],
+        "wrong_facts": [wrong_facts(prompt.text, answer) for prompt, answer in pairs],
+        "said_again": [facts_said_again(prompt.text, answer) for prompt, answer in pairs],
+        "rouge_l": [rouge_l(answer, [str(prompt.columns["reference"])]) for prompt, answer in pairs],
+        "repetition": [repetition(answer) for answer in texts],
+        "words": [length_in_words(answer) for answer in texts],
+        "perplexity": perplexity(judge.model, judge.tokenizer, asked, texts),
     }
-    return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}
+    return {key: np.asarray(value, dtype=np.float64).reshape(len(prompts), -1) for key, value in values.items()}
 
 
 def matched_temperature(
@@ -174,14 +182,20 @@ def matched_temperature(
 
 
 def _answers(
-    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, temperature: float, seed: int
-) -> tuple[str, ...]:
-    settings = replace(sampling, num_generations=1, temperature=temperature)
-    return tuple(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    temperature: float,
+    draws: int,
+    seed: int,
+) -> tuple[tuple[str, ...], ...]:
+    settings = replace(sampling, num_generations=draws, temperature=temperature)
+    texts = [
         text.strip()
-        for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH)
+        for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH // draws)
         for text in rollout.completions
-    )
+    ]
+    return tuple(tuple(texts[start : start + draws]) for start in range(0, len(texts), draws))
 
 
 def _entropy(

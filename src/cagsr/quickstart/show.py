@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -75,10 +76,10 @@ def table_rows(found: Comparison) -> list[tuple[Measure, dict[str, float]]]:
 
 def print_table(console: Console, found: Comparison) -> None:
     """Print the table of means; the columns after training stand out."""
-    table = Table(title=f"{len(found.before.answers)} held-out prompts, one answer each", title_justify="left")
-    table.add_column("")
+    table = Table(title=_title(found), title_justify="left")
+    table.add_column("", no_wrap=True)
     for name in found.columns():
-        table.add_column(name, justify="right", style="bold" if name.startswith("after") else "")
+        table.add_column(name.replace(", ", "\n"), justify="right", style="bold" if name.startswith("after") else "")
     for measure, means in table_rows(found):
         arrow = {"higher": " ↑", "lower": " ↓", "": ""}[measure.better]
         table.add_row(measure.label + arrow, *(f"{value:.{measure.digits}f}" for value in means.values()))
@@ -90,6 +91,11 @@ def print_table(console: Console, found: Comparison) -> None:
         width=min(console.width, 100),
         highlight=False,
     )
+
+
+def _title(found: Comparison) -> str:
+    draws = len(found.before.answers[0])
+    return f"{len(found.before.answers)} held-out prompts, {draws} sampled answers to each, or the greedy one"
 
 
 def verdict(found: Comparison) -> list[str]:
@@ -120,11 +126,11 @@ def verdict(found: Comparison) -> list[str]:
 
 
 def _gain(before: Answered, after: Answered) -> Any:
-    return paired_difference(after.values["facts_covered"], before.values["facts_covered"])
+    return paired_difference(after.per_prompt("facts_covered"), before.per_prompt("facts_covered"))
 
 
 def _worse(before: Answered, after: Answered, key: str) -> bool:
-    return paired_difference(after.values[key], before.values[key]).low > 0
+    return paired_difference(after.per_prompt(key), before.per_prompt(key)).low > 0
 
 
 def example_numbers(found: Comparison, count: int = 3) -> list[int]:
@@ -141,8 +147,9 @@ def print_examples(console: Console, prompts: Sequence[EncodedPrompt], found: Co
         prompt = prompts[number].prompt.text
         console.print(Text(f"\n{prompt}", style="italic"))
         for name, answered in (("before", found.before_greedy), ("after ", found.after_greedy)):
-            answer = answered.answers[number]
-            console.print(Text.assemble((f"  {name}  ", "bold"), answer, (f"  {remark(prompt, answer)}", "dim")))
+            answer = answered.answers[number][0]
+            told = Text.assemble((f"{name}  ", "bold"), answer, (f"  {remark(prompt, answer)}", "dim"))
+            console.print(Padding(told, (0, 0, 0, 2)))
 
 
 def remark(prompt: str, answer: str) -> str:
@@ -158,7 +165,7 @@ def as_markdown(prompts: Sequence[EncodedPrompt], found: Comparison, judge: str,
     """The report as a Markdown file: table, verdict, examples, settings."""
     columns = list(found.columns())
     lines = ["# Quickstart: before and after CAGSR", "", *verdict(found), ""]
-    lines += [f"| {len(found.before.answers)} held-out prompts | {' | '.join(columns)} |"]
+    lines += [f"| {_title(found)} | {' | '.join(columns)} |"]
     lines += ["| --- |" + " ---: |" * len(columns)]
     for measure, means in table_rows(found):
         better = f", {measure.better} is better" if measure.better else ""
@@ -166,7 +173,7 @@ def as_markdown(prompts: Sequence[EncodedPrompt], found: Comparison, judge: str,
         lines.append(f"| {measure.label}{better} | {cells} |")
     lines += [
         "",
-        f"`before, T = {found.peaked.temperature:.2f}` is the start at the temperature at which its entropy is the trained "
+        f"`before, T={found.peaked.temperature:.2f}` is the start at the temperature at which its entropy is the trained "
         f"model's. The judge of the perplexity is `{judge}`: the start's recipe with other random weights, no reinforcement.",
         "",
         "![training curves](run/curves.png)",
@@ -177,7 +184,7 @@ def as_markdown(prompts: Sequence[EncodedPrompt], found: Comparison, judge: str,
         prompt = prompts[number].prompt.text
         lines += ["", f"> {prompt}", ""]
         for name, answered in (("before", found.before_greedy), ("after", found.after_greedy)):
-            answer = answered.answers[number]
+            answer = answered.answers[number][0]
             lines.append(f"- {name}: {answer} *{remark(prompt, answer)}*")
     lines += ["", "## Settings", "", *(f"- {key}: {value}" for key, value in settings.items()), ""]
     return "\n".join(lines)
@@ -188,18 +195,24 @@ def next_steps(console: Console, folder: Path, seconds: float) -> None:
     files = {
         "report.md": "this table and the examples",
         "run/curves.png": "the training curves",
-        "run/": "the training run: config.yaml, metrics.jsonl, samples.jsonl, checkpoints",
-        "start/, run/final/": "the model before and after, in Hugging Face layout",
-        "answers.jsonl": "every held-out prompt with both models' answers",
+        "run/": "the training run: config, metrics, samples, checkpoint",
+        "start/, run/final/": "the models, in Hugging Face layout",
+        "answers.jsonl": "all held-out prompts with all answers",
     }
     console.print(f"\n[bold]Done in {seconds / 60:.1f} minutes.[/bold] In {folder}/:")
     for name, what in files.items():
-        console.print(f"  {name:<20}{what}", highlight=False)
+        console.print(f"  {name:<19}{what}", highlight=False)
     prompts = folder / "prompts.jsonl"
     console.print("\n[bold]Next[/bold]")
     for command, why in (
-        (f"cagsr diagnose --model {folder / 'start'} --data {prompts}", "does the reward see what it should?"),
-        ("cagsr diagnose --model YOUR_MODEL --data YOUR_PROMPTS.jsonl", "the same for your own, before you train"),
+        (
+            f"cagsr diagnose --model {folder / 'start'} --data {prompts} --checker cagsr.quickstart.task.facts_metric",
+            "what does each reward term see in this model? Here a checker knows the truth",
+        ),
+        (
+            "cagsr diagnose --model YOUR_MODEL --data YOUR_PROMPTS.jsonl",
+            "the same for a model of yours, before you train it",
+        ),
         ("cagsr train --model YOUR_MODEL --data YOUR_PROMPTS.jsonl --output_dir run", "CAGSR on your own model"),
         (f"cagsr train --config {folder / 'run' / 'config.yaml'} --output_dir again", "repeat this run, change a flag"),
     ):

@@ -1,0 +1,239 @@
+"""The quickstart's four stages: make a start, make a judge, train with CAGSR, compare.
+
+Nothing here is special to the quickstart but the task: the models come from the same ``sft`` and ``train`` that the
+commands of these names call, with the settings one would write in their config files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cagsr.config import (
+    CoverageConfig,
+    DataConfig,
+    EvalConfig,
+    GroundedCoverageConfig,
+    LengthConfig,
+    ModelConfig,
+    MonitorConfig,
+    PPOConfig,
+    RepetitionConfig,
+    RewardConfig,
+    RunConfig,
+    SalienceConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from cagsr.configfile import to_yaml
+from cagsr.errors import ConfigError, RunError
+from cagsr.flow import EncodedPrompt
+from cagsr.models.load import load_model
+from cagsr.prompts.prepare import prepare_prompts
+from cagsr.quickstart.compare import STAGES, Comparison, compare
+from cagsr.quickstart.settings import QuickstartConfig
+from cagsr.quickstart.show import (
+    as_markdown,
+    next_steps,
+    print_examples,
+    print_table,
+    stage,
+    table_rows,
+    verdict,
+    welcome,
+)
+from cagsr.quickstart.start import Recipe, as_jsonl
+from cagsr.quickstart.task import make_prompts
+from cagsr.runs.atomic import disk_errors, write_text_atomically
+from cagsr.train import train
+
+SETTINGS = "quickstart.yaml"
+"""Marks a folder as a quickstart's."""
+RESULTS = ("report.md", "results.json", "answers.jsonl")
+MAX_NEW_TOKENS = 64
+REWARD = RewardConfig(
+    grounded_coverage=GroundedCoverageConfig(weight=2.0),
+    coverage=CoverageConfig(weight=0.0),
+    repetition=RepetitionConfig(weight=-0.5, n=1),
+    length=LengthConfig(weight=-0.6),
+)
+"""Attention and token counts, nothing of the task: say what you look at, once, and in few words. Coverage alone would
+make a model talk on when all is said."""
+
+
+def run_stages(config: QuickstartConfig, console: Console | None = None) -> Comparison:
+    """Run all stages, print what happens, and leave everything in ``config.output_dir``.
+
+    Returns:
+        What the table shows.
+
+    Raises:
+        CagsrError: a size that can't be used, a folder that holds something else, a full disk.
+    """
+    console = console or Console(highlight=False)
+    started = time.monotonic()
+    _check(config)
+    folder = Path(config.output_dir)
+    note = _open(config, folder)
+    welcome(console, folder)
+    if note:
+        console.print(note, soft_wrap=True)
+
+    start = Recipe(folder, "start", config.seed, config.seed, config.pairs, config.sft_steps)
+    judge = Recipe(folder, "judge", config.seed, config.seed + 1, config.pairs, config.sft_steps)
+    for number, recipe in enumerate((start, judge), start=1):
+        stage(console, number, pairs=config.pairs)
+        _make(console, recipe, config.overwrite)
+
+    stage(console, 3, prompts=config.prompts)
+    write_text_atomically(folder / "prompts.jsonl", as_jsonl(make_prompts(config.prompts, config.seed)))
+    held_out = make_prompts(config.held_out, config.seed, "held_out")
+    write_text_atomically(folder / "held_out.jsonl", as_jsonl(held_out))
+    train(train_config(config, folder), console=Console(file=console.file, soft_wrap=True, highlight=False))
+
+    stage(console, 4, held_out=config.held_out)
+    prompts, found = _compare(config, folder)
+    _write(config, folder, prompts, found)
+    print_table(console, found)
+    for sentence in verdict(found):
+        console.print(sentence, style="bold", markup=False, highlight=False)
+    print_examples(console, prompts, found)
+    next_steps(console, folder, time.monotonic() - started)
+    return found
+
+
+def train_config(config: QuickstartConfig, folder: Path) -> TrainConfig:
+    """Give the settings of stage 3, as ``cagsr train`` takes them.
+
+    The task's checker is the held-out metric only.
+    """
+    return TrainConfig(
+        model=ModelConfig(path=str(folder / "start"), device="cpu"),
+        data=DataConfig(path=str(folder / "prompts.jsonl")),
+        output_dir=str(folder / "run"),
+        sampling=SamplingConfig(num_generations=8, max_new_tokens=MAX_NEW_TOKENS),
+        reward=REWARD,
+        # Going on after everything is said costs far more KL than saying one fact more: a firm leash keeps the model from
+        # making things up to say (at 0.05 it covers more, and invents as much as it gains).
+        ppo=PPOConfig(num_ppo_epochs=2, learning_rate=4e-4, lr_scheduler="linear", kl_coef=0.25),
+        evaluation=EvalConfig(
+            path=str(folder / "held_out.jsonl"),
+            held_out=min(100, config.held_out),
+            metric="cagsr.quickstart.task.facts_metric",
+        ),
+        # Answers that say more facts are longer, and attention is to make most of the reward: both are wanted here.
+        monitors=MonitorConfig(length_drift=0.75, dominance_action="off"),
+        run=RunConfig(
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            save_every=0,
+            overwrite=(folder / "run").is_dir(),
+        ),
+    )
+
+
+def _check(config: QuickstartConfig) -> None:
+    """Refuse sizes that can't be used, before anything is made.
+
+    Raises:
+        ConfigError: one sentence naming the flag.
+    """
+    for name, value, least in (
+        ("pairs", config.pairs, 1),
+        ("sft_steps", config.sft_steps, 1),
+        ("prompts", config.prompts, 2),
+        ("held_out", config.held_out, 2),
+        ("steps", config.steps, 1),
+        ("batch_size", config.batch_size, 1),
+        ("seed", config.seed, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"--{name} {value}: must be {least} or more.")
+
+
+def _open(config: QuickstartConfig, folder: Path) -> str:
+    """Make the folder, or take over an earlier quickstart's; give a note about what was found there.
+
+    Raises:
+        RunError: a file, or a folder that holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: give a folder as --output_dir.")
+    with disk_errors(folder):
+        earlier = folder.is_dir() and any(folder.iterdir())
+        if earlier and not (folder / SETTINGS).is_file():
+            raise RunError(
+                f"{folder} holds files that are no quickstart: choose an empty or new folder as --output_dir."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / SETTINGS, to_yaml(config))
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+    return f"{folder}/ holds an earlier quickstart: its run and results are replaced." if earlier else ""
+
+
+def _make(console: Console, recipe: Recipe, overwrite: bool) -> None:
+    """Make a model, unless an earlier quickstart left the same one."""
+    if not overwrite and recipe.is_made():
+        console.print(f"{recipe.folder / recipe.name}/ is there already, made with these settings: used again.")
+        return
+    began = time.monotonic()
+    made = recipe.make()
+    console.print(f"Made {made}/ in {time.monotonic() - began:.0f} seconds.")
+
+
+def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPrompt], Comparison]:
+    """Load the three models and compare, with a bar."""
+    start, trained, judge = (
+        load_model(ModelConfig(path=str(folder / name), device="cpu"), for_training=False)
+        for name in ("start", "run/final", "judge")
+    )
+    data = DataConfig(path=str(folder / "held_out.jsonl"))
+    # Which words matter makes no difference here: nothing is rewarded.
+    salience = SalienceConfig(weighting="uniform")
+    prompts = prepare_prompts(data, salience, start.tokenizer, max_length=256 - MAX_NEW_TOKENS).prompts
+    sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
+    error_console = Console(stderr=True)
+    columns = (TextColumn("answering and judging"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
+        task = bar.add_task("", total=STAGES)
+        found = compare(
+            start,
+            trained,
+            judge,
+            prompts,
+            sampling,
+            seed=config.seed,
+            advance=lambda done: bar.update(task, advance=done),
+        )
+    return prompts, found
+
+
+def _write(config: QuickstartConfig, folder: Path, prompts: Sequence[EncodedPrompt], found: Comparison) -> None:
+    """Write the report, the numbers and all answers."""
+    settings = {
+        "start": f"{config.pairs:,} pairs, {config.sft_steps} steps, seed {config.seed}",
+        "CAGSR": f"{config.steps} steps of {config.batch_size} prompts, 8 answers each; all settings: run/config.yaml",
+    }
+    write_text_atomically(folder / "report.md", as_markdown(prompts, found, "judge", settings))
+    numbers = {
+        "columns": {name: answered.temperature for name, answered in found.columns().items()},
+        "rows": {measure.key: means for measure, means in table_rows(found)},
+        "verdict": verdict(found),
+    }
+    write_text_atomically(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
+    rows = [
+        {
+            "prompt": encoded.prompt.text,
+            "reference": encoded.prompt.columns["reference"],
+            **{name: answered.answers[number] for name, answered in found.columns().items()},
+        }
+        for number, encoded in enumerate(prompts)
+    ]
+    write_text_atomically(folder / "answers.jsonl", as_jsonl(rows))
