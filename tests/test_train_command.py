@@ -151,6 +151,9 @@ def test_an_output_folder_with_another_run(start: Path, prompts: Path, tmp_path:
     assert "holds another run" in refused(capsys, arguments(start, prompts, run, "--steps", "1"))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert main(arguments(start, prompts, run, "--steps", "1", "--overwrite")) == 0
+    # --overwrite is not stored: the run's config can be resumed, and used for another folder, without taking it back
+    assert main(["train", "--config", str(run / "config.yaml"), "--resume", "--steps", "2"]) == 0
+    assert lines(run / "metrics.jsonl")[-1]["step"] == 2
 
 
 @pytest.mark.parametrize(

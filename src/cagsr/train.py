@@ -192,7 +192,8 @@ def _step(
     alerts = monitors.observe(step, metrics)
     record.warn(alerts)
     for alert in alerts:
-        progress.say(f"warning: step {step}: {alert.sentence}")
+        if alert.action == "warn":  # one that stops the run is said by the error
+            progress.say(f"warning: step {step}: {alert.sentence}")
     stopping = [alert.sentence for alert in alerts if alert.action == "stop"]
     if last or stopping or _is_due(step, config.run.save_every):
         record.save(step)

@@ -30,7 +30,7 @@ from cagsr.runs.lines import append_lines, truncate_lines
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", "summary.json")
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json")
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
 
 MAY_DIFFER = (

@@ -6,9 +6,9 @@ nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from cagsr.commands.parse import flatten, to_yaml
 from cagsr.config import TrainConfig
+from cagsr.configfile import flatten, to_yaml
 from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
@@ -76,8 +76,10 @@ class RunRecord:
         found: list[Any] = [None, 0, None]
         if accelerator.is_main_process:
             try:
+                # How this start treats the folder is no setting of the run: the stored file must be usable for another.
+                stored = dataclasses.replace(config, run=dataclasses.replace(run, resume=False, overwrite=False))
                 self._folder = RunFolder.open(
-                    config.output_dir, to_yaml(config), resume=run.resume, overwrite=run.overwrite
+                    config.output_dir, to_yaml(stored), resume=run.resume, overwrite=run.overwrite
                 )
                 found = [self._folder.checkpoint, self._folder.step, None]
                 self.notes = self._folder.notes
@@ -92,7 +94,7 @@ class RunRecord:
         if found[0] is not None:
             self._restore(found[0])
         self._tracker = start_tracker(
-            run.tracker if accelerator.is_main_process else "none", Path(config.output_dir), asdict(config)
+            run.tracker if accelerator.is_main_process else "none", Path(config.output_dir), dataclasses.asdict(config)
         )
 
     def log(
