@@ -316,3 +316,25 @@ def test_help_and_mistakes_need_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "did you mean '--model'?" in done.stderr
+
+
+def test_the_config_of_a_training_run_serves_other_commands(tmp_path, capsys):
+    from cagsr.commands.rank import Config as RankConfig
+    from cagsr.config import DataConfig, ModelConfig, RewardConfig, SelfCertaintyConfig, TrainConfig
+
+    trained = TrainConfig(
+        model=ModelConfig("start"),
+        data=DataConfig("prompts.jsonl"),
+        output_dir="run",
+        reward=RewardConfig(self_certainty=SelfCertaintyConfig(weight=0.7)),
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(trained))
+    found = parse_command(RankConfig, ["--config", str(file), "--model", "run/final"], prog="cagsr rank")
+    assert found.reward.self_certainty.weight == 0.7
+    assert found.model.path == "run/final"
+    assert "left out what only training has: output_dir" in capsys.readouterr().err
+    # a slip is still a slip
+    file.write_text("reward:\n  self_certanty: {weight: 1}\n")
+    with pytest.raises(ConfigError, match=r"reward\.self_certainty"):
+        parse_command(RankConfig, ["--config", str(file), "--model", "m"], prog="cagsr rank")

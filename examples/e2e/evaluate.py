@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from torch import Tensor
 
 from cagsr.evaluation.metrics import length_in_words, mean_interval, repetition, rouge_l
@@ -201,7 +202,7 @@ def match_entropy(
     tolerance: float = 0.005,
     max_new_tokens: int = 80,
 ) -> float:
-    """Temperature at which a model's own samples have the entropy ``target`` (nats), by bisection.
+    """Temperature, within ``tolerance``, at which a model's own samples have the entropy ``target`` (nats; Brent's method).
 
     Entropy is the mean over prompts of each answer's mean token entropy, as ``Evaluation.means["entropy"]`` of samples at
     temperature 1 gives it: hand in the same prompts.
@@ -213,12 +214,15 @@ def match_entropy(
     def entropy(temperature: float) -> float:
         return float(generate(model, tokenizer, prompts, temperature, seed, max_new_tokens).entropy.mean())
 
-    if not entropy(low) <= target <= entropy(high):
+    found: dict[float, float] = {}
+
+    def error(temperature: float) -> float:
+        found.setdefault(temperature, entropy(temperature) - target)
+        return found[temperature]
+
+    if error(low) > 0 or error(high) < 0:
         raise ValueError(f"entropy {target:.3f} is not reached between temperatures {low} and {high}")
-    while high - low > tolerance:
-        middle = (low + high) / 2
-        low, high = (middle, high) if entropy(middle) < target else (low, middle)
-    return (low + high) / 2
+    return float(brentq(error, low, high, xtol=tolerance))
 
 
 @dataclass(frozen=True)

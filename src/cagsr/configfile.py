@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cagsr.config import TrainConfig
 from cagsr.errors import ConfigError
 
 
@@ -39,11 +40,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Write a config (a dataclass instance) as YAML that ``--config`` reads back to an equal config."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    # Not allow_unicode: PyYAML writes U+0085 as it is, and reads it back as a line break.
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def read_config_file(path: Path, config_class: type[Any]) -> dict[str, Any]:
+def read_config_file(path: Path, config_class: type[Any], left_out: list[str] | None = None) -> dict[str, Any]:
     """Give ``{dotted key: checked value}`` for what a YAML file sets.
+
+    The config of a training run serves the other commands too (the same model, prompts and reward): settings that only
+    training has are then left out, and their names appended to ``left_out``.
 
     Raises:
         ConfigError: a file that can't be read, malformed YAML (with the line), an unknown key (with the nearest right
@@ -67,25 +72,42 @@ def read_config_file(path: Path, config_class: type[Any]) -> dict[str, Any]:
         raise ConfigError(f"{path}: should hold 'key: value' lines, not a {type(tree).__name__}")
     groups = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
     found: dict[str, Any] = {}
-    _walk(tree, "", groups, keys, path, found)
+    training = dict(leaf_types(TrainConfig))
+    elsewhere = set(training) | {key.rsplit(".", depth)[0] for key in training for depth in (1, 2)}
+    skipped = _walk(tree, "", groups, keys, elsewhere, path, found)
+    if left_out is not None:
+        left_out.extend(skipped)
     return found
 
 
 def _walk(
-    tree: Mapping[Any, Any], prefix: str, groups: set[str], keys: Mapping[str, Any], path: Path, found: dict[str, Any]
-) -> None:
-    """Collect a file's values under dotted keys; nested mappings and dotted keys may be mixed."""
+    tree: Mapping[Any, Any],
+    prefix: str,
+    groups: set[str],
+    keys: Mapping[str, Any],
+    elsewhere: set[str],
+    path: Path,
+    found: dict[str, Any],
+) -> list[str]:
+    """Collect a file's values under dotted keys; nested mappings and dotted keys may be mixed.
+
+    Returns the keys of training (``elsewhere``) that this command doesn't have.
+    """
+    skipped: list[str] = []
     for name, value in tree.items():
         key = f"{prefix}{name}".replace("-", "_")
         if key in keys:
             found[key] = checked(keys[key], value, f"{path}: '{key}'")
         elif key not in groups:
-            raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
+            if key not in elsewhere:
+                raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
+            skipped.append(key)
         elif isinstance(value, dict):
-            _walk(value, f"{key}.", groups, keys, path, found)
+            skipped += _walk(value, f"{key}.", groups, keys, elsewhere, path, found)
         elif value is not None:
             example = next(known for known in keys if known.startswith(f"{key}."))
             raise ConfigError(f"{path}: '{key}' is a group of settings (as '{example}'), not a single value")
+    return skipped
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:

@@ -91,6 +91,11 @@ def run(config: Config) -> None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))
         write_text_atomically(path.with_suffix(".yaml"), as_yaml(found, config.model.path))
-        say([f"All numbers: {path}; the recommendation: cagsr train --config {path.with_suffix('.yaml')}"])
+        say(
+            [
+                f"All numbers: {path}; the recommendation: cagsr train --config {path.with_suffix('.yaml')} "
+                f"--model {config.model.path} --data {config.data.path} --output_dir run"
+            ]
+        )
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))

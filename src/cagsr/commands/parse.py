@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -55,7 +56,10 @@ def parse_command(
     flags = _plain_switches([_long_name(token, keys) for token in flags], keys)
     given: dict[str, Any] = {}
     for file in files:
-        given.update(read_config_file(Path(file), config_class))
+        left_out: list[str] = []
+        given.update(read_config_file(Path(file), config_class, left_out))
+        if left_out:
+            print(f"{file}: left out what only training has: {', '.join(left_out)}.", file=sys.stderr)
     default = _instance(config_class, given)
 
     printed = io.StringIO()
