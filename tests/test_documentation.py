@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         config = TrainConfig(ModelConfig("start"), DataConfig("prompts.jsonl"), output_dir=folder)
         (tmp_path / folder / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "diagnosis.yaml").write_text("reward:\n  coverage:\n    weight: 0.5\n")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -117,7 +119,7 @@ def test_every_command_is_shown() -> None:
         "train --model start --data prompts.jsonl --output_dir run --ppo.klcoef 1",
         "train --model start --data prompts.jsonl",
         "generate --model start --prompt x --sampling.temperature warm",
-        "rank --config run/config.yaml",
+        "rank --config missing.yaml",
     ],
 )
 def test_a_wrong_command_line_would_fail(line: str, workplace: Path) -> None:

@@ -176,8 +176,9 @@ class FocusConfig:
 class RepetitionConfig:
     """Repetition: one minus the share of distinct n-grams."""
 
-    weight: float = -1.0
-    """Weight in the reward, negative for a penalty; 0 leaves the term out."""
+    weight: float = -0.3
+    """Weight in the reward, negative for a penalty; 0 leaves the term out. Repetitions are rare, so that one of them weighs
+    heavily once the term is brought to the common scale: small weights do."""
     n: int = 3
     """Length of the n-grams, in tokens."""
     dense: bool = False

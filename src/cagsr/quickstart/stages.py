@@ -60,7 +60,7 @@ REWARD = RewardConfig(
     grounded_coverage=GroundedCoverageConfig(weight=2.0),
     coverage=CoverageConfig(weight=0.0),
     repetition=RepetitionConfig(weight=-0.5, n=1),
-    length=LengthConfig(weight=-0.6),
+    length=LengthConfig(weight=-0.8),
 )
 """Attention and token counts, nothing of the task: say what you look at, once, and in few words. Coverage alone would
 make a model talk on when all is said."""
