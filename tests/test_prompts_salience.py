@@ -290,3 +290,15 @@ def test_the_table_shows_brackets_as_they_are() -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(salience_table([encode("name[Blue Spice]", tok)], tok))
     assert "Blue 33%" in console.export_text()
+
+
+def test_idf_power_flattens_the_weights_but_keeps_the_words() -> None:
+    prompts = [Prompt(1, "rare common"), Prompt(2, "common other"), Prompt(3, "common other"), Prompt(4, "plain")]
+    frequency = DocumentFrequency.fit(prompts)
+    plain = salient_words(prompts[0], SalienceConfig(), frequency, "here")
+    flat = salient_words(prompts[0], SalienceConfig(idf_power=0.0), frequency, "here")
+    root = salient_words(prompts[0], SalienceConfig(idf_power=0.5), frequency, "here")
+    assert [word.word for word in flat] == [word.word for word in plain]
+    assert [word.weight for word in flat] == [1.0, 1.0]
+    assert [word.weight for word in plain] == pytest.approx([math.log(5 / 1), math.log(5 / 3)])
+    assert [word.weight for word in root] == pytest.approx([math.log(5) ** 0.5, math.log(5 / 3) ** 0.5])

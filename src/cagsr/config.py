@@ -114,6 +114,9 @@ class SalienceConfig:
     spans: only the words the user marked."""
     idf_floor: float = 0.1
     """Words whose IDF is below this share of the largest IDF weigh nothing."""
+    idf_power: float = 1.0
+    """Weights are IDF to this power: 1 is plain IDF; 0 weighs all words above the floor alike, for prompts in which names
+    that occur once would drown the rest."""
     markers: tuple[str, str] | None = None
     """A pair of texts around important passages of a prompt, removed before the model reads it, as << >>."""
     skip_sink: bool = True

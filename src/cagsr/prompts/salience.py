@@ -85,7 +85,7 @@ def salient_words(
 ) -> list[SalientWord]:
     """Weigh the words of ``prompt`` that matter, in order of their occurrence, with their weights.
 
-    ``idf``: the word's IDF, words below ``idf_floor`` times the largest left out; ``uniform``: 1 for every word;
+    ``idf``: the word's IDF to the power ``idf_power``, words below ``idf_floor`` times the largest left out; ``uniform``: 1 for every word;
     ``spans``: 1 for every word that shares a character with a marked passage. ``where`` (file and row) opens the
     messages.
 
@@ -119,4 +119,4 @@ def salient_words(
             f"{where}: every word of the prompt occurs in so many prompts that none weighs anything; "
             "lower --salience.idf_floor, choose --salience.weighting uniform, or remove the row."
         )
-    return kept
+    return [SalientWord(word.word, word.weight**config.idf_power) for word in kept]
