@@ -85,7 +85,8 @@ def salient_words(
 ) -> list[SalientWord]:
     """Weigh the words of ``prompt`` that matter, in order of their occurrence, with their weights.
 
-    ``idf``: the word's IDF to the power ``idf_power``, words below ``idf_floor`` times the largest left out; ``uniform``: 1 for every word;
+    ``idf``: the word's IDF to the power ``idf_power``, words below ``idf_floor`` times the largest left out;
+    ``uniform``: 1 for every word;
     ``spans``: 1 for every word that shares a character with a marked passage. ``where`` (file and row) opens the
     messages.
 
