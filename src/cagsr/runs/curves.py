@@ -84,6 +84,15 @@ def _style(axes: Axes, title: str, unit: str) -> None:
         axes.spines[side].set_color("#BBBBBB")
 
 
+def _since_start(rows: Sequence[dict[str, Any]], key: str) -> tuple[str, list[int], list[float]]:
+    """A term's mean since the first step, in standard deviations of that step: terms have units that differ a hundredfold."""
+    steps, values = _series(rows, key)
+    _, spreads = _series(rows, key.removesuffix("/mean") + "/std")
+    unit = next((spread for spread in spreads if spread > 0), 1.0)
+    first = values[0] if values else 0.0
+    return key.split("/")[1], steps, [(value - first) / unit for value in values]
+
+
 def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
     """Draw the curves of a run as PNG. Only panels with data are drawn.
 
@@ -105,11 +114,11 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
         if name is not None:
             drawn.append((panel, [("", *_series(rows, name))]))
     terms = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
-    term_series = [(key.split("/")[1], *_series(rows, key)) for key in terms]
+    term_series = [_since_start(rows, key) for key in terms if key != "rewards/total/mean"]
     term_series = [one for one in term_series if one[1]]
     if term_series:
         place = next((i + 1 for i, (panel, _) in enumerate(drawn) if panel.title == "Reward"), len(drawn))
-        drawn.insert(place, (_Panel("Reward terms", (), "mean, raw"), term_series))
+        drawn.insert(place, (_Panel("Reward terms", (), "change, in standard deviations"), term_series))
     if not drawn:
         raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
 
