@@ -190,6 +190,7 @@ def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> N
         repetition=RepetitionConfig(weight=0.0),
         functions=["user_rewards_for_test.trl_without_kwargs", "user_rewards_for_test.coverage"],
         function_weights=[2.0, 1.0],
+        normalize="running",
     )
     reward_function = build_reward(config, device="cpu")
     # A name that is taken gives way to the whole path.

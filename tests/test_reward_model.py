@@ -88,7 +88,10 @@ def test_chat_goes_through_its_own_template(tmp_path: Path, make_reward_batch: M
 def test_in_the_reward(tmp_path: Path, make_reward_batch: MakeBatch) -> None:
     path = save(tmp_path / "rm")
     config = RewardConfig(
-        coverage=CoverageConfig(weight=0.0), repetition=RepetitionConfig(weight=0.0), models=[str(path)]
+        coverage=CoverageConfig(weight=0.0),
+        repetition=RepetitionConfig(weight=0.0),
+        models=[str(path)],
+        normalize="running",
     )
     reward = build_reward(config, device="cpu")(with_texts(make_reward_batch(prompts=2, generations=2), TEXTS))
     assert set(reward.terms) == {"rm"}
