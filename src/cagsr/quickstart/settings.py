@@ -24,7 +24,7 @@ class QuickstartConfig:
     """Prompts without answers for CAGSR."""
     held_out: int = 200
     """Prompts of the comparison, which neither model has seen."""
-    steps: int = 50
+    steps: int = 60
     """Steps of CAGSR."""
     batch_size: int = 16
     """Prompts per step, eight answers each."""

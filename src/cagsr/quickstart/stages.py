@@ -62,8 +62,8 @@ REWARD = RewardConfig(
     repetition=RepetitionConfig(weight=-0.5, n=1),
     length=LengthConfig(weight=-0.8),
 )
-"""Attention and token counts, nothing of the task: say what you look at, once, and in few words. Coverage alone would
-make a model talk on when all is said."""
+"""Attention and token counts, nothing of the task: say what you look at, once, and in few words. With coverage and
+copy coverage but no price on length one run doubled the facts said again and nearly doubled the wrong ones."""
 
 
 def run_stages(config: QuickstartConfig, console: Console | None = None) -> Comparison:
@@ -118,8 +118,8 @@ def train_config(config: QuickstartConfig, folder: Path) -> TrainConfig:
         output_dir=str(folder / "run"),
         sampling=SamplingConfig(num_generations=8, max_new_tokens=MAX_NEW_TOKENS),
         reward=REWARD,
-        # Going on after everything is said costs far more KL than saying one fact more: a firm leash keeps the model from
-        # making things up to say (at 0.05 it covers more, and invents as much as it gains).
+        # A firm leash: stopping late costs more KL where all is said than where facts are left. In one run at 0.05 the
+        # greedy answers covered 0.96 instead of 0.78, but made up 0.28 facts each instead of none.
         ppo=PPOConfig(num_ppo_epochs=2, learning_rate=4e-4, lr_scheduler="linear", kl_coef=0.25),
         evaluation=EvalConfig(
             path=str(folder / "held_out.jsonl"),
