@@ -125,7 +125,7 @@ def load_rows(folder: Path) -> tuple[Rows, Rows]:
     try:
         # The Hub's own conversion: datasets 4 and later don't run the loading script of the main branch.
         hub = load_dataset(HUB_ID, revision="refs/convert/parquet")
-    except Exception as error:
+    except Exception as error:  # datasets, its client and the network raise many kinds; the cause stays attached
         raise DataError(
             f"{folder} is absent and {HUB_ID} can't be read from the Hub ({error}); give --data a folder with "
             "train.jsonl (prompt, completion) and test.jsonl (prompt, references)."
