@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 
+from cagsr.associate import associations_of
 from cagsr.config import TrainConfig
-from cagsr.errors import ConfigError, MonitorStop, RewardError
+from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
@@ -26,7 +27,10 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
+from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
+from cagsr.reward.terms import needs_associations
+from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.progress import TrainingProgress
 from cagsr.runs.record import RunRecord
 from cagsr.runs.tracker import check_tracker
@@ -120,8 +124,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     loaded = load_model(config.model, config.lora)
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
+    associations = _associations(config, loaded, train_set, accelerator, console)
     reward = build_reward(
-        config.reward, device=loaded.device, reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum")
+        config.reward,
+        device=loaded.device,
+        associations=associations,
+        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)
     monitors = Monitors(config.monitors)
@@ -136,7 +144,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     set_seed(config.run.seed + 1 + accelerator.process_index)
 
     # Everything that can be refused has been checked: only now is anything written.
-    record = RunRecord(config, accelerator, ppo, monitors, stream)
+    record = RunRecord(config, accelerator, ppo, monitors, stream, associations)
     try:
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, record.notes)
@@ -155,6 +163,45 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     if main:
         console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
     return TrainResult(folder, evaluations[0], evaluations[-1])
+
+
+def _associations(
+    config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
+) -> Associations | None:
+    """Learn the associations from the starting model's own answers where the reward needs them, or read them again.
+
+    The main process does it, and the others are told what it found: their samples could differ.
+    """
+    if not needs_associations(config.reward):
+        return None
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        settings = config.reward.associations
+        stored = Path(config.output_dir) / ASSOCIATIONS
+        if settings.path is None and config.run.resume and stored.exists():
+            settings = dataclasses.replace(settings, path=str(stored))
+        started = time.perf_counter()
+        try:
+            found[0] = associations_of(
+                loaded,
+                train_set.prompts,
+                config.sampling,
+                settings,
+                seed=config.run.seed,
+                batch_size=config.ppo.micro_batch_size,
+            )
+            origin = settings.path or f"{found[0].answers:,} of the model's own answers"
+            seconds = time.perf_counter() - started
+            console.print(
+                f"Associations from {origin} ({seconds:.0f} s): {len(found[0].prompt_index):,} words and pairs of prompts, "
+                f"{found[0].strength.nnz:,} associations."
+            )
+        except CagsrError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def _step(

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cagsr.commands.inputs import check_output, check_sampling, progress, read_prompts, say
+from cagsr.commands.inputs import check_output, check_sampling, learned_associations, progress, read_prompts, say
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError
 
@@ -52,6 +52,7 @@ def run(config: Config) -> None:
 
     from rich.console import Console
 
+    from cagsr.associate import FEWEST_PROMPTS
     from cagsr.evaluation.collect import collect_signals
     from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
@@ -64,10 +65,25 @@ def run(config: Config) -> None:
     check_reward_config(config.reward)
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
+    associations = None
+    if len(prompts) >= FEWEST_PROMPTS or config.reward.associations.path is not None:
+        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+    else:
+        notes = (
+            *notes,
+            f"Too few prompts to learn associations from (fewer than {FEWEST_PROMPTS}): those terms are left out.",
+        )
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
-    scorer = Scorer(loaded, config.reward, config.attention, config.salience, temperature=config.sampling.temperature)
+    scorer = Scorer(
+        loaded,
+        config.reward,
+        config.attention,
+        config.salience,
+        temperature=config.sampling.temperature,
+        associations=associations,
+    )
     say([*loaded.notes, *notes])
     with progress("diagnosing", len(prompts)) as advance:
         signals = collect_signals(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.config import DataConfig, SalienceConfig, SamplingConfig
+from cagsr.config import DataConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
+    from cagsr.reward.association import Associations
 
 UNLIMITED = 1_000_000  # a model with relative positions states no longest prompt
 
@@ -92,6 +93,41 @@ def read_frequency(run: str | None) -> DocumentFrequency | None:
         raise RunError(
             f"--salience_from {run}: no readable {file.name} there; name the folder of a cagsr train run."
         ) from error
+
+
+def named_associations(reward: RewardConfig) -> Associations | None:
+    """Read the file that ``reward.associations.path`` names; None where it names none.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    if reward.associations.path is None:
+        return None
+    from cagsr.associate import read_associations
+
+    return read_associations(Path(reward.associations.path))
+
+
+def learned_associations(
+    reward: RewardConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int
+) -> Associations:
+    """Read the associations, or learn them from the model's answers to these prompts, with a bar.
+
+    Raises:
+        ConfigError: too few prompts to learn from.
+        DataError: the file can't be read.
+    """
+    from cagsr.associate import associations_of
+
+    with progress("associations", reward.associations.answers) as bar:
+        done_before = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal done_before
+            bar(done - done_before)
+            done_before = done
+
+        return associations_of(loaded, prompts, sampling, reward.associations, seed=seed, advance=advance)
 
 
 def check_sampling(sampling: SamplingConfig, batch_size: int = 1) -> None:

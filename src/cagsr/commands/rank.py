@@ -10,6 +10,7 @@ from cagsr.commands.inputs import (
     OptionalDataConfig,
     check_output,
     check_sampling,
+    learned_associations,
     progress,
     prompt_as_given,
     read_prompts,
@@ -63,11 +64,16 @@ def run(config: Config) -> None:
     from cagsr.evaluation.scorer import Scorer, weigh
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
+    from cagsr.reward.terms import needs_associations
 
     check_reward_config(config.reward)
-    loaded = load_model(config.model, for_training=False)
-    scorer = Scorer(loaded, config.reward, config.attention, config.salience, temperature=config.sampling.temperature)
     given = config.candidates_column is not None
+    if given and needs_associations(config.reward) and config.reward.associations.path is None:
+        raise ConfigError(
+            "The reward needs associations, and with --candidates_column no answers are sampled to learn them from: name the "
+            "file of a training run with --reward.associations.path RUN/associations.json."
+        )
+    loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(
         config.data,
         config.prompt,
@@ -77,6 +83,17 @@ def run(config: Config) -> None:
         0 if given else config.sampling.max_new_tokens,
     )
     scale = "within the prompt, on the raw values" if config.reward.normalize == "none" else "in standard deviations"
+    associations = None
+    if needs_associations(config.reward):
+        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+    scorer = Scorer(
+        loaded,
+        config.reward,
+        config.attention,
+        config.salience,
+        temperature=config.sampling.temperature,
+        associations=associations,
+    )
     say([*loaded.notes, *notes, f"Candidates of one prompt are compared with each other ({scale})."])
     answers: list[Candidate] = []
     with progress("ranking", len(prompts)) as advance:

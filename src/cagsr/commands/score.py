@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     check_output,
+    named_associations,
     progress,
     prompt_as_given,
     read_frequency,
@@ -60,8 +61,15 @@ def run(config: Config) -> None:
     from cagsr.evaluation.scorer import Scorer, weigh
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
+    from cagsr.reward.terms import needs_associations
 
     check_reward_config(config.reward)
+    associations = named_associations(config.reward)
+    if associations is None and needs_associations(config.reward):
+        raise ConfigError(
+            "The reward needs associations, and score samples no answers to learn them from: name the file of a training run "
+            "with --reward.associations.path RUN/associations.json."
+        )
     loaded = load_model(config.model, for_training=False)
     scorer = Scorer(
         loaded,
@@ -70,6 +78,7 @@ def run(config: Config) -> None:
         config.salience,
         temperature=config.temperature,
         micro_batch_size=config.batch_size,
+        associations=associations,
     )
     prompts, responses, notes = read_pairs(config, loaded)
     scale = (

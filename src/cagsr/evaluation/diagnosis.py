@@ -16,7 +16,15 @@ from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.metrics import Interval
-from cagsr.evaluation.recommend import Recommendation, recommend, term_columns, warnings_for, weighted_parts, within_z
+from cagsr.evaluation.recommend import (
+    PENALTIES,
+    Recommendation,
+    recommend,
+    term_columns,
+    warnings_for,
+    weighted_parts,
+    within_z,
+)
 from cagsr.reward.functions import import_dotted
 
 Floats = NDArray[np.float64]
@@ -27,8 +35,10 @@ COMBINATIONS = (
     ("coverage", "self_certainty", "copy_coverage"),
     ("grounded_coverage", "self_certainty"),
     ("coverage", "grounded_coverage", "self_certainty"),
+    ("associated_coverage", "unsupported"),
+    ("associated_coverage", "unsupported", "self_certainty"),
 )
-"""Sums of z-scores within a prompt that are tried besides the single terms (method.md, section 3)."""
+"""Sums of z-scores within a prompt that are tried besides the single terms (method.md, section 3); penalties count negative."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,13 @@ def diagnose(
     truth = signals.truth
     named: dict[str, Floats] = dict(signals.terms)
     for names in COMBINATIONS:
-        named[" + ".join(names)] = np.sum([within_z(signals.terms[name]) for name in names], axis=0)
+        if all(name in signals.terms for name in names):
+            signs = [-1.0 if name in PENALTIES else 1.0 for name in names]
+            label = names[0] + "".join(
+                f" {'-' if sign < 0 else '+'} {name}" for sign, name in zip(signs[1:], names[1:], strict=True)
+            )
+            parts = [sign * within_z(signals.terms[name]) for sign, name in zip(signs, names, strict=True)]
+            named[label] = np.sum(parts, axis=0)
     nothing = np.zeros_like(signals.length)
     named["configured reward"] = sum(weighted_parts(signals.terms, weights, normalize, clip).values(), nothing)
     recommended = weighted_parts(term_columns(signals, recommendation.setting), recommendation.weights, clip=clip)

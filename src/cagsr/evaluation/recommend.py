@@ -18,8 +18,18 @@ from cagsr.reward.metrics import variance_share
 
 Floats = NDArray[np.float64]
 
-WEIGHED = ("coverage", "copy_coverage", "grounded_coverage", "focus", "self_certainty")
+WEIGHED = (
+    "coverage",
+    "copy_coverage",
+    "grounded_coverage",
+    "associated_coverage",
+    "focus",
+    "self_certainty",
+    "unsupported",
+)
 """Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
+PENALTIES = frozenset({"unsupported"})
+"""Those of them whose weight is negative."""
 ALL_WEIGHTS = (*WEIGHED, "repetition")
 CLOSE = 0.02
 """Correlations nearer than this count as equal: the simpler or configured choice wins."""
@@ -80,7 +90,7 @@ def setting_quality(signals: Signals, target: ArrayLike) -> dict[Setting, float]
             found[setting] = correlation(values, target) - short
         else:
             columns = term_columns(signals, setting)
-            weights = fit_weights({name: columns[name] for name in WEIGHED}, target)
+            weights = fit_weights(_weighed(columns), target)
             total = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(values))
             found[setting] = correlation(total, target)
     return found
@@ -102,15 +112,16 @@ def best_setting(quality: Mapping[Setting, float], configured: Setting) -> Setti
 
 
 def fit_weights(columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: float = 0.05) -> dict[str, float]:
-    """Non-negative ridge weights of within-prompt z-scores that predict the target best; small ones left out.
+    """Ridge weights of within-prompt z-scores that predict the target best; small ones left out.
 
-    ``min_w |target - sum_i w_i z_i|^2 / n + ridge |w|^2``, ``w >= 0``, both sides as :func:`within_z`. Weights below
-    ``SMALL`` of the largest are set aside and the rest is fitted again. Empty where no column helps.
+    ``min_w |target - sum_i w_i z_i|^2 / n + ridge |w|^2``, ``w >= 0`` (``<= 0`` for ``PENALTIES``), both sides as
+    :func:`within_z`. Weights below ``SMALL`` of the largest are set aside and the rest is fitted again. Empty where no
+    column helps.
     """
     names = [name for name, values in columns.items() if np.any(within_z(values))]
     y = within_z(target).ravel()
     while names:
-        matrix = np.stack([within_z(columns[name]).ravel() for name in names], axis=1)
+        matrix = np.stack([_sign(name) * within_z(columns[name]).ravel() for name in names], axis=1)
         penalty = np.sqrt(ridge * len(y)) * np.eye(len(names))
         solution, _ = nnls(np.vstack([matrix, penalty]), np.concatenate([y, np.zeros(len(names))]))
         largest = solution.max()
@@ -118,9 +129,18 @@ def fit_weights(columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: floa
             return {}
         kept = [name for name, weight in zip(names, solution, strict=True) if weight >= SMALL * largest]
         if len(kept) == len(names):
-            return {name: float(weight) for name, weight in zip(names, solution, strict=True)}
+            return {name: _sign(name) * float(weight) for name, weight in zip(names, solution, strict=True)}
         names = kept
     return {}
+
+
+def _sign(name: str) -> float:
+    return -1.0 if name in PENALTIES else 1.0
+
+
+def _weighed(columns: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The terms whose weights are fitted, of those that were measured."""
+    return {name: columns[name] for name in WEIGHED if name in columns}
 
 
 def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLike]) -> dict[str, float]:
@@ -158,10 +178,10 @@ def recommend(signals: Signals) -> Recommendation:
         f"{correlation(columns['coverage'], target):+.2f} with {judged} within a prompt (as configured: "
         f"{correlation(signals.coverage[signals.configured], target):+.2f})."
     ]
-    usable = {name: columns[name] for name in WEIGHED}
+    usable = _weighed(columns)
     if signals.truth is not None:
         weights = fit_weights(usable, signals.truth)
-        reasons.append("The weights are a non-negative least-squares fit to it on z-scores within a prompt.")
+        reasons.append("The weights are a least-squares fit to it on z-scores within a prompt.")
     else:
         weights = _agreeing(usable, signals.length)
         reasons.append(
@@ -184,11 +204,14 @@ def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]
     if not np.any(within_z(columns["coverage"])):
         return {}
     weights, total = {"coverage": 1.0}, within_z(columns["coverage"])
-    for name in ("grounded_coverage", "copy_coverage", "self_certainty"):
-        agrees = 0.05 < correlation(columns[name], columns["coverage"]) < 0.9
-        more = total + within_z(columns[name])
+    for name in ("associated_coverage", "grounded_coverage", "copy_coverage", "self_certainty", "unsupported"):
+        if name not in columns or (name == "copy_coverage" and "grounded_coverage" in weights):
+            continue
+        sign = _sign(name)
+        agrees = 0.05 < sign * correlation(columns[name], total) < 0.9
+        more = total + sign * within_z(columns[name])
         if agrees and abs(correlation(more, length)) <= 0.3:
-            weights[name], total = 1.0, more
+            weights[name], total = sign, more
     return weights
 
 

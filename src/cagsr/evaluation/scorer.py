@@ -19,6 +19,7 @@ from cagsr.flow import EncodedPrompt, PromptBatch, RewardBatch, Rollout
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
+from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.terms import builtin_terms
@@ -104,6 +105,7 @@ class Scorer:
         salience: how the pieces of a word are pooled.
         temperature: divides the logits for log-probabilities and self-certainty, as in sampling.
         micro_batch_size: answers in memory at once.
+        associations: what the association terms read; without them these terms are left out.
 
     Raises:
         ConfigError: a reward or a choice of layers that can't be used.
@@ -119,6 +121,7 @@ class Scorer:
         *,
         temperature: float = 1.0,
         micro_batch_size: int = 32,
+        associations: Associations | None = None,
     ) -> None:
         self.loaded = loaded
         self.config = reward
@@ -127,8 +130,8 @@ class Scorer:
         self.micro_batch_size = micro_batch_size
         self.actor_critic = ActorCritic(loaded)
         self.reader = PromptAttentionReader(loaded.model, layers=attention.layers, heads=attention.heads)
-        chosen = build_reward(reward, device=loaded.device)
-        builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward)}
+        chosen = build_reward(reward, device=loaded.device, associations=associations)
+        builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward, associations)}
         others = [
             (term, weight)
             for term, weight in zip(chosen.terms, chosen.weights, strict=True)

@@ -9,27 +9,39 @@ import torch
 
 from cagsr.config import RewardConfig
 from cagsr.errors import ConfigError
+from cagsr.reward.association import Associations
 from cagsr.reward.combine import Reduce, RewardFunction
 from cagsr.reward.functions import load_function
 from cagsr.reward.model import load_reward_model
-from cagsr.reward.terms import builtin_terms
+from cagsr.reward.terms import ASSOCIATION_TERMS, builtin_terms, needs_associations
 
 
-def build_reward(config: RewardConfig, *, device: torch.device | str, reduce: Reduce | None = None) -> RewardFunction:
+def build_reward(
+    config: RewardConfig,
+    *,
+    device: torch.device | str,
+    associations: Associations | None = None,
+    reduce: Reduce | None = None,
+) -> RewardFunction:
     """Build the reward: every term whose weight is not 0.
 
     Args:
         config: the reward.
         device: where reward models run.
+        associations: what the association terms read; they need it when they have a weight.
         reduce: sums a small tensor over processes; None for one process.
 
     Raises:
         ConfigError: a value that can't be used, no term with a weight, or a function that can't be imported.
         ModelError: a reward model that can't be loaded.
+        ValueError: a term has a weight that needs associations, and none were given.
     """
     check_reward_config(config)
-    terms = [(term, weight) for term, weight in builtin_terms(config) if weight != 0]
-    taken = {term.name for term, _ in builtin_terms(config)} | {"total"}
+    if associations is None and needs_associations(config):
+        raise ValueError("associated_coverage and unsupported need associations: learn or read them first")
+    builtin = builtin_terms(config, associations)
+    terms = [(term, weight) for term, weight in builtin if weight != 0]
+    taken = {term.name for term, _ in builtin} | ASSOCIATION_TERMS | {"total"}
     for path, weight in zip(config.functions, _weights(config.functions, config.function_weights), strict=True):
         short = path.rpartition(".")[2]
         name = path if short in taken else short
@@ -54,6 +66,8 @@ def check_reward_config(config: RewardConfig) -> None:
         ConfigError: a setting out of range, a list of weights of the wrong length, or every weight 0.
     """
     weights = {f"reward.{term.name}.weight": weight for term, weight in builtin_terms(config)}
+    weights["reward.associated_coverage.weight"] = config.associated_coverage.weight
+    weights["reward.unsupported.weight"] = config.unsupported.weight
     for kind, paths, given in (
         ("function", config.functions, config.function_weights),
         ("model", config.models, config.model_weights),
@@ -79,6 +93,10 @@ def check_reward_config(config: RewardConfig) -> None:
         raise ConfigError(f"reward.focus.entropy_floor is {config.focus.entropy_floor}: give a value from 0 to below 1")
     if config.repetition.n < 1:
         raise ConfigError(f"reward.repetition.n is {config.repetition.n}: n-grams have at least 1 token")
+    if config.associations.answers < 1 or config.associations.min_count < 1:
+        raise ConfigError("reward.associations.answers and reward.associations.min_count must be 1 or more")
+    if not 0 < config.associations.floor <= 1:
+        raise ConfigError(f"reward.associations.floor is {config.associations.floor}: give a value above 0, up to 1")
     if config.length.target is not None and config.length.target < 0:
         raise ConfigError(f"reward.length.target is {config.length.target}: give a number of tokens, 0 or more")
     if not config.clip >= 0:
@@ -105,6 +123,12 @@ def reward_warnings(config: RewardConfig) -> list[str]:
         )
     if config.repetition.weight > 0:
         warnings.append("repetition has a positive weight, which pays for repeating: a penalty has a negative one.")
+    if config.unsupported.weight > 0:
+        warnings.append("unsupported has a positive weight, which pays for inventing: a penalty has a negative one.")
+    if config.unsupported.weight < 0 and config.associated_coverage.weight <= 0:
+        warnings.append(
+            "unsupported without associated_coverage pays for saying less: give reward.associated_coverage.weight a value."
+        )
     if config.repetition.weight == 0:
         warnings.append(
             "without a repetition penalty a policy can gain by repeating itself: watch response/repetition."
@@ -114,6 +138,7 @@ def reward_warnings(config: RewardConfig) -> list[str]:
             "length with a target and a positive weight pays for missing the target: give a negative weight."
         )
     others = [weight for term, weight in builtin_terms(config) if term.name not in ("self_certainty", "repetition")]
+    others.append(config.associated_coverage.weight)
     if config.self_certainty.weight > 0 and not any([*others, *config.functions, *config.models]):
         warnings.append(
             "self_certainty alone is known to gain early and then to shorten answers and collapse: add coverage, and "

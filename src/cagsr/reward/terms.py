@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cagsr.config import RewardConfig
 from cagsr.errors import RewardError
 from cagsr.flow import RewardBatch
+from cagsr.reward.association import Associations
 from cagsr.reward.certainty import mean_certainty
 from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, saturating_coverage
 from cagsr.reward.focus import focus
@@ -19,6 +22,8 @@ from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_to
 
 ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus"})
 """Names of the terms that read the prompt attention."""
+ASSOCIATION_TERMS = frozenset({"associated_coverage", "unsupported"})
+"""Names of the terms that need associations, learned from the model's own answers."""
 
 
 def _captured(attention: Tensor | None, name: str) -> Tensor:
@@ -85,6 +90,37 @@ class GroundedCoverage:
 
 
 @dataclass(frozen=True)
+class AssociatedCoverage:
+    """Associated coverage; see :meth:`cagsr.reward.association.Associations.coverage`."""
+
+    associations: Associations
+    name: str = "associated_coverage"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        return _by_text(self.associations.coverage, batch)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Unsupported words; see :meth:`cagsr.reward.association.Associations.unsupported`."""
+
+    associations: Associations
+    name: str = "unsupported"
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        return _by_text(self.associations.unsupported, batch)
+
+
+def _by_text(measure: Callable[[str, str, Sequence[tuple[int, int]]], float], batch: RewardBatch) -> Tensor:
+    rollout = batch.rollout
+    pairs = zip(rollout.prompts.prompts, rollout.completions, strict=True)
+    values = [measure(prompt.text, completion, prompt.template) for prompt, completion in pairs]
+    return torch.tensor(values, dtype=torch.float32, device=rollout.response_mask.device)
+
+
+@dataclass(frozen=True)
 class MeanMass:
     """Mean attention mass on salient tokens; see :func:`cagsr.reward.coverage.mean_mass`."""
 
@@ -147,8 +183,17 @@ class Length:
         return length(batch.rollout.response_mask, self.target)
 
 
-def builtin_terms(config: RewardConfig) -> list[tuple[RewardTerm, float]]:
-    """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all)."""
+def builtin_terms(config: RewardConfig, associations: Associations | None = None) -> list[tuple[RewardTerm, float]]:
+    """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all).
+
+    The terms of ``ASSOCIATION_TERMS`` are there only where ``associations`` are given.
+    """
+    associated: list[tuple[RewardTerm, float]] = []
+    if associations is not None:
+        associated = [
+            (AssociatedCoverage(associations), config.associated_coverage.weight),
+            (Unsupported(associations), config.unsupported.weight),
+        ]
     return [
         (Coverage(config.coverage.threshold, config.coverage.dense), config.coverage.weight),
         (CopyCoverage(), config.copy_coverage.weight),
@@ -156,12 +201,18 @@ def builtin_terms(config: RewardConfig) -> list[tuple[RewardTerm, float]]:
             GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense),
             config.grounded_coverage.weight,
         ),
+        *associated,
         (MeanMass(), config.mean_mass.weight),
         (Focus(config.focus.entropy_floor), config.focus.weight),
         (Repetition(config.repetition.n, config.repetition.dense), config.repetition.weight),
         (SelfCertainty(), config.self_certainty.weight),
         (Length(config.length.target), config.length.weight),
     ]
+
+
+def needs_associations(config: RewardConfig) -> bool:
+    """Whether a term with a weight needs associations."""
+    return config.associated_coverage.weight != 0 or config.unsupported.weight != 0
 
 
 def needs_attention(config: RewardConfig) -> bool:

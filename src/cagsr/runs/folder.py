@@ -6,6 +6,7 @@ timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
 samples.jsonl    answers with their reward breakdown
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
+associations.json  which words go together, where the reward needs it (learned before the first step)
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
 """
@@ -29,8 +30,9 @@ from cagsr.runs.lines import append_lines, truncate_lines
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
+ASSOCIATIONS = "associations.json"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json")
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
 
 MAY_DIFFER = (

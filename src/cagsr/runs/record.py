@@ -23,11 +23,12 @@ from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
+from cagsr.reward.association import Associations
 from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
-from cagsr.runs.folder import RunFolder
+from cagsr.runs.folder import ASSOCIATIONS, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.tracker import start_tracker
@@ -55,13 +56,20 @@ class RunRecord:
         ppo: policy, optimizer, KL controller and running moments.
         monitors: their first values and streaks.
         stream: the data position.
+        associations: kept in the folder, for a resumed run and for ``score`` and ``rank``.
 
     Raises:
         RunError: the folder holds another run, is in use, or can't be written or resumed.
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, ppo: PPO, monitors: Monitors, stream: PromptStream
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        ppo: PPO,
+        monitors: Monitors,
+        stream: PromptStream,
+        associations: Associations | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -82,6 +90,8 @@ class RunRecord:
                     config.output_dir, to_yaml(stored), resume=run.resume, overwrite=run.overwrite
                 )
                 found = [self._folder.checkpoint, self._folder.step, None]
+                if associations is not None:
+                    write_text_atomically(self._folder.path / ASSOCIATIONS, json.dumps(associations.to_json()))
                 self.notes = self._folder.notes
             except CagsrError as error:
                 found = [None, 0, error]

@@ -1,13 +1,11 @@
-"""Every setting of every command, as typed dataclasses with a line under each field.
-
-The command line shows these lines as help, the run folder stores the resolved values as ``config.yaml``. Names follow
-TRL where TRL has the setting.
-"""
+"""Settings of the run and of everything but the reward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from cagsr.config.reward import RewardConfig
 
 Layers = str | list[int]
 
@@ -123,116 +121,6 @@ class SalienceConfig:
     """Leave out the prompt's first token, where attention parks (the attention sink)."""
     pooling: Literal["sum", "max"] = "sum"
     """How the pieces of a word make the attention to the word: their total, or the largest."""
-
-
-@dataclass(frozen=True)
-class CoverageConfig:
-    """Saturating coverage: each salient word must be looked at hard once."""
-
-    weight: float = 1.0
-    """Weight in the reward; 0 leaves the term out."""
-    threshold: float = 0.3
-    """Attention at which a word counts as covered (tau)."""
-    dense: bool = False
-    """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
-
-
-@dataclass(frozen=True)
-class CopyCoverageConfig:
-    """Copy coverage: a salient token counts when the response token that looks at it hardest is that token."""
-
-    weight: float = 0.0
-    """Weight in the reward; 0 leaves the term out."""
-
-
-@dataclass(frozen=True)
-class GroundedCoverageConfig:
-    """Grounded coverage: each salient token must be looked at hard once by the response token that says it."""
-
-    weight: float = 0.0
-    """Weight in the reward; 0 leaves the term out."""
-    threshold: float = 0.1
-    """Attention at which a token counts as covered (tau)."""
-    dense: bool = False
-    """Pay each token for the coverage it adds instead of all at the end."""
-
-
-@dataclass(frozen=True)
-class MeanMassConfig:
-    """Mean attention mass on salient words: the paper's literal reading, which pays for short answers."""
-
-    weight: float = 0.0
-    """Weight in the reward; 0 leaves the term out."""
-
-
-@dataclass(frozen=True)
-class FocusConfig:
-    """Focus: one minus the normalised entropy of the attention over salient words."""
-
-    weight: float = 0.0
-    """Weight in the reward; negative pays for spread attention; 0 leaves the term out."""
-    entropy_floor: float = 0.0
-    """The normalised entropy is clamped from below to this, so that collapse onto one word does not pay."""
-
-
-@dataclass(frozen=True)
-class RepetitionConfig:
-    """Repetition: one minus the share of distinct n-grams."""
-
-    weight: float = -0.3
-    """Weight in the reward, negative for a penalty; 0 leaves the term out. Repetitions are rare, so that one of them weighs
-    heavily once the term is brought to the common scale: small weights do."""
-    n: int = 3
-    """Length of the n-grams, in tokens."""
-    dense: bool = False
-    """Charge each repeated n-gram at its last token instead of all at the end."""
-
-
-@dataclass(frozen=True)
-class SelfCertaintyConfig:
-    """Self-certainty (Intuitor): mean KL between the uniform and the policy's next-token distribution."""
-
-    weight: float = 0.0
-    """Weight in the reward; 0 leaves the term out."""
-
-
-@dataclass(frozen=True)
-class LengthConfig:
-    """Length of the answer in tokens, or its distance from a target."""
-
-    weight: float = 0.0
-    """Weight in the reward, negative pays for short answers; 0 leaves the term out."""
-    target: int | None = None
-    """With a target the term is the distance in tokens from it (give a negative weight)."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """The reward: a weighted sum of terms, each brought to one scale first."""
-
-    coverage: CoverageConfig = field(default_factory=CoverageConfig)
-    copy_coverage: CopyCoverageConfig = field(default_factory=CopyCoverageConfig)
-    grounded_coverage: GroundedCoverageConfig = field(default_factory=GroundedCoverageConfig)
-    mean_mass: MeanMassConfig = field(default_factory=MeanMassConfig)
-    focus: FocusConfig = field(default_factory=FocusConfig)
-    repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
-    self_certainty: SelfCertaintyConfig = field(default_factory=SelfCertaintyConfig)
-    length: LengthConfig = field(default_factory=LengthConfig)
-    functions: list[str] = field(default_factory=list)
-    """Your own terms as dotted paths (package.module.function): a RewardTerm, or TRL's
-    f(prompts, completions, completion_ids, **columns)."""
-    function_weights: list[float] = field(default_factory=list)
-    """One weight for each function; empty: 1 each."""
-    models: list[str] = field(default_factory=list)
-    """Sequence-classification reward models (folder or Hub id) with one output."""
-    model_weights: list[float] = field(default_factory=list)
-    """One weight for each reward model; empty: 1 each."""
-    normalize: Literal["within_prompt", "running", "none"] = "within_prompt"
-    """within_prompt: each term is centred on the mean of the prompt's candidates and divided by its standard deviation
-    within prompts over the run, so that weights compare what training can follow; running: centred and divided over all
-    answers of the run; none: raw values."""
-    clip: float = 5.0
-    """Normalised terms are clipped to plus or minus this; 0 does not clip."""
 
 
 @dataclass(frozen=True)
@@ -388,48 +276,3 @@ class TrainConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning on prompt-completion pairs (TRL's SFTTrainer): a start for ``train``."""
-
-    model: ModelConfig
-    data: DataConfig
-    output_dir: str
-    """Folder for the trained model: weights, tokenizer, card."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    completion_column: str = "completion"
-    """Column with the answer: text, or a list of chat messages."""
-    from_scratch: bool = False
-    """Start from random weights; the model folder then needs only a config.json and a tokenizer."""
-    epochs: float = 1.0
-    """Passes over the pairs."""
-    steps: int | None = None
-    """Gradient steps; overrides epochs."""
-    batch_size: int = 32
-    """Pairs per gradient step and process."""
-    micro_batch_size: int | None = None
-    """Pairs in memory at once (a divisor of batch_size); None: the whole batch."""
-    learning_rate: float | None = None
-    """Peak learning rate; None: 1e-3 from scratch, 2e-4 with LoRA, 2e-5 else."""
-    warmup_ratio: float = 0.03
-    """Share of the steps with a rising learning rate."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up."""
-    weight_decay: float = 0.0
-    """AdamW weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradient norm clipping."""
-    max_length: int | None = None
-    """Longest pair in tokens, end token included; None: the model's context."""
-    long_pairs: Literal["error", "drop"] = "error"
-    """What to do with a longer pair. drop says how many."""
-    seed: int = 0
-    """Seeds the order of the pairs and random weights."""
-    save_every: int = 500
-    """Steps between checkpoints (deleted once the final model is there); 0 keeps none, and nothing to resume."""
-    resume: bool = False
-    """Go on from the folder's last checkpoint."""
-    overwrite: bool = False
-    """Replace the result of another sft in this folder."""

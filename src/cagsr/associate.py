@@ -1,0 +1,88 @@
+"""Learn the associations of a model's own answers, or read those of an earlier run: what training and diagnosis share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cagsr.config import AssociationsConfig, SamplingConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.flow import EncodedPrompt
+from cagsr.models.load import LoadedModel
+from cagsr.reward.association import Associations, learn_associations
+
+FEWEST_PROMPTS = 20
+"""Fewer prompts tell no word that goes with one of them from one that goes with all."""
+SEED = 104_729
+"""Added to the run's seed, so that these answers are not the first step's."""
+
+
+def associations_of(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    config: AssociationsConfig,
+    *,
+    seed: int,
+    batch_size: int = 64,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Associations:
+    """Read the associations that ``config.path`` names, or learn them from the model's answers to these prompts.
+
+    ``config.answers`` answers are sampled as in training, to as many different prompts as there are. The global
+    random generators are left as they were.
+
+    Args:
+        loaded: the starting model.
+        prompts: unlabelled prompts.
+        sampling: how answers are sampled; ``num_generations`` is not used.
+        config: where they are, or how they are learned.
+        seed: the same seed, model and prompts give the same associations.
+        batch_size: answers in memory at once.
+        advance: told how many answers are done, and how many there will be.
+
+    Raises:
+        ConfigError: fewer than ``FEWEST_PROMPTS`` prompts, or greedy sampling.
+        DataError: the file can't be read or is something else.
+    """
+    if config.path is not None:
+        return read_associations(Path(config.path))
+    if len(prompts) < FEWEST_PROMPTS:
+        raise ConfigError(
+            f"Associations are learned from answers to {FEWEST_PROMPTS} prompts or more, and there are {len(prompts)}: give more "
+            "prompts, name a file with --reward.associations.path, or set the weights of associated_coverage and "
+            "unsupported to 0."
+        )
+    chosen = random.Random(seed).sample(list(prompts), min(len(prompts), config.answers))
+    each = dataclasses.replace(
+        sampling,
+        num_generations=math.ceil(config.answers / len(chosen)),
+        temperature=sampling.temperature or 1.0,
+    )
+    asked: list[tuple[str, tuple[tuple[int, int], ...]]] = []
+    said: list[str] = []
+    per_batch = max(1, batch_size // each.num_generations)
+    for _, rollout in sample_in_batches(loaded, chosen, each, seed + SEED, per_batch):
+        asked += [(prompt.text, prompt.template) for prompt in rollout.prompts.prompts]
+        said += rollout.completions
+        advance(len(said), len(chosen) * each.num_generations)
+    return learn_associations(asked, said, min_count=config.min_count, floor=config.floor)
+
+
+def read_associations(path: Path) -> Associations:
+    """Read an ``associations.json``.
+
+    Raises:
+        DataError: no such file, or it holds something else; the message names it.
+    """
+    try:
+        return Associations.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no readable JSON file; name the associations.json of a cagsr train run.") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -1,0 +1,65 @@
+"""Every setting of every command, as typed dataclasses with a line under each field.
+
+The command line shows these lines as help, the run folder stores the resolved values as ``config.yaml``. Names follow
+TRL where TRL has the setting. Importing this needs no torch.
+"""
+
+from cagsr.config.reward import (
+    AssociatedCoverageConfig,
+    AssociationsConfig,
+    CopyCoverageConfig,
+    CoverageConfig,
+    FocusConfig,
+    GroundedCoverageConfig,
+    LengthConfig,
+    MeanMassConfig,
+    RepetitionConfig,
+    RewardConfig,
+    SelfCertaintyConfig,
+    UnsupportedConfig,
+)
+from cagsr.config.sft import SftConfig
+from cagsr.config.training import (
+    Action,
+    AttentionConfig,
+    DataConfig,
+    EvalConfig,
+    Layers,
+    LoraConfig,
+    ModelConfig,
+    MonitorConfig,
+    PPOConfig,
+    RunConfig,
+    SalienceConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Action",
+    "AssociatedCoverageConfig",
+    "AssociationsConfig",
+    "AttentionConfig",
+    "CopyCoverageConfig",
+    "CoverageConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FocusConfig",
+    "GroundedCoverageConfig",
+    "Layers",
+    "LengthConfig",
+    "LoraConfig",
+    "MeanMassConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "PPOConfig",
+    "RepetitionConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SalienceConfig",
+    "SamplingConfig",
+    "SelfCertaintyConfig",
+    "SftConfig",
+    "TrainConfig",
+    "UnsupportedConfig",
+]
