@@ -6,11 +6,13 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from examples.e2e import augment, evaluate, facts, prepare, pretrain, rewards
+from examples.e2e import augment, facts, prepare, pretrain, rewards
 from examples.e2e.slots import check
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MEANING = (
     "name[The Eagle], eatType[coffee shop], food[Chinese], priceRange[less than £20], customer rating[low], "
@@ -21,6 +23,12 @@ TEXT = (
     "and has a low customer rating."
 )
 SHARED = prepare.SHARED
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/e2e")
 
 
@@ -273,7 +281,7 @@ def test_read_names_the_malformed_line(tmp_path: Path) -> None:
 
 
 def test_tokenizer_loses_nothing_and_stops(work: Path) -> None:
-    model, tokenizer = evaluate.load(work / "init")
+    model, tokenizer = load(work / "init")
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     assert model.config.tie_word_embeddings
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -290,7 +298,7 @@ def test_tokenizer_loses_nothing_and_stops(work: Path) -> None:
 
 
 def test_pretraining_trains_on_the_completion_only_and_learns(work: Path) -> None:
-    model, tokenizer = evaluate.load(work / "init")
+    model, tokenizer = load(work / "init")
     rows = pretrain.encode(prepare.read_jsonl(work / "sft.jsonl"), tokenizer)
     ids, mask, labels = pretrain.collate(rows[:2], tokenizer.pad_token_id)
     assert mask.sum() == sum(len(tokens) for tokens, _ in rows[:2])
@@ -298,47 +306,6 @@ def test_pretraining_trains_on_the_completion_only_and_learns(work: Path) -> Non
     assert ids[0, len(rows[0][0]) - 1] == labels[0, len(rows[0][0]) - 1] == tokenizer.eos_token_id
     options = pretrain.Options(epochs=8, batch_size=4, learning_rate=5e-3)
     assert pretrain.train(model, rows, tokenizer.pad_token_id, options) < 1.5  # log(vocabulary) is about 6
-
-
-def test_evaluation_is_reproducible_and_independent_of_padding(work: Path) -> None:
-    model, tokenizer = evaluate.load(work / "init")
-    prompts = ["name: Cotto =>", "name: Aromi | food: English | area: city centre =>"]
-    once = evaluate.generate(model, tokenizer, prompts, 1.0, seed=3, max_new_tokens=8)
-    assert once.texts == evaluate.generate(model, tokenizer, prompts, 1.0, seed=3, max_new_tokens=8).texts
-    assert once.texts != evaluate.generate(model, tokenizer, prompts, 1.0, seed=4, max_new_tokens=8).texts
-    together = evaluate.generate(model, tokenizer, prompts, 0.0, max_new_tokens=8)
-    alone = [evaluate.generate(model, tokenizer, [prompt], 0.0, max_new_tokens=8) for prompt in prompts]
-    assert together.texts == tuple(answers.texts[0] for answers in alone)
-    assert together.entropy == pytest.approx([answers.entropy[0] for answers in alone], rel=1e-4)
-
-
-def test_evaluate_gives_a_value_for_each_prompt(work: Path) -> None:
-    sampled, greedy = evaluate.evaluate(work / "init", work / "test.jsonl", max_new_tokens=6, samples=2)
-    assert (sampled.temperature, greedy.temperature) == (1.0, 0.0)
-    for values in sampled.values.values():
-        assert values.shape == (2,)
-        assert np.isfinite(values).all()
-    assert sampled.values["missed"] + sampled.values["hits"] == pytest.approx([1.0, 1.0])
-    assert sampled.means["missed"] > 0.5  # an untrained model says next to nothing
-
-
-def test_entropy_is_matched_by_a_temperature(work: Path) -> None:
-    # Initial weights are nearly uniform; make the distribution peaked so that temperature has something to do.
-    model, tokenizer = evaluate.load(work / "init")
-    model.model.norm.weight.data.mul_(6.0)
-    model.save_pretrained(work / "peaked")
-    tokenizer.save_pretrained(work / "peaked")
-    prompts = [row["prompt"] for row in prepare.read_jsonl(work / "sft.jsonl")] * 4
-
-    def entropy(temperature: float) -> float:
-        return float(evaluate.generate(model, tokenizer, prompts, temperature, max_new_tokens=8).entropy.mean())
-
-    target = entropy(0.7)
-    found = evaluate.match_entropy(work / "peaked", prompts, target, max_new_tokens=8)
-    assert found == pytest.approx(0.7, abs=0.1)
-    assert entropy(found) == pytest.approx(target, rel=0.02)
-    with pytest.raises(ValueError, match="not reached"):
-        evaluate.match_entropy(work / "peaked", prompts, 50.0, max_new_tokens=8)
 
 
 def test_rewards_by_hand() -> None:

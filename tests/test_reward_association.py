@@ -123,6 +123,12 @@ def test_values_are_shares_and_survive_json(seed: int):
         assert -1e-9 <= unsupported <= 1 + 1e-9
         assert again.coverage(text, answer) == pytest.approx(coverage, abs=1e-4)
         assert again.unsupported(text, answer) == pytest.approx(unsupported, abs=1e-4)
+        # picking from the sparse matrix, as for large vocabularies, gives the same
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cagsr.reward.association.DENSE_UP_TO", 0)
+            large = Associations.from_json(found.to_json())
+            assert large.coverage(text, answer) == pytest.approx(coverage, abs=1e-4)
+            assert large.unsupported(text, answer) == pytest.approx(unsupported, abs=1e-4)
         # saying more never covers less, and the order of words in an answer means nothing
         assert found.coverage(text, f"{answer} w1") >= coverage - 1e-12
         assert found.coverage(text, " ".join(reversed(answer.split()))) == coverage

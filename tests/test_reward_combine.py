@@ -121,7 +121,7 @@ def widen(batch: RewardBatch, tokens: int) -> RewardBatch:
 def test_z_scores_by_hand(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=4)
     # Mean 2.5, population deviation sqrt(1.25).
-    reward = RewardFunction([sequence([1.0, 2.0, 3.0, 4.0])], [2.0])(batch)
+    reward = RewardFunction([sequence([1.0, 2.0, 3.0, 4.0])], [2.0], "running")(batch)
     expected = 2 * (torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5) / math.sqrt(1.25)
     torch.testing.assert_close(reward.total, expected)
     torch.testing.assert_close(reward.terms["given"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -133,7 +133,7 @@ def test_z_scores_by_hand(make_reward_batch: MakeBatch) -> None:
 def test_clipping_and_raw_values(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=4)
     term = sequence([0.0, 0.0, 0.0, 8.0])  # z of the last: (8 - 2) / sqrt(12) = 1.73
-    clipped = RewardFunction([term], [1.0], clip=1.0)(batch)
+    clipped = RewardFunction([term], [1.0], "running", clip=1.0)(batch)
     torch.testing.assert_close(clipped.total, torch.tensor([-2 / math.sqrt(12)] * 3 + [1.0]))
     raw = RewardFunction([term], [-0.5], normalize="none", clip=1.0)(batch)
     torch.testing.assert_close(raw.total, torch.tensor([0.0, 0.0, 0.0, -4.0]))
@@ -142,7 +142,7 @@ def test_clipping_and_raw_values(make_reward_batch: MakeBatch) -> None:
 def test_dense_gains_are_scaled_in_place_and_centred_at_the_end(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=2, response=3, shortest=3)
     gains = torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # totals 1 and 3: mean 2, deviation 1
-    reward = RewardFunction([Given(gains)], [10.0])(batch)
+    reward = RewardFunction([Given(gains)], [10.0], "running")(batch)
     torch.testing.assert_close(reward.per_token, torch.tensor([[10.0, 0.0, -20.0], [0.0, 30.0, -20.0]]))
     torch.testing.assert_close(reward.total, torch.tensor([-10.0, 10.0]))
 
@@ -151,7 +151,7 @@ def test_a_term_without_variance_contributes_nothing(make_reward_batch: MakeBatc
     batch = make_reward_batch()
     noise = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1]) * torch.tensor([1, 1 + 1e-7, 1, 1, 1, 1])
     dense = batch.rollout.response_mask / batch.rollout.response_mask.sum(1, keepdim=True)
-    reward = RewardFunction([Given(noise, "noise"), Given(dense, "dense")], [1.0, 1.0])(batch)
+    reward = RewardFunction([Given(noise, "noise"), Given(dense, "dense")], [1.0, 1.0], "running")(batch)
     assert (reward.total == 0).all()
     assert (reward.per_token == 0).all()
 
@@ -228,7 +228,7 @@ def test_processes_share_their_moments(make_reward_batch: MakeBatch) -> None:
 
 def test_a_failure_on_another_process_is_an_error_here(make_reward_batch: MakeBatch) -> None:
     with pytest.raises(RewardError, match="another process"):
-        RewardFunction([sequence([1.0] * 6)], [1.0], reduce=lambda tensor: tensor + 1)(make_reward_batch())
+        RewardFunction([sequence([1.0] * 6)], [1.0], "running", reduce=lambda tensor: tensor + 1)(make_reward_batch())
 
 
 def test_without_update_the_moments_stay(make_reward_batch: MakeBatch) -> None:
@@ -254,13 +254,13 @@ def test_state_survives_json_bit_for_bit(make_reward_batch: MakeBatch) -> None:
 def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=4)
     values = Partial(torch.tensor([1.0, math.nan, 3.0, 50.0]), torch.tensor([True, False, True, False]))
-    reward_function = RewardFunction([Given(values)], [1.0])
+    reward_function = RewardFunction([Given(values)], [1.0], "running")
     reward = reward_function(batch)
     torch.testing.assert_close(reward.total, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
     assert reward.terms["given"].isnan().tolist() == [False, True, False, True]
     state = reward_function.state_dict()["given"]
     assert (state["count"], state["mean"], state["m2"]) == (2.0, 2.0, 2.0)
-    metrics = reward_metrics(reward, batch)
+    metrics = reward_metrics(reward, batch.rollout.response_mask.sum(dim=1).float(), batch.rollout.prompts.group)
     assert metrics["rewards/given/mean"] == 2.0
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -274,7 +274,9 @@ def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: Mak
     long = replace(batch.rollout.prompts.prompts[4], row=17, text="a\nlong prompt " + "x" * 200)
     prompts = (*batch.rollout.prompts.prompts[:4], long, *batch.rollout.prompts.prompts[5:])
     batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.rollout.prompts, prompts=prompts)))
-    reward_function = RewardFunction([sequence([1.0] * 6), Given(torch.tensor([1.0] * 4 + [bad, 2.0]), "odd")], [1, 1])
+    reward_function = RewardFunction(
+        [sequence([1.0] * 6), Given(torch.tensor([1.0] * 4 + [bad, 2.0]), "odd")], [1, 1], "running"
+    )
     with pytest.raises(RewardError, match=r"'odd' gave (nan|inf) .*row 17") as caught:
         reward_function(batch)
     assert "a long prompt" in str(caught.value)
@@ -286,14 +288,14 @@ def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: Mak
 def test_padding_may_hold_anything(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch()
     dense = torch.where(batch.rollout.response_mask, 1.0, math.nan)
-    assert torch.isfinite(RewardFunction([Given(dense)], [1.0])(batch).per_token).all()
+    assert torch.isfinite(RewardFunction([Given(dense)], [1.0], "running")(batch).per_token).all()
 
 
 def test_wrong_returns_are_named(make_reward_batch: MakeBatch) -> None:
     with pytest.raises(RewardError, match=r"'given' returned shape \(5,\)"):
-        RewardFunction([sequence([1.0] * 5)], [1.0])(make_reward_batch())
+        RewardFunction([sequence([1.0] * 5)], [1.0], "running")(make_reward_batch())
     with pytest.raises(RewardError, match="returned list"):
-        RewardFunction([Given([1.0] * 6)], [1.0])(make_reward_batch())  # type: ignore[arg-type]
+        RewardFunction([Given([1.0] * 6)], [1.0], "running")(make_reward_batch())  # type: ignore[arg-type]
 
 
 def test_a_term_without_attention_says_so(make_reward_batch: MakeBatch) -> None:
@@ -336,7 +338,7 @@ def test_warnings_name_what_goes_wrong() -> None:
 
 def test_two_terms_of_one_name() -> None:
     with pytest.raises(ConfigError, match="two reward terms are called 'given'"):
-        RewardFunction([sequence([1.0]), sequence([1.0])], [1.0, 1.0])
+        RewardFunction([sequence([1.0]), sequence([1.0])], [1.0, 1.0], "running")
 
 
 def test_builtin_terms_are_terms_and_the_default_reads_attention() -> None:
@@ -372,7 +374,7 @@ def test_variance_shares_by_hand_sum_to_one() -> None:
 def test_metrics_of_a_reward(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=4, generations=4)
     reward = build_reward(replace(EVERYTHING, length=LengthConfig(weight=0.1)), device="cpu")(batch)
-    metrics = reward_metrics(reward, batch)
+    metrics = reward_metrics(reward, batch.rollout.response_mask.sum(dim=1).float(), batch.rollout.prompts.group)
     for name in [*reward.terms, "total"]:
         assert {f"rewards/{name}/{what}" for what in ("mean", "std", "length_correlation")} <= set(metrics)
     assert metrics["rewards/length/length_correlation"] == pytest.approx(1.0)

@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from cagsr.runs.atomic import replace_folder
 from examples.e2e.prepare import read_jsonl
 
 IGNORED = -100
@@ -30,12 +31,14 @@ class Options:
 
     work: Path = Path("runs/e2e")
     """Folder that ``prepare`` wrote."""
+    data: Path | None = None
+    """Rows to train on, ``prompt`` and ``completion``; None: the work folder's sft.jsonl."""
     output: Path = Path("runs/e2e/sft")
     """Folder for the trained model and its tokenizer."""
     seed: int = 0
     """Seeds the initial weights and the order of batches."""
     epochs: int = 4
-    """Passes over sft.jsonl."""
+    """Passes over the rows."""
     batch_size: int = 32
     """Rows per step."""
     learning_rate: float = 3e-3
@@ -54,11 +57,12 @@ def main(options: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.work / "init")
     config = AutoConfig.from_pretrained(options.work / "init")
     model = AutoModelForCausalLM.from_config(config)
-    rows = encode(read_jsonl(options.work / "sft.jsonl"), tokenizer)
+    rows = encode(read_jsonl(options.data or options.work / "sft.jsonl"), tokenizer)
     start = time.perf_counter()
     loss = train(model, rows, tokenizer.pad_token_id, options)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    with replace_folder(options.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{options.output}: seed {options.seed}, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
 
 

@@ -42,3 +42,18 @@ def random_reward(
 def hits(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     """Share of each prompt's facts that its answer says; a metric to watch, no reward."""
     return [check(prompt, completion).hits for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def report(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[dict[str, float]]:
+    """Missed, wrong and added facts of each answer, as shares of its prompt's facts; for ``--checker``."""
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        one = check(prompt, completion)
+        shares = {"missed": len(one.missed), "wrong": len(one.wrong), "added": len(one.added)}
+        found.append({name: count / one.facts for name, count in shares.items()})
+    return found
+
+
+def added(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Added facts of each answer over its prompt's facts; a truth to correlate with, lower is better."""
+    return [one["added"] for one in report(prompts, completions)]

@@ -38,11 +38,8 @@ def encode_pairs(config: SftConfig, tokenizer: Any, max_length: int | None) -> t
         )
     encoder, encoded, dropped = TextEncoder(tokenizer), list[dict[str, list[int]]](), 0
     for where, prompt in _prompts(config, tokenizer):
-        completion = _completion_text(prompt, config.completion_column, tokenizer, where)
         prompt_ids = list(encode_prompt(prompt, encoder).ids)
-        answer_ids = list(encoder.encode(completion, add_special_tokens=False).ids)
-        if prompt.messages is None and answer_ids[-1:] != [tokenizer.eos_token_id]:
-            answer_ids.append(tokenizer.eos_token_id)
+        answer_ids = encode_answer(prompt, config.completion_column, encoder, where)
         length = len(prompt_ids) + len(answer_ids)
         if max_length is not None and length > max_length:
             if config.long_pairs == "error":
@@ -69,7 +66,24 @@ def _prompts(config: SftConfig, tokenizer: Any) -> Iterator[tuple[str, Prompt]]:
         )
 
 
-def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str) -> str:
+def encode_answer(
+    prompt: Prompt, column: str, encoder: TextEncoder, where: str, *, flag: str = "--completion_column"
+) -> list[int]:
+    """The tokens that follow the prompt's when it is answered with its column ``column``, the end token included.
+
+    ``flag`` is what names the column, for messages.
+
+    Raises:
+        DataError: no such column, an empty answer, one that the chat template can't render; ``where`` opens the message.
+    """
+    text = _completion_text(prompt, column, encoder.tokenizer, where, flag)
+    ids = list(encoder.encode(text, add_special_tokens=False).ids)
+    if prompt.messages is None and ids[-1:] != [encoder.tokenizer.eos_token_id]:
+        ids.append(encoder.tokenizer.eos_token_id)
+    return ids
+
+
+def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
     """Give the text that follows the prompt's text.
 
     For a conversation it is what the chat template adds when the answer's messages are put behind the prompt's.
@@ -78,7 +92,7 @@ def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str) ->
         present = ", ".join(prompt.columns) or "none"
         raise DataError(
             f"{where}: no column '{column}' (columns besides the prompt: {present}); name the column that holds the "
-            "answer with --completion_column."
+            f"answer with {flag}."
         )
     answer = prompt.columns[column]
     if not answer or (isinstance(answer, str) and not answer.strip()):

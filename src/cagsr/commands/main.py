@@ -36,6 +36,8 @@ class Command:
     """One line for ``cagsr --help``."""
     examples: str
     """Command lines with a comment each, shown under the subcommand's own help."""
+    positional: str = ""
+    """The setting that a first word without a flag stands for."""
 
 
 COMMANDS = {
@@ -66,6 +68,25 @@ COMMANDS = {
   cagsr train --config run/config.yaml --output_dir run2 --reward.self_certainty.weight 1
   cagsr train --config run/config.yaml --resume     # go on after an interruption""",
     ),
+    "synthesize": Command(
+        "machine-made preference pairs from prompt-completion pairs: right answers against ones with a mistake",
+        """\
+  cagsr synthesize --data pairs.jsonl --output preferences.jsonl
+  cagsr synthesize --data pairs.jsonl --output preferences.jsonl --num_pairs 3000 --corruption.repeat 0""",
+    ),
+    "reward-model": Command(
+        "a reward model from preference pairs, to train with (--reward.models)",
+        """\
+  cagsr reward-model --model start --data preferences.jsonl --output_dir rm
+  cagsr reward-model --model start --data preferences.jsonl --output_dir rm --num_pairs 200
+  cagsr train --model start --data prompts.jsonl --output_dir run --reward.models rm""",
+    ),
+    "dpo": Command(
+        "train on preference pairs directly (DPO): the rival without a reward model",
+        """\
+  cagsr dpo --model start --data preferences.jsonl --output_dir tuned
+  cagsr dpo --model Qwen/Qwen3-0.6B --data preferences.jsonl --output_dir tuned --lora_r 16 --beta 0.1""",
+    ),
     "generate": Command(
         "answer the prompts of a file",
         """\
@@ -75,6 +96,20 @@ COMMANDS = {
         "every reward term for prompt-response pairs, as JSONL",
         """\
   cagsr score --model start --data pairs.jsonl --output scores.jsonl""",
+    ),
+    "eval": Command(
+        "judge a model or its answers by measures the reward can't game, alone or against another model",
+        """\
+  cagsr eval --model run/final --data test.jsonl --against start
+  cagsr eval --model run/final --data test.jsonl --against start --checker my_checks.quality --output eval.json
+  cagsr eval --answers answers.jsonl --data test.jsonl --judge_model Qwen/Qwen3-0.6B""",
+    ),
+    "compare": Command(
+        "methods x seeds from one YAML file, resumable, to one report with intervals and plots",
+        """\
+  cagsr compare examples/e2e/paper.yaml --fast    # a small version first
+  cagsr compare examples/e2e/paper.yaml           # goes on where it stopped""",
+        positional="plan",
     ),
     "rank": Command(
         "best of N by the reward, at inference: better answers without training",
@@ -129,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CagsrError as error:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
-        again = "; go on with --resume" if name in ("train", "sft") else ""
+        again = "; go on with --resume" if name in ("train", "sft", "reward-model", "dpo") else ""
         _complain(prog, f"interrupted{again}")
         return INTERRUPTED
     except BrokenPipeError:
@@ -149,13 +184,21 @@ def _run(name: str, flags: Sequence[str]) -> None:
     """Import the subcommand's module, read its settings and run it."""
     command = COMMANDS[name]
     _quieten()
-    module = importlib.import_module(f"cagsr.commands.{name}")
+    module = importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}")
     summary = command.summary[0].upper() + command.summary[1:] + "."
     epilog = f"\nExamples:\n{command.examples}"
-    config = parse_command(module.Config, flags, prog=f"cagsr {name}", description=summary, epilog=epilog)
+    config = parse_command(
+        module.Config, with_positional(name, flags), prog=f"cagsr {name}", description=summary, epilog=epilog
+    )
     # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     module.run(config)
+
+
+def with_positional(name: str, flags: Sequence[str]) -> list[str]:
+    """Write a first word without a flag as the setting that it stands for, where a command has one."""
+    positional = COMMANDS[name].positional
+    return [f"--{positional}", *flags] if positional and flags and not flags[0].startswith("-") else list(flags)
 
 
 def _overview() -> str:

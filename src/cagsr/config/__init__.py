@@ -4,6 +4,7 @@ The command line shows these lines as help, the run folder stores the resolved v
 TRL where TRL has the setting. Importing this needs no torch.
 """
 
+from cagsr.config.preferences import CorruptionConfig, DpoConfig, RewardModelConfig, SynthesizeConfig
 from cagsr.config.reward import (
     AssociatedCoverageConfig,
     AssociationsConfig,
@@ -41,8 +42,10 @@ __all__ = [
     "AssociationsConfig",
     "AttentionConfig",
     "CopyCoverageConfig",
+    "CorruptionConfig",
     "CoverageConfig",
     "DataConfig",
+    "DpoConfig",
     "EvalConfig",
     "FocusConfig",
     "GroundedCoverageConfig",
@@ -55,11 +58,13 @@ __all__ = [
     "PPOConfig",
     "RepetitionConfig",
     "RewardConfig",
+    "RewardModelConfig",
     "RunConfig",
     "SalienceConfig",
     "SamplingConfig",
     "SelfCertaintyConfig",
     "SftConfig",
+    "SynthesizeConfig",
     "TrainConfig",
     "UnsupportedConfig",
 ]

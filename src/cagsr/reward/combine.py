@@ -29,7 +29,7 @@ class RewardFunction:
         self,
         terms: Sequence[RewardTerm],
         weights: Sequence[float],
-        normalize: Literal["within_prompt", "running", "none"] = "running",
+        normalize: Literal["within_prompt", "running", "none"],
         clip: float = 5.0,
         reduce: Reduce | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cagsr.flow import Reward, RewardBatch
+from cagsr.flow import Reward
 
 
 def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
@@ -49,15 +49,18 @@ def variance_share(contribution: Tensor, total: Tensor) -> float:
     return float((summand - summand.mean()) @ centred) / variance if variance > 1e-12 else 0.0
 
 
-def reward_metrics(reward: Reward, batch: RewardBatch) -> dict[str, float]:
-    """Describe a reward for the log.
+def reward_metrics(reward: Reward, length: Tensor, group: Tensor) -> dict[str, float]:
+    """Describe a reward for the log; with several processes hand in the answers of all of them.
 
     For each term and for ``total``: ``rewards/<name>/mean`` and ``/std`` (population) of the raw values over the
     answers the term applies to, ``/length_correlation`` (within the answers to one prompt); for each term
     ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
+
+    Args:
+        reward: of the answers.
+        length: ``(batch,)`` tokens.
+        group: ``(batch,)`` int64, equal for answers to the same prompt.
     """
-    length = batch.rollout.response_mask.sum(dim=1).float()
-    group = batch.rollout.prompts.group
     metrics: dict[str, float] = {}
     for name, values in {**reward.terms, "total": reward.total}.items():
         known = values[torch.isfinite(values)].cpu().double()

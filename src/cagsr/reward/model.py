@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from transformers import (
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.values import quote_prompt
+
+_CLOSING = frozenset(".,;:!?)]}%…’”»")
+_OPENING = frozenset("([{‘“«")
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -42,8 +47,12 @@ class RewardModel:
             RewardError: a text is longer than the reward model can read.
             ModelError: conversational prompts, and its tokenizer has no chat template.
         """
-        prompts = batch.rollout.prompts.prompts
-        ids = [self._encode(prompt, text) for prompt, text in zip(prompts, batch.rollout.completions, strict=True)]
+        scores = self.score(batch.rollout.prompts.prompts, batch.rollout.completions)
+        return scores.to(batch.rollout.response_mask.device)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Tensor:
+        """Return ``(answers,)`` float32 scores on the CPU, one prompt for each answer. Raises as a call does."""
+        ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         # Texts of like length together: less padding, and the scores do not depend on the order.
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         scores = torch.zeros(len(ids), dtype=torch.float32)
@@ -58,20 +67,15 @@ class RewardModel:
                     input_ids=padded.to(self.model.device), attention_mask=mask.to(self.model.device)
                 ).logits
                 scores[rows] = logits[:, 0].float().cpu()
-        return scores.to(batch.rollout.response_mask.device)
+        return scores
 
     def _encode(self, prompt: Prompt, completion: str) -> list[int]:
-        if prompt.messages is None:
-            ids = self.tokenizer(prompt.text + completion)["input_ids"]
-        elif self.tokenizer.chat_template is None:
+        if prompt.messages is not None and self.tokenizer.chat_template is None:
             raise ModelError(
                 f"reward model {self.name!r} has no chat template, but the prompts are chat messages: use plain "
                 "prompts, or save the reward model's tokenizer with a chat template"
             )
-        else:
-            chat = [dict(message) for message in prompt.messages] + [{"role": "assistant", "content": completion}]
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+        ids = encode_answered(prompt, completion, self.tokenizer)
         if not ids:
             raise RewardError(f"reward model {self.name!r} gets an empty text for {quote_prompt(prompt)}")
         if self.max_length is not None and len(ids) > self.max_length:
@@ -80,7 +84,39 @@ class RewardModel:
                 f"its answer have {len(ids)}: shorten the prompts (data.max_prompt_length) or the answers "
                 "(sampling.max_new_tokens)"
             )
-        return list(ids)
+        return ids
+
+
+def encode_answered(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of an answered prompt that a reward model reads, the same in its training and when it scores.
+
+    A conversation goes through the tokenizer's chat template, which writes its special tokens; a plain prompt is joined
+    with its answer (``join_answer``) and gets the tokenizer's own. No end token is added to plain text: a sampled
+    answer comes as text, without the token that ended it.
+    """
+    if prompt.messages is None:
+        return list(tokenizer(join_answer(prompt.text, answer), verbose=False)["input_ids"])
+    chat = [dict(message) for message in prompt.messages] + [{"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # the template wrote them
+
+
+def join_answer(prompt: str, answer: str) -> str:
+    """Put a plain prompt and its answer together, with a space between two words that would else become one.
+
+    Tokenizers in the manner of SentencePiece lose an answer's first space when they decode it, and people write answers
+    without one. No space is put before closing punctuation, after an opening bracket or quote, or next to scripts
+    written without spaces.
+    """
+    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
+        return prompt + answer
+    if answer[0] in _CLOSING or prompt[-1] in _OPENING or _is_wide(prompt[-1]) or _is_wide(answer[0]):
+        return prompt + answer
+    return f"{prompt} {answer}"
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in ("W", "F")
 
 
 def load_reward_model(path: str, device: torch.device | str, name: str | None = None) -> RewardModel:

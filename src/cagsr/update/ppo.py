@@ -20,7 +20,7 @@ from cagsr.advantage.kl import KLController, kl_k1, kl_k3
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, Experience, RewardBatch, Rollout
+from cagsr.flow import EncodedPrompt, Experience, Reward, RewardBatch, Rollout
 from cagsr.models.actor_critic import ActorCritic, PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
@@ -305,8 +305,7 @@ class PPO:
         }
         if scores.values is not None:
             metrics["val/explained_variance"] = explained_variance(scores.values, experience.advantages.returns, mask)
-        batch = RewardBatch(rollout, scores, experience.reference_logprobs, None, None)
-        metrics |= reward_metrics(reward, batch)
+        metrics |= reward_metrics(*self._of_all_processes(reward, lengths, rollout.prompts.group))
         # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
         # first step, each in its own unit of spread.
         means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.names}
@@ -317,6 +316,24 @@ class PPO:
             for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
         )
         return metrics
+
+    def _of_all_processes(self, reward: Reward, lengths: Tensor, group: Tensor) -> tuple[Reward, Tensor, Tensor]:
+        """The answers of all processes together, so that what is logged does not depend on how many there are."""
+        if self.accelerator.num_processes == 1:
+            return reward, lengths, group
+
+        def gather(values: Tensor) -> Tensor:
+            return self.accelerator.gather(values)
+
+        # Every process numbers its prompts from 0.
+        apart = group * self.accelerator.num_processes + self.accelerator.process_index
+        everywhere = Reward(
+            total=gather(reward.total),
+            per_token=reward.per_token,
+            terms={name: gather(values) for name, values in reward.terms.items()},
+            contributions={name: gather(values) for name, values in reward.contributions.items()},
+        )
+        return everywhere, gather(lengths), gather(apart)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         ppo = self.config.ppo

@@ -1,0 +1,60 @@
+"""``cagsr compare``: methods x seeds from one YAML file, resumable, to one report."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cagsr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run a declared comparison, or go on with it, and write its report."""
+
+    plan: str
+    """YAML file of the comparison (given without a flag: cagsr compare plan.yaml)."""
+    fast: bool = False
+    """The plan's small version (its section 'fast'), in a work folder of its own."""
+    jobs: int | None = None
+    """Jobs at a time; None: one a core, at most 4."""
+    report: str | None = None
+    """Markdown file of the report, .html beside it; None: report.md in the work folder."""
+    report_only: bool = False
+    """Write the report of what is done, without running anything."""
+
+
+def run(config: Config) -> None:
+    """Run what is missing and write the report."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from cagsr.compare.jobs import plan_jobs
+    from cagsr.compare.plan import read_plan
+    from cagsr.compare.report import write_report
+    from cagsr.compare.results import Results
+    from cagsr.compare.schedule import run_jobs
+
+    if config.jobs is not None and config.jobs < 1:
+        raise ConfigError(f"--jobs {config.jobs}: must be 1 or more.")
+    if config.report is not None and not Path(config.report).parent.is_dir():
+        raise ConfigError(f"--report {config.report}: its folder does not exist; create it first.")
+    file = Path(config.plan)
+    plan = read_plan(file, fast=config.fast)
+    jobs = plan_jobs(plan)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    failures = []
+    if not config.report_only:
+        parallel = config.jobs or min(4, os.cpu_count() or 1)
+        failures = run_jobs(plan, file, jobs, fast=config.fast, parallel=parallel, console=console)
+    command = f"cagsr compare {config.plan}{' --fast' if config.fast else ''}"
+    path = Path(config.report) if config.report is not None else plan.folder / "report.md"
+    markdown, page = write_report(Results(plan, jobs), command, failures, path)
+    console.print(f"Report: {markdown} and {page}.")
+    if failures:
+        first = failures[0]
+        raise ConfigError(
+            f"{len(failures)} of {len(jobs)} jobs failed, the first one {first.job.name} ({first.reason}; its whole output is in "
+            f"{first.log}); mend it and give the same command again."
+        )

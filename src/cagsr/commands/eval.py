@@ -1,0 +1,328 @@
+"""``cagsr eval``: judge a model, or finished answers, by measures that share nothing with the reward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cagsr.commands.inputs import OptionalDataConfig, check_output, check_sampling, progress, read_prompts, say
+from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from cagsr.evaluation.eval_report import EvalReport
+    from cagsr.evaluation.evaluated import Comparison, Evaluated
+    from cagsr.evaluation.judge_answers import AnswerJudge, Judges
+    from cagsr.evaluation.matched_entropy import Answers
+    from cagsr.flow import EncodedPrompt
+    from cagsr.models.load import LoadedModel
+
+MATCHED_LOW, MATCHED_HIGH = 0.2, 1.5
+
+
+@dataclass(frozen=True)
+class OptionalModelConfig(ModelConfig):
+    """The model to judge, unless --answers gives its answers."""
+
+    path: str = ""
+    """Folder or Hub id of a transformers model with safetensors weights and a tokenizer."""
+
+
+@dataclass(frozen=True)
+class EvalSampling:
+    """How answers are sampled; --temperatures and --samples say the rest."""
+
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    min_new_tokens: int = 0
+    """Shortest answer in tokens (the stop token is forbidden before)."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end an answer, besides the model's stop token."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Answer test prompts and judge the answers, alone or against another model's."""
+
+    model: OptionalModelConfig = field(default_factory=OptionalModelConfig)
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    answers: str | None = None
+    """File of finished answers, as cagsr generate writes it, instead of --model; --data then adds its rows' columns."""
+    against: str | None = None
+    """Model to compare with, usually the start: at the same temperatures, and at matched entropy."""
+    against_answers: str | None = None
+    """File of another model's answers to the same prompts, to compare --answers with."""
+    temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
+    """Temperatures to sample at; 0 is greedy."""
+    samples: int = 1
+    """Answers to each prompt (greedy: one); 2 or more give self-BLEU."""
+    sampling: EvalSampling = field(default_factory=EvalSampling)
+    checker: str | None = None
+    """Dotted path of f(prompts, completions, **columns) -> a number for each answer, or a dict of named numbers."""
+    judge_model: str | None = None
+    """Decoder-only model for follow-up perplexity; choose one that neither side was trained from."""
+    embedding_model: str | None = None
+    """sentence-transformers model for relevance by meaning (pip install cagsr[embeddings])."""
+    reward_model: str | None = None
+    """Reward model for win rates; choose one that neither side was trained with."""
+    follow_up_column: str | None = None
+    """Column of the true follow-up; None: follow_up, else the first reference."""
+    output: str | None = None
+    """JSON file for every mean, interval and prompt's value."""
+    markdown: str | None = None
+    """Also write the tables as Markdown to this file."""
+    batch_size: int = 64
+    """Answers at once."""
+    seed: int = 0
+    """Seeds the sampling, alike for both models."""
+
+
+def run(config: Config) -> None:
+    """Sample or read, judge, compare; print the tables and write what was asked for."""
+    _check(config)
+
+    from rich.console import Console
+
+    from cagsr.commands.inputs import plain
+    from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
+    from cagsr.runs.atomic import write_text_atomically
+
+    report = _from_answers(config) if config.answers is not None else _from_model(config)
+    if report.left_out:
+        say([f"Left out: {'; '.join(report.left_out)}."])
+    console = Console()
+    # A file or a pipe has no width of its own; the tables need more than the usual 80.
+    print_report(report, console if console.is_terminal else Console(width=130))
+    if config.output is not None:
+        import json
+
+        text = json.dumps(plain(as_tree(report)), ensure_ascii=False, allow_nan=False, indent=1)
+        write_text_atomically(Path(config.output), text + "\n")
+        say([f"All numbers: {config.output}"])
+    if config.markdown is not None:
+        write_text_atomically(Path(config.markdown), as_markdown(report))
+
+
+def _check(config: Config) -> None:
+    check_output(config.output)
+    if config.markdown is not None:
+        try:
+            check_output(config.markdown)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--output", "--markdown")) from None
+    if (config.answers is None) == (config.model.path == ""):
+        both = "" if config.answers is None else ", not both"
+        raise ConfigError(f"Give either --model MODEL (with --data FILE) or --answers FILE{both}.")
+    if config.answers is not None and config.against is not None:
+        raise ConfigError("--against samples a model; compare --answers with another file: --against_answers FILE.")
+    if config.answers is None and config.against_answers is not None:
+        raise ConfigError("--against_answers goes with --answers; compare --model with another model: --against MODEL.")
+    if config.answers is None and not config.data.path:
+        raise ConfigError("--data FILE is missing: the prompts that --model is to answer.")
+    if config.samples < 1:
+        raise ConfigError(f"--samples {config.samples}: must be 1 or more.")
+    if not config.temperatures or len(set(config.temperatures)) < len(config.temperatures):
+        raise ConfigError("--temperatures must name at least one temperature, each once.")
+    for temperature in config.temperatures:
+        if not 0 <= temperature < float("inf"):
+            raise ConfigError(f"--temperatures {temperature:g}: must be 0 (greedy) or more.")
+        check_sampling(_sampling(config, temperature), config.batch_size)
+
+
+def _sampling(config: Config, temperature: float) -> SamplingConfig:
+    values = {one.name: getattr(config.sampling, one.name) for one in dataclasses.fields(config.sampling)}
+    return SamplingConfig(num_generations=config.samples if temperature > 0 else 1, temperature=temperature, **values)
+
+
+def _judges(config: Config) -> Judges:
+    from cagsr.evaluation.judge_answers import Judges
+
+    return Judges(
+        config.checker, config.judge_model, config.embedding_model, config.reward_model, config.follow_up_column
+    )
+
+
+def _from_answers(config: Config) -> EvalReport:
+    """Judge one or two files of answers."""
+    import torch
+
+    from cagsr.evaluation.evaluated import compare, corrected, evaluate_answers
+    from cagsr.evaluation.given_answers import in_order_of, read_answers
+    from cagsr.evaluation.judge_answers import AnswerJudge
+
+    data = config.data if config.data.path else None
+    given = read_answers(str(config.answers), data)
+    other = None
+    if config.against_answers is not None:
+        other = in_order_of(read_answers(config.against_answers, data), given.prompts, config.against_answers)
+    name = config.model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    judge = AnswerJudge(_judges(config), torch.device(name))
+    mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.recorded)
+    theirs: tuple[Evaluated, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    if other is not None:
+        theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.recorded),)
+        comparisons = corrected([compare("As given", mine, theirs[0])])
+    lacking = ["entropy, and the comparison at matched entropy (answers from a file)"]
+    return _report(config, given.prompts, (mine,), theirs, comparisons, judge, lacking)
+
+
+def _from_model(config: Config) -> EvalReport:
+    """Sample from one or two models, one after the other, and judge."""
+    from cagsr.evaluation.evaluated import compare, corrected
+    from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.models.load import load_model
+
+    asked: list[EncodedPrompt] = []
+    vocabulary: dict[str, int] = {}
+    if config.against is not None:
+        # Loaded once beforehand, so that what is wrong with it is said before anything is sampled. One model in memory
+        # at a time.
+        other = _load_other(config)
+        asked, vocabulary = _prompts(config, other)[0], other.tokenizer.get_vocab()
+        del other
+    loaded = load_model(config.model, for_training=False)
+    prompts, notes = _prompts(config, loaded)
+    if asked and [one.prompt.row for one in asked] != [one.prompt.row for one in prompts]:
+        raise DataError(
+            f"{config.data.path}: the two models' contexts hold different prompts ({len(prompts):,} and {len(asked):,}); "
+            "set --data.max_prompt_length so that both read the same."
+        )
+    judge = AnswerJudge(_judges(config), loaded.device)
+    judge.left_out(prompts)  # refuses what would fail only after sampling
+    say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
+    mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
+    theirs: dict[str, Evaluated] = {}
+    comparisons: list[Comparison] = []
+    lacking: list[str] = []
+    if config.against is not None:
+        comparable = loaded.tokenizer.get_vocab() == vocabulary
+        del loaded
+        other = _load_other(config)
+        for at, found in mine.items():
+            same = _evaluate(config, other, asked, at, judge)
+            theirs[same.name] = same
+            comparisons.append(compare(f"{_capital(found.name)}, both", found, same))
+        for at, found in mine.items():
+            if at == 0:
+                continue
+            if not comparable:
+                lacking.append("matched entropy (the two models count in different tokens)")
+                break
+            try:
+                matched = _matched(config, other, asked, found, theirs, judge)
+            except ModelError as error:
+                lacking.append(f"matched entropy for {found.name} ({str(error).rstrip('.')})")
+                continue
+            theirs[matched.name] = matched
+            title = (
+                f"{_capital(found.name)}, against the other at matched entropy (temperature {matched.temperature:.3f})"
+            )
+            comparisons.append(compare(title, found, matched))
+    done = corrected(comparisons)
+    return _report(config, tuple(prompts), tuple(mine.values()), tuple(theirs.values()), done, judge, lacking)
+
+
+def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
+    # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
+    salience = SalienceConfig(weighting="uniform", skip_sink=False)
+    return read_prompts(config.data, None, salience, None, loaded, config.sampling.max_new_tokens)
+
+
+def _load_other(config: Config) -> LoadedModel:
+    from cagsr.models.load import load_model
+
+    try:
+        return load_model(dataclasses.replace(config.model, path=str(config.against)), for_training=False)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model.path", "--against")) from error
+
+
+def _evaluate(
+    config: Config,
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    temperature: float,
+    judge: AnswerJudge,
+    name: str | None = None,
+) -> Evaluated:
+    from cagsr.evaluation.evaluated import evaluate_answers
+    from cagsr.evaluation.matched_entropy import answers_at
+
+    name = name or (f"temperature {temperature:g}" if temperature > 0 else "greedy")
+    sampling = _sampling(config, temperature)
+    with progress(f"answering, {name}", len(prompts)) as advance:
+        found: Answers = answers_at(loaded, prompts, sampling, config.seed, config.batch_size, advance=advance)
+    many = sampling.num_generations
+    answers = [found.texts[start : start + many] for start in range(0, len(found.texts), many)]
+    more = {"tokens": found.tokens, "ended": found.ended, "entropy": found.entropy}
+    return evaluate_answers(name, temperature, prompts, answers, judge, more)
+
+
+def _matched(
+    config: Config,
+    other: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    found: Evaluated,
+    theirs: dict[str, Evaluated],
+    judge: AnswerJudge,
+) -> Evaluated:
+    from cagsr.evaluation.matched_entropy import matching_temperature
+
+    known = {float(one.temperature): float(one.values["entropy"].mean()) for one in theirs.values() if one.temperature}
+    temperature = matching_temperature(
+        other,
+        prompts,
+        _sampling(config, 1.0),
+        float(found.values["entropy"].mean()),
+        config.seed,
+        config.batch_size,
+        MATCHED_LOW,
+        MATCHED_HIGH,
+        known=known,
+    )
+    return _evaluate(config, other, prompts, temperature, judge, f"entropy of {found.name} (T = {temperature:.3f})")
+
+
+def _report(
+    config: Config,
+    prompts: Sequence[EncodedPrompt],
+    mine: tuple[Evaluated, ...],
+    theirs: tuple[Evaluated, ...],
+    comparisons: tuple[Comparison, ...],
+    judge: AnswerJudge,
+    lacking: list[str],
+) -> EvalReport:
+    from cagsr.evaluation.eval_report import EvalReport
+
+    left_out = judge.left_out(prompts)
+    if config.reward_model is None or not comparisons:
+        left_out.append(
+            f"win rate (no {'--reward_model' if config.reward_model is None else 'other side to win against'})"
+        )
+    if "self_bleu" not in mine[0].values:
+        left_out.append("self-BLEU (one answer to each prompt; --samples 2 or more)")
+    settings: dict[str, Any] = dataclasses.asdict(config)
+    return EvalReport(
+        model=str(config.answers or config.model.path),
+        against=config.against or config.against_answers,
+        prompts=tuple(prompts),
+        mine=mine,
+        theirs=theirs,
+        comparisons=comparisons,
+        left_out=(*left_out, *lacking),
+        settings=settings,
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,70 @@
+"""``cagsr synthesize``: machine-made preference pairs from supervised ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from cagsr.commands.inputs import check_output, say, write_rows
+from cagsr.config import SynthesizeConfig as Config
+
+if TYPE_CHECKING:
+    from cagsr.preferences.corrupt import SupervisedPair
+
+__all__ = ["Config", "run"]
+
+
+def run(config: Config) -> None:
+    """Write the pairs to ``config.output`` and say how many of each kind there are."""
+    check_output(config.output)
+
+    from cagsr.preferences.corrupt import synthesize
+
+    pairs = read_supervised(config)
+    rows, failed = synthesize(pairs, config.corruption, config.seed, config.num_pairs)
+    write_rows(rows, config.output)
+    counts = Counter(row["corruption"] for row in rows)
+    notes = [
+        f"{config.output}: {len(rows):,} pairs ({', '.join(f'{counts[kind]:,} {kind}' for kind in sorted(counts))})."
+    ]
+    if config.num_pairs is not None and len(rows) < config.num_pairs:
+        notes.append(
+            f"{config.data.path} allows no more than these; the seed's other {config.num_pairs - len(rows):,} would repeat some."
+        )
+    elif failed:
+        notes.append(f"{failed:,} times an answer was too short for a mistake.")
+    say(notes)
+
+
+def read_supervised(config: Config) -> list[SupervisedPair]:
+    """Read the supervised pairs.
+
+    Raises:
+        DataError: a row without one of the columns or with an empty one, or with something else than text or messages;
+            the message names file and row.
+        ConfigError: streaming.
+    """
+    from cagsr.errors import ConfigError, DataError
+    from cagsr.preferences.corrupt import SupervisedPair
+    from cagsr.prompts.load import load_rows
+    from cagsr.prompts.render import text_of
+    from cagsr.prompts.split import split_texts
+
+    if config.data.streaming:
+        raise ConfigError("--data.streaming: facts are taken from other rows, so all are read; use --data.limit.")
+    flags = {config.data.prompt_column: "--data.prompt_column", config.completion_column: "--completion_column"}
+    pairs = []
+    for row in split_texts(load_rows(config.data), config.data):
+        where = f"{row.source}, row {row.number}"
+        for column, flag in flags.items():
+            if column not in row.values:
+                present = ", ".join(map(str, row.values)) or "none"
+                raise DataError(f"{where}: no column '{column}' (columns here: {present}); name it with {flag}.")
+            try:
+                text = text_of(row.values[column])
+            except DataError as error:
+                raise DataError(f"{where}: column '{column}': {error}") from error
+            if not text.strip():
+                raise DataError(f"{where}: column '{column}' is empty; fill it or remove the row.")
+        pairs.append(SupervisedPair(row.values[config.data.prompt_column], row.values[config.completion_column]))
+    return pairs

@@ -1,0 +1,176 @@
+"""From a plan to its jobs: what depends on what, and which of them are done as the plan stands now."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cagsr.compare.plan import START, Plan
+from cagsr.errors import ConfigError
+from cagsr.runs.atomic import write_text_atomically
+
+Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work in one process."""
+
+    kind: Kind
+    target: str
+    """Method or reward model; empty where there is only one."""
+    seed: int | None
+    needs: tuple[str, ...]
+    """Names of the jobs that must be done before."""
+    fingerprint: str
+    """Hash of everything that its result depends on; a result with another one is out of date."""
+    training: str = ""
+    """Hash of what it makes depends on, however that is judged."""
+
+    @property
+    def name(self) -> str:
+        """Unique name, fit for a file name."""
+        return "-".join(
+            part for part in (self.kind, self.target, None if self.seed is None else f"seed{self.seed}") if part
+        )
+
+    def done_file(self, plan: Plan) -> Path:
+        """Where it says that it is done."""
+        judged = self.kind in ("method", "validity")
+        return (plan.results_folder if judged else plan.folder) / "done" / f"{self.name}.json"
+
+    def is_done(self, plan: Plan) -> bool:
+        """Whether it was done with the plan as it is now."""
+        return bool(self.facts(plan).get("fingerprint") == self.fingerprint)
+
+    def facts(self, plan: Plan) -> dict[str, Any]:
+        """What :meth:`mark_done` kept; empty where it was never done."""
+        try:
+            found = json.loads(self.done_file(plan).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def mark_done(self, plan: Plan, **facts: Any) -> None:
+        """Say that it is done, with what is worth keeping (times, memory)."""
+        file = self.done_file(plan)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps({"fingerprint": self.fingerprint, **facts}))
+
+
+def result_file(plan: Plan, method: str, seed: int) -> Path:
+    """Where a judged method leaves its numbers."""
+    return plan.results_folder / f"{method}-seed{seed}.json"
+
+
+def start_folder(work: Path, seed: int) -> Path:
+    """The supervised start of a seed."""
+    return work / f"start-seed{seed}"
+
+
+def reward_model_folder(work: Path, name: str, seed: int) -> Path:
+    """A trained reward model."""
+    return work / "reward-models" / f"{name}-seed{seed}"
+
+
+def method_folder(work: Path, name: str, seed: int) -> Path:
+    """The run folder of a method."""
+    return work / "methods" / f"{name}-seed{seed}"
+
+
+def plan_jobs(plan: Plan) -> list[Job]:
+    """Every job of a plan, each after those it needs; those of the main table first, then the others seed by seed.
+
+    A comparison that is stopped early has then something of everything.
+
+    Raises:
+        ConfigError: a config file of the plan can't be read.
+    """
+    jobs: dict[str, Job] = {}
+
+    def add(kind: Kind, target: str, seed: int | None, needs: list[Job], *facts: Any, judged: Any = None) -> Job:
+        # A method that starts from another's policy does not depend on how that one was judged.
+        training = _hash(kind, target, seed, facts, [job.training for job in needs])
+        judges = [jobs["judges"]] if judged is not None and "judges" in jobs else []
+        names = tuple(dict.fromkeys(job.name for job in (*needs, *judges)))
+        job = Job(kind, target, seed, names, _hash(training, judged, [job.fingerprint for job in judges]), training)
+        jobs[job.name] = job
+        return job
+
+    prepare = [add("prepare", "", None, [], plan.prepare, plan.work)] if plan.prepare else []
+    if plan.prepare_judges:
+        add("judges", "", None, prepare, plan.prepare_judges)
+    trained = (plan.files.train, plan.files.held_out, _texts(plan.configs), plan.set)
+    judged = (dataclasses.asdict(plan.files), dataclasses.asdict(plan.judges))
+    starts: dict[int, Job] = {}
+    models: dict[tuple[str, int], Job] = {}
+    for seed in plan.seeds:
+        starts[seed] = add("start", "", seed, prepare, plan.start)
+        add("method", START, seed, [starts[seed]], _texts(plan.configs), plan.set, judged=judged)
+    for name, method in plan.methods.items():
+        for seed in plan.seeds_of(name):
+            if method.reward_model is not None and (method.reward_model, seed) not in models:
+                spec = plan.reward_models[method.reward_model]
+                # DPO needs the pairs only, but its reward model's accuracy belongs beside it.
+                models[method.reward_model, seed] = add(
+                    "reward_model", method.reward_model, seed, [starts[seed]], dataclasses.asdict(spec)
+                )
+    remaining = dict(plan.methods)
+    while remaining:
+        for name, method in list(remaining.items()):
+            if method.after in remaining:
+                continue
+            del remaining[name]
+            shown_only = ("label", "group", "curve", "seeds")
+            own = {key: value for key, value in dataclasses.asdict(method).items() if key not in shown_only}
+            for seed in plan.seeds_of(name):
+                needs = [starts[seed]]
+                if method.reward_model is not None:
+                    needs.append(models[method.reward_model, seed])
+                if method.after not in (None, START):
+                    needs.append(jobs[f"method-{method.after}-seed{seed}"])
+                add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged)
+    if plan.validity is not None:
+        for seed in plan.seeds[: plan.validity.seeds]:
+            base = plan.methods.get(plan.base or next(iter(plan.methods)))
+            facts = (dataclasses.asdict(plan.validity), base and dataclasses.asdict(base), *trained)
+            add("validity", "", seed, [starts[seed]], *facts)
+    return _in_order_of_weight(plan, list(jobs.values()))
+
+
+def _in_order_of_weight(plan: Plan, jobs: list[Job]) -> list[Job]:
+    """Main and control methods first, in the plan's order; then labels and ablations, one seed of each before the next."""
+    place = {name: number for number, name in enumerate(plan.methods)}
+
+    def rank(job: Job) -> tuple[int, int]:
+        if job.kind == "reward_model":
+            return min(rank(user) for user in jobs if job.name in user.needs)
+        if job.kind == "validity":
+            return (0, len(place))
+        if job.kind != "method" or job.target == START:
+            return (0, -1)
+        assert job.seed is not None
+        method = plan.methods[job.target]
+        main = method.group in ("main", "control")
+        after = place.get(method.after or "", 0)
+        return (0 if main else 1 + plan.seeds.index(job.seed), max(place[job.target], after))
+
+    return sorted(jobs, key=rank)
+
+
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _texts(configs: list[str]) -> list[str]:
+    found = []
+    for name in configs:
+        try:
+            found.append(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {name}, named by the plan, can't be read; mend its path.") from error
+    return found

@@ -1,0 +1,220 @@
+"""Judge a policy on the test prompts: sampled, greedy, and its start at matched entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cagsr.compare.jobs import Job, result_file, start_folder
+from cagsr.compare.plan import START, Plan
+from cagsr.compare.policies import reward_settings
+from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfig
+from cagsr.evaluation.judge_answers import AnswerJudge, Judges
+from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature
+from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.evaluation.scorer import Scorer, weigh
+from cagsr.flow import EncodedPrompt
+from cagsr.models.load import LoadedModel, load_model
+from cagsr.prompts.prepare import prepare_prompts
+from cagsr.reward.terms import needs_associations
+from cagsr.runs.atomic import write_text_atomically
+from cagsr.runs.lines import read_lines
+
+Floats = NDArray[np.float64]
+
+SAMPLED, GREEDY, MATCHED = "sampled", "greedy", "start_matched"
+"""Names of the settings in a result: the policy at the sampling temperature, greedy, its start at matched entropy."""
+KEPT_TEXTS = 40
+BATCH = 256
+SAMPLING_SEED = 7
+"""Added to the seed: test answers are not drawn with the seed of training."""
+
+
+def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, float]) -> None:
+    """Judge one method with one seed and write its result.
+
+    Args:
+        plan: the comparison.
+        job: which method and seed.
+        model: the policy's folder; None for the start and for best of N, which have no policy of their own.
+        costs: seconds and labels so far, kept with the result.
+    """
+    assert job.seed is not None
+    began = time.perf_counter()
+    config = _base_config(plan, job.target, job.seed)
+    # One answer a prompt: more prompts tell more than more answers.
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
+    start = load_model(
+        ModelConfig(path=str(start_folder(plan.folder, job.seed)), device=config.model.device), for_training=False
+    )
+    prompts = test_prompts(plan, config, start)
+    judge = answer_judge(plan, start)
+    seed = job.seed + SAMPLING_SEED
+    found: dict[str, Answers] = {}
+    temperature = None
+    if job.target != START and plan.methods[job.target].kind == "best_of_n":
+        found[SAMPLED] = best_of_n(plan, job, config, start, prompts, seed)
+    else:
+        loaded = (
+            start
+            if model is None
+            else load_model(ModelConfig(path=str(model), device=config.model.device), for_training=False)
+        )
+        found[SAMPLED] = answers_at(loaded, prompts, config.sampling, seed, BATCH)
+        found[GREEDY] = answers_at(loaded, prompts, _greedy(config.sampling), seed, BATCH)
+        if model is not None:
+            # Half of the prompts settle the temperature well enough, at half the cost.
+            half = prompts[::2]
+            target = float(np.mean(found[SAMPLED].entropy[::2]))
+            temperature = matching_temperature(start, half, config.sampling, target, seed, BATCH)
+            matched = dataclasses.replace(config.sampling, temperature=temperature)
+            found[MATCHED] = answers_at(start, prompts, matched, seed, BATCH)
+    values = {name: _measures(judge, prompts, answers) for name, answers in found.items()}
+    result = {
+        "method": job.target,
+        "seed": job.seed,
+        "fingerprint": job.fingerprint,
+        "prompts": [encoded.prompt.text for encoded in prompts],
+        "temperature": temperature,
+        "values": {
+            name: {measure: column.tolist() for measure, column in table.items()} for name, table in values.items()
+        },
+        "texts": {name: list(answers.texts[:KEPT_TEXTS]) for name, answers in found.items()},
+        "training": [] if model is None else _training_curve(model.parent),
+        "costs": {**costs, "judge_seconds": time.perf_counter() - began},
+    }
+    file = result_file(plan, job.target, job.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, json.dumps(result))
+
+
+def _base_config(plan: Plan, target: str, seed: int) -> TrainConfig:
+    """The method's own settings; the start and DPO are judged as the plan's base would sample."""
+    if target != START and plan.methods[target].kind != "dpo":
+        return reward_settings(plan, target, seed)
+    training = [name for name, method in plan.methods.items() if method.kind == "train"]
+    return reward_settings(plan, plan.base or training[0], seed)
+
+
+def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[EncodedPrompt]:
+    """The test prompts as the model reads them, with their references in the columns."""
+    context = loaded.context_length()
+    room = (
+        1_000_000
+        if context is None
+        else context
+        if loaded.encoder_decoder
+        else context - config.sampling.max_new_tokens
+    )
+    data = dataclasses.replace(
+        config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit, streaming=False
+    )
+    return list(prepare_prompts(data, SalienceConfig(weighting="uniform"), loaded.tokenizer, max_length=room).prompts)
+
+
+def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
+    """Everything that judges answers, loaded once."""
+    judges = {
+        field.name: None if value is None else plan.fill(value)
+        for field in dataclasses.fields(plan.judges)
+        for value in [getattr(plan.judges, field.name)]
+    }
+    return AnswerJudge(Judges(**judges), loaded.device)
+
+
+def best_of_n(
+    plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], seed: int
+) -> Answers:
+    """The best of N answers of the start by the method's reward: what the reward is worth without training."""
+    method = plan.methods[job.target]
+    associations = None
+    if needs_associations(config.reward):
+        from cagsr.associate import associations_of
+
+        data = dataclasses.replace(config.data, path=plan.fill(plan.files.train))
+        room = max(len(encoded.ids) for encoded in prompts) + config.sampling.max_new_tokens
+        unlabelled = prepare_prompts(data, config.salience, loaded.tokenizer, max_length=room)
+        associations = associations_of(
+            loaded, unlabelled.prompts, config.sampling, config.reward.associations, seed=job.seed or 0
+        )
+    # The reward weighs words by the training prompts' frequencies, not by the test's.
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=1_000_000).frequency
+    data = dataclasses.replace(config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit)
+    weighed = prepare_prompts(data, config.salience, loaded.tokenizer, max_length=1_000_000, frequency=training).prompts
+    scorer = Scorer(
+        loaded,
+        config.reward,
+        config.attention,
+        config.salience,
+        temperature=config.sampling.temperature,
+        micro_batch_size=BATCH,
+        associations=associations,
+    )
+    sampling = dataclasses.replace(config.sampling, num_generations=method.num_generations)
+    texts: list[str] = []
+    entropy: list[float] = []
+    tokens: list[int] = []
+    ended: list[bool] = []
+    for some, rollout in sample_in_batches(loaded, weighed, sampling, seed, max(1, BATCH // method.num_generations)):
+        batch = scorer.batch(rollout)
+        group = torch.arange(len(some)).repeat_interleave(method.num_generations)
+        parts = weigh(
+            scorer.values(batch),
+            scorer.weights,
+            normalize=config.reward.normalize,
+            clip=config.reward.clip,
+            group=group,
+        )
+        total = torch.stack([part for name, part in parts.items() if scorer.weights[name] != 0]).sum(dim=0)
+        best = total.view(len(some), -1).argmax(dim=1) + torch.arange(len(some)) * method.num_generations
+        mask = rollout.response_mask
+        mean_entropy = (batch.scores.entropy * mask).sum(dim=1) / mask.sum(dim=1)
+        for row in best.tolist():
+            texts.append(rollout.completions[row])
+            entropy.append(float(mean_entropy[row]))
+            tokens.append(int(mask[row].sum()))
+            ended.append(bool(rollout.ended[row]))
+    return Answers(
+        tuple(texts), np.array(entropy), np.array(tokens, dtype=np.float64), np.array(ended, dtype=np.float64)
+    )
+
+
+def _greedy(sampling: SamplingConfig) -> SamplingConfig:
+    return dataclasses.replace(sampling, temperature=0.0)
+
+
+def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: Answers) -> dict[str, Floats]:
+    """Every measure of every answer, ``(prompts,)`` each; measures that no row has are left out."""
+    found = dict(judge.measure(prompts, answers.texts))
+    found |= {"tokens": np.asarray(answers.tokens, float), "entropy": np.asarray(answers.entropy, float)}
+    return {name: values for name, values in found.items() if np.isfinite(values).any()}
+
+
+def _training_curve(run: Path) -> list[dict[str, float]]:
+    """Reward, held-out metric, KL, length and repetition at each evaluation of a run."""
+    kept = {
+        "objective/raw_scores": "reward",
+        "eval/metric": "held_out",
+        "eval/metric_greedy": "held_out_greedy",
+        "objective/kl": "kl",
+        "response/length": "length",
+        "response/repetition": "repetition",
+        "policy/entropy_avg": "entropy",
+    }
+    if not (run / "metrics.jsonl").exists():
+        return []
+    rows = read_lines(run / "metrics.jsonl")
+    return [
+        {
+            "step": float(row["step"]),
+            **{name: float(row[key]) for key, name in kept.items() if row.get(key) is not None},
+        }
+        for row in rows
+    ]

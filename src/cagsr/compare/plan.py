@@ -1,0 +1,312 @@
+"""The plan of a comparison: a YAML file as typed dataclasses, with every mistake in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cagsr.configfile import suggestion
+from cagsr.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid")
+
+START = "start"
+"""Name of the method that does nothing: the supervised start."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The prompts. No prompt of ``test`` may be in any file that something is trained on."""
+
+    train: str
+    """Unlabelled prompts."""
+    held_out: str
+    """Prompts to watch a run with; settings are tuned on them."""
+    test: str
+    """Prompts, with references, that every number of the report is from."""
+    test_limit: int | None = None
+    """Use only the first so many test prompts."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class JudgeFiles:
+    """What judges the answers; none of it may be part of a reward (an oracle apart)."""
+
+    checker: str | None = None
+    """Dotted path of f(prompts, completions, **columns) -> numbers, or dicts of numbers."""
+    judge_model: str | None = None
+    """Model whose perplexity of the reference, given prompt and answer, is measured."""
+    embedding_model: str | None = None
+    """sentence-transformers model for the relevance of an answer."""
+    reward_model: str | None = None
+    """Reward model that was never trained against: win rates over the start."""
+    follow_up_column: str | None = None
+    """Column of the true follow-up; None: the reference."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class RewardModelPlan:
+    """A reward model, trained once for each seed from that seed's start."""
+
+    data: str
+    """Preference pairs: prompt, chosen, rejected."""
+    num_pairs: int | None = None
+    """Only so many of them (nested: the 50 are among the 100)."""
+    human: bool = False
+    """People made the pairs: their number counts as labels."""
+    held_out: str | None = None
+    """Pairs to measure its accuracy on."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``cagsr reward-model``, with dots."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables."""
+
+    kind: Literal["train", "dpo", "best_of_n"] = "train"
+    """train: RL from the start; dpo: TRL's DPO on a reward model's pairs; best_of_n: no training, the best of N by the reward."""
+    group: Literal["main", "labels", "ablation", "control"] = "main"
+    """Which table it belongs to."""
+    label: str = ""
+    """How the tables call it; empty: its name."""
+    seeds: int | None = None
+    """Only the first so many seeds."""
+    configs: list[str] = field(default_factory=list)
+    """Config files after the plan's."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``cagsr train`` (of ``cagsr dpo`` for dpo), with dots; they override the files."""
+    reward_model: str | None = None
+    """A reward model of the plan that joins the reward (dpo: whose pairs are trained on)."""
+    reward_model_weight: float = 1.0
+    """Its weight."""
+    after: str | None = None
+    """Start from this method's final model instead of the supervised start."""
+    curve: Literal["", "human", "hybrid"] = ""
+    """The label curve that it is a point of."""
+    num_generations: int = 8
+    """best_of_n: N."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Validity:
+    """How well the reward's terms see the truth, before any training."""
+
+    prompts: int = 96
+    """How many prompts, 8 answers each."""
+    file: str | None = None
+    """Prompts to measure it on; None: ``files.held_out``."""
+    seeds: int = 1
+    """Starts to measure it on."""
+    checkers: dict[str, str] = field(default_factory=dict)
+    """Name -> dotted path of a truth; the first ranks answers, higher is better."""
+    disagreements: int = 8
+    """How many of the worst disagreements between reward and first checker are printed."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole comparison."""
+
+    title: str
+    """Title of the report."""
+    work: str
+    """Folder for everything it makes; {work} in other values."""
+    start: str
+    """Command that makes a seed's start model: {python}, {work}, {seed} and {output} are filled in."""
+    files: Files
+    """Prompts."""
+    configs: list[str]
+    """Config files of ``cagsr train`` that all methods share."""
+    methods: dict[str, Method]
+    """Name -> method."""
+    prepare: list[str] = field(default_factory=list)
+    """Commands that are run once, before everything."""
+    prepare_judges: list[str] = field(default_factory=list)
+    """Commands that make the judges, run once after those; what is trained does not depend on them."""
+    judges: JudgeFiles = field(default_factory=JudgeFiles)
+    """What judges the answers."""
+    results: str = "results"
+    """Folder of the results below ``work``: plans that share starts and policies, but judge them on other prompts, have
+    one each."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each seed has a start model of its own, shared by all methods."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``cagsr train`` that override the files, for all methods."""
+    reward_models: dict[str, RewardModelPlan] = field(default_factory=dict)
+    """Name -> reward model."""
+    lower_is_better: list[str] = field(default_factory=lambda: ["repetition", "follow_up_perplexity", "self_bleu"])
+    """Measures of which less is better, besides the usual ones."""
+    primary: list[str] = field(default_factory=lambda: ["rouge_l"])
+    """Measures that are tested; the first one makes the curves and the comparison over training."""
+    contrasts: list[list[str]] = field(default_factory=list)
+    """Pairs of methods that are compared with each other."""
+    base: str = ""
+    """Method that the ablations change."""
+    validity: Validity | None = None
+    """How well the reward sees the truth; None: not measured."""
+    findings: str = ""
+    """What its author makes of the result, in Markdown: printed first."""
+    limits: list[str] = field(default_factory=list)
+    """What the numbers do not show; the report adds what it can see itself."""
+    fast: dict[str, Any] = field(default_factory=dict)
+    """Values that --fast puts in place of the plan's; methods: a list of those it keeps."""
+
+    __pydantic_config__ = _STRICT
+
+    @property
+    def folder(self) -> Path:
+        """The work folder."""
+        return Path(self.work)
+
+    @property
+    def results_folder(self) -> Path:
+        """Where the numbers go."""
+        return self.folder / self.results
+
+    def fill(self, text: str, **more: object) -> str:
+        """Fill {work} and other names in a value of the plan."""
+        values = {"work": self.work, **{name: str(value) for name, value in more.items()}}
+        for name, value in values.items():
+            text = text.replace(f"{{{name}}}", value)
+        return text
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds a method is run with."""
+        count = None if name == START else self.methods[name].seeds
+        return self.seeds[:count]
+
+    def label(self, name: str) -> str:
+        """How the tables call a method."""
+        return "no RL (start)" if name == START else self.methods[name].label or name
+
+
+def read_plan(path: Path, *, fast: bool = False) -> Plan:
+    """Read a plan.
+
+    Args:
+        path: YAML file.
+        fast: put the values of its ``fast`` section in place; the work folder gets ``-fast`` at its end.
+
+    Raises:
+        ConfigError: no such file, malformed YAML, an unknown key, a wrong value, a name that the plan lacks.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read; give the YAML file of a comparison.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML; correct that line."
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: should hold the plan of a comparison, 'key: value' lines.")
+    if fast:
+        if not tree.get("fast"):
+            raise ConfigError(f"{path}: has no section 'fast', so --fast has nothing to put in place.")
+        tree = _fast(path, tree)
+    try:
+        plan = TypeAdapter(Plan).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+    _check(path, plan)
+    return plan
+
+
+def _fast(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    overlay = dict(tree["fast"])
+    kept = overlay.pop("methods", None)
+    merged = _merge(tree, {"work": f"{tree.get('work', 'runs/compare')}-fast", **overlay})
+    if kept is not None:
+        methods = tree.get("methods") or {}
+        for name in kept:
+            if name not in methods:
+                raise ConfigError(f"{path}: fast.methods: unknown method '{name}'{suggestion(name, list(methods))}")
+        merged["methods"] = {name: methods[name] for name in kept}
+        merged["contrasts"] = [pair for pair in tree.get("contrasts") or [] if set(pair) <= {*kept, START}]
+    return merged
+
+
+def _merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        # Settings with dots replace each other one by one as well.
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = {
+            field.name
+            for kind in (Plan, Files, JudgeFiles, RewardModelPlan, Method, Validity)
+            for field in dataclasses.fields(kind)
+        }
+        return f"unknown key '{where}'{suggestion(str(problem['loc'][-1]), sorted(known))}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"'{where}' is missing"
+    return f"'{where}': {problem['msg']} (it is {problem['input']!r})"
+
+
+def _check(path: Path, plan: Plan) -> None:
+    """Names that refer to others, and values out of range."""
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
+        raise ConfigError(f"{path}: 'seeds' must list at least one seed, each once.")
+    if START in plan.methods:
+        raise ConfigError(f"{path}: 'methods.{START}': that name is the supervised start's; choose another.")
+
+    def known(name: str, where: str) -> None:
+        if name != START and name not in plan.methods:
+            raise ConfigError(f"{path}: '{where}': unknown method '{name}'{suggestion(name, list(plan.methods))}")
+
+    for name, method in plan.methods.items():
+        if method.reward_model is not None and method.reward_model not in plan.reward_models:
+            raise ConfigError(
+                f"{path}: 'methods.{name}.reward_model': unknown reward model '{method.reward_model}'"
+                f"{suggestion(method.reward_model, list(plan.reward_models))}"
+            )
+        if method.kind == "dpo" and method.reward_model is None:
+            raise ConfigError(f"{path}: 'methods.{name}': dpo needs the reward_model whose pairs it is trained on.")
+        if method.after is not None:
+            known(method.after, f"methods.{name}.after")
+            seen: set[str] = {name}
+            current: str | None = method.after
+            while current is not None:
+                if current in seen:
+                    raise ConfigError(f"{path}: 'methods.{name}.after' comes back to itself; break the circle.")
+                seen.add(current)
+                current = plan.methods[current].after if current in plan.methods else None
+            missing = set(plan.seeds_of(name)) - set(plan.seeds_of(method.after))
+            if missing:
+                raise ConfigError(
+                    f"{path}: 'methods.{name}' needs more seeds than '{method.after}', which it starts from, has."
+                )
+    for pair in plan.contrasts:
+        if len(pair) != 2:
+            raise ConfigError(f"{path}: 'contrasts': {pair} must be two methods.")
+        for name in pair:
+            known(name, "contrasts")
+    if plan.base:
+        known(plan.base, "base")
+    if any(method.group == "ablation" for method in plan.methods.values()) and not plan.base:
+        raise ConfigError(f"{path}: ablations need 'base', the method that they change.")

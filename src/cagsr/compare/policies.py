@@ -1,0 +1,162 @@
+"""The work of the jobs that make something: data, starts, reward models, policies."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cagsr.commands.parse import parse_command
+from cagsr.compare.jobs import Job, method_folder, reward_model_folder, start_folder
+from cagsr.compare.plan import START, Plan
+from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
+from cagsr.errors import ConfigError
+from cagsr.runs.atomic import write_text_atomically
+
+
+def run_command(plan: Plan, command: str, **names: object) -> None:
+    """Run a command of the plan, with {python}, {work} and ``names`` filled in.
+
+    Raises:
+        ConfigError: it can't be run or fails.
+    """
+    words = [plan.fill(word, python=sys.executable, **names) for word in shlex.split(command)]
+    try:
+        subprocess.run(words, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"the plan's command '{shlex.join(words)}' failed ({error}); run it by hand to see why."
+        ) from error
+
+
+def make_start(plan: Plan, job: Job) -> None:
+    """Make the supervised start of a seed; raises ConfigError where the command leaves no model."""
+    assert job.seed is not None
+    folder = start_folder(plan.folder, job.seed)
+    if not (folder / "config.json").exists():
+        run_command(plan, plan.start, seed=job.seed, output=folder)
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"the plan's start command left no model in {folder}; it must write one to {{output}}.")
+
+
+def make_reward_model(plan: Plan, job: Job) -> None:
+    """Train a reward model from its seed's start."""
+    from cagsr.preferences.reward_trainer import train_reward_model
+
+    assert job.seed is not None
+    spec = plan.reward_models[job.target]
+    folder = reward_model_folder(plan.folder, job.target, job.seed)
+    settings: dict[str, Any] = {
+        "model.path": str(start_folder(plan.folder, job.seed)),
+        "data.path": plan.fill(spec.data),
+        "output_dir": str(folder),
+        "num_pairs": spec.num_pairs,
+        "seed": job.seed,
+        "overwrite": folder.exists(),
+        **spec.set,
+    }
+    if spec.held_out is not None:
+        settings["eval_data"] = plan.fill(spec.held_out)
+    train_reward_model(
+        _config(RewardModelConfig, [], settings, plan.folder / "configs" / f"{job.name}.yaml"), quiet=True
+    )
+
+
+def make_policy(plan: Plan, job: Job) -> Path:
+    """Train a method's policy (RL or DPO), or go on with it after a stop; returns the folder of the model."""
+    assert job.seed is not None
+    method = plan.methods[job.target]
+    if method.kind == "dpo":
+        return _dpo(plan, job)
+    run = method_folder(plan.folder, job.target, job.seed)
+    settings = _train_settings(plan, job)
+    file = plan.folder / "configs" / f"{job.name}.yaml"
+    config = _config(TrainConfig, [*plan.configs, *method.configs], settings, file)
+    begun = plan.folder / "begun" / f"{job.name}.txt"
+    same = begun.exists() and begun.read_text(encoding="utf-8") == job.training
+    if same and (run / "final" / "config.json").exists():
+        return run / "final"
+    known = (run / "config.yaml").exists()
+    how = dataclasses.replace(config.run, resume=known and same, overwrite=known and not same)
+    # Said before anything is written: after a kill the run is known to be this very job's.
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(begun, job.training)
+
+    from cagsr.train import train
+
+    train(
+        dataclasses.replace(config, run=how),
+        console=Console(file=sys.stderr, soft_wrap=True, highlight=False, width=120),
+    )
+    return run / "final"
+
+
+def reward_settings(plan: Plan, name: str, seed: int) -> TrainConfig:
+    """The settings that a method would train with, for those that only score (best of N, validity)."""
+    job = Job("method", name, seed, (), "")
+    method = plan.methods[name]
+    return _config(TrainConfig, [*plan.configs, *method.configs], _train_settings(plan, job), None)
+
+
+def _train_settings(plan: Plan, job: Job) -> dict[str, Any]:
+    assert job.seed is not None
+    method = plan.methods[job.target]
+    start = start_folder(plan.folder, job.seed)
+    if method.after not in (None, START):
+        start = method_folder(plan.folder, method.after, job.seed) / "final"
+    settings: dict[str, Any] = {
+        **plan.set,
+        **method.set,
+        "model.path": str(start),
+        "data.path": plan.fill(plan.files.train),
+        "evaluation.path": plan.fill(plan.files.held_out),
+        "output_dir": str(method_folder(plan.folder, job.target, job.seed)),
+        "run.seed": job.seed,
+    }
+    if method.reward_model is not None and method.kind != "dpo":
+        settings["reward.models"] = [str(reward_model_folder(plan.folder, method.reward_model, job.seed))]
+        settings["reward.model_weights"] = [method.reward_model_weight]
+    return settings
+
+
+def _dpo(plan: Plan, job: Job) -> Path:
+    from cagsr.preferences.dpo import train_dpo
+
+    assert job.seed is not None
+    method = plan.methods[job.target]
+    assert method.reward_model is not None
+    spec = plan.reward_models[method.reward_model]
+    folder = method_folder(plan.folder, job.target, job.seed)
+    settings: dict[str, Any] = {
+        "model.path": str(start_folder(plan.folder, job.seed)),
+        "data.path": plan.fill(spec.data),
+        "output_dir": str(folder),
+        "num_pairs": spec.num_pairs,
+        "seed": job.seed,
+        "overwrite": folder.exists(),
+        **method.set,
+    }
+    return train_dpo(
+        _config(DpoConfig, method.configs, settings, plan.folder / "configs" / f"{job.name}.yaml"), quiet=True
+    )
+
+
+def _config(kind: Any, files: list[str], settings: dict[str, Any], keep: Path | None) -> Any:
+    """Config files, then dotted settings over them; written to ``keep`` so that a person can repeat the run by hand."""
+    text = yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
+    flags = [flag for file in files for flag in ("--config", file)]
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(keep, text)
+        return parse_command(kind, [*flags, "--config", str(keep)], prog="cagsr compare")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(text, encoding="utf-8")
+        return parse_command(kind, [*flags, "--config", str(file)], prog="cagsr compare")

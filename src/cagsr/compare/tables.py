@@ -1,0 +1,296 @@
+"""The tables of a report: levels, gains with intervals and corrected tests, contrasts, labels, ablations, validity, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cagsr.compare.plan import START, Plan
+from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
+from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
+
+Floats = NDArray[np.float64]
+
+GAINS = {
+    SAMPLED: "sampled, against the start sampled alike",
+    MATCHED: "sampled, against the start at matched entropy",
+    GREEDY: "greedy, against the start greedy",
+}
+LOWER = ("missed", "added", "wrong", "perplexity", "follow_up_perplexity", "repetition", "self_bleu")
+WIN_RATE = "reward_model"
+"""The measure of an unseen reward model, which becomes a win rate."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def lower_is_better(plan: Plan, measure: str) -> bool:
+    """Whether less of a measure is better."""
+    return measure in LOWER or measure in plan.lower_is_better
+
+
+def levels(results: Results, methods: Sequence[str]) -> Table:
+    """Mean of every measure, for each method and decoding."""
+    measures = results.measures
+    rows = []
+    for name in methods:
+        for setting, how in ((SAMPLED, "sampled"), (GREEDY, "greedy")):
+            if results.has(name, setting, measures[0]):
+                cells = [_mean(results, name, setting, measure) for measure in measures]
+                rows.append((results.plan.label(name), str(len(results.seeds(name))), how, *cells))
+    return Table("Levels", ("method", "seeds", "decoding", *measures), tuple(rows), "Means over seeds and prompts.")
+
+
+def _mean(results: Results, name: str, setting: str, measure: str) -> str:
+    if not results.has(name, setting, measure):
+        return ""
+    return f"{np.nanmean(results.values(name, setting, measure)):.3f}"
+
+
+@dataclass(frozen=True)
+class Test:
+    """A paired difference with its interval and its p-value before correction."""
+
+    method: str
+    how: str
+    measure: str
+    difference: Interval
+    p: float
+
+
+def gain_tests(results: Results, methods: Sequence[str], measures: Sequence[str]) -> list[Test]:
+    """Every method against its start, in all three ways, in the given measures."""
+    found = []
+    for measure in measures:
+        for name in methods:
+            for how in GAINS:
+                if results.can_gain(name, how, measure):
+                    found.append(_test(name, how, measure, *results.gain(name, how, measure)))
+    return found
+
+
+def _test(method: str, how: str, measure: str, after: Floats, before: Floats) -> Test:
+    known = np.isfinite(after).all(axis=0) & np.isfinite(before).all(axis=0)
+    after, before = after[:, known], before[:, known]
+    return Test(method, how, measure, paired_difference(after, before), paired_p_value(after, before))
+
+
+def gains(results: Results, methods: Sequence[str], measures: Sequence[str], title: str) -> list[Table]:
+    """One table a measure: each method's difference from its start, with 95 % intervals; stars after Holm's correction."""
+    tests = gain_tests(results, methods, measures)
+    adjusted = dict(
+        zip([(test.measure, test.method, test.how) for test in tests], holm([test.p for test in tests]), strict=True)
+    )
+    by_key = {(test.measure, test.method, test.how): test for test in tests}
+    tables = []
+    for measure in measures:
+        rows = []
+        for name in methods:
+            cells = []
+            for how in GAINS:
+                test = by_key.get((measure, name, how))
+                star = "" if test is None else "*" if adjusted[measure, name, how] < 0.05 else ""
+                cells.append("" if test is None else f"{test.difference}{star}")
+            if any(cells):
+                rows.append((results.plan.label(name), str(len(results.seeds(name))), *cells))
+        better = "less is better" if lower_is_better(results.plan, measure) else "more is better"
+        note = (
+            f"Difference in {measure} ({better}), 95 % bootstrap interval over seeds and prompts. "
+            f"* p < 0.05 by the same bootstrap, after Holm's correction for {len(tests)} comparisons."
+        )
+        if rows:
+            tables.append(Table(f"{title}: {measure}", ("method", "seeds", *GAINS.values()), tuple(rows), note))
+    return tables
+
+
+def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
+    """Methods against each other: greedy, sampled, and by their gains over their starts at matched entropy."""
+    rows, ps = [], []
+    for first, second in results.plan.contrasts:
+        seeds = [seed for seed in results.seeds(first) if seed in results.seeds(second)]
+        if not seeds or first == START:
+            continue
+        for measure in measures:
+            for how in (GREEDY, MATCHED, SAMPLED):
+                pair = _contrast(results, first, second, how, measure, seeds)
+                if pair is not None:
+                    test = _test(first, how, measure, *pair)
+                    ps.append(test.p)
+                    rows.append(
+                        (
+                            results.plan.label(first),
+                            results.plan.label(second),
+                            str(len(seeds)),
+                            measure,
+                            _how(how),
+                            str(test.difference),
+                        )
+                    )
+    if not rows:
+        return None
+    stars = ["*" if p < 0.05 else "" for p in holm(ps)]
+    return Table(
+        "Methods against each other",
+        ("method", "against", "seeds", "measure", "how", "difference"),
+        tuple((*row[:-1], row[-1] + star) for row, star in zip(rows, stars, strict=True)),
+        "First less second, paired by seed and prompt, 95 % interval. At matched entropy: the difference of their gains, each over "
+        "the start at that method's own entropy. * p < 0.05 after Holm's correction over this table.",
+    )
+
+
+def _how(how: str) -> str:
+    return {GREEDY: "greedy", MATCHED: "gain at matched entropy", SAMPLED: "sampled"}[how]
+
+
+def _contrast(
+    results: Results, first: str, second: str, how: str, measure: str, seeds: Sequence[int]
+) -> tuple[Floats, Floats] | None:
+    if how == MATCHED:
+        if not results.can_gain(first, how, measure):
+            return None
+        after, before = results.gain(first, how, measure, seeds)
+        if second == START:
+            return after, before
+        if not results.can_gain(second, how, measure):
+            return None
+        other_after, other_before = results.gain(second, how, measure, seeds)
+        return after - before, other_after - other_before
+    if not (results.has(first, how, measure) and results.has(second, how, measure)):
+        return None
+    return results.values(first, how, measure, seeds), results.values(second, how, measure, seeds)
+
+
+def win_rates(results: Results, methods: Sequence[str]) -> Table | None:
+    """How often the unseen reward model prefers a method's answer to its start's, decoded alike."""
+    rows = []
+    for name in methods:
+        cells = []
+        for how in (SAMPLED, MATCHED, GREEDY):
+            if not results.can_gain(name, how, WIN_RATE):
+                cells.append("")
+                continue
+            after, before = results.gain(name, how, WIN_RATE)
+            cells.append(str(mean_interval((after > before) + 0.5 * (after == before))))
+        if any(cells):
+            rows.append((results.plan.label(name), *cells))
+    if not rows:
+        return None
+    return Table(
+        "Win rate under a reward model that no method was trained against",
+        ("method", *GAINS.values()),
+        tuple(rows),
+        "Share of prompts on which the method's answer scores higher than the start's; ties count half; 95 % interval.",
+    )
+
+
+def label_points(results: Results, curve: str, measure: str, how: str) -> list[tuple[float, Interval]]:
+    """The label curve: (human labels, level of a measure), fewest first."""
+    points = []
+    for name, method in results.plan.methods.items():
+        if method.curve == curve and results.can_gain(name, how, measure):
+            after, before = results.gain(name, how, measure)
+            points.append((results.costs(name)["human_labels"], paired_difference(after, before)))
+    if curve == "human" and points:
+        points.append((0.0, Interval(0.0, 0.0, 0.0)))  # without labels there is nothing to train on: the start itself
+    return sorted(points, key=lambda point: point[0])
+
+
+def label_table(results: Results, measure: str) -> Table | None:
+    """The label curve of people only and of the hybrid, as a table."""
+    rows = []
+    for how in (GREEDY, MATCHED, SAMPLED):
+        curves = {curve: dict(label_points(results, curve, measure, how)) for curve in ("human", "hybrid")}
+        for labels in sorted(set(curves["human"]) | set(curves["hybrid"])):
+            cells = [str(curves[curve].get(labels, "")) for curve in ("human", "hybrid")]
+            rows.append((_how(how), f"{labels:.0f}", *cells))
+    if not rows:
+        return None
+    return Table(
+        f"Human labels: {measure}",
+        ("how", "labels (pairs)", "human preferences only", "hybrid with the self-reward"),
+        tuple(rows),
+        f"Difference in {measure} from the start, 95 % interval.",
+    )
+
+
+def reward_models(results: Results) -> Table | None:
+    """Held-out accuracy of every reward model."""
+    rows = []
+    for name, found in results.accuracies().items():
+        accuracies = [row["accuracy"] for row in found if row.get("accuracy") is not None]
+        pairs = found[0].get("pairs")
+        source = "people" if results.plan.reward_models[name].human else "machine"
+        accuracy = f"{np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})" if accuracies else ""
+        rows.append((name, source, str(pairs), str(len(found)), accuracy))
+    if not rows:
+        return None
+    return Table(
+        "Reward models",
+        ("reward model", "pairs from", "pairs", "seeds", "held-out accuracy"),
+        tuple(rows),
+        "Share of held-out pairs in which the preferred answer scores higher: mean over seeds, and the range.",
+    )
+
+
+def validity(results: Results) -> Table | None:
+    """What each term sees within the answers to one prompt."""
+    found = results.validity()
+    if not found:
+        return None
+    truths = found[0]["truths"]
+    names = [name for name in found[0]["signals"] if all(name in one["signals"] for one in found)]
+    rows = []
+    for name in names:
+        signals = [one["signals"][name] for one in found]
+        cells = [f"{np.mean([signal[column] for signal in signals]):+.2f}" for column in (*truths, "length")]
+        share = np.mean([signal["oracle_share"]["mean"] for signal in signals])
+        low = np.mean([signal["oracle_share"]["low"] for signal in signals])
+        high = np.mean([signal["oracle_share"]["high"] for signal in signals])
+        rows.append((name, *cells, f"{share:.0%} [{low:.0%}, {high:.0%}]"))
+    first = found[0]
+    return Table(
+        "Does the reward see the truth?",
+        (
+            "signal",
+            *(f"correlation with {truth}" for truth in truths),
+            "correlation with length",
+            "share of the oracle's best-of-8 gain",
+        ),
+        tuple(rows),
+        f"Correlations within the {first['candidates']} answers to one prompt, {first['prompts']} held-out prompts, mean over "
+        f"{len(found)} start models; the interval of the share is the mean of the starts' own over prompts. Mean {truths[0]} "
+        f"{np.mean([one['mean'] for one in found]):.3f}, best of 8 by an oracle {np.mean([one['oracle'] for one in found]):.3f}.",
+    )
+
+
+def costs(results: Results, methods: Sequence[str]) -> Table:
+    """Time, memory and labels of each method, a run."""
+    rows = []
+    for name in methods:
+        found = results.costs(name)
+        rows.append(
+            (
+                results.plan.label(name),
+                f"{found.get('train_seconds', 0.0):.0f}",
+                f"{found.get('reward_model_seconds', 0.0):.0f}",
+                f"{found.get('judge_seconds', 0.0):.0f}",
+                f"{found['peak_memory_bytes'] / 2**20:.0f}",
+                f"{found.get('human_labels', 0.0):.0f}",
+            )
+        )
+    return Table(
+        "Costs",
+        ("method", "training, s", "reward model, s", "judging, s", "peak memory, MiB", "human labels"),
+        tuple(rows),
+        "Means over seeds, as measured while jobs ran beside each other on the same cores; the memory is the whole process's.",
+    )

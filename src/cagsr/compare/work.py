@@ -1,0 +1,111 @@
+"""Do one job of a plan in this process: ``python -m cagsr.compare.work PLAN JOB [--fast]``."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from cagsr.compare.jobs import Job, plan_jobs, reward_model_folder
+from cagsr.compare.plan import START, Plan, read_plan
+from cagsr.errors import CagsrError, ConfigError
+
+
+def do_job(plan: Plan, job: Job) -> None:
+    """Do a job whose needs are done, and mark it.
+
+    Raises:
+        CagsrError: bad input, in one sentence.
+    """
+    from cagsr.compare import policies
+
+    began = time.perf_counter()
+    facts: dict[str, float] = {}
+    if job.kind in ("prepare", "judges"):
+        for command in plan.prepare if job.kind == "prepare" else plan.prepare_judges:
+            policies.run_command(plan, command)
+    elif job.kind == "start":
+        policies.make_start(plan, job)
+    elif job.kind == "reward_model":
+        policies.make_reward_model(plan, job)
+    elif job.kind == "method":
+        facts = _method(plan, job)
+    else:
+        from cagsr.compare.validity import measure_validity
+
+        measure_validity(plan, job)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    job.mark_done(plan, seconds=time.perf_counter() - began, peak_memory_bytes=peak, **facts)
+
+
+def _method(plan: Plan, job: Job) -> dict[str, float]:
+    from cagsr.compare.judging import judge_method
+    from cagsr.compare.policies import make_policy
+
+    began = time.perf_counter()
+    trains = job.target != START and plan.methods[job.target].kind != "best_of_n"
+    model = make_policy(plan, job) if trains else None
+    costs = {"train_seconds": time.perf_counter() - began if trains else 0.0}
+    costs["human_labels"] = float(human_labels(plan, job))
+    judge_method(plan, job, model, costs)
+    return costs
+
+
+def human_labels(plan: Plan, job: Job) -> int:
+    """How many people's judgements a method has used, those of the method it starts from included."""
+    if job.target == START:
+        return 0
+    method = plan.methods[job.target]
+    before = 0
+    if method.after not in (None, START):
+        before = human_labels(plan, Job("method", str(method.after), job.seed, (), ""))
+    if method.reward_model is None or not plan.reward_models[method.reward_model].human:
+        return before
+    spec = plan.reward_models[method.reward_model]
+    if spec.num_pairs is not None:
+        return max(before, spec.num_pairs)
+    if method.kind == "dpo":
+        from cagsr.config import DataConfig
+        from cagsr.prompts.load import load_rows
+
+        return max(before, sum(1 for _ in load_rows(DataConfig(path=plan.fill(spec.data)))))
+    import json
+
+    assert job.seed is not None
+    told = json.loads((reward_model_folder(plan.folder, method.reward_model, job.seed) / "metrics.json").read_text())
+    return max(before, int(told["pairs"]))
+
+
+def _die_with(parent: int) -> None:
+    """End this process and its children when its parent is gone: a killed comparison leaves no second writer behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)  # the scheduler gave it a process group of its own
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str]) -> int:
+    """Run the job that the arguments name; 0: done, 2: bad input, said in one sentence on standard error."""
+    _die_with(os.getppid())
+    path, name, *rest = argv
+    try:
+        plan = read_plan(Path(path), fast="--fast" in rest)
+        jobs = {job.name: job for job in plan_jobs(plan)}
+        if name not in jobs:
+            raise ConfigError(f"{path}: there is no job {name}.")
+        do_job(plan, jobs[name])
+    except CagsrError as error:
+        print(f"cagsr compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

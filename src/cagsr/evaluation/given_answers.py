@@ -1,0 +1,133 @@
+"""Answers that were made before, as ``cagsr generate`` writes them, with the prompts and rows they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cagsr.config import DataConfig, SalienceConfig
+from cagsr.errors import DataError
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.prompts.load import Row, load_rows
+from cagsr.prompts.render import render_prompt, text_of
+
+_RECORDED = ("tokens", "ended")
+"""Columns of ``cagsr generate`` that are measures themselves."""
+_OWN = ("completion", "completion_ids", *_RECORDED)
+"""Columns of an answer's row that are no columns of its prompt."""
+
+
+@dataclass(frozen=True)
+class GivenAnswers:
+    """Answers from a file, in the order of the prompts' first mention."""
+
+    prompts: tuple[EncodedPrompt, ...]
+    """Without tokens: no model reads them."""
+    answers: tuple[tuple[str, ...], ...]
+    """One or more to each prompt."""
+    recorded: Mapping[str, NDArray[np.float64]]
+    """tokens and ended of every answer where all rows have them, ``(all answers,)``."""
+
+
+def read_answers(path: str, data: DataConfig | None = None) -> GivenAnswers:
+    """Read a file of answers: rows of ``prompt`` and ``completion``, several rows of one prompt being its samples.
+
+    Args:
+        path: JSONL, JSON, CSV or Parquet file.
+        data: the prompts' own file, for their references and other columns; None: the columns beside the answers.
+
+    Raises:
+        DataError: a row without prompt or completion, or whose prompt is not in ``data``; file and row are named.
+    """
+    asked = None if data is None else {_key(row, data): row for row in reversed(list(load_rows(data)))}
+    config = DataConfig(path=path)
+    prompts: dict[str, Prompt] = {}
+    answers: dict[str, list[str]] = {}
+    recorded: dict[str, list[tuple[Any, ...]]] = {}
+    for row in load_rows(config):
+        key = _key(row, config)
+        if key not in prompts:
+            if asked is None or data is None:
+                prompts[key] = _prompt(row, config, leave_out=_OWN)
+            elif key in asked:
+                prompts[key] = _prompt(asked[key], data)
+            else:
+                raise DataError(
+                    f"{path}, row {row.number}: its prompt is not in {data.path}; give the file that was answered with --data."
+                )
+        answers.setdefault(key, []).append(_completion(row))
+        recorded.setdefault(key, []).append(tuple(row.values.get(name) for name in _RECORDED))
+    return GivenAnswers(
+        prompts=tuple(EncodedPrompt(prompt, (), (), ()) for prompt in prompts.values()),
+        answers=tuple(tuple(answers[key]) for key in prompts),
+        recorded=_numbers([values for key in prompts for values in recorded[key]]),
+    )
+
+
+def in_order_of(given: GivenAnswers, prompts: Sequence[EncodedPrompt], path: str) -> GivenAnswers:
+    """Put answers into the order of another file's prompts.
+
+    Raises:
+        DataError: the two files do not answer the same prompts.
+    """
+    place = {_prompt_key(encoded.prompt): number for number, encoded in enumerate(given.prompts)}
+    missing = next((one.prompt for one in prompts if _prompt_key(one.prompt) not in place), None)
+    if missing is not None or len(place) != len(prompts):
+        which = f"none for {missing.text[:60]!r}" if missing is not None else "more prompts"
+        raise DataError(f"{path}: has {which}; both files must answer the same prompts.")
+    order = [place[_prompt_key(one.prompt)] for one in prompts]
+    starts = np.cumsum([0, *(len(own) for own in given.answers)])
+    flat = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in order])
+    return GivenAnswers(
+        prompts=tuple(given.prompts[number] for number in order),
+        answers=tuple(given.answers[number] for number in order),
+        recorded={name: values[flat] for name, values in given.recorded.items()},
+    )
+
+
+def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prompt:
+    values = {name: value for name, value in row.values.items() if name not in leave_out}
+    value = values.get(config.prompt_column)
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        # No model, so no chat template: the contents as they are.
+        columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
+        try:
+            messages = tuple({"role": str(entry["role"]), "content": str(entry["content"])} for entry in value)
+        except KeyError as error:
+            raise DataError(f"{row.source}, row {row.number}: a chat message has no {error}; mend the row.") from error
+        text = "\n".join(message["content"] for message in messages)
+        return Prompt(row=row.number, text=text, messages=messages, columns=columns)
+    return render_prompt(values, row.number, config, SalienceConfig(), None, source=row.source)
+
+
+def _key(row: Row, config: DataConfig) -> str:
+    return json.dumps(row.values.get(config.prompt_column), sort_keys=True, default=str)
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    return prompt.text if prompt.messages is None else json.dumps(prompt.messages, sort_keys=True)
+
+
+def _completion(row: Row) -> str:
+    value = row.values.get("completion")
+    where = f"{row.source}, row {row.number}"
+    if value is None:
+        raise DataError(f"{where}: no answer in column 'completion'; give a file as cagsr generate writes it.")
+    try:
+        return text_of(value)
+    except DataError as error:
+        raise DataError(f"{where}: column 'completion': {error}") from error
+
+
+def _numbers(rows: Sequence[tuple[Any, ...]]) -> dict[str, NDArray[np.float64]]:
+    found = {}
+    for number, name in enumerate(_RECORDED):
+        column = [values[number] for values in rows]
+        if all(isinstance(value, int | float) for value in column):
+            found[name] = np.array(column, dtype=np.float64)
+    return found

@@ -1,0 +1,123 @@
+"""Statistics over prompts and seeds: intervals, paired tests, correction for many comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+_EXACT = 12
+"""Up to so many differences every assignment of signs is gone through (4,096)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of ``values`` with its percentile bootstrap interval (Efron & Tibshirani, 1993, chapter 13).
+
+    ``values`` is ``(prompts,)`` or ``(seeds, prompts)``. With seeds, each resample draws seeds and prompts, both with
+    replacement and the prompts alike for all drawn seeds: the two are crossed, as every seed answers every prompt.
+
+    Raises ValueError for an empty array, more than two dimensions, or a value that is not finite.
+    """
+    table = _table(values)
+    low, high = np.quantile(_resampled_means(table, resamples, seed), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(table.mean()), float(low), float(high))
+
+
+def paired_difference(
+    after: ArrayLike, before: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean of ``after - before`` with its interval, paired by prompt and, with two dimensions, by seed.
+
+    Shapes as in ``mean_interval``, the same for both. Raises ValueError where they differ.
+    """
+    return mean_interval(_differences(after, before), confidence, resamples, seed)
+
+
+def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of the mean of ``after - before`` being 0, paired by prompt and, with two dimensions, by seed.
+
+    One dimension, ``(prompts,)``: the sign-flip permutation test (Fisher's randomisation test for pairs), exact up to
+    12 prompts, else with ``resamples`` random assignments of signs, ``p = (1 + as extreme) / (1 + resamples)``.
+
+    Two dimensions, ``(seeds, prompts)``: the bootstrap of ``mean_interval``, turned round: twice the smaller share of
+    resampled means on either side of 0. A handful of seeds holds little information about their spread, and the bootstrap
+    then gives intervals and p-values that are somewhat too small.
+
+    Raises ValueError for differing shapes and as ``mean_interval``.
+    """
+    differences = _differences(after, before)
+    table = _table(differences)
+    if differences.ndim == 2 and len(table) > 1:
+        means = _resampled_means(table, resamples, seed)
+        smaller = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+        return float(min(1.0, 2 * (1 + smaller) / (1 + resamples)))
+    row = table[0]
+    # Sums of the same numbers in another order differ in the last digits, and count as equal.
+    threshold = abs(row.sum()) - 1e-9 * np.abs(row).sum()
+    if len(row) <= _EXACT:
+        signs = 1.0 - 2.0 * (np.arange(2 ** len(row))[:, None] >> np.arange(len(row)) & 1)
+        return float(np.mean(np.abs(signs @ row) >= threshold))
+    flipped = np.random.default_rng(seed).integers(0, 2, size=(resamples, len(row)), dtype=np.int8)
+    sums = row.sum() - 2.0 * (flipped @ row)
+    return float((1 + np.count_nonzero(np.abs(sums) >= threshold)) / (1 + resamples))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down adjustment: p-values that hold for the whole family, whatever the dependence.
+
+    The smallest of m p-values is multiplied by m, the next by m - 1, and so on; none is smaller than the one before it, none
+    above 1. The order of the input is kept.
+
+    Raises ValueError for a p-value outside [0, 1].
+    """
+    if not all(0 <= value <= 1 for value in p_values):  # NaN too
+        raise ValueError("a p-value lies outside [0, 1]")
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _differences(after: ArrayLike, before: ArrayLike) -> Floats:
+    first, second = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values need one shape, got {first.shape} and {second.shape}")
+    return first - second
+
+
+def _table(values: ArrayLike) -> Floats:
+    """``(seeds, prompts)``, checked."""
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"expected values of shape (prompts,) or (seeds, prompts), got {np.shape(values)}")
+    if not np.isfinite(table).all():
+        raise ValueError("a value is not finite; leave the prompt out for both sides of a comparison")
+    return table
+
+
+def _resampled_means(table: Floats, resamples: int, seed: int) -> Floats:
+    """Means ``(resamples,)`` of seeds and prompts drawn with replacement."""
+    seeds, prompts = table.shape
+    generator = np.random.default_rng(seed)
+    # How often each seed and prompt is drawn: a resample's mean is then one product.
+    seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    prompt_counts = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    return np.einsum("rs,sp,rp->r", seed_counts, table, prompt_counts, optimize=True) / (seeds * prompts)

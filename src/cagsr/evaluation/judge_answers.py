@@ -1,0 +1,186 @@
+"""Everything that is measured of a finished answer, by judges that share nothing with the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cagsr.errors import CagsrError, ConfigError, ModelError
+from cagsr.evaluation.follow_up import follow_up_nll, load_judge
+from cagsr.evaluation.held_out import REFERENCE_COLUMNS
+from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
+from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, column_texts, first_column, prompt_words
+from cagsr.evaluation.relevance import embedding_relevance, load_encoder
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.reward.functions import import_dotted
+from cagsr.reward.model import load_reward_model
+
+Floats = NDArray[np.float64]
+
+BUILT_IN = (
+    "rouge_l",
+    "lexical_relevance",
+    "embedding_relevance",
+    "follow_up_perplexity",
+    "follow_up_nll",
+    "reward_model",
+    "repetition",
+    "words",
+)
+"""Names of measures that a checker can't take."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What judges the answers, besides the measures that need nothing; None: not measured."""
+
+    checker: str | None = None
+    """Dotted path of f(prompts, completions, **columns) -> a number for each answer, or a dict of named numbers."""
+    judge_model: str | None = None
+    """Decoder-only model for the follow-up perplexity."""
+    embedding_model: str | None = None
+    """sentence-transformers model for the relevance of an answer to its prompt."""
+    reward_model: str | None = None
+    """Reward model that no side was trained with."""
+    follow_up_column: str | None = None
+    """Column of the true follow-up; None: follow_up, else the first reference."""
+
+
+class AnswerJudge:
+    """Loads the judges once and measures answers as often as asked.
+
+    Args:
+        judges: which.
+        device: where models run.
+
+    Raises:
+        ConfigError: a checker that can't be imported, or sentence-transformers is missing.
+        ModelError: a model that can't be loaded.
+    """
+
+    def __init__(self, judges: Judges, device: torch.device | str = "cpu") -> None:
+        self.judges = judges
+        self._checker = None if judges.checker is None else _load_checker(judges.checker)
+        self._encoder = None if judges.embedding_model is None else load_encoder(judges.embedding_model, device)
+        self._judge = None if judges.judge_model is None else load_judge(judges.judge_model, device)
+        self._reward_model = None
+        if judges.reward_model is not None:
+            try:
+                self._reward_model = load_reward_model(judges.reward_model, device)
+            except ModelError as error:
+                raise ModelError(str(error).replace("reward.models:", "--reward_model:")) from error
+
+    def measure(self, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> dict[str, Floats]:
+        """Measure answers, one prompt for each.
+
+        Always: ``lexical_relevance`` (words weighted over the prompts handed in), ``repetition`` (3-grams), ``words``.
+        With references in the rows: ``rouge_l``. With the judges: the checker's own names (for plain numbers the name of
+        the function), ``embedding_relevance``, ``follow_up_perplexity`` and its logarithm ``follow_up_nll``,
+        ``reward_model`` (its raw score).
+
+        Args:
+            prompts: of the prompts only the text and the columns are used.
+            completions: the answers.
+
+        Returns:
+            Name -> ``(answers,)`` float64, NaN where the row lacks what the measure needs.
+
+        Raises:
+            ConfigError: the checker fails, or gives something other than one number or dict for each answer.
+            DataError: a reference of an unknown form; ``follow_up_column`` is in no row.
+            ModelError: a text is longer than a judge reads.
+        """
+        rows = [encoded.prompt for encoded in prompts]
+        texts = [prompt_words(prompt) for prompt in rows]
+        found = {} if self._checker is None else self._check(rows, completions)
+        references = column_texts(rows, first_column(rows, REFERENCE_COLUMNS))
+        if any(references):
+            found["rouge_l"] = np.array(
+                [rouge_l(text, own) if own else np.nan for text, own in zip(completions, references, strict=True)]
+            )
+        weights = word_weights(list(dict.fromkeys(texts)))
+        pairs = list(zip(texts, completions, strict=True))
+        found["lexical_relevance"] = np.array([lexical_relevance(prompt, text, weights) for prompt, text in pairs])
+        if self._encoder is not None:
+            found["embedding_relevance"] = embedding_relevance(self._encoder, texts, completions)
+        if self._judge is not None:
+            own = column_texts(rows, self._follow_up_column(rows))
+            nll = follow_up_nll(self._judge, rows, completions, [texts[0] if texts else None for texts in own])
+            if np.isfinite(nll).any():
+                found |= {"follow_up_perplexity": np.exp(nll), "follow_up_nll": nll}
+        if self._reward_model is not None:
+            found["reward_model"] = self._reward_model.score(rows, completions).double().numpy()
+        found["repetition"] = np.array([repetition(text) for text in completions])
+        found["words"] = np.array([float(length_in_words(text)) for text in completions])
+        return found
+
+    def left_out(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
+        """What is not measured of answers to these prompts, and why, in a few words each."""
+        rows = [encoded.prompt for encoded in prompts]
+        lacking = []
+        if first_column(rows, REFERENCE_COLUMNS) is None:
+            lacking.append("ROUGE-L (no row has references, reference or completion)")
+        if self._checker is None:
+            lacking.append("the task's own checks (no --checker)")
+        if self._encoder is None:
+            lacking.append("embedding relevance (no --embedding_model)")
+        if self._judge is None:
+            lacking.append("follow-up perplexity (no --judge_model)")
+        elif self._follow_up_column(rows) is None:
+            lacking.append(f"follow-up perplexity (no row has {', '.join(FOLLOW_UP_COLUMNS)})")
+        return lacking
+
+    def _follow_up_column(self, rows: Sequence[Prompt]) -> str | None:
+        column = self.judges.follow_up_column
+        if column is None:
+            return first_column(rows, FOLLOW_UP_COLUMNS)
+        if first_column(rows, [column]) is None:
+            raise ConfigError(f"--follow_up_column {column}: no row has anything in it; name another column.")
+        return column
+
+    def _check(self, rows: Sequence[Prompt], completions: Sequence[str]) -> dict[str, Floats]:
+        path = str(self.judges.checker)
+        names = {name for prompt in rows for name in prompt.columns} - {"prompts", "completions"}
+        columns = {name: [prompt.columns.get(name) for prompt in rows] for name in sorted(names)}
+        assert self._checker is not None
+        try:
+            values = list(self._checker([prompt.text for prompt in rows], list(completions), **columns))
+        except CagsrError:
+            raise
+        except Exception as error:  # a user's code can raise anything; the cause stays attached
+            raise ConfigError(
+                f"--checker {path}: failed with {type(error).__name__}: {error}; it is called as "
+                "f(prompts, completions, **columns) and returns a number, or a dict of numbers, for each answer."
+            ) from error
+        if len(values) != len(completions):
+            raise ConfigError(f"--checker {path}: gave {len(values)} values for {len(completions)} answers.")
+        return _columns_of(values, path)
+
+
+def _load_checker(path: str) -> Any:
+    function = import_dotted(path, "--checker")
+    if not callable(function):
+        raise ConfigError(f"--checker {path}: is {type(function).__name__}, not a function.")
+    return function
+
+
+def _columns_of(values: Sequence[Any], path: str) -> dict[str, Floats]:
+    """A checker's values as one array for each name; None and names that an answer lacks become NaN."""
+    named = [value if isinstance(value, Mapping) else {path.rpartition(".")[2]: value} for value in values]
+    found: dict[str, Floats] = {}
+    for name in dict.fromkeys(str(key) for value in named for key in value):
+        if name in BUILT_IN:
+            raise ConfigError(f"--checker {path}: '{name}' is the name of a measure of ours; give it another name.")
+        column = [value.get(name) for value in named]
+        try:
+            found[name] = np.array([np.nan if one is None else float(one) for one in column])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--checker {path}: '{name}' holds something that is no number ({error}).") from error
+        if np.isinf(found[name]).any():
+            raise ConfigError(f"--checker {path}: '{name}' is infinite for an answer; give a finite number or None.")
+    return found

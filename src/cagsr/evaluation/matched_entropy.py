@@ -1,0 +1,186 @@
+"""The sharpening control: another model sampled at the temperature at which it is as peaked as this one.
+
+A policy that only became more peaked looks better at temperature 1 for that reason alone (method.md, section 3). So a
+trained model is compared with its start at *matched entropy*: the temperature at which the start's own samples have the
+trained model's entropy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from cagsr.config import SamplingConfig
+from cagsr.errors import ModelError
+from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.flow import EncodedPrompt, Rollout
+from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.load import LoadedModel
+from cagsr.update.score import length_sorted_chunks
+from cagsr.update.statistics import token_entropy
+
+Floats = NDArray[np.float64]
+
+_FIRST_SLOPE = 2.5
+"""First guess of d log(entropy) / d log(temperature), as a small model of E2E NLG has it."""
+_SECANTS = 8
+"""Rounds of the secant method before Brent's takes over."""
+_LOGITS_AT_ONCE = 2**25
+"""Numbers in one micro-batch's logits (128 MiB as float32), so that a large vocabulary does not fill the memory."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers, those to one prompt in a row, with what sampling saw; every array ``(answers,)`` float64."""
+
+    texts: tuple[str, ...]
+    entropy: Floats
+    """Mean over the answer's tokens of the entropy of ``softmax(logits / temperature)``, nats; at temperature 0, where
+    that is zero, of ``softmax(logits)``."""
+    tokens: Floats
+    """Sampled tokens, the stop token included."""
+    ended: Floats
+    """1 where the answer stopped by itself, 0 where it was cut."""
+
+
+def answers_at(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    seed: int,
+    batch_size: int = 256,
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> Answers:
+    """Answer every prompt ``sampling.num_generations`` times and read the entropies in one teacher-forced pass.
+
+    The same seed, prompts and batch size give the same random numbers at every temperature (the sampler draws one
+    exponential variate for each token of the vocabulary and takes the largest ratio), so that two temperatures, or two
+    models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in
+    the entropy. The global random generators are left as they were.
+
+    Args:
+        loaded: any loaded model, encoder-decoder ones too.
+        prompts: encoded with this model's tokenizer.
+        sampling: temperature (0 is greedy), answers per prompt, lengths, filters.
+        seed: of the sampling.
+        batch_size: answers at once, at least one prompt's.
+        advance: told how many prompts are done, after each batch.
+
+    Returns:
+        The answers in the order of ``prompts``, ``num_generations`` to each in a row.
+    """
+    many = sampling.num_generations
+    # Prompts of like length together: little padding. The order is the same at every temperature.
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))
+    total = len(prompts) * many
+    texts = [""] * total
+    entropy, tokens, ended = (np.zeros(total) for _ in range(3))
+    start = 0
+    ordered = [prompts[number] for number in order]
+    for some, rollout in sample_in_batches(loaded, ordered, sampling, seed, max(1, batch_size // many)):
+        places = [number * many + draw for number in order[start : start + len(some)] for draw in range(many)]
+        start += len(some)
+        for place, text in zip(places, rollout.completions, strict=True):
+            texts[place] = text
+        entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0)
+        tokens[places] = rollout.response_mask.sum(dim=1).cpu().numpy()
+        ended[places] = rollout.ended.cpu().numpy()
+        if advance is not None:
+            advance(len(some))
+    return Answers(tuple(texts), entropy, tokens, ended)
+
+
+@torch.no_grad()
+def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> Floats:
+    """Mean over each answer's tokens of the entropy of ``softmax(logits / temperature)``, nats; ``(batch,)`` float64.
+
+    One teacher-forced pass over prompt + answer, in micro-batches of answers of like length.
+    """
+    width = rollout.response_ids.shape[1]
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
+    result = np.zeros(len(rollout.completions))
+    with loaded.autocast():
+        for index in length_sorted_chunks(rollout, size):
+            inputs = PassInputs.of(rollout).rows(index)
+            logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+            found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
+            mean = found.double().sum(dim=1) / inputs.response_mask.sum(dim=1)
+            result[index.cpu().numpy()] = mean.cpu().numpy()
+    return result
+
+
+def matching_temperature(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    target_entropy: float,
+    seed: int,
+    batch_size: int = 256,
+    low: float = 0.2,
+    high: float = 1.5,
+    tolerance: float = 0.005,
+    *,
+    known: Mapping[float, float] | None = None,
+) -> float:
+    """Find the temperature at which a model's own samples have a given entropy.
+
+    Entropy is the mean over answers of each answer's mean token entropy, as ``answers_at(...).entropy.mean()`` gives it:
+    hand in the prompts, the sampling (its temperature is ignored), the seed and the batch size that the target was
+    measured with. All temperatures see the same random numbers, so entropy is a smooth function of temperature, close to
+    a power of it: the secant method on the logarithms, from temperature 1, is there after three or four rounds of
+    sampling. Where it isn't, Brent's method between ``low`` and ``high`` takes over.
+
+    Args:
+        loaded: the model that is brought to the target.
+        prompts: encoded with this model's tokenizer.
+        sampling: answers per prompt, lengths, filters.
+        target_entropy: nats per token, above 0.
+        seed: of the sampling.
+        batch_size: answers at once.
+        low: lowest temperature.
+        high: highest temperature.
+        tolerance: of the temperature.
+        known: entropies already measured under the same conditions, by temperature; one at 1.0 saves a round.
+
+    Raises:
+        ModelError: the target lies outside what temperatures between ``low`` and ``high`` give.
+    """
+    if not target_entropy > 0:
+        raise ModelError(f"{loaded.path}: no temperature above 0 gives an entropy of {target_entropy:g} nats.")
+    found = {at: math.log(max(entropy, 1e-12) / target_entropy) for at, entropy in (known or {}).items()}
+
+    def error(temperature: float) -> float:
+        """Logarithm of the samples' entropy over the target."""
+        if temperature not in found:
+            at = dataclasses.replace(sampling, temperature=temperature)
+            entropy = float(answers_at(loaded, prompts, at, seed, batch_size).entropy.mean())
+            found[temperature] = math.log(max(entropy, 1e-12) / target_entropy)
+        return found[temperature]
+
+    before = min(max(1.0, low), high)
+    here = min(max(before * math.exp(-error(before) / _FIRST_SLOPE), low), high)
+    for _ in range(_SECANTS):
+        if low < here < high and abs(here - before) < tolerance:
+            return here
+        if here == before:  # wants to leave the interval
+            break
+        slope = (error(here) - error(before)) / math.log(here / before)
+        if not slope > 0:
+            break
+        before, here = here, min(max(here * math.exp(-error(here) / slope), low), high)
+    if error(low) > 0 or error(high) < 0:
+        raise ModelError(
+            f"{loaded.path}: an entropy of {target_entropy:.3f} nats per token is not reached at temperatures between "
+            f"{low:g} ({target_entropy * math.exp(error(low)):.3f}) and {high:g} "
+            f"({target_entropy * math.exp(error(high)):.3f})."
+        )
+    return float(brentq(error, low, high, xtol=tolerance))

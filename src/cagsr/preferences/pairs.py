@@ -1,0 +1,137 @@
+"""Preference rows ``{"prompt", "chosen", "rejected"}`` (TRL's format), read as prompts and two answers each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.flow import Prompt
+from cagsr.prompts.load import load_rows
+from cagsr.prompts.render import render_prompt
+
+PreferenceConfig = RewardModelConfig | DpoConfig
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt, of which somebody or something preferred the first."""
+
+    prompt: Prompt
+    chosen: str
+    """The better answer as text; a plain one with the white space it has in the file."""
+    rejected: str
+    """The worse answer."""
+    where: str
+    """File and row, for messages."""
+
+
+def read_preferences(config: PreferenceConfig, tokenizer: Any, path: str | None = None) -> list[PreferencePair]:
+    """Read all pairs of ``config.data``, or of the file ``path`` with the same columns.
+
+    An answer is text, or a list with one message of the assistant; a prompt is text or chat messages, which go through
+    the tokenizer's chat template.
+
+    Raises:
+        DataError: a row without one of the columns, with an empty answer, with two equal answers, or in another format;
+            the message names file and row.
+        ConfigError: settings of ``data`` that preference pairs can't have.
+    """
+    data = config.data if path is None else replace(config.data, path=path)
+    _check(data)
+    pairs = []
+    for row in load_rows(data):
+        where = f"{row.source}, row {row.number}"
+        prompt = render_prompt(row.values, row.number, data, SalienceConfig(), tokenizer, source=row.source)
+        chosen, rejected = (
+            _answer(prompt, column, flag, where)
+            for column, flag in (
+                (config.chosen_column, "--chosen_column"),
+                (config.rejected_column, "--rejected_column"),
+            )
+        )
+        if chosen.split() == rejected.split():
+            raise DataError(f"{where}: the chosen and the rejected answer are the same; remove the row.")
+        pairs.append(PreferencePair(prompt, chosen, rejected, where))
+    return pairs
+
+
+def encode_all(
+    pairs: Sequence[PreferencePair],
+    encode: Callable[[PreferencePair], dict[str, list[int]]],
+    length: Callable[[dict[str, list[int]]], int],
+    config: PreferenceConfig,
+    limit: int | None,
+) -> tuple[list[dict[str, Any]], int]:
+    """Encode pairs and apply the length limit as ``config.long_pairs`` says.
+
+    Returns:
+        The encoded pairs, each with its ``length`` in tokens, and how many were dropped.
+
+    Raises:
+        DataError: a pair longer than ``limit`` tokens (unless they are dropped), or none left.
+    """
+    encoded: list[dict[str, Any]] = []
+    dropped = 0
+    for pair in pairs:
+        ids = encode(pair)
+        tokens = length(ids)
+        if limit is not None and tokens > limit:
+            if config.long_pairs == "error":
+                raise DataError(
+                    f"{pair.where}: prompt and answer are {tokens} tokens long, the limit is {limit}; shorten them, raise "
+                    "--max_length up to the model's context, or set --long_pairs drop."
+                )
+            dropped += 1
+            continue
+        encoded.append({**ids, "length": tokens})
+    if not encoded:
+        raise DataError(f"{config.data.path}: all {dropped} pairs are longer than {limit} tokens and were dropped.")
+    return encoded, dropped
+
+
+BY_LENGTH = {
+    # Pairs of like length make a batch: a third less to compute, as answers differ much in length.
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "length",
+    "remove_unused_columns": False,
+}
+"""Arguments of transformers' Trainer for what ``encode_all`` gives."""
+
+
+def _check(data: DataConfig) -> None:
+    if data.streaming:
+        raise ConfigError(
+            "--data.streaming: preference pairs are shuffled and read whole; use --data.limit for large sets."
+        )
+    if data.split_text:
+        raise ConfigError("--data.split_text: a preference row has its answers in columns; leave it at 0.")
+
+
+def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
+    if column not in prompt.columns:
+        present = ", ".join(prompt.columns) or "none"
+        raise DataError(
+            f"{where}: no column '{column}' (columns besides the prompt: {present}); a preference row has a prompt, a "
+            f"chosen and a rejected answer; name the column with {flag}."
+        )
+    value = prompt.columns[column]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = _message(value, prompt, column, where)
+    if not isinstance(value, str) and value is not None:
+        raise DataError(f"{where}: column '{column}' must hold text or a list with one chat message.")
+    if not value or not value.strip():
+        raise DataError(f"{where}: the answer in column '{column}' is empty; write one or remove the row.")
+    return value
+
+
+def _message(value: Sequence[Any], prompt: Prompt, column: str, where: str) -> str:
+    if prompt.messages is None:
+        raise DataError(f"{where}: the prompt is text, so column '{column}' must be text too.")
+    if len(value) != 1 or not isinstance(value[0], Mapping) or value[0].get("role") != "assistant":
+        raise DataError(
+            f"{where}: column '{column}' must hold one message of the assistant (the earlier messages belong to the prompt)."
+        )
+    return str(value[0].get("content") or "")

@@ -1,0 +1,203 @@
+"""What every command on one of TRL's trainers shares: its output folder, its arguments, its progress, its last save."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
+from cagsr.configfile import to_yaml
+from cagsr.errors import ConfigError, RunError
+from cagsr.models.load import LoadedModel
+from cagsr.runs.atomic import disk_errors, replace_folder, write_text_atomically
+from cagsr.runs.progress import TrainingProgress
+
+CHECKPOINTS = "checkpoints"
+
+TrainerConfig = SftConfig | RewardModelConfig | DpoConfig
+
+
+def check_trainer_config(config: TrainerConfig, command: str) -> None:
+    """Refuse settings that contradict each other and folders that hold something else, before anything is loaded.
+
+    Raises:
+        ConfigError: settings that exclude each other or are out of range.
+        RunError: the output folder can't be used; ``command`` (as ``sft``) is the only one whose folders may be.
+    """
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
+    micro = config.micro_batch_size or config.batch_size
+    if config.batch_size < 1 or micro < 1 or config.batch_size % micro:
+        raise ConfigError(f"--micro_batch_size {micro} must divide --batch_size {config.batch_size}.")
+    if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
+        raise ConfigError("--steps must be 1 or more and --epochs above 0.")
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: give a folder as --output_dir.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / settings_file(command)).exists():
+        raise RunError(f"{folder} holds files that are no cagsr {command}: choose an empty or new folder.")
+    if not config.resume and not config.overwrite:
+        raise RunError(
+            f"{folder} holds another {command}: go on with it (--resume), replace it (--overwrite) or choose another "
+            "folder."
+        )
+    if config.resume and (folder / "config.json").exists():
+        raise RunError(f"{folder} holds a finished {command}: there is nothing to resume; start anew with --overwrite.")
+
+
+def settings_file(command: str) -> str:
+    """Name of the file that holds a folder's settings and says which command made it."""
+    return f"{command}.yaml"
+
+
+def open_trainer_folder(config: TrainerConfig, command: str) -> str | None:
+    """Make or clear the output folder and write the settings into it; give the checkpoint to go on from."""
+    folder = Path(config.output_dir)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+            # The config goes first: without it the folder is no model any more, whatever happens next.
+            for name in ("config.json", "metrics.json", *(file.name for file in folder.glob("*.safetensors"))):
+                (folder / name).unlink(missing_ok=True)
+        checkpoint = None
+        if config.resume and (folder / CHECKPOINTS).is_dir():
+            checkpoint = get_last_checkpoint(str(folder / CHECKPOINTS))
+        write_text_atomically(folder / settings_file(command), to_yaml(config))
+    return checkpoint
+
+
+def length_limit(config: TrainerConfig, loaded: LoadedModel) -> int | None:
+    """The longest text in tokens: ``--max_length``, else the model's context; None where neither states one.
+
+    Raises:
+        ConfigError: ``--max_length`` is longer than the context.
+    """
+    context = loaded.context_length()
+    if config.max_length is not None and context is not None and config.max_length > context:
+        raise ConfigError(f"--max_length {config.max_length}: the model's context is only {context} tokens.")
+    return config.max_length if config.max_length is not None else context
+
+
+def trainer_arguments(
+    config: TrainerConfig, loaded: LoadedModel, learning_rate: float, logging_steps: int
+) -> dict[str, Any]:
+    """The arguments that transformers' Trainer takes from our settings, whatever is trained."""
+    micro = config.micro_batch_size or config.batch_size
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if config.save_every > 0:
+        saving = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 1}
+    return {
+        "output_dir": str(Path(config.output_dir) / CHECKPOINTS),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.steps if config.steps is not None else -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": config.batch_size // micro,
+        "learning_rate": learning_rate,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share of the steps
+        "lr_scheduler_type": config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup",
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "adam_beta2": 0.98,
+        "bf16": loaded.compute_dtype == torch.bfloat16,
+        "fp16": False,
+        "use_cpu": loaded.device.type == "cpu",
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "disable_tqdm": True,
+        "logging_steps": logging_steps,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        **saving,
+    }
+
+
+def run_trainer(trainer: Any, folder: Path, checkpoint: str | None, notes: Sequence[str], *, quiet: bool) -> None:
+    """Train with the house's progress display in place of transformers' own.
+
+    Raises:
+        RunError: the disk is full or the folder can't be written.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    progress = _Progress(notes)
+    if not quiet:
+        trainer.add_callback(progress)
+    try:
+        with disk_errors(folder):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    """The mean training losses between logged steps, in order."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class _Progress(TrainerCallback):
+    """The house's progress display, driven by transformers' Trainer."""
+
+    def __init__(self, notes: Sequence[str]) -> None:
+        self._notes = notes
+        self._progress: TrainingProgress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress = TrainingProgress(
+            state.max_steps, done=state.global_step, main_process=state.is_world_process_zero
+        )
+        for note in self._notes:
+            self._progress.say(note)
+        self._progress.__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._progress is not None and logs and "loss" in logs:
+            self._progress.step(state.global_step, {"loss": float(logs["loss"])})
+
+    def close(self) -> None:
+        """Take the bar off the terminal, also after an exception."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+
+
+def merged_model(trainer: Any, folder: Path) -> Any:
+    """The trained model without wrappers; with LoRA the adapter is saved to ``adapter/`` and merged into the weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        return model
+    if "ref" in model.peft_config:  # DPOTrainer's own: a frozen copy of the untrained adapter
+        model.delete_adapter("ref")
+    with replace_folder(folder / "adapter") as temporary:
+        model.save_pretrained(temporary)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, texts: dict[str, str]) -> None:
+    """Write a model, its tokenizer and further text files into ``folder``, ``config.json`` last."""
+    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".final-") as temporary_name:
+        temporary = Path(temporary_name)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            file.chmod(0o644)
+            file.replace(folder / file.name)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished training."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""``cagsr compare`` as a user runs it, on tiny models: whole, killed and gone on with, and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tiny
+
+COLOURS = ("red", "blue", "green", "big", "small")
+ANIMALS = ("cat", "dog", "bird", "house", "tree")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A plan with one seed, an RL method, a method after it, and best of N."""
+    tiny.save_model(tmp_path / "ready")
+    rows = [{"prompt": f"tell me about the {colour} {animal}"} for colour in COLOURS for animal in ANIMALS]
+    test = [
+        {"prompt": f"about the {colour} {animal} .", "references": [f"the {colour} {animal}"]}
+        for colour in COLOURS
+        for animal in ANIMALS[:2]
+    ]
+    for name, content in (("train", rows[:20]), ("held_out", rows[20:]), ("test", test)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (tmp_path / "checks.py").write_text(
+        "def words(prompts, completions, **columns):\n    return [float(len(text.split())) for text in completions]\n"
+        "def report(prompts, completions, **columns):\n    return [{'words_said': float(len(c.split()))} for c in completions]\n"
+    )
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "run": {"steps": 2, "batch_size": 3, "save_every": 1},
+                "sampling": {"num_generations": 2, "max_new_tokens": 5},
+                "evaluation": {"every": 1},
+                "model": {"device": "cpu"},
+                "ppo": {"estimator": "rloo"},
+                "reward": {"associations": {"answers": 40, "min_count": 2, "floor": 0.05}},
+            }
+        )
+    )
+    content: dict[str, Any] = {
+        "title": "A tiny comparison",
+        "work": str(tmp_path / "work"),
+        "prepare": ["{python} -c \"import pathlib; pathlib.Path('{work}/prepared').open('a').write('once ')\""],
+        "start": f"{{python}} -c \"import shutil; shutil.copytree('{tmp_path}/ready', '{{output}}')\"",
+        "files": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "held_out", "test")},
+        "judges": {"checker": "checks.report"},
+        "configs": [str(tmp_path / "train.yaml")],
+        "seeds": [0],
+        "base": "ours",
+        "primary": ["words_said", "rouge_l"],
+        "methods": {
+            "ours": {"label": "Ours"},
+            "best": {"kind": "best_of_n", "num_generations": 2},
+            "shorter": {"group": "ablation", "set": {"run.steps": 1}, "after": "ours"},
+        },
+        "contrasts": [["ours", "best"], ["ours", "start"]],
+        "validity": {"prompts": 4, "checkers": {"words": "checks.words"}, "disagreements": 2},
+        "limits": ["Tiny models with random weights."],
+    }
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def start(plan: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(plan.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cagsr.commands.main", "compare", str(plan), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_killed_gone_on_with_and_reported(plan: Path, tmp_path: Path):
+    work = tmp_path / "work"
+    process = start(plan, "--jobs", "1")
+    deadline = time.monotonic() + 120
+    while not (work / "methods" / "ours-seed0" / "checkpoints" / "step-000001").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # the comparison alone: its job must notice
+    process.communicate()
+    done = {file.name for file in work.rglob("done/*.json")}
+    assert {"prepare.json", "start-seed0.json", "method-start-seed0.json"} <= done
+    assert "method-ours-seed0.json" not in done
+
+    said = finish(start(plan, "--jobs", "2"))
+    assert "3 of 7 jobs are done already" in said
+    # the commands that were done were not done again, and the killed run went on from its checkpoint
+    assert (work / "prepared").read_text() == "once "
+    log = (work / "logs" / "method-ours-seed0.log").read_text()
+    assert "Going on from" in log or "starting from the beginning" in log
+    metrics = [
+        json.loads(line) for line in (work / "methods" / "ours-seed0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+
+    report = (work / "report.md").read_text()
+    for expected in (
+        "# A tiny comparison",
+        "## The methods",
+        "Ours",
+        "words_said",
+        "## Where the reward is wrong",
+        "Tiny models with",
+    ):
+        assert expected in report
+    page = (work / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "<script" not in page
+    # the numbers in the table are those of the answers that were judged
+    result = json.loads((work / "results" / "ours-seed0.json").read_text())
+    values = result["values"]["sampled"]["words_said"]
+    assert values == [float(len(text.split())) for text in result["texts"]["sampled"]]
+    assert f"{sum(values) / len(values):.3f}" in report
+
+    again = finish(start(plan, "--report_only"))
+    assert "jobs are done already" not in again
+    assert (work / "report.md").read_text() == report
+
+    # a job that fails is named, the others' results stay, and the exit status says so
+    content = yaml.safe_load(plan.read_text())
+    content["methods"]["broken"] = {"set": {"ppo.learning_rate": -1.0}}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    process = start(plan)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 2
+    assert "7 of 8 jobs are done already" in said
+    assert "method-broken-seed0" in said
+    assert "must be greater than 0" in said
+    assert "Traceback" not in said
+    assert "Not there, because they failed: method-broken-seed0" in (work / "report.md").read_text()
