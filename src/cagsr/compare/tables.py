@@ -206,7 +206,9 @@ def label_points(results: Results, curve: str, measure: str, how: str) -> list[t
 
 
 def label_table(results: Results, measure: str) -> Table | None:
-    """The label curve of people only and of the hybrid, as a table."""
+    """The label curve of people only and of the hybrid, as a table; None where no method is on the people's curve."""
+    if not any(method.curve == "human" for method in results.plan.methods.values()):
+        return None
     rows = []
     for how in (GREEDY, MATCHED, SAMPLED):
         curves = {curve: dict(label_points(results, curve, measure, how)) for curve in ("human", "hybrid")}
