@@ -83,7 +83,7 @@ def method_folder(work: Path, name: str, seed: int) -> Path:
 
 
 def plan_jobs(plan: Plan) -> list[Job]:
-    """Every job of a plan, each after those it needs; those of the main table first, then the others seed by seed.
+    """Every job of a plan, each after those it needs; those of the main table first, then the others, seed by seed.
 
     A comparison that is stopped early has then something of everything.
 
@@ -143,21 +143,22 @@ def plan_jobs(plan: Plan) -> list[Job]:
 
 
 def _in_order_of_weight(plan: Plan, jobs: list[Job]) -> list[Job]:
-    """Main and control methods first, in the plan's order; then labels and ablations, one seed of each before the next."""
+    """Main and control methods first, then labels and ablations; in both one seed of each method before the next."""
     place = {name: number for number, name in enumerate(plan.methods)}
 
-    def rank(job: Job) -> tuple[int, int]:
+    def rank(job: Job) -> tuple[int, int, int]:
         if job.kind == "reward_model":
             return min(rank(user) for user in jobs if job.name in user.needs)
         if job.kind == "validity":
-            return (0, len(place))
+            return (0, 0, len(place))
+        if job.seed is None:
+            return (0, 0, -1)
         if job.kind != "method" or job.target == START:
-            return (0, -1)
-        assert job.seed is not None
+            return (0, plan.seeds.index(job.seed), -1)
         method = plan.methods[job.target]
         main = method.group in ("main", "control")
         after = place.get(method.after or "", 0)
-        return (0 if main else 1 + plan.seeds.index(job.seed), max(place[job.target], after))
+        return (0 if main else 1, plan.seeds.index(job.seed), max(place[job.target], after))
 
     return sorted(jobs, key=rank)
 
