@@ -229,7 +229,7 @@ def reward_models(results: Results) -> Table | None:
     """Held-out accuracy of every reward model."""
     rows = []
     for name, found in results.accuracies().items():
-        accuracies = [row["accuracy"] for row in found if row.get("accuracy") is not None]
+        accuracies = [row["held_out"]["accuracy"]["mean"] for row in found if row.get("held_out")]
         pairs = found[0].get("pairs")
         source = "people" if results.plan.reward_models[name].human else "machine"
         accuracy = f"{np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})" if accuracies else ""
@@ -240,7 +240,7 @@ def reward_models(results: Results) -> Table | None:
         "Reward models",
         ("reward model", "pairs from", "pairs", "seeds", "held-out accuracy"),
         tuple(rows),
-        "Share of held-out pairs in which the preferred answer scores higher: mean over seeds, and the range.",
+        "Share of a prompt's held-out pairs in which the preferred answer scores higher, mean over prompts; mean over seeds, and the range.",
     )
 
 

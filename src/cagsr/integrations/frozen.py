@@ -1,0 +1,148 @@
+"""Score texts with a frozen model loaded from a path: for loops whose reward functions run apart from the policy.
+
+verl and OpenRLHF call a reward function in a process, often on a machine, that has no policy. What it can read there is the
+attention of a frozen model, the one that training starts from (``attention.source`` ``reference``): a signal that the policy
+can't move by moving its attention, and that does not follow the policy either. And both hand over one answer at a time, so
+there is no mean of a prompt's answers to subtract: rewards are raw weighted sums, which these loops normalise themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from torch import Tensor
+
+from cagsr.commands.inputs import read_frequency
+from cagsr.commands.parse import parse_command
+from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.evaluation.scorer import Response, encode_response
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.integrations.live import LiveScorer
+from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
+from cagsr.integrations.weigh import weighted_sum
+from cagsr.models.load import load_model
+from cagsr.prompts.load import load_rows
+
+VARIABLE = "CAGSR_REWARD_CONFIG"
+"""Environment variable with the path of the YAML file of settings."""
+
+_one_at_a_time = threading.Lock()
+"""Both loops call from several threads; the attention is read through a place that all threads share."""
+
+
+@dataclass(frozen=True)
+class _Data(DataConfig):
+    path: str = ""
+    """The prompts that are trained on: in them words are counted for IDF. Empty: none."""
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """The YAML file: the same sections as for ``cagsr train``, whose other settings are left out."""
+
+    model: ModelConfig
+    data: _Data = field(default_factory=_Data)
+    salience_from: str | None = None
+    """Folder of a cagsr train run whose IDF table is used instead of counting in ``data``."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    batch_size: int = 32
+    """Answers in memory at once."""
+
+
+class FrozenScorer:
+    """A frozen model, the prompts that its words are counted in, and the reward.
+
+    Args:
+        config: all settings.
+
+    Raises:
+        ConfigError: ``reward.normalize`` is not ``none``, or there is nothing to count words in.
+        ModelError, DataError, RunError: the model, the prompts or the run can't be read.
+    """
+
+    def __init__(self, config: FrozenConfig) -> None:
+        if config.reward.normalize != "none":
+            raise ConfigError(
+                f"reward.normalize is {config.reward.normalize}, but verl and OpenRLHF hand over one answer at a time: set "
+                "reward.normalize: none, and let their estimator (grpo, rloo) scale."
+            )
+        if config.salience.weighting == "idf" and not config.data.path and config.salience_from is None:
+            raise ConfigError(
+                "salience.weighting idf counts words in the prompts: name them with data.path (or salience_from), or set "
+                "salience.weighting: uniform."
+            )
+        self.loaded = load_model(config.model, for_training=False)
+        self.scorer = LiveScorer(
+            self.loaded,
+            config.reward,
+            # The one model here is the reference.
+            AttentionConfig(layers=config.attention.layers, heads=config.attention.heads),
+            config.salience,
+            micro_batch_size=config.batch_size,
+        )
+        self.encoder = PromptEncoder(
+            self.loaded.tokenizer,
+            config.salience,
+            source=config.data.path or "prompts",
+            frequency=read_frequency(config.salience_from),
+        )
+        self.known: dict[str, Prompt] = {}
+        """The prompts of ``data`` by the text that the model reads."""
+        if config.data.path:
+            self.known = self.encoder.fit(_prompts(config.data))
+
+    def terms(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reward, ``(answers,)``, and the raw terms it is the weighted sum of; may be called from several threads.
+
+        Raises:
+            RewardError: a term fails or gives a number that is not finite.
+        """
+        with _one_at_a_time:
+            raw = self.scorer.terms(prompts, responses)
+        return weighted_sum(raw, self.scorer.weights), raw
+
+    def response(self, prompt: EncodedPrompt, text: str) -> Response:
+        """An answer of which only the text is known: tokenised anew, and taken as one that ended by itself."""
+        response = encode_response(self.loaded, prompt, text)
+        # An answer of no text is one that stopped at once.
+        return response if response.ids else Response(text, self.loaded.stop_ids[:1], True)
+
+
+@lru_cache(maxsize=4)
+def _scorer(path: str) -> FrozenScorer:
+    return FrozenScorer(parse_command(FrozenConfig, ["--config", path], prog="cagsr.integrations"))
+
+
+def frozen_scorer(path: str | None = None) -> FrozenScorer:
+    """The scorer of a YAML file (see :class:`FrozenConfig`), loaded at the first call and kept.
+
+    Args:
+        path: the file; None: what the environment variable ``CAGSR_REWARD_CONFIG`` names.
+
+    Raises:
+        ConfigError: neither is given, or the file can't be used.
+    """
+    path = path or os.environ.get(VARIABLE)
+    if not path:
+        raise ConfigError(f"No settings for the attention reward: put the path of a YAML file in {VARIABLE}.")
+    with _one_at_a_time:
+        return _scorer(path)
+
+
+def _prompts(data: DataConfig) -> Iterator[GivenPrompt]:
+    for row in load_rows(data):
+        if not row.values.get(data.prompt_column):
+            raise DataError(
+                f"{row.source}, row {row.number}: no prompt in the column '{data.prompt_column}'; name another with "
+                "data.prompt_column."
+            )
+        yield row.values[data.prompt_column]

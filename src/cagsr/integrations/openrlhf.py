@@ -1,0 +1,70 @@
+"""The attention reward as a custom reward function of OpenRLHF: ``reward_func`` with OpenRLHF's own signature.
+
+OpenRLHF imports this file by its path (``--reward.remote_url``, formerly ``--remote_rm_url``) and calls ``reward_func`` from
+threads of a process without the policy; the attention is that of a frozen model (:mod:`cagsr.integrations.frozen`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cagsr.errors import DataError
+from cagsr.evaluation.scorer import Response
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.integrations.frozen import FrozenScorer, frozen_scorer
+
+
+def reward_func(
+    queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **kwargs: Any
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Score answers.
+
+    Args:
+        queries: prompt and answer as one text each, special tokens written out.
+        prompts: the prompts, as texts after the chat template.
+        labels: make no difference: the reward has no labels.
+        kwargs: ``config``, the path of the YAML file; else the environment variable ``CAGSR_REWARD_CONFIG``.
+
+    Returns:
+        ``rewards`` ``(answers,)`` float32, the weighted sums of raw terms; ``scores``, the same (they are no shares between 0
+        and 1: leave dynamic filtering off); ``extra_logs``, each term by its name, ``(answers,)``.
+
+    Raises:
+        DataError: a query that does not begin with its prompt, or a prompt that can't be used.
+        ConfigError, ModelError: the settings or the model can't be used.
+    """
+    scorer = frozen_scorer(kwargs.get("config"))
+    pairs = [
+        _pair(scorer, row, query, prompt) for row, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
+    ]
+    rewards, terms = scorer.terms([prompt for prompt, _ in pairs], [response for _, response in pairs])
+    assert len(rewards) == len(queries)
+    return {"rewards": rewards, "scores": rewards.clone(), "extra_logs": dict(terms)}
+
+
+def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[EncodedPrompt, Response]:
+    """Prompt and answer as tokens: the prompt's own, then what the whole text has beyond them."""
+    # What a prompt file renders to this text knows its template; OpenRLHF puts no BOS before it.
+    known = scorer.known.get(prompt) or Prompt(row + 1, prompt)
+    encoded = scorer.encoder.encode_rendered(known, add_special_tokens=False)
+    tokenizer, count = scorer.loaded.tokenizer, len(encoded.ids)
+    ids = tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"]
+    if tuple(ids[:count]) != encoded.ids:
+        ids = list(encoded.ids) + _apart(tokenizer, query, prompt, encoded)
+    answer = tuple(int(token) for token in ids[count:]) or scorer.loaded.stop_ids[:1]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return encoded, Response(text, answer, answer[-1] in scorer.loaded.stop_ids)
+
+
+def _apart(tokenizer: Any, query: str, prompt: str, encoded: EncodedPrompt) -> list[int]:
+    """The answer's tokens where its first one merges with the prompt's last: tokenised alone."""
+    for prefix in (prompt, tokenizer.decode(list(encoded.ids), skip_special_tokens=False)):
+        if query.startswith(prefix):
+            return list(tokenizer(query[len(prefix) :], add_special_tokens=False, verbose=False)["input_ids"])
+    raise DataError(
+        f"the query {query[:60]!r} does not begin with its prompt {prompt[:60]!r}: was the prompt cut? Raise the longest "
+        "prompt, or drop long ones."
+    )

@@ -1,0 +1,115 @@
+"""Prompts as other loops hand them over, to tokens with the words that matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cagsr.config import DataConfig, SalienceConfig
+from cagsr.errors import ConfigError, DataError
+from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.prompts.encode import TextEncoder
+from cagsr.prompts.pool import pool_words
+from cagsr.prompts.render import render_prompt
+from cagsr.prompts.salience import DocumentFrequency, salient_words
+
+GivenPrompt = str | Sequence[Mapping[str, Any]]
+"""A prompt as the loops hand it over: text, or a list of chat messages."""
+
+
+@dataclass
+class PromptEncoder:
+    """Prompts as the loops hand them over, to tokens with the words that matter; each prompt is encoded once.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        salience: which words matter; ``spans`` and markers are refused, because these loops hand over no spans.
+        source: where the prompts come from, for messages.
+        columns: handed to the chat template (``tools``, ``chat_template_kwargs``).
+
+    Raises:
+        ConfigError: ``salience`` asks for spans.
+        ModelError: the tokenizer has no offsets.
+    """
+
+    tokenizer: Any
+    salience: SalienceConfig
+    source: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    frequency: DocumentFrequency | None = None
+    _encoded: dict[str, EncodedPrompt] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.salience.weighting == "spans" or self.salience.markers is not None:
+            raise ConfigError(
+                "salience.weighting spans and salience.markers are not available inside other loops, which hand over prompts "
+                "without spans: use idf or uniform."
+            )
+        self._texts = TextEncoder(self.tokenizer)
+
+    @staticmethod
+    def key(prompt: GivenPrompt) -> str:
+        """A text that is equal for equal prompts."""
+        return prompt if isinstance(prompt, str) else json.dumps([dict(one) for one in prompt], sort_keys=True)
+
+    def render(self, prompt: GivenPrompt, row: int = 0) -> Prompt:
+        """The prompt as the text that the model reads.
+
+        Raises:
+            DataError: it is empty, of another form, or the chat template can't render it.
+        """
+        value = prompt if isinstance(prompt, str) else [dict(one) for one in prompt]
+        data = DataConfig(path=self.source)
+        rendered = render_prompt({**self.columns, "prompt": value}, row, data, self.salience, self.tokenizer)
+        return replace(rendered, columns={})
+
+    def fit(self, prompts: Iterable[GivenPrompt]) -> dict[str, Prompt]:
+        """Count in how many prompts each word occurs and encode them all, so that bad ones show at once.
+
+        A frequency that was given stays.
+
+        Returns:
+            The prompts, by the text that the model reads.
+
+        Raises:
+            DataError: a prompt that can't be used, by its number, or no prompt at all.
+        """
+        keyed: dict[str, Prompt] = {}
+        rendered = []
+        for row, prompt in enumerate(prompts, start=1):
+            key = self.key(prompt)
+            if key not in keyed:
+                keyed[key] = self.render(prompt, row)
+            rendered.append(keyed[key])
+        if not rendered:
+            raise DataError(f"{self.source}: no prompt there; words can't be weighed.")
+        self.frequency = self.frequency or DocumentFrequency.fit(rendered)
+        self._encoded = {key: self.encode_rendered(prompt) for key, prompt in keyed.items()}
+        return {prompt.text: prompt for prompt in rendered}
+
+    def encode(self, prompt: GivenPrompt, row: int = 0) -> EncodedPrompt:
+        """Tokens and salient words of a prompt; ``row`` opens the message if it can't be used.
+
+        Raises:
+            DataError: it can't be rendered, or no word of it matters.
+        """
+        key = self.key(prompt)
+        if key not in self._encoded:
+            self._encoded[key] = self.encode_rendered(self.render(prompt, row))
+        return self._encoded[key]
+
+    def encode_rendered(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> EncodedPrompt:
+        """Tokens and salient words of rendered text.
+
+        Args:
+            prompt: what :meth:`render` gave.
+            add_special_tokens: let the tokenizer put its BOS before the text; None: for plain prompts only.
+        """
+        where = f"{self.source}, row {prompt.row}"
+        special = prompt.messages is None if add_special_tokens is None else add_special_tokens
+        tokens = self._texts.encode(prompt.text, add_special_tokens=special)
+        # Without a count every word is as rare as any other.
+        frequency = self.frequency or DocumentFrequency.fit([prompt])
+        return pool_words(prompt, tokens, salient_words(prompt, self.salience, frequency, where), self.salience, where)

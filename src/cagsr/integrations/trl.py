@@ -1,0 +1,312 @@
+"""The attention reward as a reward function of TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
+
+TRL hands a reward function texts and token ids, never the model. ``bind(trainer)`` gives it the trainer's policy::
+
+    reward = AttentionReward()
+    trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=dataset)
+    reward.bind(trainer)
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig
+from cagsr.errors import CagsrError, ConfigError, DataError, RewardError
+from cagsr.evaluation.scorer import Response
+from cagsr.flow import EncodedPrompt
+from cagsr.integrations.live import FrozenModel, LiveScorer
+from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
+from cagsr.integrations.weigh import RunningWeights, weighted_sum
+from cagsr.models.load import LoadedModel
+from cagsr.models.reference import Reference
+from cagsr.prompts.render import text_of
+from cagsr.reward.build import check_reward_config
+
+STATE_KEY = "cagsr_attention_reward"
+"""Under which the running scale lies in a checkpoint's ``trainer_state.json``."""
+
+
+class AttentionReward:
+    """The attention reward, computed from the attention of the policy that TRL trains (or of the model it started from).
+
+    In training each term is centred within its prompt's answers and divided by its running standard deviation
+    (``reward.normalize`` ``within_prompt``, the default), as in ``cagsr train``: GRPO and RLOO compare the answers to one
+    prompt and centre the sum again, but they can't bring the terms of a sum to one scale, so without it the weights would
+    mean something else than in cagsr. Its price: the mean that TRL logs as ``rewards/attention_reward/mean`` is 0 by
+    construction; the raw terms are logged as ``attention_reward/<term>``. ``normalize="none"`` gives raw weighted sums. In
+    evaluation the rewards are raw weighted sums always, because a mean of 0 says nothing.
+
+    Answers to one prompt may be spread over processes: the raw values are gathered before they are normalised.
+
+    Args:
+        reward: terms and weights; ``functions`` get the row's other columns.
+        attention: which layers and heads, and whose: ``source`` ``policy`` or ``reference`` (one more forward).
+        salience: which words of a prompt matter; not ``spans``.
+        prompts: the prompts in which words are counted for IDF; None: those of the trainer's training set.
+        micro_batch_size: answers in memory at once.
+        name: what TRL logs it under.
+
+    Raises:
+        ConfigError: a reward that can't be used.
+    """
+
+    def __init__(
+        self,
+        reward: RewardConfig | None = None,
+        attention: AttentionConfig | None = None,
+        salience: SalienceConfig | None = None,
+        *,
+        prompts: Sequence[GivenPrompt] | None = None,
+        micro_batch_size: int = 32,
+        name: str = "attention_reward",
+    ) -> None:
+        self.reward = reward or RewardConfig()
+        self.attention = attention or AttentionConfig()
+        self.salience = salience or SalienceConfig()
+        check_reward_config(self.reward)
+        self.__name__ = name
+        self._prompts = prompts
+        self._micro_batch_size = micro_batch_size
+        self._trainer: Any = None
+
+    def bind(self, trainer: Any) -> AttentionReward:
+        """Take the policy, the tokenizer and the prompts from a trainer; call it once, before ``train()``.
+
+        The moments of the running scale are kept in the trainer's checkpoints and taken up again on resuming.
+
+        Args:
+            trainer: a ``GRPOTrainer`` or ``RLOOTrainer``; its model may be wrapped by peft and accelerate.
+
+        Raises:
+            ConfigError: weights sharded over processes, tools or environments, training that has begun, or a streamed
+                training set without ``prompts``.
+            DataError: a prompt of the training set that can't be used, by its row.
+            ModelError: the model's attention can't be read, or the tokenizer has no offsets.
+        """
+        _refuse(trainer)
+        tokenizer = trainer.processing_class
+        encoder = PromptEncoder(
+            tokenizer,
+            self.salience,
+            source="the trainer's prompts",
+            columns={"chat_template_kwargs": dict(trainer.chat_template_kwargs)},
+        )
+        prompts = self._prompts if self._prompts is not None else _training_prompts(trainer, self.salience)
+        if prompts is not None:
+            encoder.fit(prompts)
+        loaded = _loaded(trainer)
+        self._scorer = LiveScorer(
+            loaded,
+            self.reward,
+            self.attention,
+            self.salience,
+            temperature=float(trainer.args.temperature),
+            micro_batch_size=self._micro_batch_size,
+            reference=_reference(trainer, loaded) if self.attention.source == "reference" else None,
+        )
+        self._encoder = encoder
+        self._running = RunningWeights(self._scorer.weights, self.reward.normalize, self.reward.clip)
+        self._trainer = trainer
+        trainer.add_callback(_KeepScale(self._running))
+        return self
+
+    def __call__(
+        self,
+        prompts: Sequence[GivenPrompt],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """Score answers, with TRL's own signature.
+
+        Args:
+            prompts: texts or conversations, one for each answer.
+            completions: the answers, as texts or messages.
+            completion_ids: the sampled tokens; these are scored, not the texts.
+            kwargs: the data's columns as lists, ``trainer_state``, ``log_metric`` and what else TRL gives.
+
+        Returns:
+            One number for each answer; None for an answer without a token.
+
+        Raises:
+            ConfigError: ``bind`` was not called.
+            RewardError, DataError: a term fails, or a prompt can't be used; on every process, if it fails on one.
+        """
+        if self._trainer is None:
+            raise ConfigError("AttentionReward has no policy yet: call reward.bind(trainer) before trainer.train().")
+        raw = self._raw_on_every_process(prompts, completions, completion_ids, kwargs)
+        if (log := kwargs.get("log_metric")) is not None:
+            for name, values in raw.everywhere.items():
+                known = values[torch.isfinite(values)]
+                if len(known):
+                    log(f"{self.__name__}/{name}", float(known.mean()))
+        if self._trainer.model.training and len(raw.group):
+            total = self._running(raw.everywhere, raw.group).total
+        else:
+            total = weighted_sum(raw.everywhere, self._scorer.weights)
+        mine = iter(total[raw.mine].tolist())
+        return [next(mine) if len(ids) else None for ids in completion_ids]
+
+    def _raw_on_every_process(
+        self,
+        prompts: Sequence[GivenPrompt],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Any],
+    ) -> _Gathered:
+        keys: list[str] = []
+        raw: dict[str, list[float]] = {}
+        failure: CagsrError | None = None
+        try:
+            answered = [row for row, ids in enumerate(completion_ids) if len(ids)]
+            encoded = [self._encoded(prompts[row], row, columns, len(prompts)) for row in answered]
+            responses = [self._response(completions[row], completion_ids[row]) for row in answered]
+            found = self._scorer.terms(encoded, responses)
+            keys = [PromptEncoder.key(prompts[row]) for row in answered]
+            raw = {name: values.tolist() for name, values in found.items()}
+        except CagsrError as error:
+            failure = error
+        # All processes learn of a failure together: one that raised alone would leave the others waiting for ever.
+        parts = gather_object([(keys, raw, None if failure is None else str(failure))])
+        if failure is not None:
+            raise failure
+        for _, _, message in parts:
+            if message is not None:
+                raise RewardError(f"the attention reward failed on another process: {message}")
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(key for part in parts for key in part[0]))}
+        group = torch.tensor([numbers[key] for part in parts for key in part[0]], dtype=torch.int64)
+        everywhere = {
+            name: torch.tensor([value for part in parts for value in part[1][name]], dtype=torch.float32)
+            for name in self._scorer.weights
+        }
+        before = sum(len(part[0]) for part in parts[: self._trainer.accelerator.process_index])
+        return _Gathered(everywhere, group, slice(before, before + len(keys)))
+
+    def _encoded(self, prompt: GivenPrompt, row: int, columns: Mapping[str, Any], count: int) -> EncodedPrompt:
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise DataError(
+                "the trainer's prompts: a conversation ends with the assistant, which TRL does not continue; end it with the user."
+            )
+        encoded = self._encoder.encode(prompt, row + 1)
+        own = {
+            key: value[row] for key, value in columns.items() if isinstance(value, list | tuple) and len(value) == count
+        }
+        return dataclasses.replace(encoded, prompt=dataclasses.replace(encoded.prompt, columns=own))
+
+    def _response(self, completion: Any, ids: Sequence[int]) -> Response:
+        tokens = tuple(int(token) for token in ids)
+        return Response(text_of(completion), tokens, tokens[-1] in self._scorer.loaded.stop_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gathered:
+    """Raw values of all processes."""
+
+    everywhere: dict[str, Tensor]  # name -> (answers of all processes,)
+    group: Tensor  # (answers of all processes,) int64
+    mine: slice  # this process's answers among them
+
+
+class _KeepScale(TrainerCallback):
+    """Keeps the moments of the running scale in the trainer's state, which every checkpoint holds as JSON."""
+
+    def __init__(self, running: RunningWeights) -> None:
+        self._function = running.function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the moments of the checkpoint that training is resumed from."""
+        if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
+            self._function.load_state_dict(saved)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the moments where the next checkpoint takes them from."""
+        state.stateful_callbacks[STATE_KEY] = self._function.state_dict()
+
+
+def _refuse(trainer: Any) -> None:
+    accelerator = trainer.accelerator
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    if sharded or (plugin is not None and plugin.zero_stage == 3):
+        raise ConfigError(
+            "AttentionReward reads the policy's attention from a plain forward, which sharded weights (FSDP, ZeRO-3) don't "
+            "give: train with DDP or ZeRO-2."
+        )
+    if getattr(trainer, "tools", None) or getattr(trainer, "environment_factories", None):
+        raise ConfigError(
+            "AttentionReward scores one answer to one prompt, not tool calls and their results: leave out tools and "
+            "environment_factory."
+        )
+
+
+def _training_prompts(trainer: Any, salience: SalienceConfig) -> Iterable[GivenPrompt] | None:
+    dataset = trainer.train_dataset
+    if hasattr(dataset, "__len__"):
+        return (row["prompt"] for row in dataset.select_columns(["prompt"]))
+    if salience.weighting == "idf":
+        raise ConfigError(
+            "Words are weighed by how many prompts hold them, and the training set is streamed: give "
+            "AttentionReward(prompts=[...]) a sample of it, or SalienceConfig(weighting='uniform')."
+        )
+    return None
+
+
+def _loaded(trainer: Any) -> LoadedModel:
+    """The trainer's policy as our scoring pass takes it; the very same module, not a copy."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = trainer.processing_class
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stops = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if tokenizer.eos_token_id is not None:
+        stops.append(tokenizer.eos_token_id)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        path="the trainer's policy",
+        device=trainer.accelerator.device,
+        compute_dtype=torch.bfloat16 if next(model.parameters()).dtype == torch.bfloat16 else torch.float32,
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        stop_ids=tuple(dict.fromkeys(int(token) for token in stops)),
+        lora=hasattr(model, "peft_config"),
+        notes=(),
+    )
+
+
+def _reference(trainer: Any, loaded: LoadedModel) -> FrozenModel:
+    """The model that training started from: TRL's own reference where it has one, else as cagsr's."""
+    if loaded.lora and "ref" in loaded.model.peft_config:
+        return FrozenModel(loaded.model, partial(_starting_adapter, loaded.model))
+    if getattr(trainer, "ref_model", None) is not None:
+        model = trainer.accelerator.unwrap_model(trainer.ref_model)
+        return FrozenModel(model, lambda: nullcontext(model))
+    if trainer.state.global_step > 0:
+        raise ConfigError(
+            "attention.source reference needs the starting model: call reward.bind(trainer) before train()."
+        )
+    own = Reference(loaded)
+    if not loaded.lora:
+        # TRL and accelerate put wrappers on the policy's forward that hold the policy itself: a copy of them would run it.
+        vars(own.module).pop("forward", None)
+    return FrozenModel(own.module, own.model)
+
+
+@contextmanager
+def _starting_adapter(model: Any) -> Iterator[Any]:
+    """TRL's copy of an adapter that was there before training, as its trainers use it."""
+    from trl.trainer.utils import use_adapter
+
+    with use_adapter(model, adapter_name="ref"):
+        yield model

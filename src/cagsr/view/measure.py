@@ -1,0 +1,180 @@
+"""What the answers to one prompt looked at and what the reward made of it: everything the page shows, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cagsr.attention.probe import find_attention_layers
+from cagsr.evaluation.scorer import Response, Scorer, weigh
+from cagsr.flow import EncodedPrompt, RewardBatch
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.explain import explain_salience
+from cagsr.reward.coverage import coverage_gains
+from cagsr.reward.focus import focus
+from cagsr.reward.repetition import repeated_ngrams, without_stop_token
+from cagsr.view.pieces import token_pieces
+from cagsr.view.planes import REWARD, Plane, planes_with_room, read_planes
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with what it looked at."""
+
+    number: int
+    """Its place among the answers as they were given, from 1."""
+    text: str
+    tokens: tuple[str, ...]
+    ended: bool
+    reward: float
+    terms: Mapping[str, float]
+    """Raw values; NaN where a term does not apply."""
+    contributions: Mapping[str, float]
+    """Of the terms with a weight; they sum to the reward."""
+    gains: Floats
+    """``(response,)`` the coverage that each token adds."""
+    focus: Floats
+    """``(response,)`` the focus of each token; its mean is the term."""
+    repeated: tuple[bool, ...]
+    """Tokens that are part of an n-gram said before."""
+    best: Floats
+    """``(words,)`` the best attention that each salient word got."""
+    planes: Mapping[Plane, Floats]
+    """``(response, prompt)`` attention: what the reward reads, and single layers and heads."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One prompt and its answers, the best first."""
+
+    prompt: EncodedPrompt
+    tokens: tuple[str, ...]
+    """Of the prompt."""
+    words: tuple[str, ...]
+    """The salient words."""
+    share: Floats
+    """``(words,)`` share of each in the prompt's salience."""
+    answers: tuple[Answer, ...]
+    weights: Mapping[str, float]
+    layers: tuple[int, ...]
+    """Layers that the reward reads."""
+    planes: tuple[Plane, ...]
+    """Which attention was read, that of the reward first."""
+    threshold: float
+    """Attention at which a word counts as covered."""
+    pooling: str
+    entropy_floor: float
+    ngram: int
+    normalized: bool
+    """Contributions are normalised among these answers; False: weight times the raw value."""
+    model: str
+
+
+def measure(loaded: LoadedModel, prompt: EncodedPrompt, responses: Sequence[Response], scorer: Scorer) -> Measured:
+    """Score answers to one prompt and read what they looked at.
+
+    Several answers are normalised among themselves, as ``cagsr rank`` does it; of a single one a contribution is the
+    weight times the raw value.
+
+    Args:
+        loaded: the model.
+        prompt: the prompt.
+        responses: one answer or more, each with a token or more.
+        scorer: the reward's terms and settings.
+
+    Raises:
+        DataError: an answer of zero tokens.
+        AttentionError: the model's attention can't be read.
+        RewardError: a term fails.
+    """
+    config = scorer.config
+    found = find_attention_layers(loaded.model)
+    elements = len(prompt.ids) * sum(len(response.ids) for response in responses)
+    planes = planes_with_room(found, scorer.reader.layers, elements)
+    batches: list[tuple[RewardBatch, dict[str, Tensor], dict[Plane, Tensor]]] = []
+    for batch, values in scorer.score_texts([prompt] * len(responses), responses):
+        batches.append((batch, values, read_planes(loaded, batch.rollout, found, planes)))
+    raw = {name: torch.cat([values[name] for _, values, _ in batches]) for name in scorer.weights}
+    normalized = len(responses) > 1 and config.normalize != "none"
+    parts = weigh(
+        raw,
+        scorer.weights,
+        normalize=config.normalize if normalized else "none",
+        clip=config.clip,
+        group=torch.zeros(len(responses), dtype=torch.int64),
+    )
+    active = {name: part for name, part in parts.items() if scorer.weights[name] != 0}
+    reward = torch.stack(list(active.values())).sum(dim=0).tolist()
+    answers: list[Answer] = []
+    for batch, _, read in batches:
+        for row in range(len(batch.rollout.completions)):
+            number = len(answers)
+            details = _details(batch, row, scorer)
+            length = len(responses[number].ids)
+            assert batch.attention is not None
+            looked = {REWARD: batch.attention.cpu(), **read}
+            answers.append(
+                Answer(
+                    number=number + 1,
+                    text=responses[number].text,
+                    tokens=tuple(token_pieces(loaded.tokenizer, responses[number].ids)),
+                    ended=responses[number].ended,
+                    reward=reward[number],
+                    terms={name: float(values[number]) for name, values in raw.items()},
+                    contributions={name: float(values[number]) for name, values in active.items()},
+                    planes={plane: _array(attention[row, :length]) for plane, attention in looked.items()},
+                    **details,
+                )
+            )
+    total = sum(prompt.salience)
+    return Measured(
+        prompt=prompt,
+        tokens=tuple(token_pieces(loaded.tokenizer, prompt.ids)),
+        words=tuple(word for word, _ in explain_salience(prompt, loaded.tokenizer)),
+        share=np.array([weight / total for weight in prompt.salience], dtype=np.float32),
+        # sorted is stable: equal answers stay in their order, as in cagsr rank.
+        answers=tuple(sorted(answers, key=lambda answer: -answer.reward)),
+        weights=scorer.weights,
+        layers=tuple(scorer.reader.layers),
+        planes=(REWARD, *planes),
+        threshold=config.coverage.threshold,
+        pooling=scorer.salience.pooling,
+        entropy_floor=config.focus.entropy_floor,
+        ngram=config.repetition.n,
+        normalized=normalized,
+        model=loaded.path,
+    )
+
+
+def _array(values: Tensor) -> Floats:
+    return values.detach().float().cpu().numpy()
+
+
+def _details(batch: RewardBatch, row: int, scorer: Scorer) -> dict[str, Any]:
+    """Everything about one answer of a batch that is read token by token or word by word."""
+    rollout, attention = batch.rollout, batch.word_attention
+    assert attention is not None
+    mask = rollout.response_mask[row : row + 1]
+    length = int(mask.sum())
+    looked, salience = attention[row : row + 1, :length], rollout.prompts.salience[row : row + 1]
+    mask = mask[:, :length]
+    config = scorer.config
+    counted = without_stop_token(mask, rollout.ended[row : row + 1])
+    ends = repeated_ngrams(rollout.response_ids[row : row + 1, :length], counted, config.repetition.n)[0] > 0
+    repeated = [bool(ends[place : place + config.repetition.n].any()) for place in range(length)]
+    # Each token as an answer of its own: the term is the mean over tokens, so these are its summands.
+    alone = focus(looked[0][:, None], salience.expand(length, -1), mask.new_ones(length, 1), config.focus.entropy_floor)
+    return {
+        "gains": _array(coverage_gains(looked, salience, mask, config.coverage.threshold)[0]),
+        "focus": _array(alone),
+        "repeated": tuple(repeated),
+        "best": _array(looked[0].amax(dim=0)),
+    }

@@ -1,0 +1,52 @@
+"""Token ids as the pieces of text they stand for, so that joined pieces read as the text does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 8
+"""Tokens that one character may be split into."""
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Give each token's text, the space before it included.
+
+    A character that is split over several tokens (an emoji in a byte-level vocabulary) is shown by the first of them;
+    the others are empty.
+
+    Args:
+        tokenizer: decodes ids.
+        ids: a prompt or an answer, special tokens included.
+
+    Returns:
+        One text for each id.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    pieces: list[str] = []
+    start = 0
+    while start < len(ids):
+        width = 1
+        text = decode(ids[start : start + 1])
+        while UNFINISHED in text and width < min(LONGEST_CHARACTER, len(ids) - start):
+            longer = decode(ids[start : start + width + 1])
+            width += 1
+            if UNFINISHED not in longer:
+                text = longer
+                break
+        else:
+            width = 1
+        if start > 0:
+            # Many tokenizers drop the space before a piece that is decoded alone: the piece before it brings it back.
+            before = decode(ids[start - 1 : start])
+            both = decode(ids[start - 1 : start + width])
+            if UNFINISHED not in before and both.startswith(before):
+                text = both[len(before) :]
+        pieces += [text, *[""] * (width - 1)]
+        start += width
+    return pieces
