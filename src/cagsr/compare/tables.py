@@ -240,7 +240,7 @@ def reward_models(results: Results) -> Table | None:
         "Reward models",
         ("reward model", "pairs from", "pairs", "seeds", "held-out accuracy"),
         tuple(rows),
-        "Share of a prompt's held-out pairs in which the preferred answer scores higher, mean over prompts; mean over seeds, and the range.",
+        "Share of a prompt's held-out pairs that it ranks right, mean over prompts; mean over seeds, and the range.",
     )
 
 
