@@ -116,6 +116,12 @@ COMMANDS = {
         """\
   cagsr rank --model start --data prompts.jsonl --output best.jsonl""",
     ),
+    "view": Command(
+        "see what answers looked at and what each term gave them: one self-contained HTML page",
+        """\
+  cagsr view --model start --prompt "tell me about the red cat" --answers 4 --out page.html
+  cagsr view --model start --data pairs.jsonl --row 3 --out page.html --png page.png""",
+    ),
 }
 
 INTRODUCTION = """\

@@ -110,7 +110,8 @@ def render_page(measured: Measured) -> str:
     page: str = template.render(
         m=measured,
         answers=[
-            _shown(answer, measured, one["map"] is None) for answer, one in zip(measured.answers, data["answers"])
+            _shown(answer, measured, one["map"] is None)
+            for answer, one in zip(measured.answers, data["answers"], strict=True)
         ],
         notes=_notes(measured, data),
         layers=_several("layer", measured.layers),

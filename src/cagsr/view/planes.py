@@ -70,7 +70,7 @@ def read_planes(
         for plane in planes:
             assert plane.layer is not None
             layer = layers[plane.layer]
-            heads = {layer.number: None if plane.head is None else (plane.head,)}
+            heads: dict[int, tuple[int, ...] | None] = {layer.number: None if plane.head is None else (plane.head,)}
             reading = Reading({layer.module: layer}, heads, region, False, found.model_type)
             readings[plane] = stack.enter_context(reading)
         teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)

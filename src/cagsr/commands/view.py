@@ -1,0 +1,180 @@
+"""``cagsr view``: a page that shows what answers looked at and what each term of the reward gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cagsr.commands.inputs import (
+    OptionalDataConfig,
+    check_sampling,
+    learned_associations,
+    named_associations,
+    read_prompts,
+    say,
+)
+from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cagsr.evaluation.scorer import Response
+    from cagsr.flow import EncodedPrompt
+    from cagsr.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Config:
+    """Show what the answers to one prompt looked at, as a self-contained HTML page."""
+
+    model: ModelConfig
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    row: int = 1
+    """Which row of --data, from 1."""
+    prompt: str | None = None
+    """The prompt, instead of --data."""
+    answers: int = 0
+    """Sample this many answers."""
+    answer: list[str] = field(default_factory=list)
+    """The answers themselves, one text or several."""
+    response_column: str = "completion"
+    """Column of --data with the answer (text or chat messages) or a list of answers; used unless --answers or --answer
+    is given."""
+    out: str | None = None
+    """HTML file for the page; None: view.html, or no page if only --png is given."""
+    png: str | None = None
+    """PNG file for a heat map with the terms as bars."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    salience_from: str | None = None
+    """Folder of a cagsr train run whose IDF table is used; None: IDF over the prompts of --data."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    seed: int = 0
+    """Seeds the sampling."""
+
+
+def run(config: Config) -> None:
+    """Write the page, the picture, or both."""
+    _check(config)
+
+    from cagsr.models.load import load_model
+    from cagsr.reward.build import check_reward_config
+    from cagsr.reward.terms import needs_associations
+    from cagsr.view.notebook import view
+
+    check_reward_config(config.reward)
+    learn = needs_associations(config.reward) and config.reward.associations.path is None
+    if learn and (config.prompt is not None or not config.answers):
+        raise ConfigError(
+            "The reward needs associations: name the file of a training run with --reward.associations.path "
+            "RUN/associations.json (with --data and --answers they can be learned from the file's prompts)."
+        )
+    loaded = load_model(config.model, for_training=False)
+    prompts, notes = read_prompts(
+        config.data,
+        config.prompt,
+        config.salience,
+        config.salience_from,
+        loaded,
+        config.sampling.max_new_tokens if config.answers else 0,
+    )
+    prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
+    answers: int | Sequence[str | Response]
+    answers = config.answers or config.answer or _answers_of(config, loaded, prompt)
+    associations = named_associations(config.reward)
+    if learn:
+        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+    say([*loaded.notes, *notes])
+    try:
+        found = view(
+            loaded,
+            prompt,
+            answers,
+            reward=config.reward,
+            attention=config.attention,
+            salience=config.salience,
+            associations=associations,
+            sampling=replace(config.sampling, num_generations=max(1, config.answers)),
+            seed=config.seed,
+        )
+    except DataError as error:
+        if config.prompt is not None or config.answer:
+            raise
+        raise DataError(f"{config.data.path}, row {config.row}, column '{config.response_column}': {error}") from error
+    out = config.out if config.out is not None or config.png is not None else "view.html"
+    if out is not None:
+        path = found.save(out)
+        say([f"{path}: {path.stat().st_size / 1e6:.2f} MB, open it in a browser."])
+    if config.png is not None:
+        say([f"{found.save_png(config.png)}: the heat map."])
+
+
+def _check(config: Config) -> None:
+    """Refuse flags that contradict each other and files that can't be written, before any work is done."""
+    import os
+
+    if (config.prompt is None) == (config.data.path == ""):
+        raise ConfigError(
+            "Give either --data FILE or --prompt TEXT" + ("." if config.prompt is None else ", not both.")
+        )
+    if config.answers < 0:
+        raise ConfigError(f"--answers {config.answers}: must be 1 or more.")
+    if config.answers and config.answer:
+        raise ConfigError("Give either --answers N to sample or --answer TEXT, not both.")
+    if config.prompt is not None and not config.answers and not config.answer:
+        raise ConfigError("There are no answers to view: give --answers N to sample some, or --answer TEXT.")
+    if config.row < 1:
+        raise ConfigError(f"--row {config.row}: rows count from 1.")
+    if config.prompt is not None and config.row != 1:
+        raise ConfigError("--row names a row of --data; it can't be used with --prompt.")
+    if config.data.streaming:
+        raise ConfigError("--data.streaming: a row can't be looked up in a stream; use --data.limit instead.")
+    check_sampling(config.sampling)
+    for flag, name in (("out", config.out), ("png", config.png)):
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            raise ConfigError(f"--{flag} {name}: is a folder; give the name of a file.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{flag} {name}: the folder {path.parent} does not exist; create it first.")
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"--{flag} {name}: the folder {path.parent} can't be written; choose another one.")
+
+
+def _row(config: Config, prompts: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    """Find the prompt of ``--row``."""
+    for encoded in prompts:
+        if encoded.prompt.row == config.row:
+            return encoded
+    rows = [encoded.prompt.row for encoded in prompts]
+    raise DataError(
+        f"{config.data.path}: there is no row {config.row} among its {len(rows):,} prompts (rows {min(rows)} to "
+        f"{max(rows)}); name another with --row."
+    )
+
+
+def _answers_of(config: Config, loaded: LoadedModel, prompt: EncodedPrompt) -> list[str | Response]:
+    """Take the answers from the prompt's own row, as ``cagsr score`` (one) and ``cagsr rank`` (a list) take them."""
+    from cagsr.evaluation.scorer import encode_response
+    from cagsr.prompts.render import text_of
+
+    columns = prompt.prompt.columns
+    value: Any = columns.get(config.response_column)
+    where = f"{config.data.path}, row {config.row}"
+    if value is None:
+        raise DataError(
+            f"{where}: no answer in column '{config.response_column}'; name the column with --response_column, or give "
+            "--answers N or --answer TEXT."
+        )
+    several = isinstance(value, list) and not all(isinstance(one, Mapping) for one in value)
+    try:
+        texts = [text_of(one) for one in value] if several else [text_of(value)]
+    except DataError as error:
+        raise DataError(f"{where}: column '{config.response_column}': {error}") from error
+    if several:
+        return list(texts)
+    ids, ended = columns.get("completion_ids"), columns.get("ended") is not False
+    return [encode_response(loaded, prompt, texts[0], ended=ended, ids=ids)]
