@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.commands.main import main
-from cagsr.commands.parse import parse_command
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, TrainConfig
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals, collect_signals, layer_choices
@@ -31,6 +30,7 @@ from cagsr.evaluation.recommend import (
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
+from cagsr.parse import parse_command
 from cagsr.prompts.prepare import encode_texts
 
 HERE = Setting("last-2", "sum", 0.3)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cagsr.commands.main import COMMANDS, main
-from cagsr.commands.parse import ALIASES, flatten, parse_command, to_yaml
 from cagsr.config import (
     AttentionConfig,
     DataConfig,
@@ -27,6 +26,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import ConfigError, DataError, MonitorStop
+from cagsr.parse import ALIASES, flatten, parse_command, to_yaml
 
 NEEDED = ["--model", "m", "--data", "d", "--output_dir", "o"]
 

@@ -20,10 +20,10 @@ import torch
 import cagsr
 import tiny
 from cagsr.commands.main import COMMANDS, main, with_positional
-from cagsr.commands.parse import ALIASES, parse_command
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
 from cagsr.configfile import leaf_types, to_yaml
 from cagsr.errors import ConfigError
+from cagsr.parse import ALIASES, parse_command
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "cagsr"

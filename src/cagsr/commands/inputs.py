@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cagsr.config import DataConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.errors import ConfigError, RunError
+from cagsr.errors import ConfigError
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
-    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.association import Associations
 
 UNLIMITED = 1_000_000  # a model with relative positions states no longest prompt
@@ -46,6 +45,7 @@ def read_prompts(
         DataError: a prompt that can't be used.
         RunError: ``salience_from`` is no run with an IDF table.
     """
+    from cagsr.prompts.frequency import read_frequency
     from cagsr.prompts.prepare import encode_texts, prepare_prompts
 
     if (prompt is None) == (data.path == ""):
@@ -74,25 +74,6 @@ def room_for_prompts(loaded: LoadedModel, max_new_tokens: int) -> int:
             f"of {loaded.path}; lower it."
         )
     return room
-
-
-def read_frequency(run: str | None) -> DocumentFrequency | None:
-    """Read the IDF table that a training run left in its folder; None without a run.
-
-    Raises:
-        RunError: no such folder, or no table in it.
-    """
-    if run is None:
-        return None
-    from cagsr.prompts.salience import DocumentFrequency
-
-    file = Path(run) / "frequency.json"
-    try:
-        return DocumentFrequency.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"--salience_from {run}: no readable {file.name} there; name the folder of a cagsr train run."
-        ) from error
 
 
 def named_associations(reward: RewardConfig) -> Associations | None:

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 from cagsr import __version__
-from cagsr.commands.parse import parse_command
 from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
+from cagsr.parse import parse_command
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -10,7 +10,6 @@ from cagsr.commands.inputs import (
     named_associations,
     progress,
     prompt_as_given,
-    read_frequency,
     room_for_prompts,
     say,
     write_rows,
@@ -135,6 +134,7 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
         DataError: a row without a response, with an empty one, or too long; the message names file and row.
     """
     from cagsr.evaluation.scorer import encode_response
+    from cagsr.prompts.frequency import read_frequency
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
     from cagsr.prompts.split import split_texts

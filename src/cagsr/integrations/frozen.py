@@ -16,8 +16,6 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from cagsr.commands.inputs import read_frequency
-from cagsr.commands.parse import parse_command
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.scorer import Response, encode_response
@@ -26,6 +24,8 @@ from cagsr.integrations.live import LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
 from cagsr.integrations.weigh import weighted_sum
 from cagsr.models.load import load_model
+from cagsr.parse import parse_command
+from cagsr.prompts.frequency import read_frequency
 from cagsr.prompts.load import load_rows
 
 VARIABLE = "CAGSR_REWARD_CONFIG"
