@@ -36,9 +36,6 @@ from cagsr.runs.record import RunRecord
 from cagsr.runs.tracker import check_tracker
 from cagsr.update.ppo import PPO
 
-# A model with relative positions states no longest prompt.
-UNLIMITED = 1_000_000
-
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -254,14 +251,7 @@ def _is_due(step: int, every: int) -> bool:
 
 def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, PromptSet]:
     """Training and held-out prompts, every one short enough for the model's context."""
-    context = loaded.context_length()
-    room = None if context is None else context if loaded.encoder_decoder else context - config.sampling.max_new_tokens
-    if room is not None and room < 1:
-        raise ConfigError(
-            f"--sampling.max_new_tokens {config.sampling.max_new_tokens}: leaves no room for a prompt in the context of "
-            f"{context} tokens of {config.model.path}; lower it."
-        )
-    limit = room if room is not None else UNLIMITED
+    limit = loaded.room_for_prompts(config.sampling.max_new_tokens)
     training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=limit)
     if config.evaluation.path is not None:
         data = dataclasses.replace(

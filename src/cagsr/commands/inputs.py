@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cagsr.models.load import LoadedModel
     from cagsr.reward.association import Associations
 
-UNLIMITED = 1_000_000  # a model with relative positions states no longest prompt
-
 
 @dataclass(frozen=True)
 class OptionalDataConfig(DataConfig):
@@ -50,30 +48,12 @@ def read_prompts(
 
     if (prompt is None) == (data.path == ""):
         raise ConfigError("Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both."))
-    limit = room_for_prompts(loaded, max_new_tokens)
+    limit = loaded.room_for_prompts(max_new_tokens)
     frequency = read_frequency(salience_from)
     if prompt is not None:
         return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
     found = prepare_prompts(data, salience, loaded.tokenizer, max_length=limit, frequency=frequency)
     return list(found.prompts if found.reopen is None else found.reopen()), found.notes
-
-
-def room_for_prompts(loaded: LoadedModel, max_new_tokens: int) -> int:
-    """Longest prompt in tokens that leaves ``max_new_tokens`` of the model's context for the answer.
-
-    Raises:
-        ConfigError: no room is left.
-    """
-    context = loaded.context_length()
-    if context is None:
-        return UNLIMITED
-    room = context if loaded.encoder_decoder else context - max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"--sampling.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context of {context} tokens "
-            f"of {loaded.path}; lower it."
-        )
-    return room
 
 
 def named_associations(reward: RewardConfig) -> Associations | None:

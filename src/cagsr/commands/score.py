@@ -10,7 +10,6 @@ from cagsr.commands.inputs import (
     named_associations,
     progress,
     prompt_as_given,
-    room_for_prompts,
     say,
     write_rows,
 )
@@ -143,7 +142,7 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
     first = next(iter(rows))
     _text(first.values.get(config.response_column), config, f"{first.source}, row {first.number}")
     truncate = config.data.long_prompts == "truncate"
-    room = room_for_prompts(loaded, _longest(config, loaded, rows) - 1 if truncate else 0)
+    room = loaded.room_for_prompts(_longest(config, loaded, rows) - 1 if truncate else 0)
     found = prepare_prompts(
         config.data,
         config.salience,

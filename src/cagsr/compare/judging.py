@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cagsr.associate import associations_of
 from cagsr.compare.jobs import Job, result_file, start_folder
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.policies import reward_settings
@@ -60,7 +61,7 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     found: dict[str, Answers] = {}
     temperature = None
     if job.target != START and plan.methods[job.target].kind == "best_of_n":
-        found[SAMPLED] = best_of_n(plan, job, config, start, prompts, seed)
+        found[SAMPLED] = best_of_n(plan, job, config, start, seed)
     else:
         loaded = (
             start
@@ -80,7 +81,6 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     result = {
         "method": job.target,
         "seed": job.seed,
-        "fingerprint": job.fingerprint,
         "prompts": [encoded.prompt.text for encoded in prompts],
         "temperature": temperature,
         "values": {
@@ -105,14 +105,7 @@ def _base_config(plan: Plan, target: str, seed: int) -> TrainConfig:
 
 def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[EncodedPrompt]:
     """The test prompts as the model reads them, with their references in the columns."""
-    context = loaded.context_length()
-    room = (
-        1_000_000
-        if context is None
-        else context
-        if loaded.encoder_decoder
-        else context - config.sampling.max_new_tokens
-    )
+    room = loaded.room_for_prompts(config.sampling.max_new_tokens)
     data = dataclasses.replace(
         config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit, streaming=False
     )
@@ -129,25 +122,21 @@ def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
     return AnswerJudge(Judges(**judges), loaded.device)
 
 
-def best_of_n(
-    plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], seed: int
-) -> Answers:
+def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> Answers:
     """The best of N answers of the start by the method's reward: what the reward is worth without training."""
     method = plan.methods[job.target]
+    room = loaded.room_for_prompts(config.sampling.max_new_tokens)
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
     associations = None
     if needs_associations(config.reward):
-        from cagsr.associate import associations_of
-
-        data = dataclasses.replace(config.data, path=plan.fill(plan.files.train))
-        room = max(len(encoded.ids) for encoded in prompts) + config.sampling.max_new_tokens
-        unlabelled = prepare_prompts(data, config.salience, loaded.tokenizer, max_length=room)
         associations = associations_of(
-            loaded, unlabelled.prompts, config.sampling, config.reward.associations, seed=job.seed or 0
+            loaded, training.prompts, config.sampling, config.reward.associations, seed=job.seed or 0
         )
     # The reward weighs words by the training prompts' frequencies, not by the test's.
-    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=1_000_000).frequency
     data = dataclasses.replace(config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit)
-    weighed = prepare_prompts(data, config.salience, loaded.tokenizer, max_length=1_000_000, frequency=training).prompts
+    weighed = prepare_prompts(
+        data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
+    ).prompts
     scorer = Scorer(
         loaded,
         config.reward,

@@ -151,7 +151,7 @@ class Plan:
     """Settings of ``cagsr train`` that override the files, for all methods."""
     reward_models: dict[str, RewardModelPlan] = field(default_factory=dict)
     """Name -> reward model."""
-    lower_is_better: list[str] = field(default_factory=lambda: ["repetition", "follow_up_perplexity", "self_bleu"])
+    lower_is_better: list[str] = field(default_factory=list)
     """Measures of which less is better, besides the usual ones."""
     primary: list[str] = field(default_factory=lambda: ["rouge_l"])
     """Measures that are tested; the first one makes the curves and the comparison over training."""

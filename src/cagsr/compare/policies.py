@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from cagsr.compare.jobs import Job, method_folder, reward_model_folder, start_folder
-from cagsr.compare.plan import START, Plan
+from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError
 from cagsr.parse import parse_command
@@ -53,15 +53,7 @@ def make_reward_model(plan: Plan, job: Job) -> None:
     assert job.seed is not None
     spec = plan.reward_models[job.target]
     folder = reward_model_folder(plan.folder, job.target, job.seed)
-    settings: dict[str, Any] = {
-        "model.path": str(start_folder(plan.folder, job.seed)),
-        "data.path": plan.fill(spec.data),
-        "output_dir": str(folder),
-        "num_pairs": spec.num_pairs,
-        "seed": job.seed,
-        "overwrite": folder.exists(),
-        **spec.set,
-    }
+    settings = _pair_settings(plan, spec, job.seed, folder) | spec.set
     if spec.held_out is not None:
         settings["eval_data"] = plan.fill(spec.held_out)
     train_reward_model(
@@ -76,7 +68,7 @@ def make_policy(plan: Plan, job: Job) -> Path:
     if method.kind == "dpo":
         return _dpo(plan, job)
     run = method_folder(plan.folder, job.target, job.seed)
-    settings = _train_settings(plan, job)
+    settings = _train_settings(plan, job.target, job.seed)
     file = plan.folder / "configs" / f"{job.name}.yaml"
     config = _config(TrainConfig, [*plan.configs, *method.configs], settings, file)
     begun = plan.folder / "begun" / f"{job.name}.txt"
@@ -100,28 +92,26 @@ def make_policy(plan: Plan, job: Job) -> Path:
 
 def reward_settings(plan: Plan, name: str, seed: int) -> TrainConfig:
     """The settings that a method would train with, for those that only score (best of N, validity)."""
-    job = Job("method", name, seed, (), "")
+    files = [*plan.configs, *plan.methods[name].configs]
+    return _config(TrainConfig, files, _train_settings(plan, name, seed), None)
+
+
+def _train_settings(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     method = plan.methods[name]
-    return _config(TrainConfig, [*plan.configs, *method.configs], _train_settings(plan, job), None)
-
-
-def _train_settings(plan: Plan, job: Job) -> dict[str, Any]:
-    assert job.seed is not None
-    method = plan.methods[job.target]
-    start = start_folder(plan.folder, job.seed)
+    start = start_folder(plan.folder, seed)
     if method.after not in (None, START):
-        start = method_folder(plan.folder, method.after, job.seed) / "final"
+        start = method_folder(plan.folder, method.after, seed) / "final"
     settings: dict[str, Any] = {
         **plan.set,
         **method.set,
         "model.path": str(start),
         "data.path": plan.fill(plan.files.train),
         "evaluation.path": plan.fill(plan.files.held_out),
-        "output_dir": str(method_folder(plan.folder, job.target, job.seed)),
-        "run.seed": job.seed,
+        "output_dir": str(method_folder(plan.folder, name, seed)),
+        "run.seed": seed,
     }
     if method.reward_model is not None and method.kind != "dpo":
-        settings["reward.models"] = [str(reward_model_folder(plan.folder, method.reward_model, job.seed))]
+        settings["reward.models"] = [str(reward_model_folder(plan.folder, method.reward_model, seed))]
         settings["reward.model_weights"] = [method.reward_model_weight]
     return settings
 
@@ -134,18 +124,22 @@ def _dpo(plan: Plan, job: Job) -> Path:
     assert method.reward_model is not None
     spec = plan.reward_models[method.reward_model]
     folder = method_folder(plan.folder, job.target, job.seed)
-    settings: dict[str, Any] = {
-        "model.path": str(start_folder(plan.folder, job.seed)),
-        "data.path": plan.fill(spec.data),
-        "output_dir": str(folder),
-        "num_pairs": spec.num_pairs,
-        "seed": job.seed,
-        "overwrite": folder.exists(),
-        **method.set,
-    }
+    settings = _pair_settings(plan, spec, job.seed, folder) | method.set
     return train_dpo(
         _config(DpoConfig, method.configs, settings, plan.folder / "configs" / f"{job.name}.yaml"), quiet=True
     )
+
+
+def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:
+    """What training on preference pairs needs to be told, for a reward model and for DPO."""
+    return {
+        "model.path": str(start_folder(plan.folder, seed)),
+        "data.path": plan.fill(spec.data),
+        "output_dir": str(folder),
+        "num_pairs": spec.num_pairs,
+        "seed": seed,
+        "overwrite": folder.exists(),
+    }
 
 
 def _config(kind: Any, files: list[str], settings: dict[str, Any], keep: Path | None) -> Any:

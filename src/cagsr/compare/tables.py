@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
+from cagsr.evaluation.win_rate import win_rates as prompt_win_rates
 
 Floats = NDArray[np.float64]
 
@@ -180,7 +181,10 @@ def win_rates(results: Results, methods: Sequence[str]) -> Table | None:
                 cells.append("")
                 continue
             after, before = results.gain(name, how, WIN_RATE)
-            cells.append(str(mean_interval((after > before) + 0.5 * (after == before))))
+            rates = [
+                prompt_win_rates(mine[:, None], theirs[:, None]) for mine, theirs in zip(after, before, strict=True)
+            ]
+            cells.append(str(mean_interval(rates)))
         if any(cells):
             rows.append((results.plan.label(name), *cells))
     if not rows:

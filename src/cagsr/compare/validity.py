@@ -52,8 +52,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
     loaded = load_model(
         ModelConfig(path=str(start_folder(plan.folder, job.seed)), device=config.model.device), for_training=False
     )
-    context = loaded.context_length()
-    room = 1_000_000 if context is None or loaded.encoder_decoder else context - config.sampling.max_new_tokens
+    room = loaded.room_for_prompts(config.sampling.max_new_tokens)
     training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
     data = dataclasses.replace(
         config.data, path=plan.fill(plan.validity.file or plan.files.held_out), limit=plan.validity.prompts

@@ -24,6 +24,10 @@ from cagsr.errors import ConfigError, ModelError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+UNLIMITED = 1_000_000
+"""Room for a prompt where the model has relative positions and states no limit."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A policy ready for use, with what was chosen for it."""
@@ -59,6 +63,23 @@ class LoadedModel:
     def context_length(self) -> int | None:
         """The longest prompt + response the model has positions for, None where it states no limit."""
         return context_length(self.model.config)
+
+    def room_for_prompts(self, max_new_tokens: int) -> int:
+        """Longest prompt in tokens that leaves ``max_new_tokens`` of the context for the answer.
+
+        Raises:
+            ConfigError: no room is left.
+        """
+        context = self.context_length()
+        if context is None:
+            return UNLIMITED
+        room = context if self.encoder_decoder else context - max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"--sampling.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context of {context} tokens "
+                f"of {self.path}; lower it."
+            )
+        return room
 
 
 def context_length(config: PretrainedConfig) -> int | None:
