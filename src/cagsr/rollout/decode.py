@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
+
+from cagsr.models.cache import rows_can_be_picked
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""
 _BY_ROW = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
-"""Cache layers whose rows can be picked; of a state-space layer, say, they can't."""
 
 
 def decode(
@@ -109,14 +109,9 @@ def _pickable(model_kwargs: dict[str, Any]) -> bool:
     for name, value in model_kwargs.items():
         if isinstance(value, Tensor) and (name not in _BY_ROW or value.dim() != 2):
             return False
-        if isinstance(value, Cache) and not _layers(value):
+        if isinstance(value, Cache) and not rows_can_be_picked(value):
             return False
     return True
-
-
-def _layers(cache: Cache) -> bool:
-    parts = [part for name in ("self_attention_cache", "cross_attention_cache") if (part := getattr(cache, name, None))]
-    return all(_layers(part) for part in parts) if parts else all(type(layer) in _LAYERS for layer in cache.layers)
 
 
 def _pick(model_kwargs: dict[str, Any], index: Tensor) -> None:

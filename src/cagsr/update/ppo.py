@@ -21,7 +21,8 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, Experience, Reward, RewardBatch, Rollout
-from cagsr.models.actor_critic import ActorCritic, PassInputs
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.forward import PassInputs, shares_prompts
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.prompts.batch import collate_prompts
@@ -200,9 +201,10 @@ class PPO:
         tokens = self.reduce(rollout.response_mask[index].sum().float()) / self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
         ratio_error = torch.zeros((), device=self.loaded.device)
-        chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index)
+        share = shares_prompts(self.loaded)
+        chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
         for number, chunk in enumerate(chunks):
-            inputs = PassInputs.of(rollout).rows(chunk)
+            inputs = PassInputs.of(rollout, share=share).rows(chunk)
             mask = inputs.response_mask
             width = mask.shape[1]
             last = number == len(chunks) - 1
