@@ -18,6 +18,7 @@ from torch import Tensor
 from cagsr.advantage.estimate import estimate_advantages
 from cagsr.advantage.kl import KLController, kl_k1, kl_k3
 from cagsr.attention import PromptAttentionReader
+from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, Experience, Reward, RewardBatch, Rollout
@@ -61,6 +62,7 @@ class PPO:
         attention = config.attention
         watched = self.reference.module if attention.source == "reference" else loaded.model
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
@@ -88,18 +90,20 @@ class PPO:
             device=loaded.device,
             first_group=self.accelerator.process_index * len(prompts),
         )
-        rollout = sample_responses(loaded, batch, config.sampling)
+        with self.clock.part("rollout"):
+            rollout = sample_responses(loaded, batch, config.sampling)
 
         from_policy = config.attention.source == "policy"
-        scores = score_policy(
-            self.actor_critic,
-            loaded,
-            rollout,
-            config.sampling,
-            reader=self.reader if from_policy else None,
-            micro_batch_size=micro,
-        )
-        with self.reference.model() as reference:
+        with self.clock.part("scoring"):
+            scores = score_policy(
+                self.actor_critic,
+                loaded,
+                rollout,
+                config.sampling,
+                reader=self.reader if from_policy else None,
+                micro_batch_size=micro,
+            )
+        with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
                 reference,
                 loaded,
@@ -111,12 +115,13 @@ class PPO:
         attention = scores.attention if from_policy else reference_attention
         assert attention is not None
 
-        words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
-        reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
-        reward = self.reward(reward_batch)
-        advantages = estimate_advantages(
-            config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
-        )
+        with self.clock.part("reward"):
+            words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
+            reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
+            reward = self.reward(reward_batch)
+            advantages = estimate_advantages(
+                config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
+            )
         return Experience(rollout, scores, reference_logprobs, reward, advantages)
 
     def update(self, experience: Experience) -> dict[str, float]:
@@ -209,7 +214,7 @@ class PPO:
             width = mask.shape[1]
             last = number == len(chunks) - 1
             with self.accelerator.no_sync(self.module) if not last else torch.enable_grad():
-                with self.loaded.autocast():
+                with self.clock.part("forward"), self.loaded.autocast():
                     logits, values = self.module(inputs)
                 logprobs = token_logprobs(logits, inputs.response_ids, self.config.sampling.temperature)
                 policy = policy_loss(
@@ -242,7 +247,8 @@ class PPO:
                 if ppo.entropy_coef > 0:
                     entropy = token_entropy(logits, self.config.sampling.temperature)
                     loss = loss - ppo.entropy_coef * masked_sum_loss(entropy, mask, tokens)
-                self.accelerator.backward(loss)
+                with self.clock.part("backward"):
+                    self.accelerator.backward(loss)
             found = losses | {
                 "ratio": (policy.ratio * mask).sum() / tokens,
                 "clipped": policy.clipped / tokens,
@@ -251,9 +257,10 @@ class PPO:
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             ratio_error = torch.maximum(ratio_error, ((policy.ratio - 1).abs() * mask).max())
-        grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.clock.part("optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         processes = self.accelerator.num_processes
         result = {name: float(self.reduce(value)) / processes for name, value in sums.items()}
         result["grad_norm"] = float(grad_norm)
