@@ -34,7 +34,7 @@ from cagsr.reward.words import pool_words
 from cagsr.rollout.sample import sample_responses
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
-from cagsr.update.statistics import token_entropy, token_logprobs
+from cagsr.update.statistics import logprobs_and_entropy, token_logprobs
 
 FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
@@ -216,7 +216,12 @@ class PPO:
             with self.accelerator.no_sync(self.module) if not last else torch.enable_grad():
                 with self.clock.part("forward"), self.loaded.autocast():
                     logits, values = self.module(inputs)
-                logprobs = token_logprobs(logits, inputs.response_ids, self.config.sampling.temperature)
+                temperature = self.config.sampling.temperature
+                entropy = None
+                if ppo.entropy_coef > 0:
+                    logprobs, entropy = logprobs_and_entropy(logits, inputs.response_ids, temperature)
+                else:
+                    logprobs = token_logprobs(logits, inputs.response_ids, temperature)
                 policy = policy_loss(
                     logprobs,
                     scores.logprobs[chunk, :width],
@@ -244,8 +249,7 @@ class PPO:
                     estimator = kl_k3 if ppo.kl_estimator == "k3" else kl_k1
                     penalty = estimator(logprobs, experience.reference_logprobs[chunk, :width])
                     loss = loss + self.kl_controller.kl_coef * masked_sum_loss(penalty, mask, tokens)
-                if ppo.entropy_coef > 0:
-                    entropy = token_entropy(logits, self.config.sampling.temperature)
+                if entropy is not None:
                     loss = loss - ppo.entropy_coef * masked_sum_loss(entropy, mask, tokens)
                 with self.clock.part("backward"):
                     self.accelerator.backward(loss)

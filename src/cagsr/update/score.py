@@ -15,7 +15,7 @@ from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.reward.certainty import self_certainty
-from cagsr.update.statistics import sampling_correction, token_entropy, token_logprobs
+from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_logprobs
 
 
 def length_sorted_chunks(
@@ -94,9 +94,10 @@ def score_policy(
             if attention is not None and reading is not None:
                 _place_attention(attention, _attention_of(reading, inputs), index, loaded.encoder_decoder)
             ids, mask = inputs.response_ids, inputs.response_mask
+            logprobs, entropy = logprobs_and_entropy(logits, ids, temperature)
             found = {
-                "logprobs": token_logprobs(logits, ids, temperature),
-                "entropy": token_entropy(logits, temperature),
+                "logprobs": logprobs,
+                "entropy": entropy,
                 "certainty": self_certainty(logits / temperature),
                 "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
             }
