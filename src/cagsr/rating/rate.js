@@ -70,7 +70,7 @@
   }
 
   // ---- What is shown -----------------------------------------------------------------------------------------
-  let now = null, busy = false, row = 0;
+  let now = null, busy = false, chosen = null, row = 0;
   const marked = new Map(); // question -> its marks, so that an undo brings them back
 
   const status = (text) => { byId("status").textContent = text; };
@@ -121,7 +121,11 @@
     enable();
   }
   function enable() {
-    for (const button of choiceButtons) button.disabled = busy || now?.question == null;
+    for (const button of choiceButtons) {
+      button.disabled = busy || now?.question == null;
+      button.setAttribute("aria-pressed", busy && button.dataset.choice === chosen);
+    }
+    document.querySelector(".choices").classList.toggle("over", now?.question === null);
     byId("undo").disabled = busy || now?.last == null;
     document.body.dataset.busy = busy;
   }
@@ -158,6 +162,7 @@
   // ---- Rating ------------------------------------------------------------------------------------------------
   async function act(name, path, message, said) {
     busy = true;
+    chosen = message.choice ?? null;
     enable();
     kept.set(name, JSON.stringify({ path, message }));
     const { status: code, answer } = await deliver(name);
@@ -174,7 +179,7 @@
       marked.set(id, given);
       const missing = rows.filter((fieldset) => !markOf(fieldset));
       if (missing.length) {
-        status(`Mark both answers on every scale first, or skip: ${missing.length} to go.`);
+        status(`Mark both answers on every scale, or skip: ${missing.length} to go.`);
         point(rows.indexOf(missing[0]));
         missing[0].scrollIntoView({ block: "nearest" });
         return;
