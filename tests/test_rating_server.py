@@ -102,17 +102,18 @@ def test_the_link_opens_the_page_and_the_cookie_goes_on(live: Live) -> None:
     assert headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize(("method", "path"), [READ, WRITE, ("GET", "/"), ("GET", "/rate.js"), ("GET", "/nowhere")])
-@pytest.mark.parametrize("token", [None, "", "wrong", "ü"])
-def test_without_the_token_nothing_is_told_or_done(live: Live, method: str, path: str, token: str | None) -> None:
+def test_without_the_token_nothing_is_told_or_done(live: Live) -> None:
     message = {"database": live.store.database, "rater": "Ada", **rating(live)}
-    given: dict[str, str | None] = {"Cookie": None}
-    if token is not None:
-        given = {"Cookie": f"cagsr_rate_{live.port}={token}".encode().decode("latin-1"), "X_Cagsr_Token": token}
-    status, headers, text = live.ask(method, path, message if method == "POST" else None, **given)
-    assert status == 403
-    assert "set-cookie" not in headers
-    assert "prompt" not in text
+    for method, path in (READ, WRITE, ("GET", "/"), ("GET", "/rate.js"), ("GET", "/nowhere")):
+        for token in (None, "", "wrong", live.store.token[:-1], "ü"):
+            given: dict[str, str | None] = {"Cookie": None}
+            if token is not None:
+                given = {"Cookie": f"cagsr_rate_{live.port}={token}", "X_Cagsr_Token": token}
+            status, headers, text = live.ask(method, path, message if method == "POST" else None, **given)
+            assert status == 403, (method, path, token)
+            assert "set-cookie" not in headers
+            assert "prompt" not in text
+    assert live.ask("GET", "/?token=wrong", Cookie=None)[0] == 403
     assert live.store.judgements() == []
 
 
@@ -124,38 +125,33 @@ def test_the_token_in_a_query_opens_the_page_alone(live: Live) -> None:
     assert live.ask("GET", "/rate.js", Cookie=None, X_Cagsr_Token=live.store.token)[0] == 200
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.evil.example:{port}", None]
-)
-@pytest.mark.parametrize(("method", "path"), [READ, WRITE, ("GET", "/")])
-def test_a_rebinding_host_is_refused_though_it_has_the_token(
-    live: Live, method: str, path: str, host: str | None
-) -> None:
-    named = None if host is None else host.format(port=live.port)
+def test_a_rebinding_host_is_refused_though_it_has_the_token(live: Live) -> None:
     message = {"database": live.store.database, "rater": "Ada", **rating(live)}
-    status, _, text = live.ask(method, path, message, Host=named, Origin=f"http://{named}")
-    assert status in (400, 421)  # the HTTP parser itself refuses a request without a host
-    assert "prompt" not in text
+    own = f"127.0.0.1:{live.port}"
+    foreign = (
+        "evil.example",
+        f"evil.example:{live.port}",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        f"127.0.0.1.evil.example:{live.port}",
+        "",
+    )
+    for method, path in (READ, WRITE, ("GET", "/")):
+        for host in (*foreign, None, f"{own}, evil.example"):
+            status, _, text = live.ask(method, path, message, Host=host, Origin=f"http://{host}")
+            assert status == 421 if host else status in (400, 421), (method, path, host)  # h11 wants one itself
+            assert "prompt" not in text
     assert live.store.judgements() == []
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"Origin": None},
-        {"Origin": "null"},
-        {"Origin": "http://evil.example"},
-        {"Origin": "http://127.0.0.1:1"},
-        {"Origin": "https://127.0.0.1:{port}"},
-        {"Sec_Fetch_Site": "cross-site"},
-        {"Sec_Fetch_Site": "same-site"},
-    ],
-)
-@pytest.mark.parametrize("path", ["/api/rate", "/api/undo", "/api/rater"])
-def test_another_page_cannot_write(live: Live, path: str, changed: dict[str, str | None]) -> None:
-    headers = {name: value and value.format(port=live.port) for name, value in changed.items()}
+def test_another_page_cannot_write(live: Live) -> None:
     message = {"database": live.store.database, "rater": "Mallory", **rating(live)}
-    assert live.ask("POST", path, message, **headers)[0] == 403
+    origins = (None, "null", "http://evil.example", "http://127.0.0.1:1", f"https://127.0.0.1:{live.port}", "")
+    changes: list[dict[str, str | None]] = [{"Origin": origin} for origin in origins]
+    changes += [{"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}]
+    for path in ("/api/rate", "/api/undo", "/api/rater"):
+        for changed in changes:
+            assert live.ask("POST", path, message, **changed)[0] == 403, (path, changed)
     assert live.store.judgements() == []
     assert live.store.progress("Mallory") is None
 
@@ -202,9 +198,8 @@ def test_a_second_window_meets_a_conflict_and_goes_on(live: Live) -> None:
     assert found["question"]["id"] != message["question"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "status"),
-    [
+def test_messages_that_make_no_sense(live: Live) -> None:
+    cases: list[tuple[dict[str, Any], int]] = [
         ({"choice": "best"}, 400),
         ({"choice": None}, 400),
         ({"question": 7}, 400),
@@ -215,12 +210,11 @@ def test_a_second_window_meets_a_conflict_and_goes_on(live: Live) -> None:
         ({"rater": "Nobody"}, 404),
         ({"question": "0" * 32}, 404),
         ({"database": "other"}, 412),
-    ],
-)
-def test_messages_that_make_no_sense(live: Live, changed: dict[str, Any], status: int) -> None:
-    found, answer = live.post("/api/rate", **{**rating(live), **changed})
-    assert found == status
-    assert answer["error"].endswith(".")
+    ]
+    for changed, status in cases:
+        found, answer = live.post("/api/rate", **{**rating(live), **changed})
+        assert found == status, changed
+        assert answer["error"].endswith(".")
     assert live.store.judgements() == []
 
 
