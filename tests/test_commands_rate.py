@@ -73,7 +73,7 @@ def test_the_document_s_loop_runs_through(tmp_path: Path, monkeypatch: pytest.Mo
         "reward-model": "--model.device cpu --batch_size 4",
         "train": "--model.device cpu --steps 2 --num_generations 4 --max_new_tokens 6 --ppo.num_ppo_epochs 1",
     }
-    loop = DOCUMENT[DOCUMENT.index("## The loop") :].split("\n## ")[1]
+    loop = DOCUMENT[DOCUMENT.index("## The loop") :].split("\n## ")[0]
     commands = [line.split(" #")[0] for line in re.findall(r"^cagsr (.+)$", loop, re.M)]
     assert [one.split()[0] for one in commands] == [
         "generate",
@@ -165,7 +165,7 @@ def test_summary_and_export(place: Path, capsys: Any) -> None:
         ("serve --db none.sqlite --a a.jsonl", "--b is missing"),
         ("serve --db none.sqlite --b a.jsonl", "--a is missing"),
         ("serve --db none.sqlite --a a.jsonl --b b.jsonl --pairs p.jsonl", "not both"),
-        ("serve --db none.sqlite --a a.jsonl --b none.jsonl", "No such file or folder: none.jsonl; check --b."),
+        ("serve --db none.sqlite --a a.jsonl --b none.jsonl", "--b none.jsonl: no such file; check the path."),
         ("serve --db none.sqlite --a a.jsonl --b a.jsonl", "There is nothing to rate"),
         ("serve --db none.sqlite --pairs a.jsonl", "a.jsonl, row 1: no answer in column 'a'"),
         ("serve --db no/folder.sqlite --a a.jsonl --b b.jsonl", "the folder no does not exist"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -185,6 +186,11 @@ def _questions(config: Config, known: bool) -> QuestionSet | None:
             raise ConfigError("--gold: give it together with the files that the ratings file was begun with.")
         return None
 
+    for flag in ("a", "b", "pairs", "gold"):
+        name = getattr(config, flag)
+        if name is not None and not Path(name).is_file():
+            raise DataError(f"--{flag} {name}: no such file; check the path.")
+
     from cagsr.rating.questions import questions_from_answers, questions_from_pairs, together
 
     column = config.prompt_column
@@ -205,10 +211,9 @@ def _summary(config: Config) -> None:
     from cagsr.runs.atomic import write_text_atomically
 
     check_output(config.out, "out")
-    store, judgements = _judgements(config)
-    questions = sum(not one.gold for one in store.questions())
-    found = summarize(judgements, questions, store.settings)
-    store.close()
+    with _opened(config) as store:
+        questions = sum(not one.gold for one in store.questions())
+        found = summarize(_that_count(config, store), questions, store.settings)
     for line in found.lines():
         print(line)
     if config.out is not None:
@@ -220,28 +225,34 @@ def _export(config: Config) -> None:
     from cagsr.rating.export import preference_pairs
 
     check_output(config.out, "out")
-    store, judgements = _judgements(config)
-    store.close()
-    found = preference_pairs(judgements, config.votes)
+    with _opened(config) as store:
+        found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:
         raise DataError(
-            f"{config.db}: no rating prefers an answer, so there are no pairs to write ({found.sentence()})"
+            f"{config.db}: no rating prefers an answer, so there is nothing to write ({found.sentence()[:-1]})."
         )
     write_rows(found.rows, config.out)
     say([f"{config.out or 'Standard output'}: {found.sentence()}"])
 
 
-def _judgements(config: Config) -> tuple[Store, Sequence[Judgement]]:
-    """Open the ratings file and read the ratings that count."""
+@contextmanager
+def _opened(config: Config) -> Iterator[Store]:
+    """The ratings file, closed at the end of the block."""
     from cagsr.rating.database import database_errors
     from cagsr.rating.store import Store
 
     path = Path(config.db)
-    store = Store(path)
-    with database_errors(path):
-        judgements = store.judgements()
+    with database_errors(path), closing(Store(path)) as store:
+        yield store
+
+
+def _that_count(config: Config, store: Store) -> list[Judgement]:
+    """All ratings but those of the raters who are left out."""
+    judgements = store.judgements()
     known = dict.fromkeys(one.rater for one in judgements)
     for name in config.leave_out:
         if name not in known:
-            raise ConfigError(f"--leave_out {name}: no such rater in {path} (there are: {', '.join(known) or 'none'}).")
-    return store, [one for one in judgements if one.rater not in config.leave_out]
+            raise ConfigError(
+                f"--leave_out {name}: no such rater in {config.db} (there are: {', '.join(known) or 'none'})."
+            )
+    return [one for one in judgements if one.rater not in config.leave_out]
