@@ -65,7 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_document_s_loop_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Every command of docs/rate.md's loop as it stands there, on a tiny model, but ``serve``, which people end."""
     tiny.save_model(tmp_path / "start", scale=1.0)
-    tiny.save_model(tmp_path / "run" / "final", seed=1, scale=1.0)
+    tiny.save_model(tmp_path / "run" / "final", seed=1)
     tiny.save_prompts(tmp_path / "prompts.jsonl")
     monkeypatch.chdir(tmp_path)
     small = {

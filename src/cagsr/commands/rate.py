@@ -101,13 +101,9 @@ def _serve(config: Config) -> None:
     try:
         with database_errors(path):
             store = _store(config, path)
-            say(
-                [
-                    f"Open {link(store, taken)}",
-                    f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
-                ]
-            )
             try:
+                say([f"Open {link(store, taken)}"])
+                say([f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on."])
                 serve(store, taken)
             except KeyboardInterrupt:
                 pass

@@ -17,16 +17,15 @@
   // An unsent message lies in localStorage until the server has confirmed it, so that neither a dead server nor a closed
   // page loses it. Each has a name of its own: two tabs never write over each other's.
   const PREFIX = `cagsr-rate/${database}/`;
-  const memory = new Map();
+  const memory = new Map(); // for what the browser refuses to keep (private windows, no room)
+  const stored = (act, otherwise) => { try { return act(localStorage); } catch { return otherwise(); } };
   const kept = {
-    get: (name) => { try { return localStorage.getItem(PREFIX + name); } catch { return memory.get(name) ?? null; } },
-    set: (name, text) => { try { localStorage.setItem(PREFIX + name, text); } catch { memory.set(name, text); } },
-    remove: (name) => { memory.delete(name); try { localStorage.removeItem(PREFIX + name); } catch { /* in memory only */ } },
+    get: (name) => memory.get(name) ?? stored((storage) => storage.getItem(PREFIX + name), () => null),
+    set: (name, text) => stored((storage) => storage.setItem(PREFIX + name, text), () => memory.set(name, text)),
+    remove: (name) => { memory.delete(name); stored((storage) => storage.removeItem(PREFIX + name), () => null); },
     unsent: () => {
-      let names = [...memory.keys()];
-      try { names = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).map((key) => key.slice(PREFIX.length)); }
-      catch { /* in memory only */ }
-      return names.filter((name) => name.startsWith("unsent/")).sort();
+      const names = stored((storage) => Object.keys(storage), () => []).filter((key) => key.startsWith(PREFIX));
+      return [...memory.keys(), ...names.map((key) => key.slice(PREFIX.length))].filter((name) => name.startsWith("unsent/")).sort();
     },
   };
   function freshId() {
@@ -194,7 +193,10 @@
     const message = { database, rater: now.rater, client_id: now.last };
     act(`unsent/${Date.now()}-undo`, "/api/undo", message, "Taken back: judge it again.");
   }
-  for (const button of choiceButtons) button.addEventListener("click", () => choose(button.dataset.choice));
+  for (const button of choiceButtons) {
+    // The second half of a double click would judge the next question unseen.
+    button.addEventListener("click", (event) => event.detail < 2 && choose(button.dataset.choice));
+  }
   byId("undo").addEventListener("click", undo);
   document.addEventListener("keydown", (event) => {
     if (byId("rating").hidden || event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
