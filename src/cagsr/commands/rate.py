@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -91,7 +90,6 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.rating.database import database_errors
     from cagsr.rating.server import link, listen, serve
 
     if not 0 <= config.port <= 65535:
@@ -99,18 +97,17 @@ def _serve(config: Config) -> None:
     taken = listen(config.port)
     path = Path(config.db)
     try:
-        with database_errors(path):
-            store = _store(config, path)
-            try:
-                say([f"Open {link(store, taken)}"])
-                say([f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on."])
-                serve(store, taken)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                count = len(store.judgements())
-                store.close()
-            say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
+        store = _store(config, path)
+        try:
+            say([f"Open {link(store, taken)}"])
+            say([f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on."])
+            serve(store, taken)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            count = len(store.judgements())
+            store.close()
+        say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
     finally:
         taken.close()
 
@@ -207,7 +204,7 @@ def _summary(config: Config) -> None:
     from cagsr.runs.atomic import write_text_atomically
 
     check_output(config.out, "out")
-    with _opened(config) as store:
+    with closing(_opened(config)) as store:
         questions = sum(not one.gold for one in store.questions())
         found = summarize(_that_count(config, store), questions, store.settings)
     for line in found.lines():
@@ -221,7 +218,7 @@ def _export(config: Config) -> None:
     from cagsr.rating.export import preference_pairs
 
     check_output(config.out, "out")
-    with _opened(config) as store:
+    with closing(_opened(config)) as store:
         found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:
         raise DataError(
@@ -231,15 +228,10 @@ def _export(config: Config) -> None:
     say([f"{config.out or 'Standard output'}: {found.sentence()}"])
 
 
-@contextmanager
-def _opened(config: Config) -> Iterator[Store]:
-    """The ratings file, closed at the end of the block."""
-    from cagsr.rating.database import database_errors
+def _opened(config: Config) -> Store:
     from cagsr.rating.store import Store
 
-    path = Path(config.db)
-    with database_errors(path), closing(Store(path)) as store:
-        yield store
+    return Store(Path(config.db))
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:

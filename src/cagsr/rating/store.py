@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cagsr.errors import DataError
-from cagsr.rating.database import create_database, open_database, transaction
+from cagsr.rating.database import create_database, database_errors, open_database, transaction
 from cagsr.rating.order import draw_order
 from cagsr.rating.questions import PromptText, Question
 
@@ -77,13 +77,18 @@ class Judgement:
 
 
 class Store:
-    """The ratings file, for many threads. Any method raises sqlite3.Error where the disk is full or gone."""
+    """The ratings file, for many threads.
+
+    What rates (``join`` to ``undo``) raises sqlite3.Error where the disk is full or gone; what reads it all raises DataError
+    where the file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open an existing file; raises as ``open_database``."""
         self._connection = open_database(path)
         self._lock = threading.Lock()
-        meta = {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
+        self._path = path
+        meta = {key: json.loads(value) for key, value in self._read("SELECT key, value FROM meta")}
         self.token: str = meta["token"]
         self.database: str = meta["database"]
         self.settings = Settings(meta["label_a"], meta["label_b"], tuple(meta["scales"]), meta["seed"])
@@ -188,22 +193,23 @@ class Store:
 
     def questions(self) -> list[Question]:
         """All questions, gold ones too, in the files' order."""
-        with self._lock:
-            rows = self._connection.execute("SELECT prompt, a, b, gold FROM questions ORDER BY number").fetchall()
-        return [_question(*row) for row in rows]
+        return [_question(*row) for row in self._read("SELECT prompt, a, b, gold FROM questions ORDER BY number")]
 
     def judgements(self) -> list[Judgement]:
         """All ratings that stand, in the order in which they were made."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT raters.name, choice, a_left, scales, prompt, a, b, gold FROM ratings "
-                "JOIN raters ON raters.id = ratings.rater JOIN questions ON questions.id = ratings.question "
-                "JOIN orders ON orders.rater = ratings.rater AND orders.question = ratings.question ORDER BY ratings.id"
-            ).fetchall()
+        rows = self._read(
+            "SELECT raters.name, choice, a_left, scales, prompt, a, b, gold FROM ratings "
+            "JOIN raters ON raters.id = ratings.rater JOIN questions ON questions.id = ratings.question "
+            "JOIN orders ON orders.rater = ratings.rater AND orders.question = ratings.question ORDER BY ratings.id"
+        )
         return [
             Judgement(name, _question(*question), choice, bool(a_left), None if scales is None else json.loads(scales))
             for name, choice, a_left, scales, *question in rows
         ]
+
+    def _read(self, query: str) -> list[tuple[Any, ...]]:
+        with database_errors(self._path), self._lock:
+            return self._connection.execute(query).fetchall()
 
     def _rater(self, key: str) -> int | None:
         row = self._connection.execute("SELECT id FROM raters WHERE key = ?", (key,)).fetchone()
