@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint bench install clean
+.PHONY: quickstart test browser lint bench install clean
 
 quickstart: $(STAMP)  ## train a small model with CAGSR from nothing, offline, and show before and after
 	$(BIN)/cagsr quickstart
 
-test: $(STAMP)  ## the test suite, a process a core with one thread each
+test: $(STAMP) browser  ## the test suite, a process a core with one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+browser:  ## a Chromium for the browser tests, where it can be had; without one they are skipped
+	$(PYTHON) tests/setup_browser.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def check_sampling(sampling: SamplingConfig, batch_size: int = 1) -> None:
         )
 
 
-def check_output(output: str | None) -> None:
+def check_output(output: str | None, flag: str = "output") -> None:
     """Refuse an output file that can't be written, before any work is done.
 
     Raises:
@@ -125,9 +125,9 @@ def check_output(output: str | None) -> None:
         return
     path = Path(output)
     if path.is_dir():
-        raise ConfigError(f"--output {output}: is a folder; give the name of a file.")
+        raise ConfigError(f"--{flag} {output}: is a folder; give the name of a file.")
     if not path.parent.is_dir():
-        raise ConfigError(f"--output {output}: the folder {path.parent} does not exist; create it first.")
+        raise ConfigError(f"--{flag} {output}: the folder {path.parent} does not exist; create it first.")
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:

@@ -122,6 +122,15 @@ COMMANDS = {
   cagsr view --model start --prompt "tell me about the red cat" --answers 4 --out page.html
   cagsr view --model start --data pairs.jsonl --row 3 --out page.html --png page.png""",
     ),
+    "rate": Command(
+        "which answers do people prefer? A blind A/B page on this machine, win rate, agreement, preference pairs",
+        """\
+  cagsr rate serve --a answers_a.jsonl --b answers_b.jsonl --db ratings.sqlite
+  cagsr rate serve --db ratings.sqlite              # go on
+  cagsr rate summary --db ratings.sqlite
+  cagsr rate export --db ratings.sqlite --out pairs.jsonl""",
+        positional="mode",
+    ),
 }
 
 INTRODUCTION = """\

@@ -1,0 +1,246 @@
+"""``cagsr rate``: which of two answers do people prefer? A blind page, a summary, an export."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cagsr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cagsr.rating.questions import QuestionSet
+    from cagsr.rating.store import Judgement, Store
+
+
+@dataclass(frozen=True)
+class Config:
+    """Let people compare two sides' answers blindly (serve), sum up what they said (summary), make pairs of it (export)."""
+
+    mode: Literal["serve", "summary", "export"]
+    """What to do (given without a flag: cagsr rate serve)."""
+    db: str = "ratings.sqlite"
+    """The ratings file (SQLite). serve makes it, or goes on with it: then no other file is needed."""
+    a: str | None = None
+    """serve: answers of one side, as cagsr generate writes them."""
+    b: str | None = None
+    """serve: answers of the other side to the same prompts."""
+    pairs: str | None = None
+    """serve: one file with both answers in each row, instead of --a and --b."""
+    gold: str | None = None
+    """serve: pairs whose better answer is known (columns prompt, chosen, rejected), mixed in to check the raters."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text or chat messages."""
+    response_column: str = "completion"
+    """Column with the answer in --a and --b."""
+    a_column: str = "a"
+    """Column of --pairs with the answer of side A."""
+    b_column: str = "b"
+    """Column of --pairs with the answer of side B."""
+    scales: bool = False
+    """serve: also ask for relevance, fluency and helpfulness from 1 to 5, for both answers."""
+    seed: int | None = None
+    """serve: draws the order of the questions and which answer stands on the left; None: 0, or what the ratings file has."""
+    port: int = 8642
+    """serve: port on 127.0.0.1; 0 takes a free one."""
+    out: str | None = None
+    """export: JSONL file for the pairs (None: standard output). summary: JSON file for the numbers."""
+    votes: Literal["majority", "each"] = "majority"
+    """export: one pair for each question that most of its raters agree on, or one for each rating."""
+    leave_out: list[str] = field(default_factory=list)
+    """summary, export: raters whose ratings do not count."""
+
+
+ONLY = {
+    "serve": (
+        "a",
+        "b",
+        "pairs",
+        "gold",
+        "prompt_column",
+        "response_column",
+        "a_column",
+        "b_column",
+        "scales",
+        "seed",
+        "port",
+    ),
+    "export": ("votes",),
+}
+"""Settings that one mode alone reads."""
+
+
+def run(config: Config) -> None:
+    """Serve the page, print the summary, or write the pairs."""
+    default = Config(config.mode)
+    for mode, names in ONLY.items():
+        for name in names if mode != config.mode else ():
+            if getattr(config, name) != getattr(default, name):
+                raise ConfigError(f"--{name} belongs to cagsr rate {mode}; leave it out of {config.mode}.")
+    if config.mode == "serve":
+        if config.out is not None or config.leave_out:
+            raise ConfigError("--out and --leave_out belong to cagsr rate summary and export; leave them out of serve.")
+        _serve(config)
+    elif config.mode == "summary":
+        _summary(config)
+    else:
+        _export(config)
+
+
+def _serve(config: Config) -> None:
+    from cagsr.commands.inputs import say
+    from cagsr.rating.server import link, listen, serve
+
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"--port {config.port}: must lie between 0 and 65535.")
+    taken = listen(config.port)
+    path = Path(config.db)
+    try:
+        store = _store(config, path)
+        try:
+            say([f"Open {link(store, taken)}"])
+            say([f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on."])
+            serve(store, taken)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            count = len(store.judgements())
+            store.close()
+        say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
+    finally:
+        taken.close()
+
+
+def _store(config: Config, path: Path) -> Store:
+    """Open the ratings file and check that it is about these files and settings, or make it."""
+    from cagsr.rating.database import was_created
+    from cagsr.rating.store import Store
+
+    if path.is_dir() or not path.parent.is_dir():
+        what = (
+            "is a folder; give the name of a file"
+            if path.is_dir()
+            else f"the folder {path.parent} does not exist; create it first"
+        )
+        raise ConfigError(f"--db {path}: {what}.")
+    known = was_created(path)
+    asked = _questions(config, known)
+    if not known:
+        assert asked is not None
+        return _created(config, path, asked)
+    store = Store(path)
+    try:
+        if asked is not None:
+            old, new = {one.id for one in store.questions()}, {one.id for one in asked.questions}
+            if old != new:
+                raise DataError(
+                    f"{path} is about other questions than these files ({len(new - old):,} are new, {len(old - new):,} are "
+                    "missing); give --db alone to go on with it, or another --db."
+                )
+        if config.seed not in (None, store.settings.seed):
+            raise ConfigError(f"--seed {config.seed}: {path} was begun with seed {store.settings.seed}; leave it out.")
+        if config.scales and not store.settings.scales:
+            raise ConfigError(f"--scales: {path} was begun without scales; leave it out, or give another --db.")
+    except (ConfigError, DataError):
+        store.close()
+        raise
+    return store
+
+
+def _created(config: Config, path: Path, asked: QuestionSet) -> Store:
+    from cagsr.commands.inputs import say
+    from cagsr.rating.store import SCALES, Settings, Store
+
+    if not any(not one.gold for one in asked.questions):
+        raise DataError("There is nothing to rate: all pairs have two equal answers.")
+    say(asked.notes())
+    labels = (config.a, config.b) if config.pairs is None else (config.a_column, config.b_column)
+    prefix = "" if config.pairs is None else f"{config.pairs}, column "
+    settings = Settings(
+        f"{prefix}{labels[0]}", f"{prefix}{labels[1]}", SCALES if config.scales else (), config.seed or 0
+    )
+    gold = sum(one.gold for one in asked.questions)
+    say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
+    return Store.create(path, asked.questions, settings)
+
+
+def _questions(config: Config, known: bool) -> QuestionSet | None:
+    """Read the questions of the files given; None where none are and the ratings file has its own."""
+    sides = [name for name in (config.a, config.b) if name is not None]
+    if config.pairs is not None and sides:
+        raise ConfigError("Give either --a and --b, or --pairs, not both.")
+    if len(sides) == 1:
+        raise ConfigError(f"--{'b' if config.b is None else 'a'} is missing: two files of answers are compared.")
+    if config.pairs is None and not sides:
+        if not known:
+            raise ConfigError(f"{config.db} does not exist yet: give --a and --b (files of answers), or --pairs.")
+        if config.gold is not None:
+            raise ConfigError("--gold: give it together with the files that the ratings file was begun with.")
+        return None
+
+    for flag in ("a", "b", "pairs", "gold"):
+        name = getattr(config, flag)
+        if name is not None and not Path(name).is_file():
+            raise DataError(f"--{flag} {name}: no such file; check the path.")
+
+    from cagsr.rating.questions import questions_from_answers, questions_from_pairs, together
+
+    column = config.prompt_column
+    if config.pairs is not None:
+        found = questions_from_pairs(config.pairs, config.a_column, config.b_column, prompt_column=column)
+    else:
+        found = questions_from_answers(*sides, prompt_column=column, response_column=config.response_column)
+    if config.gold is None:
+        return found
+    return together(found, questions_from_pairs(config.gold, "chosen", "rejected", prompt_column=column, gold=True))
+
+
+def _summary(config: Config) -> None:
+    import json
+
+    from cagsr.commands.inputs import check_output
+    from cagsr.rating.summary import summarize
+    from cagsr.runs.atomic import write_text_atomically
+
+    check_output(config.out, "out")
+    with closing(_opened(config)) as store:
+        questions = sum(not one.gold for one in store.questions())
+        found = summarize(_that_count(config, store), questions, store.settings)
+    for line in found.lines():
+        print(line)
+    if config.out is not None:
+        write_text_atomically(Path(config.out), json.dumps(found.plain(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _export(config: Config) -> None:
+    from cagsr.commands.inputs import check_output, say, write_rows
+    from cagsr.rating.export import preference_pairs
+
+    check_output(config.out, "out")
+    with closing(_opened(config)) as store:
+        found = preference_pairs(_that_count(config, store), config.votes)
+    if not found.rows:
+        raise DataError(
+            f"{config.db}: no rating prefers an answer, so there is nothing to write ({found.sentence()[:-1]})."
+        )
+    write_rows(found.rows, config.out)
+    say([f"{config.out or 'Standard output'}: {found.sentence()}"])
+
+
+def _opened(config: Config) -> Store:
+    from cagsr.rating.store import Store
+
+    return Store(Path(config.db))
+
+
+def _that_count(config: Config, store: Store) -> list[Judgement]:
+    """All ratings but those of the raters who are left out."""
+    judgements = store.judgements()
+    known = dict.fromkeys(one.rater for one in judgements)
+    for name in config.leave_out:
+        if name not in known:
+            raise ConfigError(
+                f"--leave_out {name}: no such rater in {config.db} (there are: {', '.join(known) or 'none'})."
+            )
+    return [one for one in judgements if one.rater not in config.leave_out]

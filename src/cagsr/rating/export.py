@@ -1,0 +1,79 @@
+"""Ratings as preference pairs in TRL's format, which ``cagsr reward-model`` and ``cagsr dpo`` take as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cagsr.rating.questions import Question
+from cagsr.rating.store import Judgement
+
+REASONS = {
+    "tie": "ties",
+    "both_bad": "both bad",
+    "skip": "skipped",
+    "no_majority": "questions without a majority",
+    "empty": "with an empty answer, which no reward model reads",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Preference pairs, and what gave none."""
+
+    rows: tuple[dict[str, Any], ...]
+    left_out: Mapping[str, int]
+    """Reason (a key of ``REASONS``) -> how many ratings, of no_majority and empty: how many pairs."""
+
+    def sentence(self) -> str:
+        """Say what was written and what was not."""
+        out = [f"{count:,} {REASONS[reason]}" for reason, count in self.left_out.items() if count]
+        return f"{len(self.rows):,} preference pairs; left out: {', '.join(out) or 'nothing'}."
+
+
+def preference_pairs(judgements: Sequence[Judgement], votes: Literal["majority", "each"]) -> Exported:
+    """Turn ratings into rows ``{"prompt", "chosen", "rejected"}``; gold questions are no data and stay out.
+
+    majority: one row for each question where more than half of those who did not skip prefer the same answer. each: one row
+    for each rating that prefers an answer. A conversation's answers become one message of the assistant each.
+    """
+    asked = [one for one in judgements if not one.question.gold]
+    left_out = dict.fromkeys(REASONS, 0)
+    for one in asked:
+        if one.choice in left_out:
+            left_out[one.choice] += 1
+    rows = []
+    for question, choice in _each(asked) if votes == "each" else _majority(asked, left_out):
+        if not question.a.strip() or not question.b.strip():
+            left_out["empty"] += 1
+            continue
+        better, worse = (question.a, question.b) if choice == "a" else (question.b, question.a)
+        rows.append(
+            {"prompt": question.prompt, "chosen": _answer(question, better), "rejected": _answer(question, worse)}
+        )
+    return Exported(tuple(rows), left_out)
+
+
+def _each(judgements: Sequence[Judgement]) -> list[tuple[Question, str]]:
+    return [(one.question, one.choice) for one in judgements if one.choice in ("a", "b")]
+
+
+def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list[tuple[Question, str]]:
+    """The side that most raters prefer, for the questions that have one; counts those that have none."""
+    questions: dict[str, list[Judgement]] = {}
+    for one in judgements:
+        if one.choice != "skip":
+            questions.setdefault(one.question.id, []).append(one)
+    found = []
+    for own in questions.values():
+        winner = next((side for side in ("a", "b") if 2 * sum(one.choice == side for one in own) > len(own)), None)
+        if winner is not None:
+            found.append((own[0].question, winner))
+        elif len(own) > 1:  # a single rater's tie is counted as one already
+            left_out["no_majority"] += 1
+    return found
+
+
+def _answer(question: Question, text: str) -> str | list[dict[str, str]]:
+    return text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]

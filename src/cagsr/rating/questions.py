@@ -1,0 +1,215 @@
+"""What people are asked: two answers to one prompt, read from files of answers, of pairs, or of known pairs (gold)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cagsr.config import DataConfig
+from cagsr.errors import DataError
+from cagsr.prompts.load import Row, load_rows
+
+PromptText = str | list[dict[str, str]]
+"""A prompt as it is shown and exported: text, or chat messages of role and content."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two answers to a prompt. Nothing here says who sees which on the left."""
+
+    prompt: PromptText
+    a: str
+    """The answer of side A; of a gold question the better one."""
+    b: str
+    gold: bool = False
+    """A check with a known answer: A is better."""
+
+    @property
+    def id(self) -> str:
+        """Name of the question, made from its content: the same files give the same names."""
+        content = json.dumps([self.prompt, self.a, self.b, self.gold], ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of some files, and what was left out of them."""
+
+    questions: tuple[Question, ...]
+    equal: int = 0
+    """Pairs of two equal answers, which nobody is asked about."""
+    repeated: int = 0
+    """Pairs that came before, word for word."""
+    unpaired: int = 0
+    """Answers beyond the number that the other side has for the prompt."""
+
+    def notes(self) -> list[str]:
+        """Say in plain sentences what was left out."""
+        said = []
+        if self.equal:
+            said.append(f"{self.equal:,} pairs have two equal answers: they are not asked and count nowhere.")
+        if self.repeated:
+            said.append(f"{self.repeated:,} pairs repeat an earlier one word for word: each is asked once.")
+        if self.unpaired:
+            said.append(f"{self.unpaired:,} answers have no partner (one side has more for their prompt): left out.")
+        return said
+
+
+def questions_from_answers(
+    a: str, b: str, *, prompt_column: str = "prompt", response_column: str = "completion"
+) -> QuestionSet:
+    """Pair two files of answers by prompt; the first answer of A with the first of B, and so on.
+
+    Both are as ``cagsr generate`` writes them, several rows of one prompt being its samples.
+
+    Raises:
+        DataError: a row without prompt or answer, or a prompt that only one of the files answers.
+    """
+    mine = _answers(a, prompt_column, response_column)
+    theirs = _answers(b, prompt_column, response_column)
+    for name, other, (first, second) in ((a, b, (mine, theirs)), (b, a, (theirs, mine))):
+        lacking = next((key for key in first if key not in second), None)
+        if lacking is not None:
+            row = first[lacking][0]
+            raise DataError(
+                f"{name}, row {row.number}: its prompt is not answered in {other}; both files must answer the same prompts."
+            )
+    pairs = []
+    unpaired = 0
+    for key, rows in mine.items():
+        others = theirs[key]
+        unpaired += abs(len(rows) - len(others))
+        pairs += [Question(one.prompt, one.text, two.text) for one, two in zip(rows, others, strict=False)]
+    return _kept(pairs, unpaired)
+
+
+def questions_from_pairs(
+    path: str, a_column: str, b_column: str, *, prompt_column: str = "prompt", gold: bool = False
+) -> QuestionSet:
+    """Read a file whose rows have a prompt and both answers.
+
+    Raises:
+        DataError: a row without one of the columns, or a gold row whose two answers are equal.
+    """
+    pairs = []
+    for row in load_rows(_config(path, prompt_column)):
+        prompt = prompt_of(row, prompt_column)
+        one = Question(prompt, _text(row, a_column), _text(row, b_column), gold)
+        if gold and _equal(one):
+            raise DataError(
+                f"{path}, row {row.number}: the two answers of this gold question are equal; remove the row."
+            )
+        pairs.append(one)
+    return _kept(pairs, 0)
+
+
+def together(asked: QuestionSet, gold: QuestionSet) -> QuestionSet:
+    """Put questions and gold questions into one set."""
+    return QuestionSet(
+        (*asked.questions, *gold.questions),
+        asked.equal + gold.equal,
+        asked.repeated + gold.repeated,
+        asked.unpaired + gold.unpaired,
+    )
+
+
+def prompt_of(row: Row, column: str = "prompt") -> PromptText:
+    """Read a row's prompt: text, or chat messages ``{"role", "content"}`` whose contents are text or parts of text.
+
+    Raises:
+        DataError: it is missing, empty, or something else; file and row are named.
+    """
+    where = f"{row.source}, row {row.number}"
+    value = row.values.get(column)
+    if isinstance(value, str) and value.strip():
+        return _whole(value, where)
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        return [_message(entry, position, where) for position, entry in enumerate(value, start=1)]
+    if value is None or value == "" or isinstance(value, str):
+        present = ", ".join(map(str, row.values)) or "none"
+        raise DataError(
+            f"{where}: no prompt in column '{column}' (columns here: {present}); name the column with --prompt_column."
+        )
+    raise DataError(f'{where}: column \'{column}\' must hold text or chat messages {{"role": ..., "content": ...}}.')
+
+
+@dataclass(frozen=True)
+class _Answer:
+    number: int
+    prompt: PromptText
+    text: str
+
+
+def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[_Answer]]:
+    """Answers of a file under their prompts, in the order of the prompts' first mention."""
+    found: dict[str, list[_Answer]] = {}
+    for row in load_rows(_config(path, prompt_column)):
+        prompt = prompt_of(row, prompt_column)
+        found.setdefault(json.dumps(prompt, sort_keys=True), []).append(
+            _Answer(row.number, prompt, _text(row, response_column, "--response_column"))
+        )
+    return found
+
+
+def _config(path: str, prompt_column: str) -> DataConfig:
+    return DataConfig(path=path, prompt_column=prompt_column)
+
+
+def _text(row: Row, column: str, flag: str | None = None) -> str:
+    """One answer as text. An empty one is an answer too: models give them."""
+    from cagsr.prompts.render import text_of
+
+    where = f"{row.source}, row {row.number}"
+    value = row.values.get(column)
+    if value is None:
+        present = ", ".join(map(str, row.values)) or "none"
+        raise DataError(
+            f"{where}: no answer in column '{column}' (columns here: {present})"
+            + (f"; name the column with {flag}." if flag else "; each row needs a prompt and both answers.")
+        )
+    try:
+        text = text_of(value)
+    except DataError as error:
+        raise DataError(f"{where}: column '{column}': {error}") from error
+    return _whole(text, where)
+
+
+def _whole(text: str, where: str) -> str:
+    """Refuse what is no text in any encoding, and so can't be stored or shown."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: character {error.start + 1} is half a surrogate pair; mend the row.") from error
+    return text
+
+
+def _message(entry: Any, position: int, where: str) -> dict[str, str]:
+    role = entry.get("role") if isinstance(entry, Mapping) else None
+    content = entry.get("content") if isinstance(entry, Mapping) else None
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{where}: message {position} of the prompt needs a role and a content that are text.")
+    return {"role": _whole(role, where), "content": _whole(content, where)}
+
+
+def _equal(question: Question) -> bool:
+    """Whether nobody could tell the answers apart: white space is not what is judged."""
+    return question.a.split() == question.b.split()
+
+
+def _kept(pairs: Sequence[Question], unpaired: int) -> QuestionSet:
+    different = [pair for pair in pairs if not _equal(pair)]
+    kept = tuple(_once(different))
+    return QuestionSet(kept, len(pairs) - len(different), len(different) - len(kept), unpaired)
+
+
+def _once(pairs: Sequence[Question]) -> Iterator[Question]:
+    seen: set[str] = set()
+    for pair in pairs:
+        if pair.id not in seen:
+            seen.add(pair.id)
+            yield pair

@@ -1,0 +1,229 @@
+"""The page's server: Starlette on 127.0.0.1, every rating in the database before it is confirmed."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sqlite3
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated, Any, Literal, TypeVar
+
+import uvicorn
+from jinja2 import Environment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from cagsr.errors import ConfigError, DataError
+from cagsr.rating.guard import Guard, cookie_name
+from cagsr.rating.store import Progress, Store
+
+HOST = "127.0.0.1"
+LARGEST = 16_384
+"""Bytes of a message from the page; the largest that it sends has some hundred."""
+SCALE_TEXTS = {
+    "relevance": "Does it answer what was asked?",
+    "fluency": "Is it well written?",
+    "helpfulness": "Is it of use to whoever asked?",
+}
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    database: str
+    """Which ratings file the page was opened for."""
+    rater: Annotated[str, Field(min_length=1, max_length=400)]
+
+
+class JoinMessage(_Message):
+    """Somebody gives a name."""
+
+
+Mark = Annotated[int, Field(ge=1, le=5)]
+
+
+class RateMessage(_Message):
+    """A rating, with an id that the page made up, so that a repeated message is known as one."""
+
+    question: Annotated[str, Field(max_length=64)]
+    choice: Literal["left", "right", "tie", "both_bad", "skip"]
+    client_id: Annotated[str, Field(min_length=8, max_length=64)]
+    marks: dict[Literal["left", "right"], dict[str, Mark]] | None = None
+
+
+class UndoMessage(_Message):
+    """The latest rating is to be taken back."""
+
+    client_id: Annotated[str, Field(min_length=8, max_length=64)]
+
+
+MessageT = TypeVar("MessageT", bound=_Message)
+
+
+class Refusal(Exception):
+    """A message that can't be served: one sentence and an HTTP status."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def rating_app(store: Store, port: int) -> Starlette:
+    """Make the ASGI application for one ratings file.
+
+    Writes answer with where the rater stands, so that the page needs no second request. Status 409: another rating stands
+    there; 412: the page was opened for another file; 503: the disk refused, nothing was kept.
+    """
+    page = _page(store)
+
+    async def show(request: Request) -> Response:
+        response = HTMLResponse(page)
+        response.set_cookie(cookie_name(port), store.token, httponly=True, samesite="strict", path="/")
+        return response
+
+    async def state(request: Request) -> Response:
+        _check_database(store, request.query_params.get("database", ""))
+        found = await run_in_threadpool(store.progress, request.query_params.get("rater", ""))
+        if found is None:
+            raise Refusal(404, "Nobody of that name rates here yet.")
+        return _progress(found)
+
+    async def join(request: Request) -> Response:
+        message = await _read(request, JoinMessage, store)
+        return _progress(await run_in_threadpool(store.join, message.rater))
+
+    async def rate(request: Request) -> Response:
+        message = await _read(request, RateMessage, store)
+        _check_marks(message, store.settings.scales)
+        marks = None if message.choice == "skip" else message.marks
+        outcome = await run_in_threadpool(
+            store.rate, message.rater, message.question, message.choice, message.client_id, marks
+        )
+        return await _answer(outcome, message)
+
+    async def undo(request: Request) -> Response:
+        message = await _read(request, UndoMessage, store)
+        return await _answer(await run_in_threadpool(store.undo, message.rater, message.client_id), message)
+
+    async def _answer(outcome: str, message: _Message) -> Response:
+        found = await run_in_threadpool(store.progress, message.rater)
+        if outcome == "unknown" or found is None:
+            raise Refusal(404, "No such rater or question in this ratings file.")
+        return _progress(found, outcome, 409 if outcome == "conflict" else 200)
+
+    return Starlette(
+        routes=[
+            Route("/", show),
+            Route("/rate.js", _file("rate.js", "text/javascript")),
+            Route("/rate.css", _file("rate.css", "text/css")),
+            Route("/api/state", state),
+            Route("/api/rater", join, methods=["POST"]),
+            Route("/api/rate", rate, methods=["POST"]),
+            Route("/api/undo", undo, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guard, token=store.token, port=port)],
+        exception_handlers={
+            Refusal: lambda request, error: JSONResponse({"error": str(error)}, error.status),
+            DataError: lambda request, error: JSONResponse({"error": str(error)}, 400),
+            HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code),
+            sqlite3.Error: lambda request, error: JSONResponse({"error": f"The ratings file refuses: {error}."}, 503),
+        },
+    )
+
+
+def listen(port: int) -> socket.socket:
+    """Take the port on 127.0.0.1; 0 takes a free one.
+
+    Raises:
+        ConfigError: it is taken or not allowed.
+    """
+    taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((HOST, port))
+        taken.listen(128)
+    except OSError as error:
+        taken.close()
+        why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
+        raise ConfigError(f"--port {port}: {why}; give another one, or 0 for any that is free.") from None
+    return taken
+
+
+def serve(store: Store, taken: socket.socket) -> None:
+    """Serve until interrupted."""
+    port = taken.getsockname()[1]
+    settings = uvicorn.Config(
+        rating_app(store, port),
+        log_level="warning",
+        access_log=False,  # its lines would show the token
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=3,
+    )
+    uvicorn.Server(settings).run(sockets=[taken])
+
+
+def link(store: Store, taken: socket.socket) -> str:
+    """Give the address of the page, token included."""
+    return f"http://{HOST}:{taken.getsockname()[1]}/?token={store.token}"
+
+
+def _page(store: Store) -> str:
+    template = (files("cagsr.rating") / "page.html.jinja").read_text(encoding="utf-8")
+    scales = [(name, SCALE_TEXTS[name]) for name in store.settings.scales]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(database=store.database, scales=scales)
+
+
+def _file(name: str, kind: str) -> Callable[[Request], Any]:
+    content = (files("cagsr.rating") / name).read_text(encoding="utf-8")
+
+    async def give(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return give
+
+
+async def _read(request: Request, kind: type[MessageT], store: Store) -> MessageT:
+    """Read and check the page's message."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise Refusal(415, "A message must be JSON.")
+    content = b""
+    async for part in request.stream():
+        content += part
+        if len(content) > LARGEST:
+            raise Refusal(413, "The message is too long.")
+    try:
+        message = kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'The message'}: {first['msg']}.") from None
+    _check_database(store, message.database)
+    return message
+
+
+def _check_database(store: Store, named: str) -> None:
+    if named != store.database:
+        raise Refusal(412, "This page was opened for another ratings file than the one served here now.")
+
+
+def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
+    if message.choice == "skip" or (not scales and message.marks is None):
+        return
+    marks = message.marks or {}
+    if any(set(marks.get(side, {})) != set(scales) for side in ("left", "right")):
+        wanted = ", ".join(scales) or "no scales"
+        raise Refusal(400, f"Both answers need marks for: {wanted}.")
+
+
+def _progress(progress: Progress, outcome: str = "done", status: int = 200) -> Response:
+    return JSONResponse({"outcome": outcome, **asdict(progress)}, status)
