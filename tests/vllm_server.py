@@ -141,10 +141,9 @@ class FakeVLLM:
                 output_scores=True,
                 return_dict_in_generate=True,
             ),
-            **({"stop_strings": body["stop"], "tokenizer": self.tokenizer} if body.get("stop") else {}),
         )
         logprobs = torch.stack(found.scores, dim=1).log_softmax(dim=2)  # processed: after temperature and filters
-        for row in range(body["n"]):
+        for row in range(body["n"]):  # cut at stop strings here: what would have followed is never seen
             tokens = found.sequences[row, len(prompt) :].tolist()
             length = next((i for i, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
             text = ""
