@@ -158,6 +158,7 @@ def test_answers_end_at_every_stop_token_and_at_the_length_limit(folder: Path):
     assert {2, cat} <= set(last.tolist())
     assert lengths[~rollout.ended].unique().tolist() == [5]
     assert int(lengths[rollout.ended].min()) < 5
+    assert [len(given["token_ids"]) for given in engine.given] == lengths.tolist()  # the server stopped, not only we
     assert all("cat" not in text for text, token in zip(rollout.completions, last, strict=True) if token == 2)
 
 

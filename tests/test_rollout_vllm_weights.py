@@ -89,6 +89,7 @@ def test_nccl_speaks_to_trls_client_as_it_wants_to_be_spoken_to(tmp_path: Path, 
     with serving(engine) as url:
         channel = NcclWeights(VLLMServer(url, 10), torch.device("cuda:0"), 51216, 1.0)
         for _ in range(2):
+            channel.prepare()
             channel.send(policy_weights(loaded))
     assert [path for path, _ in engine.asked] == ["/reset_prefix_cache"] * 2
     client.init_communicator.assert_called_once_with(device=torch.device("cuda:0"))

@@ -99,6 +99,7 @@ class VLLMSampler:
 
     def _send_weights(self) -> None:
         weights = policy_weights(self._loaded)
+        self._on_main(lambda: self._channel.prepare() if self._channel is not None else None)
         if not self._accelerator.is_main_process:
             for weight in weights:
                 weight.tensor()  # a sharded weight is put together by all processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +84,15 @@ def _delta_of(module: Any) -> Callable[[], Tensor]:
 class WeightChannel(Protocol):
     """Brings weights to the server; used by the main process alone."""
 
+    def prepare(self) -> None:
+        """Do all that can fail before the processes put their shards together: the others would wait for ever.
+
+        Raises:
+            RolloutError: the server can't be reached that way.
+            RunError: a folder can't be written.
+        """
+        ...
+
     def send(self, weights: Sequence[PolicyWeight]) -> None:
         """Make ``weights`` the server's and drop what it cached under the old ones.
 
@@ -114,11 +124,14 @@ class DiskWeights:
         self._folder = folder.resolve()
         self._sent = 0
 
-    def send(self, weights: Sequence[PolicyWeight]) -> None:
+    def prepare(self) -> None:
         """As the protocol."""
         if self._sent == 0 and self._folder.is_dir():  # what an interrupted run left
             clean_leftovers(self._folder)
             self._remove_but(None)
+
+    def send(self, weights: Sequence[PolicyWeight]) -> None:
+        """As the protocol."""
         self._sent += 1
         path = self._folder / f"policy-{self._sent:06d}"
         tensors = {weight.name: weight.tensor().cpu().contiguous() for weight in weights}
@@ -171,27 +184,36 @@ class NcclWeights:
         self._server = server
         self._joined = False
 
+    def prepare(self) -> None:
+        """As the protocol: trainer and server meet, once."""
+        if not self._joined:
+            with self._errors():
+                self._client.init_communicator(device=self._device)
+            self._joined = True
+
     def send(self, weights: Sequence[PolicyWeight]) -> None:
         """As the protocol."""
         metadata = [
             (weight.name, str(weight.dtype).removeprefix("torch."), list(weight.parameter.shape)) for weight in weights
         ]
-        try:
-            if not self._joined:
-                self._client.init_communicator(device=self._device)
-                self._joined = True
+        with self._errors():
             self._client.update_named_params(metadata, _on(self._device, weights))
-        except Exception as error:  # TRL's client raises plain Exception, requests' and NCCL's errors
-            raise RolloutError(
-                f"The weights can't be sent to the vLLM server at {self._server.url} over NCCL ({_line(error)}): "
-                "look at its log, or use --rollout.weights disk."
-            ) from error
         reset_prefix_cache(self._server)
 
     def close(self) -> None:
         """Leave the group."""
         if self._joined:
             self._client.close_communicator()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TRL's client raises plain Exception, requests' and NCCL's errors
+            raise RolloutError(
+                f"The weights can't be sent to the vLLM server at {self._server.url} over NCCL ({_line(error)}): "
+                "look at its log, or use --rollout.weights disk."
+            ) from error
 
 
 def trl_client(url: str, group_port: int, timeout: float) -> Any:
