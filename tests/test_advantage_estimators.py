@@ -73,6 +73,15 @@ def test_group_z_scores_by_hand() -> None:
     close(scores, [-z, z, 0.0, 0.0, 0.0])
 
 
+def test_group_z_scores_train_on_no_rounding() -> None:
+    # Group 0 differs in the last bit of float32, group 1 by a thousandth: 0.001 / sqrt(2) / (0.001 / sqrt(2) + 1e-4).
+    rewards = torch.tensor([3.0, 3.0 + 2.4e-7, 0.0, 0.001])
+    assert rewards[0] != rewards[1]
+    scores = group_z_scores(rewards, torch.tensor([0, 0, 1, 1]))
+    z = 0.0005 / (0.001 / math.sqrt(2) + 1e-4)
+    close(scores, [0.0, 0.0, -z, z])
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.lists(st.integers(2, 5), min_size=1, max_size=4))
 def test_group_estimators_follow_a_permutation_and_sum_to_zero(seed: int, groups: list[int]) -> None:

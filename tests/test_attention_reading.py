@@ -169,7 +169,7 @@ def test_one_buffer_whatever_the_number_of_layers_and_heads(layers):
     reader = PromptAttentionReader(model, "all")
     held = []
     with torch.no_grad(), reader.read(batch.region) as reading:
-        seen = reading._hear
+        seen = reading.hear
 
         def measure(module, call):
             seen(module, call)
@@ -181,7 +181,7 @@ def test_one_buffer_whatever_the_number_of_layers_and_heads(layers):
             listeners[:] = [measure]
         model(**batch.inputs)
         for listeners in intercept._listeners.values():
-            listeners[:] = [reading._hear]
+            listeners[:] = [reading.hear]
     assert len(held) == layers - 1  # the last layer's report finishes the reading
     assert len(set(held)) == 1
     assert held[0][0] == 2 * 20 * 20

@@ -15,7 +15,7 @@ from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
-from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel, load_model
 
 SAMPLING = SamplingConfig(num_generations=1, max_new_tokens=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import tiny
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.flow import Prompt, PromptBatch
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.rollout import decode as decode_module
+from cagsr.rollout import sample
 from cagsr.rollout.sample import cut_responses, sample_responses
 
 
@@ -82,3 +85,75 @@ def test_min_and_max_new_tokens(llama: LoadedModel):
     lengths = rollout.response_mask.sum(1)
     assert int(lengths.min()) > 4 - 1
     assert int(lengths.max()) <= 6
+
+
+def _transformers_own(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+    """What transformers' own loop gives, every row to the end, each prompt read once for each of its answers."""
+    settings = sample._settings(loaded, sampling)
+    with torch.no_grad(), sample._only_these_settings(loaded.model, settings):
+        ids = loaded.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
+    return ids[:, 1 if loaded.encoder_decoder else prompts.ids.shape[1] :]
+
+
+def _several(loaded: LoadedModel, texts: list[str], answers: int) -> PromptBatch:
+    prompts = batch_of(loaded, [text for text in texts for _ in range(answers)])
+    return dataclasses.replace(prompts, group=torch.arange(len(texts)).repeat_interleave(answers))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "mistral", "qwen3"])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 5, "min_new_tokens": 3}, {"temperature": 0.0}])
+def test_rows_that_leave_change_no_token(kind: str, filters: dict[str, float], tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    with torch.no_grad():  # ends at all lengths: the stop token comes up about once in eight tokens
+        head = loaded.model.get_output_embeddings()
+        head.weight.mul_(0.05)
+    sampling = dataclasses.replace(SamplingConfig(max_new_tokens=24), **filters)
+    prompts = _several(loaded, ["a cat", "tell me about the small red bird near a house", "the dog"], 6)
+    torch.manual_seed(3)
+    expected = cut_responses(_transformers_own(loaded, prompts, sampling), prompts, loaded.tokenizer, loaded.stop_ids)
+    torch.manual_seed(3)
+    found = sample_responses(loaded, prompts, sampling)
+    assert found.response_ids.tolist() == expected.response_ids.tolist()
+    assert found.ended.tolist() == expected.ended.tolist()
+    if sampling.temperature and not sampling.top_k:
+        assert len(set(found.response_mask.sum(1).tolist())) > 3, "the test says nothing where all end together"
+
+
+def test_a_prompt_is_read_once_for_all_its_answers_and_finished_rows_are_not_fed(llama: LoadedModel):
+    fed: list[tuple[int, int]] = []
+    embedding = llama.model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
+    try:
+        torch.manual_seed(0)
+        rollout = sample_responses(llama, _several(llama, ["the cat", "a dog"], 8), SamplingConfig(max_new_tokens=30))
+    finally:
+        handle.remove()
+    assert fed[0][0] == 2
+    lengths = rollout.response_mask.sum(1)
+    for step, (rows, width) in enumerate(fed[1:], 1):
+        going = int((lengths > step).sum())
+        assert width == 1
+        assert going <= rows <= max(going / decode_module.LEAVE_WHEN, going), step
+    assert fed[-1][0] < 16
+
+
+def test_groups_of_different_sizes_are_sampled_row_by_row(llama: LoadedModel):
+    prompts = dataclasses.replace(batch_of(llama, ["the cat", "the cat", "a dog"]), group=torch.tensor([0, 0, 1]))
+    rollout = sample_responses(llama, prompts, SamplingConfig(max_new_tokens=3))
+    assert rollout.response_ids.shape[0] == 3
+
+
+def test_a_stop_string_ends_an_answer_while_sampling(llama: LoadedModel):
+    stop = "dog"
+    # The prompt says the stop string too: that ends nothing.
+    prompts = _several(llama, [f"the cat {stop}", "a dog"], 20)
+    torch.manual_seed(0)
+    free = sample_responses(llama, prompts, SamplingConfig(max_new_tokens=20))
+    torch.manual_seed(0)
+    found = sample_responses(llama, prompts, SamplingConfig(max_new_tokens=20, stop_strings=[stop]))
+    said = [row for row, text in enumerate(free.completions) if stop in text]
+    assert len(said) > 5
+    for row, text in enumerate(free.completions):
+        assert found.completions[row] == (text[: text.find(stop)] if row in said else text)
+        assert bool(found.ended[row]) == bool(row in said or free.ended[row])
+    assert int(found.response_mask.sum()) < int(free.response_mask.sum())

@@ -234,6 +234,23 @@ def test_a_reward_that_is_not_a_number_stops_with_term_step_and_prompt(
     assert latest_checkpoint(run / "checkpoints").step == 2
 
 
+def test_a_profile_says_where_the_time_went(start: Path, prompts: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert main(arguments(start, prompts, run, "--steps", "4", "--profile")) == 0
+    text = (run / "profile.md").read_text()
+    timings = lines(run / "timings.jsonl")
+    kept = [row for row in timings if row["step"] != 2]  # the step whose operators were recorded is left out
+    seconds = sum(row["rollout_seconds"] for row in kept) / len(kept)
+    assert f"| rollout | {seconds:.3f} |" in text
+    for row in timings:
+        inside = sum(row[f"{part}_seconds"] for part in ("rollout", "scoring", "reference", "reward"))
+        assert 0.5 * row["collect_seconds"] < inside <= row["collect_seconds"]
+    assert "aten::" in text
+    assert "Where the time of" in capsys.readouterr().out
+    # A profile is no setting of the run: it can be resumed without.
+    assert "profile: true" not in (run / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_encoder_decoder_models_train_end_to_end(kind: str, prompts: Path, tmp_path: Path):
     start = tiny.save_model(tmp_path / "start", kind)

@@ -11,7 +11,8 @@ import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import Prompt, PromptBatch, Rollout
-from cagsr.models.actor_critic import ActorCritic, PassInputs, teacher_forced
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference
 from cagsr.rollout.sample import sample_responses

@@ -9,7 +9,8 @@ import torch
 from torch.distributions import Categorical
 
 from cagsr.config import SamplingConfig
-from cagsr.update.statistics import sampling_correction, token_entropy, token_logprobs
+from cagsr.update import statistics
+from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_entropy, token_logprobs
 
 
 def test_logprobs_and_entropy_are_those_of_the_tempered_softmax():
@@ -18,6 +19,45 @@ def test_logprobs_and_entropy_are_those_of_the_tempered_softmax():
     expected = Categorical(logits=logits / 0.7)
     torch.testing.assert_close(token_logprobs(logits, ids, 0.7), expected.log_prob(ids))
     torch.testing.assert_close(token_entropy(logits, 0.7), expected.entropy())
+
+
+@pytest.mark.parametrize("block", [1, 3 * 7, 2**22])
+def test_blocks_change_neither_values_nor_gradients(block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(statistics, "BLOCK_NUMBERS", block)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 7, (2, 5))
+    seen = []
+    for direct in (True, False):
+        logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        expected = Categorical(logits=logits / 0.7)
+        if direct:
+            pairs = [(expected.log_prob(ids), expected.entropy())]
+        else:
+            pairs = [
+                (token_logprobs(logits, ids, 0.7), token_entropy(logits, 0.7)),
+                logprobs_and_entropy(logits, ids, 0.7),
+            ]
+        for logprobs, entropy in pairs:
+            logits.grad = None
+            (logprobs * torch.arange(10.0).view(2, 5) + entropy.square()).sum().backward()
+            assert logits.grad is not None
+            seen.append((logprobs.detach(), entropy.detach(), logits.grad))
+    for found in seen[1:]:
+        torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(statistics, "BLOCK_NUMBERS", 4 * 1000)
+    kept: list[int] = []
+    logits = torch.randn(4, 8, 1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
+        token_logprobs(logits, torch.zeros(4, 8, dtype=torch.long), 1.0).sum()
+        logprobs_and_entropy(logits, torch.zeros(4, 8, dtype=torch.long), 1.0)[1].sum()
+    # Only views of the logits themselves and the ids.
+    large = {address for address in kept if address != logits.untyped_storage().data_ptr()}
+    assert len(large) <= 2
 
 
 def test_bfloat16_logits_are_computed_in_float32():

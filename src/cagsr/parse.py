@@ -31,6 +31,7 @@ ALIASES = {
     "seed": "run.seed",
     "resume": "run.resume",
     "overwrite": "run.overwrite",
+    "profile": "run.profile",
     "lora_r": "lora.r",
     "num_generations": "sampling.num_generations",
     "max_new_tokens": "sampling.max_new_tokens",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
+from rich.markdown import Markdown
 
 from cagsr.associate import associations_of
+from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
@@ -151,9 +154,20 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             start = _evaluate(config, loaded, held_out.prompts, metric)
             record.log(0, start, {}, [])
             monitors.observe(0, start)
+        timings: list[dict[str, float]] = []
+        operators: list[tuple[str, float, int]] = []
+        # The first step pays for what is set up once; recording slows a step down, so its times are left out.
+        recorded = min(record.first_step + 2, config.run.steps) if config.run.profile else None
         with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
             for step in range(record.first_step + 1, config.run.steps + 1):
-                _step(step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress)
+                with operators_of(operators, loaded.device) if step == recorded else nullcontext():
+                    taken = _step(step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress)
+                if step != recorded:
+                    timings.append(taken)
+        if config.run.profile and main:
+            text = profile_text(timings, operators)
+            record.profile(text)
+            console.print(Markdown(text))
         evaluations = record.evaluations() or [{}]
         record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
     finally:
@@ -215,8 +229,8 @@ def _step(
     monitors: Monitors,
     record: RunRecord,
     progress: TrainingProgress,
-) -> None:
-    """One step: collect, update, evaluate now and then, write, watch, save."""
+) -> dict[str, float]:
+    """One step: collect, update, evaluate now and then, write, watch, save; gives the timings."""
     started = time.perf_counter()
     try:
         experience = ppo.collect(stream.next_batch())
@@ -234,6 +248,8 @@ def _step(
         "update_seconds": updated - collected,
         "evaluation_seconds": time.perf_counter() - updated,
         "response_tokens": float(experience.rollout.response_mask.sum()),
+        **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
+        "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
     record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows))
     progress.step(step, metrics)
@@ -247,6 +263,7 @@ def _step(
         record.save(step)
     if stopping:
         raise MonitorStop(f"step {step}: {' '.join(stopping)} {record.where_to_resume()}")
+    return timings
 
 
 def _is_due(step: int, every: int) -> bool:

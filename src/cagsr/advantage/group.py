@@ -9,6 +9,8 @@ from cagsr.errors import ConfigError
 
 STD_EPS = 1e-4
 """Added to a group's standard deviation, as TRL does: groups of (nearly) equal rewards give (nearly) 0."""
+ROUNDING = 1e-6
+"""Spread, relative to the largest reward of the group (at least 1), that is float32 rounding of sums."""
 
 
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
@@ -37,7 +39,8 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 def group_z_scores(rewards: Tensor, group: Tensor) -> Tensor:
     """Z-scores within the group (GRPO; Shao et al., 2024, arXiv 2402.03300, section 4.1).
 
-    ``(r - mean) / (std + 1e-4)`` with the standard deviation of a sample (n - 1), as in TRL.
+    ``(r - mean) / (std + 1e-4)`` with the standard deviation of a sample (n - 1), as in TRL. A group whose rewards differ
+    by no more than float32 rounding gets 0 throughout: divided by 1e-4 the rounding would be trained on.
 
     Args:
         rewards: ``(batch,)``.
@@ -50,7 +53,9 @@ def group_z_scores(rewards: Tensor, group: Tensor) -> Tensor:
     deviation = _centred(rewards.float(), index, size)
     squares = torch.zeros_like(size, dtype=torch.float32).scatter_add(0, index, deviation.square())
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    return deviation / (std[index] + STD_EPS)
+    size_of_rewards = torch.zeros_like(std).scatter_reduce(0, index, rewards.float().abs(), "amax")
+    told_apart = std > ROUNDING * size_of_rewards.clamp(min=1.0)
+    return torch.where(told_apart[index], deviation / (std[index] + STD_EPS), 0.0)
 
 
 def _groups(group: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Attention: read from response tokens to prompt tokens during an ordinary forward pass."""
 
+from cagsr.attention.in_turn import ReadingsInTurn
 from cagsr.attention.reader import PromptAttentionReader, Reading
 from cagsr.attention.region import AttentionRegion
 
-__all__ = ["AttentionRegion", "PromptAttentionReader", "Reading"]
+__all__ = ["AttentionRegion", "PromptAttentionReader", "Reading", "ReadingsInTurn"]

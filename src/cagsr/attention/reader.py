@@ -96,7 +96,7 @@ class Reading:
         if self._stack is not None:
             raise AttentionError("A reading serves one with block: call reader.read again for the next forward.")
         self._stack = ExitStack()
-        self._stack.enter_context(listening(self._layers, self._hear))
+        self._stack.enter_context(listening(self._layers, self.hear))
         return self
 
     def __exit__(
@@ -128,7 +128,22 @@ class Reading:
             )
         return self._attention
 
-    def _hear(self, module: nn.Module, call: Intercepted) -> None:
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The attention modules that are listened to."""
+        return list(self._layers)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chosen layer has reported."""
+        return self._attention is not None
+
+    def hear(self, module: nn.Module, call: Intercepted) -> None:
+        """Take in what one layer's attention call says; the context's listener, or who stands in for it.
+
+        Raises:
+            AttentionError: a layer that has reported reports again, or gradients are asked for where there are none.
+        """
         # Gradient checkpointing runs a layer again during the backward pass: that is the same forward.
         if torch._C._current_graph_task_id() != -1:
             return

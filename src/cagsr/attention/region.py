@@ -124,6 +124,30 @@ class AttentionRegion:
         return cls(batch=batch, rows=_runs(starts + prompt - 1, response), columns=_runs(starts, prompt))
 
     @classmethod
+    def after_prefix(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+        """Make the region of a forward over responses alone, their prompts' keys and values in the cache.
+
+        The forward is fed ``response[:-1]``; the row of its first token predicts the second. The first response token is
+        predicted by the forward over the prompts: read that one with ``left_padded(prompts, torch.ones(prompts, 1))``.
+
+        Args:
+            prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
+            response_mask: ``(batch, response - 1)``, true where the token that is predicted is real.
+
+        Raises:
+            AttentionError: the batch sizes differ.
+        """
+        prompt, response = _masks(prompt_mask, response_mask)
+        return cls(
+            batch=torch.arange(prompt.shape[0], device=prompt.device),
+            rows=_positions(response),
+            columns=_positions(prompt),
+            row_slice=slice(0, response.shape[1]),
+            column_slice=slice(0, prompt.shape[1]),
+            keys=prompt.shape[1] + response.shape[1],
+        )
+
+    @classmethod
     def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
         """Put the prompt in the encoder; the decoder reads [start, y0, y1, ...]: row t predicts token t.
 

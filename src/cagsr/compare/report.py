@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from cagsr.compare import figures, tables
 from cagsr.compare.plan import START
@@ -316,13 +316,6 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _inline(text: str) -> Any:
-    """Markdown's emphasis and code, and nothing else, as HTML."""
-    from markupsafe import Markup
-
-    safe = html.escape(text)
-    safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
-    safe = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe)
-    safe = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])", r"<em>\1</em>", safe)
-    safe = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', safe)
-    return Markup(safe)
+def _inline(text: str) -> Markup:
+    """Markdown within a line (emphasis, code, links) as HTML; HTML in the text stays text."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).renderInline(text))

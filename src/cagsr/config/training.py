@@ -282,6 +282,8 @@ class RunConfig:
     """Answers with their reward breakdown stored at each step in samples.jsonl."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send metrics to this tracker (through accelerate)."""
+    profile: bool = False
+    """Print where the time of a step goes, down to the costliest operators, and write it to profile.md."""
     overwrite: bool = False
     """Start anew in a folder that holds another run (its files are removed)."""
     resume: bool = False

@@ -22,7 +22,7 @@ from cagsr.evaluation.metrics import repetition
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
-from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS

@@ -21,7 +21,7 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt, Rollout
-from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.update.score import length_sorted_chunks
 from cagsr.update.statistics import token_entropy
@@ -109,8 +109,9 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
     size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
     result = np.zeros(len(rollout.completions))
     with loaded.autocast():
-        for index in length_sorted_chunks(rollout, size):
-            inputs = PassInputs.of(rollout).rows(index)
+        share = shares_prompts(loaded)
+        for index in length_sorted_chunks(rollout, size, share=share):
+            inputs = PassInputs.of(rollout, share=share).rows(index)
             logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
             found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
             mean = found.double().sum(dim=1) / inputs.response_mask.sum(dim=1)

@@ -6,47 +6,14 @@ The module is what accelerate wraps, so that every parameter is used through one
 from __future__ import annotations
 
 import copy
-import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cagsr.config import PPOConfig
 from cagsr.errors import ModelError
-from cagsr.flow import Rollout
+from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel
-
-
-@dataclass(frozen=True)
-class PassInputs:
-    """A batch of prompts and answers, as the model's forward takes them."""
-
-    prompt_ids: Tensor  # (batch, prompt)
-    prompt_mask: Tensor  # (batch, prompt)
-    response_ids: Tensor  # (batch, response)
-    response_mask: Tensor  # (batch, response)
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> PassInputs:
-        """Take the tensors of a rollout."""
-        return cls(rollout.prompts.ids, rollout.prompts.mask, rollout.response_ids, rollout.response_mask)
-
-    def rows(self, index: Tensor) -> PassInputs:
-        """Select sequences, cut to the longest prompt and response among them (no padding waste).
-
-        Prompts padded on the left lose columns on the left, prompts padded on the right lose them on the right.
-        """
-        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        columns = prompt_mask.any(dim=0).nonzero().flatten()
-        first, last = int(columns[0]), int(columns[-1]) + 1
-        length = max(1, int(response_mask.sum(dim=1).max()))
-        return PassInputs(
-            self.prompt_ids[index, first:last],
-            prompt_mask[:, first:last],
-            self.response_ids[index, :length],
-            response_mask[:, :length],
-        )
 
 
 class ActorCritic(nn.Module):
@@ -110,76 +77,3 @@ class ActorCritic(nn.Module):
         """Parameters trained at the value learning rate."""
         modules = [module for module in (self.value_head, self.critic) if module is not None]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-
-
-def teacher_forced(
-    model: nn.Module, inputs: PassInputs, encoder_decoder: bool, pad_token_id: int, *, with_hidden: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """One forward pass over prompt and response.
-
-    Decoder-only: the last response token is not fed (nothing follows it), positions count real tokens only, and only
-    the logits that predict response tokens are computed where the model allows it. Encoder-decoder: the prompt is the
-    encoder's input and the response, shifted right, the decoder's.
-
-    Args:
-        model: a transformers (or peft) language model.
-        inputs: ids and masks.
-        encoder_decoder: which of the two it is.
-        pad_token_id: put where the masks are False.
-        with_hidden: also return the input of the output embedding (the last hidden state).
-
-    Returns:
-        Logits ``(batch, response, vocabulary)`` and, if asked for, hidden states ``(batch, response, width)``.
-    """
-    seen: list[Tensor] = []
-    handle = None
-    if with_hidden:
-        # The output embedding's own input: the last hidden state after the final norm (and T5's scaling), without
-        # output_hidden_states, which would keep every layer's.
-        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        if encoder_decoder:
-            logits = _encoder_decoder_pass(model, inputs, pad_token_id)
-        else:
-            logits = _decoder_only_pass(model, inputs, pad_token_id)
-    finally:
-        if handle is not None:
-            handle.remove()
-    length = inputs.response_ids.shape[1]
-    hidden = seen[0][:, -length:] if seen else None
-    return logits[:, -length:], hidden
-
-
-def _decoder_only_pass(model: nn.Module, inputs: PassInputs, pad_token_id: int) -> Tensor:
-    response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
-    ids = torch.cat([inputs.prompt_ids, response[:, :-1]], dim=1)
-    mask = torch.cat([inputs.prompt_mask, inputs.response_mask[:, :-1]], dim=1).long()
-    accepted = _forward_parameters(model)
-    arguments = {}
-    if "position_ids" in accepted:
-        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = inputs.response_ids.shape[1]
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments).logits
-
-
-def _encoder_decoder_pass(model: nn.Module, inputs: PassInputs, pad_token_id: int) -> Tensor:
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = model.generation_config.decoder_start_token_id
-    response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
-    decoder_ids = torch.cat([torch.full_like(response[:, :1], start), response[:, :-1]], dim=1)
-    decoder_mask = torch.cat([torch.ones_like(inputs.response_mask[:, :1]), inputs.response_mask[:, :-1]], dim=1)
-    return model(
-        input_ids=inputs.prompt_ids,
-        attention_mask=inputs.prompt_mask.long(),
-        decoder_input_ids=decoder_ids,
-        decoder_attention_mask=decoder_mask.long(),
-        use_cache=False,
-    ).logits
-
-
-def _forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Argument names of the underlying model's forward (peft's own takes anything)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters)

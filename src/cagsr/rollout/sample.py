@@ -1,4 +1,4 @@
-"""Sample answers with transformers' own ``generate`` and cut them at the first stop token."""
+"""Sample answers with transformers' ``generate`` and cut them at the first stop token."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
+from cagsr.rollout.decode import decode
 
 
 def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
@@ -28,14 +29,56 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     Returns:
         The answers, ``(batch, response)``, padded on the right to the longest.
     """
+    many = _answers_per_prompt(prompts)
+    start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
     with torch.no_grad(), loaded.autocast(), _only_these_settings(loaded.model, _settings(loaded, sampling)):
         ids = loaded.model.generate(
-            input_ids=prompts.ids,
-            attention_mask=prompts.mask.long(),
-            **({"stop_strings": sampling.stop_strings, "tokenizer": loaded.tokenizer} if sampling.stop_strings else {}),
+            input_ids=prompts.ids[::many],
+            attention_mask=prompts.mask[::many].long(),
+            custom_generate=decode,
+            answers_per_prompt=many,
+            stopping_criteria=StoppingCriteriaList(
+                [SaysStopString(loaded.tokenizer, sampling.stop_strings, start)] if sampling.stop_strings else []
+            ),
         )
-    start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
     return cut_responses(ids[:, start:], prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+
+
+class SaysStopString(StoppingCriteria):
+    """Ends an answer whose last tokens say one of the stop strings; works with every tokenizer that can decode.
+
+    transformers' own criterion takes the vocabulary apart and fails on tokenizers of whole words.
+
+    Args:
+        tokenizer: turns tokens into text.
+        stop_strings: what ends an answer.
+        start: where answers begin: a prompt may say a stop string.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], start: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._start = start
+        # A token is at least a character but for pieces of one, which come in fours at most.
+        self._tokens = 4 + max(len(stop.encode()) for stop in stop_strings)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
+        """``(rows,)`` bool: whether the text of each row's last tokens holds a stop string."""
+        first = max(self._start, input_ids.shape[1] - self._tokens)
+        texts = self._tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
+        found = [any(stop in text for stop in self._stop_strings) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _answers_per_prompt(prompts: PromptBatch) -> int:
+    """How many rows in a row answer the same prompt; 1 where that differs from prompt to prompt."""
+    group = prompts.group
+    many = int((group == group[0]).sum())
+    if len(group) % many:
+        return 1
+    blocks = group.view(-1, many)
+    apart = len(blocks[:, 0].unique()) == len(blocks)
+    return many if apart and bool((blocks == blocks[:, :1]).all()) else 1
 
 
 def cut_responses(

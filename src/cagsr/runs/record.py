@@ -85,7 +85,9 @@ class RunRecord:
         if accelerator.is_main_process:
             try:
                 # How this start treats the folder is no setting of the run: the stored file must be usable for another.
-                stored = dataclasses.replace(config, run=dataclasses.replace(run, resume=False, overwrite=False))
+                stored = dataclasses.replace(
+                    config, run=dataclasses.replace(run, resume=False, overwrite=False, profile=False)
+                )
                 self._folder = RunFolder.open(
                     config.output_dir, to_yaml(stored), resume=run.resume, overwrite=run.overwrite
                 )
@@ -199,6 +201,11 @@ class RunRecord:
             plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
         self._tracker.finish()
         self.close()
+
+    def profile(self, text: str) -> None:
+        """Write where the time went."""
+        if self._folder is not None:
+            write_text_atomically(self._folder.path / "profile.md", text)
 
     def close(self) -> None:
         """Release the folder's lock."""

@@ -18,10 +18,12 @@ from torch import Tensor
 from cagsr.advantage.estimate import estimate_advantages
 from cagsr.advantage.kl import KLController, kl_k1, kl_k3
 from cagsr.attention import PromptAttentionReader
+from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, Experience, Reward, RewardBatch, Rollout
-from cagsr.models.actor_critic import ActorCritic, PassInputs
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.forward import PassInputs, shares_prompts
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.prompts.batch import collate_prompts
@@ -33,7 +35,7 @@ from cagsr.rollout.build import build_sampler
 from cagsr.update.engine_mismatch import account_for_engine
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
-from cagsr.update.statistics import token_entropy, token_logprobs
+from cagsr.update.statistics import logprobs_and_entropy, token_logprobs
 
 FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
@@ -62,6 +64,7 @@ class PPO:
         attention = config.attention
         watched = self.reference.module if attention.source == "reference" else loaded.model
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
@@ -90,19 +93,21 @@ class PPO:
             device=loaded.device,
             first_group=self.accelerator.process_index * len(prompts),
         )
-        rollout = self.sampler.sample(batch, config.sampling)
+        with self.clock.part("rollout"):
+            rollout = self.sampler.sample(batch, config.sampling)
 
         from_policy = config.attention.source == "policy"
-        scores = score_policy(
-            self.actor_critic,
-            loaded,
-            rollout,
-            config.sampling,
-            reader=self.reader if from_policy else None,
-            micro_batch_size=micro,
-        )
+        with self.clock.part("scoring"):
+            scores = score_policy(
+                self.actor_critic,
+                loaded,
+                rollout,
+                config.sampling,
+                reader=self.reader if from_policy else None,
+                micro_batch_size=micro,
+            )
         scores, sampler_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
-        with self.reference.model() as reference:
+        with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
                 reference,
                 loaded,
@@ -114,12 +119,13 @@ class PPO:
         attention = scores.attention if from_policy else reference_attention
         assert attention is not None
 
-        words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
-        reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
-        reward = self.reward(reward_batch)
-        advantages = estimate_advantages(
-            config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
-        )
+        with self.clock.part("reward"):
+            words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
+            reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
+            reward = self.reward(reward_batch)
+            advantages = estimate_advantages(
+                config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
+            )
         return Experience(rollout, scores, reference_logprobs, reward, advantages, sampler_metrics)
 
     def update(self, experience: Experience) -> dict[str, float]:
@@ -205,16 +211,22 @@ class PPO:
         tokens = self.reduce(rollout.response_mask[index].sum().float()) / self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
         ratio_error = torch.zeros((), device=self.loaded.device)
-        chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index)
+        share = shares_prompts(self.loaded)
+        chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
         for number, chunk in enumerate(chunks):
-            inputs = PassInputs.of(rollout).rows(chunk)
+            inputs = PassInputs.of(rollout, share=share).rows(chunk)
             mask = inputs.response_mask
             width = mask.shape[1]
             last = number == len(chunks) - 1
             with self.accelerator.no_sync(self.module) if not last else torch.enable_grad():
-                with self.loaded.autocast():
+                with self.clock.part("forward"), self.loaded.autocast():
                     logits, values = self.module(inputs)
-                logprobs = token_logprobs(logits, inputs.response_ids, self.config.sampling.temperature)
+                temperature = self.config.sampling.temperature
+                entropy = None
+                if ppo.entropy_coef > 0:
+                    logprobs, entropy = logprobs_and_entropy(logits, inputs.response_ids, temperature)
+                else:
+                    logprobs = token_logprobs(logits, inputs.response_ids, temperature)
                 policy = policy_loss(
                     logprobs,
                     scores.logprobs[chunk, :width],
@@ -242,10 +254,10 @@ class PPO:
                     estimator = kl_k3 if ppo.kl_estimator == "k3" else kl_k1
                     penalty = estimator(logprobs, experience.reference_logprobs[chunk, :width])
                     loss = loss + self.kl_controller.kl_coef * masked_sum_loss(penalty, mask, tokens)
-                if ppo.entropy_coef > 0:
-                    entropy = token_entropy(logits, self.config.sampling.temperature)
+                if entropy is not None:
                     loss = loss - ppo.entropy_coef * masked_sum_loss(entropy, mask, tokens)
-                self.accelerator.backward(loss)
+                with self.clock.part("backward"):
+                    self.accelerator.backward(loss)
             found = losses | {
                 "ratio": (policy.ratio * mask).sum() / tokens,
                 "clipped": policy.clipped / tokens,
@@ -254,9 +266,10 @@ class PPO:
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             ratio_error = torch.maximum(ratio_error, ((policy.ratio - 1).abs() * mask).max())
-        grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.clock.part("optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         processes = self.accelerator.num_processes
         result = {name: float(self.reduce(value)) / processes for name, value in sums.items()}
         result["grad_norm"] = float(grad_norm)

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading
+from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading, ReadingsInTurn
 from cagsr.config import SamplingConfig
 from cagsr.flow import Rollout, Scores
-from cagsr.models.actor_critic import ActorCritic, PassInputs, teacher_forced
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.reward.certainty import self_certainty
-from cagsr.update.statistics import sampling_correction, token_entropy, token_logprobs
+from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_logprobs
 
 
-def length_sorted_chunks(rollout: Rollout, size: int, index: Tensor | None = None) -> list[Tensor]:
+def length_sorted_chunks(
+    rollout: Rollout, size: int, index: Tensor | None = None, *, share: bool = False
+) -> list[Tensor]:
     """Split sequences into micro-batches of similar length, so that little of the work is padding.
 
     Args:
         rollout: prompts and answers.
         size: sequences per micro-batch.
         index: which sequences, ``(n,)`` int64; None: all.
+        share: a prompt is fed once for all its answers in a micro-batch: of two orders, by the length of the answer and
+            by prompt, take the one that feeds fewer positions.
 
     Returns:
         Index tensors of at most ``size`` sequences, which together are ``index``.
     """
     if index is None:
         index = torch.arange(rollout.response_ids.shape[0], device=rollout.response_ids.device)
-    lengths = rollout.prompts.mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
-    order = torch.argsort(lengths[index], stable=True)
-    return list(index[order].split(size))
+    prompts, responses = rollout.prompts.mask.sum(dim=1)[index], rollout.response_mask.sum(dim=1)[index]
+    if not share:
+        return list(index[torch.argsort(prompts + responses, stable=True)].split(size))
+    group = rollout.prompts.group[index]
+    _, of_row = torch.unique(group, return_inverse=True)
+    longest = torch.zeros_like(responses).scatter_reduce(0, of_row, responses, "amax")[of_row]
+    by_prompt = torch.argsort((longest + prompts) * (len(group) + 1) + of_row, stable=True)
+    orders = [torch.argsort(responses, stable=True), by_prompt]
+    return [
+        index[part]
+        for part in min(
+            (order.split(size) for order in orders), key=lambda parts: _fed(parts, prompts, responses, group)
+        )
+    ]
+
+
+def _fed(parts: Sequence[Tensor], prompts: Tensor, responses: Tensor, group: Tensor) -> int:
+    """Positions that these micro-batches feed to the model, padding included, each prompt once."""
+    return sum(
+        len(group[part].unique()) * int(prompts[part].max()) + len(part) * int(responses[part].max()) for part in parts
+    )
 
 
 def score_policy(
@@ -61,17 +85,19 @@ def score_policy(
     parts = {name: zeros.clone() for name in ("logprobs", "entropy", "certainty", "correction", "values")}
     attention = None if reader is None else _empty_attention(rollout)
     temperature = sampling.temperature or 1.0
+    share = shares_prompts(loaded)
     with torch.no_grad(), loaded.autocast():
-        for index in length_sorted_chunks(rollout, micro_batch_size):
-            inputs = PassInputs.of(rollout).rows(index)
+        for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
+            inputs = PassInputs.of(rollout, share=share).rows(index)
             with _reading(reader, inputs, loaded.encoder_decoder) as reading:
                 logits, values = actor_critic(inputs)
             if attention is not None and reading is not None:
-                _place_attention(attention, reading.attention, index, loaded.encoder_decoder)
+                _place_attention(attention, _attention_of(reading, inputs), index, loaded.encoder_decoder)
             ids, mask = inputs.response_ids, inputs.response_mask
+            logprobs, entropy = logprobs_and_entropy(logits, ids, temperature)
             found = {
-                "logprobs": token_logprobs(logits, ids, temperature),
-                "entropy": token_entropy(logits, temperature),
+                "logprobs": logprobs,
+                "entropy": entropy,
                 "certainty": self_certainty(logits / temperature),
                 "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
             }
@@ -113,13 +139,14 @@ def score_reference(
     """
     logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     attention = None if reader is None else _empty_attention(rollout)
+    share = shares_prompts(loaded)
     with torch.no_grad(), loaded.autocast():
-        for index in length_sorted_chunks(rollout, micro_batch_size):
-            inputs = PassInputs.of(rollout).rows(index)
+        for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
+            inputs = PassInputs.of(rollout, share=share).rows(index)
             with _reading(reader, inputs, loaded.encoder_decoder) as reading:
                 logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
             if attention is not None and reading is not None:
-                _place_attention(attention, reading.attention, index, loaded.encoder_decoder)
+                _place_attention(attention, _attention_of(reading, inputs), index, loaded.encoder_decoder)
             found = token_logprobs(logits, inputs.response_ids, temperature)
             logprobs[index, : found.shape[1]] = found.masked_fill(~inputs.response_mask, 0.0)
     return logprobs, attention
@@ -127,12 +154,28 @@ def score_reference(
 
 def _reading(
     reader: PromptAttentionReader | None, inputs: PassInputs, encoder_decoder: bool
-) -> AbstractContextManager[Reading | None]:
+) -> AbstractContextManager[Reading | ReadingsInTurn | None]:
+    """What listens to the forward, or to the two forwards where prompts are read apart from their answers."""
     if reader is None:
         return nullcontext()
+    prompt, response = inputs.prompt_mask, inputs.response_mask
     if encoder_decoder:
-        return reader.read(AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask))
-    return reader.read(AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask))
+        return reader.read(AttentionRegion.encoder_decoder(prompt, response))
+    if inputs.shared is None:
+        return reader.read(AttentionRegion.left_padded(prompt, response))
+    prompts = prompt[inputs.shared.first]
+    regions = [AttentionRegion.left_padded(prompts, torch.ones_like(prompts[:, :1]))]
+    if response.shape[1] > 1:
+        regions.append(AttentionRegion.after_prefix(prompt, response[:, 1:]))
+    return ReadingsInTurn(reader, regions)
+
+
+def _attention_of(reading: Reading | ReadingsInTurn, inputs: PassInputs) -> Tensor:
+    if isinstance(reading, Reading):
+        return reading.attention
+    assert inputs.shared is not None
+    first, *rest = reading.attention
+    return torch.cat([first.index_select(0, inputs.shared.of_row), *rest], dim=1)
 
 
 def _empty_attention(rollout: Rollout) -> Tensor:

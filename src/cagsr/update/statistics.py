@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from cagsr.config import SamplingConfig
 
+BLOCK_NUMBERS = 2**22
+"""Logits turned into float32 probabilities at a time (16 MiB)."""
+
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probability of each token under the softmax of ``logits / temperature``.
+
+    Of large vocabularies a few positions are done at a time, and again in the backward pass: beside the logits themselves
+    nothing of the size of the vocabulary is kept.
 
     Args:
         logits: ``(batch, response, vocabulary)``, any float dtype.
@@ -19,11 +28,9 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
         temperature: > 0; the one the answers were sampled at (method.md, section 5).
 
     Returns:
-        ``(batch, response)`` float32, differentiable. Only the chosen column of the log-softmax is kept.
+        ``(batch, response)`` float32, differentiable.
     """
-    scaled = logits.float() / temperature
-    flat = functional.cross_entropy(scaled.flatten(0, 1), ids.flatten(), reduction="none")
-    return -flat.view(ids.shape)
+    return _by_blocks(lambda block, own: _logprobs(block, own, temperature), logits, ids)
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
@@ -34,10 +41,53 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
         temperature: > 0.
 
     Returns:
-        ``(batch, response)`` float32, nats, differentiable.
+        ``(batch, response)`` float32, nats, differentiable; memory as in :func:`token_logprobs`.
     """
-    logprobs = functional.log_softmax(logits.float() / temperature, dim=-1)
+    return _by_blocks(lambda block: _entropy((block.float() / temperature).log_softmax(dim=-1)), logits)
+
+
+def logprobs_and_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both at once, from one softmax.
+
+    Args:
+        logits: ``(batch, response, vocabulary)``.
+        ids: ``(batch, response)`` int64.
+        temperature: > 0.
+
+    Returns:
+        :func:`token_logprobs` and :func:`token_entropy`.
+    """
+
+    def both(block: Tensor, own: Tensor) -> Tensor:
+        logprobs = (block.float() / temperature).log_softmax(dim=-1)
+        return torch.stack([logprobs.gather(-1, own[:, None])[:, 0], _entropy(logprobs)], dim=-1)
+
+    logprobs, entropy = _by_blocks(both, logits, ids).unbind(dim=-1)
+    return logprobs, entropy
+
+
+def _logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    return -functional.cross_entropy(logits.float() / temperature, ids, reduction="none")
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def _by_blocks(function: Callable[..., Tensor], logits: Tensor, *own: Tensor) -> Tensor:
+    """``function(logits, *own)`` of flattened positions, a block at a time, as ``(batch, response, ...)``."""
+    flat = [logits.flatten(0, 1), *(one.flatten() for one in own)]
+    size = max(1, BLOCK_NUMBERS // logits.shape[-1])
+    if len(flat[0]) <= size:
+        found = function(*flat)
+    else:
+        blocks = zip(*(one.split(size) for one in flat), strict=True)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        else:
+            parts = [function(*block) for block in blocks]
+        found = torch.cat(parts)
+    return found.view(*logits.shape[:2], *found.shape[1:])
 
 
 def sampling_correction(logits: Tensor, ids: Tensor, sampling: SamplingConfig, stop_ids: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cagsr.attention import AttentionRegion, Reading
 from cagsr.attention.probe import AttentionLayers
 from cagsr.flow import Rollout
-from cagsr.models.actor_critic import PassInputs, teacher_forced
+from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel
 
 MOST_ELEMENTS = 4_000_000

@@ -1,0 +1,232 @@
+"""One teacher-forced pass over prompt + response; a prompt with several answers is read once.
+
+The answers to a prompt share its prefix, so its keys and values are computed once for all of them (method.md, section 4),
+in the update's pass too: gradients flow through them. Encoder-decoder models run their encoder once a prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cagsr.flow import Rollout
+from cagsr.models.cache import rows_can_be_picked
+from cagsr.models.load import LoadedModel
+
+WORTH = 1.5
+"""Answers to a prompt, on average, from which on its prefix is read apart: two forwards cost more than one."""
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Which rows of a batch answer the same prompt."""
+
+    first: Tensor  # (prompts,) int64: a row with each prompt
+    of_row: Tensor  # (batch,) int64: each row's prompt
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """A batch of prompts and answers, as the model's forward takes them."""
+
+    prompt_ids: Tensor  # (batch, prompt)
+    prompt_mask: Tensor  # (batch, prompt)
+    response_ids: Tensor  # (batch, response)
+    response_mask: Tensor  # (batch, response)
+    group: Tensor | None = None  # (batch,): rows with the same number hold the same prompt; None: not told
+    shared: SharedPrompts | None = None  # where each prompt is read once for its answers
+
+    @classmethod
+    def of(cls, rollout: Rollout, *, share: bool = False) -> PassInputs:
+        """Take the tensors of a rollout.
+
+        Args:
+            rollout: prompts and answers.
+            share: let ``rows`` read a prompt once for all of its answers; only for models that ``shares_prompts`` says
+                yes of.
+        """
+        prompts = rollout.prompts
+        group = prompts.group if share else None
+        return cls(prompts.ids, prompts.mask, rollout.response_ids, rollout.response_mask, group)
+
+    def rows(self, index: Tensor) -> PassInputs:
+        """Select sequences, cut to the longest prompt and response among them (no padding waste).
+
+        Prompts padded on the left lose columns on the left, prompts padded on the right lose them on the right.
+        """
+        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
+        columns = prompt_mask.any(dim=0).nonzero().flatten()
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        length = max(1, int(response_mask.sum(dim=1).max()))
+        return PassInputs(
+            self.prompt_ids[index, first:last],
+            prompt_mask[:, first:last],
+            self.response_ids[index, :length],
+            response_mask[:, :length],
+            shared=None if self.group is None else _shared(self.group[index]),
+        )
+
+
+def shares_prompts(loaded: LoadedModel) -> bool:
+    """Whether this model can read a prompt once for all its answers: its logits are then the same.
+
+    Asked of the model itself by one tiny batch, once. False for caches whose rows can't be picked (state-space layers),
+    under gradient checkpointing, which keeps no keys and values, and wherever the logits come out different.
+    """
+    model = loaded.model
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    if model not in _KNOWN:
+        _KNOWN[model] = _agrees(loaded)
+    return _KNOWN[model]
+
+
+def teacher_forced(
+    model: nn.Module, inputs: PassInputs, encoder_decoder: bool, pad_token_id: int, *, with_hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """One forward pass over prompt and response.
+
+    Decoder-only: the last response token is not fed (nothing follows it), positions count real tokens only, and only
+    the logits that predict response tokens are computed where the model allows it. Encoder-decoder: the prompt is the
+    encoder's input and the response, shifted right, the decoder's.
+
+    Args:
+        model: a transformers (or peft) language model.
+        inputs: ids and masks; where prompts are shared, a decoder-only model runs twice: over the prompts, then over the
+            responses.
+        encoder_decoder: which of the two it is.
+        pad_token_id: put where the masks are False.
+        with_hidden: also return the input of the output embedding (the last hidden state).
+
+    Returns:
+        Logits ``(batch, response, vocabulary)`` and, if asked for, hidden states ``(batch, response, width)``.
+    """
+    seen: list[Tensor] = []
+    handle = None
+    if with_hidden:
+        # The output embedding's own input: the last hidden state after the final norm (and T5's scaling), without
+        # output_hidden_states, which would keep every layer's.
+        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        if encoder_decoder:
+            logits = _encoder_decoder_pass(model, inputs, pad_token_id)
+        elif inputs.shared is not None:
+            logits = _prefix_pass(model, inputs, inputs.shared, pad_token_id)
+        else:
+            logits = _decoder_only_pass(model, inputs, pad_token_id)
+    finally:
+        if handle is not None:
+            handle.remove()
+    length = inputs.response_ids.shape[1]
+    if not seen:
+        return logits[:, -length:], None
+    hidden = seen[0]
+    if inputs.shared is not None and not encoder_decoder:
+        hidden = torch.cat([hidden[:, -1:].index_select(0, inputs.shared.of_row), *seen[1:]], dim=1)
+    return logits[:, -length:], hidden[:, -length:]
+
+
+def _decoder_only_pass(model: nn.Module, inputs: PassInputs, pad_token_id: int) -> Tensor:
+    response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
+    ids = torch.cat([inputs.prompt_ids, response[:, :-1]], dim=1)
+    mask = torch.cat([inputs.prompt_mask, inputs.response_mask[:, :-1]], dim=1)
+    return _forward(model, ids, mask, inputs.response_ids.shape[1]).logits
+
+
+def _prefix_pass(model: nn.Module, inputs: PassInputs, shared: SharedPrompts, pad_token_id: int) -> Tensor:
+    """The same logits: a prompt's last position predicts every answer's first token, its cache serves the others."""
+    output = _forward(model, inputs.prompt_ids[shared.first], inputs.prompt_mask[shared.first], 1, use_cache=True)
+    logits = output.logits[:, -1:].index_select(0, shared.of_row)
+    length = inputs.response_ids.shape[1]
+    if length == 1:
+        return logits
+    cache = output.past_key_values
+    cache.reorder_cache(shared.of_row)
+    response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)[:, :-1]
+    mask = torch.cat([inputs.prompt_mask, inputs.response_mask[:, :-1]], dim=1)
+    rest = _forward(model, response, mask, length - 1, past_key_values=cache, use_cache=True)
+    return torch.cat([logits, rest.logits], dim=1)
+
+
+def _forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, **cache: Any) -> Any:
+    """A decoder-only forward over the last ``ids.shape[1]`` of the positions of ``mask``."""
+    mask = mask.long()
+    accepted = _forward_parameters(model)
+    arguments: dict[str, Any] = cache or {"use_cache": False}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = keep
+    return model(input_ids=ids, attention_mask=mask, **arguments)
+
+
+def _encoder_decoder_pass(model: nn.Module, inputs: PassInputs, pad_token_id: int) -> Tensor:
+    start = model.config.decoder_start_token_id
+    if start is None:
+        start = model.generation_config.decoder_start_token_id
+    response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
+    decoder_ids = torch.cat([torch.full_like(response[:, :1], start), response[:, :-1]], dim=1)
+    decoder_mask = torch.cat([torch.ones_like(inputs.response_mask[:, :1]), inputs.response_mask[:, :-1]], dim=1)
+    encoder: dict[str, Any] = {"input_ids": inputs.prompt_ids}
+    if inputs.shared is not None:
+        first = inputs.shared.first
+        output = model.get_encoder()(
+            input_ids=inputs.prompt_ids[first], attention_mask=inputs.prompt_mask[first].long()
+        )
+        output.last_hidden_state = output.last_hidden_state.index_select(0, inputs.shared.of_row)
+        encoder = {"encoder_outputs": output}
+    return model(
+        **encoder,
+        attention_mask=inputs.prompt_mask.long(),
+        decoder_input_ids=decoder_ids,
+        decoder_attention_mask=decoder_mask.long(),
+        use_cache=False,
+    ).logits
+
+
+def _forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Argument names of the underlying model's forward (peft's own takes anything)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _shared(group: Tensor) -> SharedPrompts | None:
+    prompts, of_row = torch.unique(group, return_inverse=True)
+    if len(group) < WORTH * len(prompts):
+        return None
+    rows = torch.arange(len(group), device=group.device)
+    first = torch.full_like(prompts, len(group)).scatter_reduce(0, of_row, rows, "amin")
+    return SharedPrompts(first, of_row)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+@torch.no_grad()
+def _agrees(loaded: LoadedModel) -> bool:
+    """Two prompts of different lengths, two answers each: the logits of both passes, side by side."""
+    model, device = loaded.model, loaded.device
+    ids = torch.arange(20, device=device).remainder(model.get_input_embeddings().weight.shape[0]).view(4, 5)
+    prompt_ids = ids[[0, 0, 1, 1], :3]
+    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    prompt_mask[:2, -1 if loaded.encoder_decoder else 0] = False
+    response_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], device=device).bool()
+    plain = PassInputs(prompt_ids, prompt_mask, ids[:, 2:], response_mask)
+    shared = replace(plain, shared=_shared(torch.tensor([0, 0, 1, 1], device=device)))
+    with loaded.autocast():
+        if not loaded.encoder_decoder:
+            cache = _forward(model, prompt_ids[:1], torch.ones_like(prompt_mask[:1]), 1, use_cache=True)
+            if not rows_can_be_picked(getattr(cache, "past_key_values", None)):
+                return False
+        found = [
+            teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)[0].float()[response_mask]
+            for inputs in (plain, shared)
+        ]
+    largest = float(found[0].abs().max())
+    return float((found[0] - found[1]).abs().max()) <= _TOLERANCE[loaded.compute_dtype] * max(1.0, largest)

@@ -1,0 +1,127 @@
+"""The decoding loop of ``generate``, in which finished answers leave the batch and a prompt is read once.
+
+transformers' own loop carries every row until the longest answer ends, and reads a prompt as often as there are answers
+to it. This one is handed to ``generate`` as its ``custom_generate``, so that everything around it (caches, masks, logits
+processors, stopping criteria) stays transformers'. It draws the same tokens as transformers' loop from the same seed:
+one exponential variate for each row of the batch, present or gone, and each token of the vocabulary, and the largest
+ratio of probability to variate wins, which is what ``torch.multinomial`` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from cagsr.models.cache import rows_can_be_picked
+
+LEAVE_WHEN = 7 / 8
+"""Rows leave when at most this share is still going: each time costs a copy of the cache."""
+_BY_ROW = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    answers_per_prompt: int = 1,
+    together: bool = False,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
+
+    Where the model's cache can't be picked apart by rows (state-space layers, caches of a fixed size), every row stays to
+    the end; the tokens are the same.
+
+    Args:
+        model: the language model; an encoder-decoder's encoder has run.
+        input_ids: ``(prompts, prompt)`` int64, for an encoder-decoder the decoder's first token.
+        logits_processor: temperature, filters, lengths.
+        stopping_criteria: stop tokens, stop strings, the length limit.
+        generation_config: prepared by ``generate``.
+        answers_per_prompt: rows made of each prompt.
+        together: go on until every process is done (each forward gathers weights that are sharded over processes).
+        model_kwargs: what the forward takes, as ``generate`` prepares it.
+
+    Returns:
+        ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
+    """
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    pad = generation_config._pad_token_tensor.to(input_ids.device)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    total = input_ids.shape[0] * answers_per_prompt
+    held = torch.arange(total, device=input_ids.device)
+    prompt_of_row = held // answers_per_prompt
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)[prompt_of_row]
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=encoder_decoder)
+    del outputs
+    pickable = _pickable(model_kwargs)
+    if answers_per_prompt > 1:
+        _pick(model_kwargs, prompt_of_row)
+    rows = input_ids[prompt_of_row]
+    result = rows
+    going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
+    finished = False
+    with model._optimize_model_for_decode():
+        while True:
+            if not finished:
+                scores = logits_processor(rows, logits)
+                tokens = _choose(scores, held, total) if generation_config.do_sample else scores.argmax(dim=-1)
+                tokens = torch.where(going, tokens, pad)
+                rows = torch.cat([rows, tokens[:, None]], dim=-1)
+                column = torch.full_like(result[:, :1], int(pad))
+                column[held, 0] = tokens
+                result = torch.cat([result, column], dim=-1)
+                going = going & ~stopping_criteria(rows, None)
+                alive = int(going.sum())
+                finished = alive == 0
+                if pickable and 0 < alive <= LEAVE_WHEN * len(held):
+                    kept = going.nonzero()[:, 0]
+                    _pick(model_kwargs, kept)
+                    rows, held, going = rows[kept], held[kept], going[kept]
+            if not model._has_unfinished_sequences(finished, together, device=input_ids.device):
+                return result
+            step = 1 if model_kwargs.get("use_cache") else None
+            inputs = model.prepare_inputs_for_generation(rows, next_sequence_length=step, **model_kwargs)
+            outputs = model(**inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(
+                outputs, model_kwargs, is_encoder_decoder=encoder_decoder
+            )
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+            del outputs
+
+
+def _choose(scores: Tensor, held: Tensor, total: int) -> Tensor:
+    """``(rows,)`` int64: a token of each row, drawn from ``softmax(scores)``, ``(rows, vocabulary)``."""
+    # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
+    variates = torch.empty(total, scores.shape[1], device=scores.device).exponential_()
+    return (torch.softmax(scores, dim=-1) / variates[held]).argmax(dim=-1)
+
+
+def _pickable(model_kwargs: dict[str, Any]) -> bool:
+    """Whether everything the forward is handed can be cut to some of its rows."""
+    for name, value in model_kwargs.items():
+        if isinstance(value, Tensor) and (name not in _BY_ROW or value.dim() != 2):
+            return False
+        if isinstance(value, Cache) and not rows_can_be_picked(value):
+            return False
+    return True
+
+
+def _pick(model_kwargs: dict[str, Any], index: Tensor) -> None:
+    """Keep (or repeat) the rows ``index`` of all that belongs to rows."""
+    for name, value in model_kwargs.items():
+        if isinstance(value, Tensor):
+            model_kwargs[name] = value[index]
+        elif isinstance(value, Cache):
+            value.batch_select_indices(index)
+        elif isinstance(value, ModelOutput):
+            model_kwargs[name] = type(value)(
+                **{key: part[index] if isinstance(part, Tensor) else part for key, part in value.items()}
+            )
