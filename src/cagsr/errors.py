@@ -29,6 +29,10 @@ class RewardError(CagsrError):
     """A reward term that fails or gives a value that is not a finite number."""
 
 
+class RolloutError(CagsrError):
+    """An engine that samples the answers and can't be reached, or gave what can't be used."""
+
+
 class RunError(CagsrError):
     """A run folder or a checkpoint that can't be used."""
 

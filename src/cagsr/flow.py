@@ -67,6 +67,7 @@ class Rollout:
     response_mask: Tensor  # (batch, response) bool, True up to and including the stop token
     ended: Tensor  # (batch,) bool: the answer stopped by itself (not cut at the length limit)
     completions: tuple[str, ...]  # the answers as text, special tokens removed
+    sampler_logprobs: Tensor | None = None  # (batch, response) under the distribution an engine drew from, as it says
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,4 @@ class Experience:
     reference_logprobs: Tensor  # (batch, response)
     reward: Reward
     advantages: Advantages
+    sampler_metrics: Mapping[str, float] = field(default_factory=dict)  # how far an engine's numbers are from ours

@@ -22,7 +22,7 @@ from rich.markdown import Markdown
 from cagsr.associate import associations_of
 from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig
-from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError
+from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
@@ -33,6 +33,7 @@ from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
 from cagsr.reward.terms import needs_associations
+from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.progress import TrainingProgress
 from cagsr.runs.record import RunRecord
@@ -116,6 +117,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     console = console or Console(soft_wrap=True, highlight=False)
     check_config(config)
     check_reward_config(config.reward)
+    check_rollout_config(config.rollout)
     check_tracker(config.run.tracker)
     accelerator = Accelerator(cpu=config.model.device == "cpu")
     main = accelerator.is_main_process
@@ -147,7 +149,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     record = RunRecord(config, accelerator, ppo, monitors, stream, associations)
     try:
         if main:
-            _introduce(console, config, loaded, train_set, held_out, metric, record.notes)
+            _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
             start = _evaluate(config, loaded, held_out.prompts, metric)
             record.log(0, start, {}, [])
@@ -169,6 +171,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         evaluations = record.evaluations() or [{}]
         record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
     finally:
+        ppo.sampler.close()
         record.close()
     folder = Path(config.output_dir)
     if main:
@@ -231,8 +234,9 @@ def _step(
     started = time.perf_counter()
     try:
         experience = ppo.collect(stream.next_batch())
-    except RewardError as error:
-        raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
+    except (RewardError, RolloutError) as error:
+        kind = RewardError if isinstance(error, RewardError) else RolloutError
+        raise kind(f"step {step}: {error} {record.where_to_resume()}") from error
     collected = time.perf_counter()
     metrics = ppo.update(experience)
     updated = time.perf_counter()

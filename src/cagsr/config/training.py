@@ -92,6 +92,35 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """Who samples the answers (docs/rollouts.md)."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers: the policy itself, in this process; vllm: a vLLM server that gets the new weights after every update."""
+    url: str = "http://127.0.0.1:8000"
+    """vllm: address of the server."""
+    wait: float = 240.0
+    """vllm: seconds to wait at the start for the server to be up."""
+    timeout: float = 600.0
+    """vllm: seconds to wait for each of the server's replies."""
+    weights: Literal["disk", "nccl"] = "disk"
+    """vllm: how the weights travel. disk: safetensors in a folder that the server sees too; nccl: from GPU to GPU through
+    TRL's client (vllm must be installed here as well)."""
+    weights_dir: str | None = None
+    """vllm, disk: folder of this run alone that trainer and server see under the same path; None: rollout-weights in
+    output_dir."""
+    group_port: int = 51216
+    """vllm, nccl: free port on which trainer and server meet."""
+    importance_sampling_correction: bool = True
+    """vllm: weigh each token by policy / engine, by the engine's own log-probabilities (truncated importance sampling)."""
+    importance_sampling_cap: float = 2.0
+    """vllm: largest such weight."""
+    max_logp_difference: float = 0.5
+    """vllm: stop when the engine's log-probabilities differ from the scoring pass's by more than this, mean over tokens,
+    nats: the server then holds other weights or samples otherwise. 0 never stops."""
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Which attention is read."""
 
@@ -271,6 +300,7 @@ class TrainConfig:
     """Run folder: config, metrics, samples, checkpoints, final model."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -7,6 +7,7 @@ samples.jsonl    answers with their reward breakdown
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
+rollout-weights/  the policy on its way to a vLLM server, while a run goes on
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
 """
@@ -33,7 +34,7 @@ LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
 RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS)
-RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
+RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
 
 MAY_DIFFER = (
     "output_dir",
@@ -49,6 +50,13 @@ MAY_DIFFER = (
     "model.device",
     "model.gradient_checkpointing",
     "ppo.micro_batch_size",
+    "rollout.url",
+    "rollout.wait",
+    "rollout.timeout",
+    "rollout.weights",
+    "rollout.weights_dir",
+    "rollout.group_port",
+    "rollout.max_logp_difference",
 )
 """Settings (or whole sections) that may change when a run is resumed: length, bookkeeping, what to warn of, where it
 runs. Everything else would make the second half another experiment than the first."""

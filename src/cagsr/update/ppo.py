@@ -31,7 +31,8 @@ from cagsr.reward.combine import RewardFunction
 from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.reward.words import pool_words
-from cagsr.rollout.sample import sample_responses
+from cagsr.rollout.build import build_sampler
+from cagsr.update.engine_mismatch import account_for_engine
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
 from cagsr.update.statistics import logprobs_and_entropy, token_logprobs
@@ -54,6 +55,7 @@ class PPO:
     ) -> None:
         self.config = config
         self.loaded = loaded
+        self.sampler = build_sampler(config, loaded, accelerator)
         self.reward = reward
         self.accelerator = accelerator
         self.reference = Reference(loaded)
@@ -79,6 +81,7 @@ class PPO:
 
         Raises:
             RewardError: a term fails or gives a value that is not finite.
+            RolloutError: an engine that samples fails, or samples from something else than the policy.
         """
         config, loaded = self.config, self.loaded
         micro = config.ppo.micro_batch_size
@@ -91,7 +94,7 @@ class PPO:
             first_group=self.accelerator.process_index * len(prompts),
         )
         with self.clock.part("rollout"):
-            rollout = sample_responses(loaded, batch, config.sampling)
+            rollout = self.sampler.sample(batch, config.sampling)
 
         from_policy = config.attention.source == "policy"
         with self.clock.part("scoring"):
@@ -103,6 +106,7 @@ class PPO:
                 reader=self.reader if from_policy else None,
                 micro_batch_size=micro,
             )
+        scores, sampler_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
                 reference,
@@ -122,7 +126,7 @@ class PPO:
             advantages = estimate_advantages(
                 config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
             )
-        return Experience(rollout, scores, reference_logprobs, reward, advantages)
+        return Experience(rollout, scores, reference_logprobs, reward, advantages, sampler_metrics)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Train on one batch of experience.
@@ -144,10 +148,11 @@ class PPO:
                     first_ratio_error = found["ratio_error"]
                 for name, value in found.items():
                     totals[name] = totals.get(name, 0.0) + value
+        self.sampler.policy_changed()
         self._check_first_ratio(first_ratio_error)
         steps = ppo.num_ppo_epochs * min(ppo.num_mini_batches, count)
         means = {name: value / steps for name, value in totals.items()}
-        metrics = self._experience_metrics(experience)
+        metrics = self._experience_metrics(experience) | dict(experience.sampler_metrics)
         metrics |= {
             "policy/approxkl_avg": means["approx_kl"],
             "policy/clipfrac_avg": means["clipped"],

@@ -1,0 +1,184 @@
+"""Answers from a vLLM server: the main process talks to it, every process gets its share.
+
+The server has its own copy of the weights. It gets the policy's before the first answers and before the first answers
+after every update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
+from cagsr.errors import CagsrError
+from cagsr.flow import PromptBatch, Rollout
+from cagsr.models.load import LoadedModel
+from cagsr.rollout.sample import cut_responses
+from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
+from cagsr.rollout.vllm_http import VLLMServer
+from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
+from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
+
+ResultT = TypeVar("ResultT")
+
+
+class VLLMSampler:
+    """A ``Sampler`` whose answers come from a vLLM server.
+
+    Args:
+        loaded: the policy.
+        model: where it came from.
+        rollout: the server's address and how long to wait.
+        accelerator: which process this is.
+        channel: makes the way of the weights, in the main process, from the server.
+
+    Raises:
+        RolloutError: the server isn't there or isn't fit (in every process).
+        ConfigError: the policy or the channel can't be used with it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        accelerator: Accelerator,
+        channel: Callable[[VLLMServer], WeightChannel],
+    ) -> None:
+        self._loaded = loaded
+        self._accelerator = accelerator
+        self._server = VLLMServer(rollout.url, rollout.timeout)
+        self._channel: WeightChannel | None = None
+        self._stale = True
+
+        def connect() -> ServedModel:
+            served = meet(self._server, rollout, model, loaded)
+            self._channel = channel(self._server)
+            return served
+
+        self._served = self._on_main(connect)
+        self.notes: tuple[str, ...] = (
+            f"Rollouts: vLLM at {self._server.url}, weights by {rollout.weights}; its context is "
+            f"{self._served.context or 'an untold number of'} tokens.",
+        )
+
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+        """As the protocol: all processes' prompts go to the server in one request."""
+        if self._stale:
+            self._send_weights()
+            self._stale = False
+        own = questions_of(prompts, sampling.num_generations)
+        everyone = self._everyones(own)
+        asked = [question for questions in everyone for question in questions]
+        answers = self._on_main(lambda: self._ask(asked, sampling))
+        before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
+        first = before * sampling.num_generations
+        mine = answers[first : first + len(own) * sampling.num_generations]
+        return assemble(mine, prompts, self._loaded, sampling)
+
+    def policy_changed(self) -> None:
+        """As the protocol: the weights are sent before the next answers."""
+        self._stale = True
+
+    def close(self) -> None:
+        """As the protocol."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def _ask(self, questions: Sequence[Question], sampling: SamplingConfig) -> list[EngineAnswer]:
+        stop_ids = self._loaded.stop_ids
+        check_room(questions, sampling, self._served.context, self._server.url)
+        reply = self._server.post(
+            "/v1/completions", completion_request(self._served.name, questions, sampling, stop_ids)
+        )
+        return engine_answers(reply, questions, sampling, stop_ids, vocabulary_size(self._loaded))
+
+    def _send_weights(self) -> None:
+        weights = policy_weights(self._loaded)
+        self._on_main(lambda: self._channel.prepare() if self._channel is not None else None)
+        if not self._accelerator.is_main_process:
+            for weight in weights:
+                weight.tensor()  # a sharded weight is put together by all processes
+        self._on_main(lambda: self._channel.send(weights) if self._channel is not None else None)
+
+    def _everyones(self, own: list[Question]) -> list[list[Question]]:
+        if self._accelerator.num_processes == 1:
+            return [own]
+        found: list[list[Question]] = gather_object([own])
+        return found
+
+    def _on_main(self, work: Callable[[], ResultT]) -> ResultT:
+        """Do ``work`` in the main process; its result, or its error, is every process's."""
+        found: list[Any] = [None, None]
+        if self._accelerator.is_main_process:
+            try:
+                found[0] = work()
+            except CagsrError as error:
+                found[1] = error
+        if self._accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        result: ResultT = found[0]
+        return result
+
+
+def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
+    """The prompts without padding and without their repetitions.
+
+    Args:
+        prompts: ``(batch, prompt)``, padded on either side.
+        generations: how often each prompt stands there, in a row.
+
+    Raises:
+        ValueError: the rows are no such repetitions.
+    """
+    ids, mask, group = prompts.ids.cpu(), prompts.mask.cpu(), prompts.group.cpu()
+    if len(group) % generations or not torch.equal(group, group[::generations].repeat_interleave(generations)):
+        raise ValueError(f"each prompt must stand there {generations} times in a row")
+    return [
+        Question(prompts.prompts[row].row, tuple(ids[row, mask[row]].tolist()))
+        for row in range(0, len(group), generations)
+    ]
+
+
+def assemble(
+    answers: Sequence[EngineAnswer], prompts: PromptBatch, loaded: LoadedModel, sampling: SamplingConfig
+) -> Rollout:
+    """Pad an engine's answers into a rollout, cut as the built-in sampler's are.
+
+    Args:
+        answers: one for each row of ``prompts``.
+        prompts: ``(batch, prompt)``.
+        loaded: tokenizer, stop and PAD tokens.
+        sampling: stop strings.
+
+    Returns:
+        The rollout on the prompts' device; ``sampler_logprobs`` is 0 on padding.
+    """
+    device = prompts.ids.device
+    lengths = torch.tensor([len(answer.ids) for answer in answers])
+    width = int(lengths.max())
+    ids = torch.full((len(answers), width), loaded.pad_token_id, dtype=torch.long)
+    logprobs = torch.zeros(len(answers), width)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer.ids)] = torch.tensor(answer.ids)
+        logprobs[row, : len(answer.ids)] = torch.tensor(answer.logprobs)
+    cut = cut_responses(ids.to(device), prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+    # An answer may be over before its stop shows in our text (the engine's own idea of a stop string), and what comes
+    # after it is filling, not tokens.
+    width = cut.response_ids.shape[1]
+    mask = cut.response_mask & (torch.arange(width)[None, :] < lengths[:, None]).to(device)
+    ended = cut.ended | torch.tensor([answer.ended for answer in answers], device=device)
+    return Rollout(
+        cut.prompts,
+        cut.response_ids.masked_fill(~mask, loaded.pad_token_id),
+        mask,
+        ended,
+        cut.completions,
+        logprobs[:, :width].to(device).masked_fill(~mask, 0.0),
+    )

@@ -1,0 +1,122 @@
+"""JSON over HTTP to a vLLM server, with one sentence for everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from cagsr.errors import RolloutError
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""Between two looks at a server that is not up yet."""
+
+
+class VLLMServer:
+    """The server at one address.
+
+    TRL's ``VLLMClient`` can't be used here: it wants vllm installed beside the trainer even to ask for answers, never
+    times out, and retries a POST that may have been carried out.
+
+    Args:
+        url: address, with or without a trailing slash or ``/v1``.
+        timeout: seconds to wait for each reply.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._timeout = timeout
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the server says that it is healthy.
+
+        Raises:
+            RolloutError: it is not within ``seconds``.
+        """
+        deadline, said = time.monotonic() + seconds, False
+        while True:
+            try:
+                self.get("/health")
+                return
+            except RolloutError:
+                if time.monotonic() + POLL_SECONDS > deadline:
+                    raise
+            if not said:
+                logger.warning("Waiting up to %g seconds for the vLLM server at %s.", seconds, self.url)
+                said = True
+            time.sleep(POLL_SECONDS)
+
+    def get(self, path: str) -> Any:
+        """Ask for ``path``; gives the decoded JSON, None for an empty body.
+
+        Raises:
+            RolloutError: unreachable, too slow, an error status (its ``status`` is in the sentence), or no JSON.
+        """
+        return self._send(urllib.request.Request(self.url + path), path)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send ``body`` as JSON to ``path``; the rest as ``get``."""
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}, method="POST"
+        )
+        return self._send(request, path)
+
+    def _send(self, request: urllib.request.Request, path: str) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+                content = reply.read()
+        except urllib.error.HTTPError as error:
+            raise HttpStatusError(
+                f"The vLLM server at {self.url} refused {path} with status {error.code} ({_reason(error.read())}): "
+                "look at its log.",
+                error.code,
+            ) from error
+        except TimeoutError as error:
+            raise RolloutError(
+                f"The vLLM server at {self.url} gave no reply on {path} within {self._timeout:g} seconds: "
+                "look at its log, or raise --rollout.timeout."
+            ) from error
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                reason = f"no connection within {self._timeout:g} seconds"
+            raise RolloutError(
+                f"The vLLM server at {self.url} can't be reached ({reason}): start it (docs/rollouts.md), or give its "
+                "address with --rollout.url."
+            ) from error
+        if not content.strip():
+            return None
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise RolloutError(
+                f"The server at {self.url} replied to {path} with no JSON, so it is no vLLM server: "
+                "give the right address with --rollout.url."
+            ) from error
+
+
+class HttpStatusError(RolloutError):
+    """The server replied with an error status; ``status`` tells which."""
+
+    def __init__(self, message: str, status: int = 0) -> None:  # one argument is enough for unpickling
+        super().__init__(message)
+        self.status = status
+
+
+def _reason(body: bytes) -> str:
+    """The message in an error's body, as vLLM (``error.message``) and FastAPI (``detail``) put it; one line."""
+    text = body.decode(errors="replace")
+    try:
+        found = json.loads(text)
+        error = found.get("error", found)
+        text = str(error.get("message") or error.get("detail") or text) if isinstance(error, dict) else str(error)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:300] or "no reason given"

@@ -1,0 +1,84 @@
+"""How far an engine's log-probabilities are from the scoring pass's, and what the loss makes of it.
+
+An engine computes with other kernels, often in another precision, so it samples from a slightly other distribution than
+the policy that is scored. The difference is measured at every step; the loss can weigh each token by
+``min(policy / engine, cap)`` (truncated importance sampling; Yao et al., "Your Efficient RL Framework Secretly Brings You
+Off-Policy RL Training", 2025), as TRL's ``vllm_importance_sampling_correction`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cagsr.config import RolloutConfig
+from cagsr.errors import RolloutError
+from cagsr.flow import Rollout, Scores
+
+
+def account_for_engine(
+    scores: Scores, rollout: Rollout, config: RolloutConfig, gather: Callable[[Tensor], Tensor]
+) -> tuple[Scores, dict[str, float]]:
+    """Fold what an engine says about its answers into the scores, and measure how far it is from them.
+
+    Args:
+        scores: of the scoring pass, ``(batch, response)``.
+        rollout: with ``sampler_logprobs`` where an engine sampled.
+        config: whether to correct, the cap, and the largest difference borne.
+        gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
+
+    Returns:
+        The scores (``sampling_correction`` replaced if asked for) and metrics of all processes together by TRL's names;
+        without an engine the scores as they were, and no metrics.
+
+    Raises:
+        RolloutError: the mean difference is above ``config.max_logp_difference``.
+    """
+    engine = rollout.sampler_logprobs
+    if engine is None:
+        return scores, {}
+    mask = rollout.response_mask
+    # What the filters (top-p, minimum length, ...) do is known and no mismatch: compare with our own sampler.
+    difference = (scores.logprobs - scores.sampling_correction - engine).abs()[mask]
+    ratio = importance_ratio(scores.logprobs, engine, mask, config.importance_sampling_cap)[mask]
+    own = torch.stack(
+        [difference.sum(), difference.max(), ratio.sum(), ratio.min(), ratio.max(), mask.sum().to(difference.dtype)]
+    )
+    total, largest, ratios, lowest, highest, tokens = gather(own).view(-1, len(own)).unbind(dim=1)
+    mean = float(total.sum() / tokens.sum())
+    metrics = {
+        "sampling/sampling_logp_difference/mean": mean,
+        "sampling/sampling_logp_difference/max": float(largest.max()),
+        "sampling/importance_sampling_ratio/min": float(lowest.min()),
+        "sampling/importance_sampling_ratio/mean": float(ratios.sum() / tokens.sum()),
+        "sampling/importance_sampling_ratio/max": float(highest.max()),
+    }
+    if config.max_logp_difference and not mean <= config.max_logp_difference:
+        raise RolloutError(
+            f"The engine's log-probabilities differ from the scoring pass's by {mean:.2g} nats a token, above "
+            f"--rollout.max_logp_difference {config.max_logp_difference:g}: the server holds another model than the policy, "
+            "or was not started as docs/rollouts.md says."
+        )
+    if not config.importance_sampling_correction:
+        return scores, metrics
+    corrected = importance_ratio(scores.logprobs, engine, mask, config.importance_sampling_cap).log()
+    return dataclasses.replace(scores, sampling_correction=corrected), metrics
+
+
+def importance_ratio(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Weight of each token: its probability under the scored policy over that under the engine, at most ``cap``.
+
+    Args:
+        logprobs: ``(batch, response)`` of the scoring pass.
+        engine_logprobs: ``(batch, response)``, of the distribution that the engine drew from.
+        mask: ``(batch, response)`` bool.
+        cap: the truncation, at least 1.
+
+    Returns:
+        ``(batch, response)`` float32, > 0; 1 on padding.
+    """
+    return (logprobs - engine_logprobs).masked_fill(~mask, 0.0).clamp(max=math.log(cap)).exp()
