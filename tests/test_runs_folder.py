@@ -120,6 +120,8 @@ def test_differing_keys() -> None:
     assert differing_keys("a: {b: 1, c: [1]}", "a: {b: 1, c: [2], d: 3}") == ["a.c", "a.d"]
     assert differing_keys("monitors: {kl: 1}\nmodel: {device: cpu}", "monitors: {kl: 2}\nmodel: {device: cuda}") == []
     assert differing_keys("ppo: {}", "ppo: {}") == []
+    # An older version's file lacks a newer setting: it ran with what is the default now.
+    assert differing_keys("ppo: {gamma: 1.0}", "ppo: {gamma: 1.0, lam: 0.95, vf_coef: 0.2}") == ["ppo.vf_coef"]
 
 
 def test_a_run_without_config_but_with_checkpoints_is_not_thrown_away(tmp_path: Path) -> None:

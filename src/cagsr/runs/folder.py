@@ -7,6 +7,7 @@ samples.jsonl    answers with their reward breakdown
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
+profile.md       where the time went, if asked for
 rollout-weights/  the policy on its way to a vLLM server, while a run goes on
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
@@ -24,6 +25,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from cagsr.config import DataConfig, ModelConfig, TrainConfig
+from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, save_checkpoint
@@ -33,7 +36,8 @@ CONFIG = "config.yaml"
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS)
+PROFILE = "profile.md"
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", PROFILE, ASSOCIATIONS)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
 
 MAY_DIFFER = (
@@ -73,15 +77,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(old_yaml: str, new_yaml: str) -> list[str]:
-    """Dotted keys whose values differ between two configs, leaving out ``MAY_DIFFER``; sorted."""
+    """Dotted keys whose values differ between two configs, leaving out ``MAY_DIFFER``; sorted.
+
+    A setting that the old one lacks, because it was written by an older version, is taken at its default.
+    """
     old, new = _flat(yaml.safe_load(old_yaml)), _flat(yaml.safe_load(new_yaml))
     absent = object()
+    old = {key: value for key, value in _defaults().items() if key in new} | old
     return sorted(
         key
         for key in old.keys() | new.keys()
         if old.get(key, absent) != new.get(key, absent)
         and not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_DIFFER)
     )
+
+
+def _defaults() -> dict[str, Any]:
+    """Every training setting's default, ``section.key``; of the required ones an empty text."""
+    return _flat(yaml.safe_load(to_yaml(TrainConfig(ModelConfig(""), DataConfig(""), output_dir=""))))
 
 
 def _entries(path: Path) -> list[Path]:

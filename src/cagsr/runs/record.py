@@ -28,7 +28,7 @@ from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
-from cagsr.runs.folder import ASSOCIATIONS, RunFolder
+from cagsr.runs.folder import ASSOCIATIONS, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.tracker import start_tracker
@@ -205,7 +205,7 @@ class RunRecord:
     def profile(self, text: str) -> None:
         """Write where the time went."""
         if self._folder is not None:
-            write_text_atomically(self._folder.path / "profile.md", text)
+            write_text_atomically(self._folder.path / PROFILE, text)
 
     def close(self) -> None:
         """Release the folder's lock."""
