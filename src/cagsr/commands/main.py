@@ -122,6 +122,14 @@ COMMANDS = {
   cagsr view --model start --prompt "tell me about the red cat" --answers 4 --out page.html
   cagsr view --model start --data pairs.jsonl --row 3 --out page.html --png page.png""",
     ),
+    "report": Command(
+        "a run's page: curves, warnings, answers over time, costs; one file, or served while it trains",
+        """\
+  cagsr report run                      # writes run/report.html
+  cagsr report run --serve              # refreshes while training goes on
+  cagsr report run run2 --out both.html # one over the other""",
+        positional="runs",
+    ),
 }
 
 INTRODUCTION = """\

@@ -9,12 +9,14 @@ checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
+report.html      the run's page, where cagsr report has written it
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +33,9 @@ from cagsr.runs.lines import append_lines, truncate_lines
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
+REPORT = "report.html"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS)
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS, REPORT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
 
 MAY_DIFFER = (
@@ -210,12 +213,30 @@ class RunFolder:
         self.close()
 
 
+def is_being_written(path: Path) -> bool:
+    """Whether a process holds the run folder's lock at this moment. Changes nothing in the folder.
+
+    Raises:
+        RunError: the lock's file can't be read.
+    """
+    try:
+        with open(path / LOCK, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise RunError(f"{path / LOCK} can't be read ({error.strerror}): make it readable.") from error
+    return False
+
+
 def _lock(path: Path) -> TextIO:
     """Lock a run folder for this process; the kernel drops the lock when the process ends, however it ends."""
     with disk_errors(path / LOCK):
         stream = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(stream)
         except BlockingIOError as error:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
@@ -227,6 +248,18 @@ def _lock(path: Path) -> TextIO:
         stream.write(f"{os.getpid()}\n")
         stream.flush()
     return stream
+
+
+def _take(stream: TextIO, tries: int = 5) -> None:
+    """Lock a file, trying for a moment: a page of the run (``is_being_written``) may be looking just now."""
+    for number in range(1, tries + 1):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if number == tries:
+                raise
+            time.sleep(0.02)
 
 
 def _remove_run(path: Path) -> None:
