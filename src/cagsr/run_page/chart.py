@@ -1,4 +1,4 @@
-"""The charts as Bokeh figures without data: the page's script fills them, at first and whenever there is news."""
+"""The chart as a Bokeh figure without data: the page's script makes one for each curve and fills it, also with news."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def bokeh_script() -> str:
     return script
 
 
-def chart(key: str, runs: int) -> dict[str, Any]:
-    """A figure for one curve with a line for each run, as JSON for ``Bokeh.embed.embed_item``.
+def chart(runs: int) -> dict[str, Any]:
+    """A figure with a line for each run, as JSON for ``Bokeh.embed.embed_item``, which makes a document of its own each time.
 
     Its data sources are named ``line0``, ``dots0`` and ``marks0`` for the first run and so on. Colours are set on the page,
     which knows whether it is light or dark.
 
     Args:
-        key: the curve's name.
         runs: how many lines.
     """
     plot: Any = figure(
@@ -41,7 +40,6 @@ def chart(key: str, runs: int) -> dict[str, Any]:
         toolbar_location=None,
         x_range=Range1d(0, 1),
         y_range=Range1d(0, 1),
-        name=key,
         min_border_left=46,
         min_border_right=10,
         min_border_top=6,

@@ -47,7 +47,7 @@ def content_of(runs: Sequence[Run]) -> Content:
         ],
         "groups": GROUPS,
         "lazy": MORE,
-        "figures": {one.key: chart(one.key, len(runs)) for one in curves},
+        "figure": chart(len(runs)),
         "points": points,
         "thinned": thinned,
         "answers": [answers_of(run, MOST_CHARACTERS // len(runs)) for run in runs],
@@ -125,7 +125,7 @@ def _number(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+    return (f"{value:+.3g}" if value else "0").replace("-", "\N{MINUS SIGN}")
 
 
 def _duration(seconds: float) -> str:

@@ -33,7 +33,8 @@
     const text = size !== 0 && (size >= 1e6 || size < 1e-4) ? x.toExponential(2) : String(Number(x.toPrecision(4)));
     return text.replace("-", "−");
   }
-  const signed = (x) => (x === null ? "–" : `${x >= 0 ? "+" : ""}${number(Number(x.toPrecision(3)))}`);
+  const three = (x) => (x === null ? "–" : number(Number(x.toPrecision(3))));
+  const signed = (x) => (x === null ? "–" : `${x > 0 ? "+" : ""}${three(x)}`);
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const runColour = (run) => `--r${run % 7}`;
   const SVG = "http://www.w3.org/2000/svg";
@@ -163,7 +164,7 @@
     const target = make("div");
     target.id = `plot-${charts.size}-${[...charts.keys()].indexOf(chart.curve.key)}`;
     chart.plot.prepend(target);
-    const views = await Bokeh.embed.embed_item(data.figures[chart.curve.key], target.id);
+    const views = await Bokeh.embed.embed_item(data.figure, target.id);
     chart.view = views.roots[0];
     fill(chart);
     paint(chart);
@@ -403,7 +404,7 @@
   function breakdown(terms, most) {
     const table = make("table", "terms"), body = make("tbody");
     const head = make("thead"), titles = make("tr");
-    for (const [text, wide] of [["term", "38%"], ["value", "17%"], ["paid", "17%"], ["", ""]]) {
+    for (const [text, wide] of [["term", "36%"], ["value", "20%"], ["paid", "20%"], ["", ""]]) {
       const title = make("th", "", text);
       title.scope = "col";
       title.style.width = wide;
@@ -421,7 +422,7 @@
         track.append(fill);
       }
       track.setAttribute("aria-hidden", "true");
-      row.append(title, make("td", "", value === null ? "n/a" : number(value)), make("td", "", signed(paid)), track);
+      row.append(title, make("td", "", value === null ? "n/a" : three(value)), make("td", "", signed(paid)), track);
       body.append(row);
     }
     table.append(head, body);
