@@ -4,6 +4,7 @@ config.yaml      the resolved settings
 metrics.jsonl    one line a step, deterministic values only: a resumed run's file is bit for bit the same
 timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
 samples.jsonl    answers with their reward breakdown
+held_out.jsonl   greedy answers to the same held-out prompts at each evaluation, step 0 being the start's
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
@@ -34,7 +35,7 @@ CONFIG = "config.yaml"
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
 REPORT = "report.html"
-LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
+LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
 RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", ASSOCIATIONS, REPORT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers")
 
@@ -176,6 +177,10 @@ class RunFolder:
     def append_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add one line for each answer to ``samples.jsonl``."""
         append_lines(self.path / "samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def append_held_out(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one line for each answer to ``held_out.jsonl``."""
+        append_lines(self.path / "held_out.jsonl", [{"step": step, **row} for row in rows])
 
     def append_warning(self, step: int, name: str, sentence: str, action: str = "warn") -> None:
         """Add what a monitor said to ``warnings.jsonl``."""
