@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from cagsr.run_page.curves import is_number
 from cagsr.run_page.read import Run
+from cagsr.run_page.speed import is_number
 
-MOST_CHARACTERS = 900_000
-"""Prompts and answers on a page, over all runs."""
+MOST_CHARACTERS = 1_000_000
+"""Prompts and answers on a page, over all runs, about as they stand in it."""
 LONGEST = 6_000
 """Characters of one prompt or answer that are shown."""
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+_WORDS = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
+"""Words and signs, each with the space before it."""
 
 
 def word_diff(before: str, after: str) -> list[list[Any]]:
@@ -26,7 +27,7 @@ def word_diff(before: str, after: str) -> list[list[Any]]:
     """
     old, new = _WORDS.findall(before), _WORDS.findall(after)
     pieces: list[list[Any]] = []
-    for kind, old_start, old_end, new_start, new_end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    for kind, old_start, old_end, new_start, new_end in SequenceMatcher(None, old, new).get_opcodes():
         if kind == "equal":
             pieces.append([0, "".join(new[new_start:new_end])])
             continue
@@ -96,8 +97,8 @@ def _even(steps: Sequence[int], rows: Sequence[Mapping[str, Any]], room: int) ->
     """Steps at even distances, the first and last among them, whose texts fit the room."""
     size: dict[int, int] = dict.fromkeys(steps, 0)
     for row in rows:
-        # The answer stands there twice where it is compared, and its numbers take space too.
-        size[row["step"]] += len(row["prompt"]) + 3 * len(row["text"]) + 300
+        # An answer that is compared stands there three times, an earlier one twice, and numbers take space too.
+        size[row["step"]] += len(row["prompt"]) + 5 * len(row["text"]) + 300
     count = len(steps)
     while True:
         places = {round(number * (len(steps) - 1) / max(1, count - 1)) for number in range(count)}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cagsr.run_page.read import Run
+import numpy as np
 
-MOST_POINTS = 60_000
-"""Points on a page, over all curves of all runs: they take about 2 MB."""
+from cagsr.run_page.read import Run
+from cagsr.run_page.speed import STEP_SECONDS, TOKENS_PER_SECOND, is_number
+
+MOST_POINTS = 45_000
+"""Points on a page, over all curves of all runs: they take about 1 MB."""
 FEWEST_POINTS = 60
 """Points that a curve keeps however many there are."""
 
@@ -46,8 +48,8 @@ _KNOWN = (
     Curve("response/ended", "Answers that end by themselves", "share", POLICY, 1.0),
     Curve("policy/clipfrac_avg", "Clip fraction", "share of tokens", POLICY, 0.1),
     Curve("val/explained_variance", "Explained variance of the values", "1 is perfect", POLICY),
-    Curve("tokens_per_second", "Speed", "sampled tokens per second of a whole step", SPEED),
-    Curve("step_seconds", "Time of a step", "seconds", SPEED),
+    Curve(TOKENS_PER_SECOND, "Speed", "sampled tokens per second of a whole step", SPEED),
+    Curve(STEP_SECONDS, "Time of a step", "seconds", SPEED),
     Curve("objective/scores", "Reward, normalised", "mean of what is paid", MORE),
     Curve("objective/rlhf_reward", "Reward less the KL penalty", "mean", MORE),
     Curve("objective/entropy", "Entropy of an answer", "nats per answer", MORE),
@@ -65,12 +67,12 @@ MARKED = {
     "entropy": ("policy/entropy_avg",),
     "metric_drop": ("eval/metric", "objective/raw_scores", "objective/scores"),
 }
-"""Monitor -> the curves that it watches (``dominance``: the shares of all terms)."""
+"""Monitor -> the curves that it watches. All others are marked at the reward, ``dominance`` also at every term's share."""
 
 
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
     """The charts that these runs have numbers for, in the order of the page."""
-    present = {key for run in runs for row in metric_rows(run) for key in row if key != "step"}
+    present = {key for run in runs for row in run.rows for key in row if key != "step"}
     reward_first = "objective/raw_scores" if "objective/raw_scores" in present else "objective/scores"
     found: list[Curve] = []
     for curve in _KNOWN:
@@ -99,38 +101,13 @@ def _named(key: str) -> Curve:
             "mean": ("mean", None),
             "std": ("standard deviation", None),
             "share": ("share of the reward's variance", 1.0),
-            "length_correlation": ("correlation with length", None),
+            "length_correlation": ("", None),
         }
         unit, floor = kinds.get(kind, (kind, None))
         return Curve(key, f"{'Reward' if name == 'total' else term}: {kind.replace('_', ' ')}", unit, MORE, floor)
     if key.startswith("eval/"):
         return Curve(key, f"Held-out {key.removeprefix('eval/').replace('_', ' ')}", "", HELD_OUT)
     return Curve(key, key, "", MORE)
-
-
-def metric_rows(run: Run) -> list[dict[str, Any]]:
-    """A run's metrics with the speed of each step, which its timings tell."""
-    rows = [dict(row) for row in run.metrics]
-    timed = {row["step"]: row for row in run.timings}
-    for row in rows:
-        timing = timed.get(row["step"])
-        if timing is not None:
-            seconds = step_seconds(timing)
-            if seconds > 0:
-                row["step_seconds"] = seconds
-                if is_number(timing.get("response_tokens")):
-                    row["tokens_per_second"] = timing["response_tokens"] / seconds
-    return rows
-
-
-def step_seconds(timing: Mapping[str, Any]) -> float:
-    """All seconds of a step, whatever its parts are."""
-    return sum(value for key, value in timing.items() if key.endswith("_seconds") and is_number(value))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number (True and False are none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float | None]]:
@@ -156,11 +133,15 @@ def smooth(values: Sequence[float | None]) -> list[float | None] | None:
     half = len(values) // 12 // 2
     if half < 1:
         return None
-    found: list[float | None] = []
-    for place in range(len(values)):
-        near = [value for value in values[max(0, place - half) : place + half + 1] if value is not None]
-        found.append(sum(near) / len(near) if near else None)
-    return found
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    there = ~np.isnan(numbers)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(there, numbers, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(there)])
+    places = np.arange(len(values))
+    low, high = np.maximum(0, places - half), np.minimum(len(values), places + half + 1)
+    count = counts[high] - counts[low]
+    means = (sums[high] - sums[low]) / np.maximum(1, count)
+    return [float(mean) if some else None for mean, some in zip(means, count, strict=True)]
 
 
 def thin(values: Sequence[float | None], most: int) -> list[int]:
@@ -189,14 +170,13 @@ def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, 
         Key -> one ``{"step", "value", "smooth", "marks"}`` for each run; ``marks`` are ``[step, sentence]`` of the
         warnings that belong to the chart.
     """
-    tables = [metric_rows(run) for run in runs]
     room = max(FEWEST_POINTS, MOST_POINTS // max(1, len(curves) * len(runs)))
     found: dict[str, list[dict[str, Any]]] = {}
     thinned = False
     for curve in curves:
         found[curve.key] = []
-        for run, rows in zip(runs, tables, strict=True):
-            steps, values = points(rows, curve.key)
+        for run in runs:
+            steps, values = points(run.rows, curve.key)
             smoothed = smooth(values)
             kept = thin(values, room)
             thinned |= len(kept) < len(values)
@@ -213,8 +193,8 @@ def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, 
 
 def _belongs(warning: Mapping[str, Any], key: str) -> bool:
     name = warning.get("name")
-    if name == "dominance":
-        return key.startswith("rewards/") and key.endswith("/share")
+    if name == "dominance" and key.startswith("rewards/") and key.endswith("/share"):
+        return True
     return key in MARKED.get(str(name), ("objective/raw_scores", "objective/scores"))
 
 

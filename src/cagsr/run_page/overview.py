@@ -8,8 +8,9 @@ from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import flatten
-from cagsr.run_page.curves import HELD_OUT, MORE, SPEED, Curve, is_number, metric_rows, points, step_seconds
+from cagsr.run_page.curves import HELD_OUT, MORE, SPEED, Curve, points
 from cagsr.run_page.read import Run
+from cagsr.run_page.speed import is_number, step_seconds
 
 MONITORS = {
     "kl": "KL too large",
@@ -41,7 +42,7 @@ class Ends:
 
 def ends(run: Run, key: str) -> Ends | None:
     """A metric's first, last and extreme values, None where it has none."""
-    steps, values = points(metric_rows(run), key)
+    steps, values = points(run.rows, key)
     filled = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
     if not filled:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from cagsr.errors import RunError
+from cagsr.run_page.speed import with_speed
 from cagsr.run_page.state import State, state_of
 from cagsr.runs.folder import CONFIG
 from cagsr.runs.lines import read_lines
@@ -30,6 +31,8 @@ class Run:
     """The file as it stands."""
     metrics: tuple[Row, ...]
     """Rows of ``metrics.jsonl``; step 0 is the start's held-out evaluation."""
+    rows: tuple[Row, ...]
+    """The same with the speed of each step."""
     timings: tuple[Row, ...]
     samples: tuple[Row, ...]
     held_out: tuple[Row, ...]
@@ -63,7 +66,7 @@ def read_run(path: Path, label: str) -> Run:
         RunError: a file that can't be read; the sentence names it and the line.
     """
     settings, text = _config(path / CONFIG)
-    metrics = _rows(path / "metrics.jsonl")
+    metrics, timings = _rows(path / "metrics.jsonl"), _rows(path / "timings.jsonl")
     warnings = _rows(path / "warnings.jsonl")
     steps = settings.get("run", {}).get("steps") if isinstance(settings.get("run"), dict) else None
     return Run(
@@ -72,7 +75,8 @@ def read_run(path: Path, label: str) -> Run:
         settings=settings,
         config_text=text,
         metrics=metrics,
-        timings=_rows(path / "timings.jsonl"),
+        rows=tuple(with_speed(metrics, timings)),
+        timings=timings,
         samples=_rows(path / "samples.jsonl"),
         held_out=_rows(path / "held_out.jsonl"),
         warnings=warnings,

@@ -360,7 +360,7 @@
     byId("pick-step").hidden = byPrompt;
     byId("answers-prompt").hidden = !byPrompt;
 
-    const step = all.includes(choice.answerStep) ? choice.answerStep : all[all.length - 1];
+    const step = choice.answerStep === null ? all[all.length - 1] : all[nearest(all, choice.answerStep)];
     options(byId("answers-step"), all.map((one) => [one, `step ${one}`]), step);
     byId("step-back").disabled = all.indexOf(step) <= 0;
     byId("step-on").disabled = all.indexOf(step) >= all.length - 1;
@@ -392,6 +392,7 @@
     quote.tabIndex = prompt.length > 400 ? 0 : -1;
     if (row.diff && choice.changes) {
       for (const [kind, piece] of row.diff) text.append(kind === 0 ? piece : make(kind > 0 ? "ins" : "del", "", piece));
+      if (!row.text) text.append(" (nothing)");
     } else text.textContent = row.text || "(nothing)";
     box.append(head, quote, text);
     if (row.first) {

@@ -23,8 +23,11 @@ from cagsr.errors import CagsrError, ConfigError
 from cagsr.run_page.locate import find_run, labels
 from cagsr.run_page.page import Content, content_of, render_page
 from cagsr.run_page.read import Run, read_run
+from cagsr.runs.folder import CONFIG, is_being_written
 
 HOST = "127.0.0.1"
+SHARE = 10
+"""After a reading that took a second the next one waits this many: training must not lose its cores to its page."""
 
 
 class LivePage:
@@ -38,10 +41,12 @@ class LivePage:
         self._paths = tuple(paths)
         self._labels = labels(paths)
         self._lock = threading.Lock()
-        self._seen: Any = None
+        self._states: list[Any] = []
+        self._files: list[Any] = []
         self._runs: list[Run] = []
         self._content: Content | None = None
         self._version = ""
+        self._rest_until = 0.0
 
     def newest(self) -> tuple[list[Run], Content, str]:
         """The runs, what the page shows of them, and a version that changes with it.
@@ -50,29 +55,33 @@ class LivePage:
             RunError: a run that can't be read.
         """
         with self._lock:
-            seen = self._fingerprint()
-            if seen != self._seen or self._content is None:
-                runs = [read_run(find_run(path, wait=True), label) for path, label in self._runs_named()]
-                content = content_of(runs)
-                text = json.dumps([content.data["points"], content.data["runs"], content.html], sort_keys=True)
+            states, files = self._fingerprint()
+            fresh = self._content is None or states != self._states or (files != self._files and self._rested())
+            if fresh or self._content is None:
+                began = time.monotonic()
+                runs = [read_run(run, label) for run, label in zip(self._folders(), self._labels, strict=True)]
+                self._content = content_of(runs)
+                parts = [self._content.data[name] for name in ("points", "runs", "answers")]
+                text = json.dumps([parts, self._content.html], sort_keys=True)
                 self._version = hashlib.sha256(text.encode()).hexdigest()[:16]
-                self._runs, self._content, self._seen = runs, content, seen
+                self._runs, self._states, self._files = runs, states, files
+                self._rest_until = time.monotonic() + SHARE * (time.monotonic() - began)
             return self._runs, self._content, self._version
 
-    def _runs_named(self) -> list[tuple[Path, str]]:
-        return list(zip(self._paths, self._labels, strict=True))
+    def _rested(self) -> bool:
+        return time.monotonic() >= self._rest_until
 
-    def _fingerprint(self) -> Any:
-        """Sizes and times of the files that are read, and who holds the locks: cheap to ask for."""
-        from cagsr.runs.folder import is_being_written
+    def _folders(self) -> list[Path]:
+        return [find_run(path, wait=True) for path in self._paths]
 
-        found = []
-        for path in self._paths:
-            run = find_run(path, wait=True)
-            files = [run / "config.yaml", run / "final" / "config.json", *sorted(run.glob("*.jsonl"))]
-            stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-            found.append((str(run), run.exists(), is_being_written(run), stats))
-        return found
+    def _fingerprint(self) -> tuple[list[Any], list[Any]]:
+        """Who holds the locks and what is there, and sizes and times of the files that are read: cheap to ask for."""
+        states, files = [], []
+        for run in self._folders():
+            states.append((run, run.exists(), (run / "final" / "config.json").exists(), is_being_written(run)))
+            found = [file.stat() for file in (run / CONFIG, *sorted(run.glob("*.jsonl"))) if file.exists()]
+            files.append([(stat.st_size, stat.st_mtime_ns) for stat in found])
+        return states, files
 
 
 def application(paths: Sequence[Path]) -> Starlette:
