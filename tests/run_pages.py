@@ -57,7 +57,13 @@ def make_run(
     (folder / "run.lock").write_text("1\n")
     start = [{"step": 0, "eval/metric": 0.5, "eval/metric_greedy": 0.6}]
     timings = [
-        {"step": step, "collect_seconds": 2.0, "update_seconds": 1.0, "evaluation_seconds": 0.5, "response_tokens": 700.0}
+        {
+            "step": step,
+            "collect_seconds": 2.0,
+            "update_seconds": 1.0,
+            "evaluation_seconds": 0.5,
+            "response_tokens": 700.0,
+        }
         for step in range(1, done + 1)
     ]
     if samples is None:
@@ -81,4 +87,9 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-WARNING = {"step": 9, "name": "length_drift", "sentence": "Answers have become longer: <b>40</b> tokens.", "action": "warn"}
+WARNING = {
+    "step": 9,
+    "name": "length_drift",
+    "sentence": "Answers have become longer: <b>40</b> tokens.",
+    "action": "warn",
+}

@@ -41,8 +41,8 @@ def word_diff(before: str, after: str) -> list[list[Any]]:
 def answers_of(run: Run, room: int) -> dict[str, Any]:
     """A run's sample answers, ready for JSON.
 
-    Training samples and held-out answers are told apart. An answer is compared with the earliest one to the same prompt of the same kind:
-    at step 0 or 1 that is the start's own, which no update has touched.
+    An answer is compared with the earliest one to the same prompt and of the same kind (sampled in training, or greedy and
+    held out): at step 0 or 1 that is the start's own, which no update has touched.
 
     Args:
         run: the run.

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from bokeh.embed import json_item
-from bokeh.models import BasicTicker, ColumnDataSource, GlyphRenderer, NumeralTickFormatter, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, NumeralTickFormatter, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
@@ -38,8 +38,8 @@ def chart(runs: int) -> dict[str, Any]:
         sizing_mode="stretch_width",
         tools="",
         toolbar_location=None,
-        x_range=Range1d(0, 1),
-        y_range=Range1d(0, 1),
+        x_range=Range1d(start=0, end=1),
+        y_range=Range1d(start=0, end=1),
         min_border_left=46,
         min_border_right=10,
         min_border_top=6,
@@ -56,13 +56,9 @@ def chart(runs: int) -> dict[str, Any]:
         line = ColumnDataSource({"step": [], "value": [], "smooth": []}, name=f"line{number}")
         dots = ColumnDataSource({"step": [], "value": []}, name=f"dots{number}")
         plot.line("step", "value", source=line, line_width=1.8, line_dash=dash, name=f"raw{number}")
-        smooth: GlyphRenderer = plot.line(
-            "step", "smooth", source=line, line_width=2, line_dash=dash, name=f"smooth{number}"
-        )
+        smooth = plot.line("step", "smooth", source=line, line_width=2, line_dash=dash, name=f"smooth{number}")
         smooth.visible = False
-        plot.scatter(
-            "step", "value", source=dots, size=6, marker=MARKERS[number % len(MARKERS)], name=f"dot{number}"
-        )
+        plot.scatter("step", "value", source=dots, size=6, marker=MARKERS[number % len(MARKERS)], name=f"dot{number}")
     plot.xgrid.grid_line_color = None
     plot.xaxis.ticker = BasicTicker(desired_num_ticks=6, min_interval=1)
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
@@ -73,5 +69,4 @@ def chart(runs: int) -> dict[str, Any]:
         axis.minor_tick_line_color = None
         axis.major_tick_out = 3
         axis.major_tick_in = 0
-    item: dict[str, Any] = json_item(plot)
-    return item
+    return dict(json_item(plot))

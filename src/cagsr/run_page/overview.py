@@ -92,12 +92,20 @@ def costs(run: Run) -> dict[str, Any] | None:
     total = sum(step_seconds(row) for row in run.timings)
     tokens = sum(row["response_tokens"] for row in run.timings if is_number(row.get("response_tokens")))
     memory = [
-        row[key] for row in run.timings for key in row if "memory" in key and key.endswith("_bytes") and is_number(row[key])
+        row[key]
+        for row in run.timings
+        for key in row
+        if "memory" in key and key.endswith("_bytes") and is_number(row[key])
     ]
     collecting = seconds.get("collect_seconds", 0.0)
     return {
         "parts": [
-            (PARTS.get(key, key.removesuffix("_seconds").replace("_", " ")), key, value, value / total if total else 0.0)
+            (
+                PARTS.get(key, key.removesuffix("_seconds").replace("_", " ")),
+                key,
+                value,
+                value / total if total else 0.0,
+            )
             for key, value in seconds.items()
         ],
         "total": total,

@@ -21,6 +21,9 @@ from cagsr.run_page.curves import GROUPS, MORE, curve_data, curves_of
 from cagsr.run_page.overview import changed_settings, costs, differing_settings, glance, warnings_of
 from cagsr.run_page.read import Run
 
+SCRIPTS = ("base.js", "charts.js", "answers.js", "controls.js")
+"""The parts of the page's script, in order."""
+
 
 @dataclass(frozen=True)
 class Content:
@@ -82,7 +85,8 @@ def render_page(runs: Sequence[Run], content: Content | None = None, *, live: st
     """
     content = content or content_of(runs)
     folder = files("cagsr.run_page")
-    scripts = [bokeh_script(), folder.joinpath("report.js").read_text(encoding="utf-8")]
+    parts = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    scripts = [bokeh_script(), f'(async () => {{\n"use strict";\n{parts}}})();']
     page: str = _template("page.html.jinja").render(
         title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
         runs=runs,

@@ -131,6 +131,7 @@ def open_socket(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((HOST, port))
+        bound.listen()  # from now on a browser that is too early waits instead of being refused
     except OSError as error:
         bound.close()
         raise ConfigError(f"--port {port}: can't be used ({error.strerror}); --port 0 takes a free one.") from error
