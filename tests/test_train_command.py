@@ -78,7 +78,9 @@ def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_pat
     assert sample["reward"] == pytest.approx(sum(sample["contributions"].values()), abs=1e-5)
     answers = lines(run / "held_out.jsonl")
     assert [row["step"] for row in answers] == [0, 0, 3, 3, 4, 4]
-    assert {row["prompt"] for row in answers if row["step"] == 0} == {row["prompt"] for row in answers if row["step"] == 4}
+    assert {row["prompt"] for row in answers if row["step"] == 0} == {
+        row["prompt"] for row in answers if row["step"] == 4
+    }
     assert metrics[0]["eval/metric_greedy"] == pytest.approx(sum(row["metric"] for row in answers[:2]) / 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert not list(run.rglob("*.bin"))

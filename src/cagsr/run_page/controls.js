@@ -129,8 +129,9 @@ async function ask() {
 }
 const name = document.title;
 function title() {
-  const states = new Set(data.runs.map((run) => run.state));
-  document.title = version ? `${states.size === 1 ? [...states][0] : `${data.runs.filter((run) => run.state === "running").length} running`} · ${name}` : name;
+  const count = (state) => data.runs.filter((run) => run.state === state).length;
+  const told = ["running", "stopped", "waiting", "finished"].find((state) => count(state) > 0);
+  document.title = version ? `${RUNS > 1 ? `${count(told)} ` : ""}${told} · ${name}` : name;
 }
 
 span();
