@@ -45,7 +45,7 @@ def run(config: Config) -> None:
 
     from cagsr.run_page.page import render_page
     from cagsr.run_page.read import read_run
-    from cagsr.runs.atomic import write_text_atomically
+    from cagsr.runs.atomic import disk_errors, write_text_atomically
     from cagsr.runs.folder import REPORT
 
     folders = [find_run(path) for path in paths]
@@ -53,7 +53,8 @@ def run(config: Config) -> None:
     out = Path(config.out) if config.out is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: give the name of a file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out, render_page(runs))
     say([f"{one.label}: {one.state.sentence}" for one in runs])
     say([f"{out}: {out.stat().st_size / 1e6:.2f} MB, open it in a browser."])
