@@ -76,6 +76,12 @@ def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_pat
     assert {"objective/kl", "policy/clipfrac_avg", "rewards/coverage/share", "val/ratio"} <= metrics[1].keys()
     sample = lines(run / "samples.jsonl")[0]
     assert sample["reward"] == pytest.approx(sum(sample["contributions"].values()), abs=1e-5)
+    answers = lines(run / "held_out.jsonl")
+    assert [row["step"] for row in answers] == [0, 0, 3, 3, 4, 4]
+    assert {row["prompt"] for row in answers if row["step"] == 0} == {
+        row["prompt"] for row in answers if row["step"] == 4
+    }
+    assert metrics[0]["eval/metric_greedy"] == pytest.approx(sum(row["metric"] for row in answers[:2]) / 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert not list(run.rglob("*.bin"))
     assert not list(run.rglob("*.pt"))
@@ -107,6 +113,7 @@ def test_resumed_is_bit_for_bit_the_uninterrupted_run(start: Path, prompts: Path
     assert main(arguments(start, prompts, halves, *common, "--resume")) == 0
     assert (halves / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert (halves / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert (halves / "held_out.jsonl").read_bytes() == (whole / "held_out.jsonl").read_bytes()
     name = "model.safetensors"
     assert (halves / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
 

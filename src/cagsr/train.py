@@ -151,8 +151,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
-            start = _evaluate(config, loaded, held_out.prompts, metric)
+            start, answered = _evaluate(config, loaded, held_out.prompts, metric)
             record.log(0, start, {}, [])
+            record.keep_answers(0, answered)
             monitors.observe(0, start)
         timings: list[dict[str, float]] = []
         operators: list[tuple[str, float, int]] = []
@@ -241,8 +242,10 @@ def _step(
     metrics = ppo.update(experience)
     updated = time.perf_counter()
     last = step == config.run.steps
+    answered: list[dict[str, Any]] = []
     if last or _is_due(step, config.evaluation.every):
-        metrics |= _evaluate(config, loaded, held_out.prompts, metric)
+        found, answered = _evaluate(config, loaded, held_out.prompts, metric)
+        metrics |= found
     timings = {
         "collect_seconds": collected - started,
         "update_seconds": updated - collected,
@@ -252,6 +255,7 @@ def _step(
         "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
     record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows))
+    record.keep_answers(step, answered)
     progress.step(step, metrics)
     alerts = monitors.observe(step, metrics)
     record.warn(alerts)
@@ -292,15 +296,27 @@ def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, P
 
 def _evaluate(
     config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], metric: HeldOutMetric
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The held-out metrics, and the greedy answers to the first ``evaluation.samples`` prompts as rows."""
     if not prompts:
-        return {}
+        return {}, []
 
     def answers(temperature: float) -> Answers:
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
         return answer(loaded, prompts, sampling, metric, seed=config.run.seed)
 
-    return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=answers(0.0))
+    greedy = answers(0.0)
+    rows = [
+        {
+            "prompt": encoded.prompt.text,
+            "completion": greedy.completions[number],
+            "metric": greedy.metric[number],
+            "tokens": greedy.lengths[number],
+            "ended": greedy.ended[number],
+        }
+        for number, encoded in enumerate(prompts[: max(0, config.evaluation.samples)])
+    ]
+    return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=greedy), rows
 
 
 def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:

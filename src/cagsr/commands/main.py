@@ -131,6 +131,14 @@ COMMANDS = {
   cagsr rate export --db ratings.sqlite --out pairs.jsonl""",
         positional="mode",
     ),
+    "report": Command(
+        "a run's page: curves, warnings, answers over time, costs; one file, or served while it trains",
+        """\
+  cagsr report run                      # writes run/report.html
+  cagsr report run --serve              # refreshes while training goes on
+  cagsr report run run2 --out both.html # one over the other""",
+        positional="runs",
+    ),
 }
 
 INTRODUCTION = """\

@@ -226,7 +226,7 @@ class EvalConfig:
     """Dotted path of f(prompts, completions, **columns) -> list of numbers, higher is better.
     None: ROUGE-L where the rows have a reference (completion, reference or references), else lexical relevance."""
     samples: int = 8
-    """How many answers go into the table of samples."""
+    """Greedy answers kept at each evaluation in held_out.jsonl, always to the same prompts; 0 keeps none."""
 
 
 Action = Literal["off", "warn", "stop"]

@@ -4,6 +4,7 @@ config.yaml      the resolved settings
 metrics.jsonl    one line a step, deterministic values only: a resumed run's file is bit for bit the same
 timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
 samples.jsonl    answers with their reward breakdown
+held_out.jsonl   greedy answers to the same held-out prompts at each evaluation, step 0 being the start's
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
@@ -11,12 +12,14 @@ profile.md       where the time went, if asked for
 rollout-weights/  the policy on its way to a vLLM server, while a run goes on
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
+report.html      the run's page, where cagsr report has written it
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +38,10 @@ from cagsr.runs.lines import append_lines, truncate_lines
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
-LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl")
+REPORT = "report.html"
 PROFILE = "profile.md"
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", PROFILE, ASSOCIATIONS)
+LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
+RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", PROFILE, ASSOCIATIONS, REPORT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
 
 MAY_DIFFER = (
@@ -195,6 +199,10 @@ class RunFolder:
         """Add one line for each answer to ``samples.jsonl``."""
         append_lines(self.path / "samples.jsonl", [{"step": step, **row} for row in rows])
 
+    def append_held_out(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one line for each answer to ``held_out.jsonl``."""
+        append_lines(self.path / "held_out.jsonl", [{"step": step, **row} for row in rows])
+
     def append_warning(self, step: int, name: str, sentence: str, action: str = "warn") -> None:
         """Add what a monitor said to ``warnings.jsonl``."""
         append_lines(
@@ -231,12 +239,30 @@ class RunFolder:
         self.close()
 
 
+def is_being_written(path: Path) -> bool:
+    """Whether a process holds the run folder's lock at this moment. Changes nothing in the folder.
+
+    Raises:
+        RunError: the lock's file can't be read.
+    """
+    try:
+        with open(path / LOCK, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise RunError(f"{path / LOCK} can't be read ({error.strerror}): make it readable.") from error
+    return False
+
+
 def _lock(path: Path) -> TextIO:
     """Lock a run folder for this process; the kernel drops the lock when the process ends, however it ends."""
     with disk_errors(path / LOCK):
         stream = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(stream)
         except BlockingIOError as error:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
@@ -248,6 +274,18 @@ def _lock(path: Path) -> TextIO:
         stream.write(f"{os.getpid()}\n")
         stream.flush()
     return stream
+
+
+def _take(stream: TextIO, tries: int = 5) -> None:
+    """Lock a file, trying for a moment: a page of the run (``is_being_written``) may be looking just now."""
+    for number in range(1, tries + 1):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if number == tries:
+                raise
+            time.sleep(0.02)
 
 
 def _remove_run(path: Path) -> None:

@@ -129,6 +129,11 @@ class RunRecord:
         self._folder.append_samples(step, samples)
         self._tracker.log(step, metrics)
 
+    def keep_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write answers to held-out prompts, for the run's page to tell from the start's."""
+        if self._folder is not None:
+            self._folder.append_held_out(step, rows)
+
     def warn(self, alerts: Sequence[Alert]) -> None:
         """Write what the monitors said."""
         for alert in alerts:

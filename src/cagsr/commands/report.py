@@ -1,0 +1,60 @@
+"""``cagsr report``: a run's page, as one file or served while training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cagsr.commands.inputs import say
+from cagsr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Show a run, or several over each other, as a self-contained HTML page."""
+
+    runs: list[str]
+    """Folders of cagsr train runs (or of a quickstart): one, or several to draw over each other."""
+    out: str | None = None
+    """HTML file for the page; None: report.html in the run's folder, or here for several runs."""
+    serve: bool = False
+    """Serve the page on this machine instead, fresh while training goes on; waits for a run that has not begun."""
+    port: int = 0
+    """With --serve: the port; 0 takes a free one."""
+
+
+def run(config: Config) -> None:
+    """Write the page, or serve it until interrupted."""
+    from cagsr.run_page.locate import find_run, labels
+
+    if not config.runs:
+        raise ConfigError("--runs is empty: name the folder of a run.")
+    if config.serve and config.out is not None:
+        raise ConfigError("--out and --serve exclude each other: the served page has a link that saves it as one file.")
+    paths = [Path(one) for one in config.runs]
+    names = labels(paths)
+    if config.serve:
+        from cagsr.run_page.serve import open_socket, serve
+
+        for path in paths:
+            find_run(path, wait=True)
+        bound = open_socket(config.port)
+        say([f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."])
+        serve(paths, bound)
+        return
+
+    from cagsr.run_page.page import render_page
+    from cagsr.run_page.read import read_run
+    from cagsr.runs.atomic import disk_errors, write_text_atomically
+    from cagsr.runs.folder import REPORT
+
+    folders = [find_run(path) for path in paths]
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    out = Path(config.out) if config.out is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: give the name of a file.")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(out, render_page(runs))
+    say([f"{one.label}: {one.state.sentence}" for one in runs])
+    say([f"{out}: {out.stat().st_size / 1e6:.2f} MB, open it in a browser."])

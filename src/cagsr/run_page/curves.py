@@ -1,0 +1,206 @@
+"""Which metrics become curves, what they are called, and their points, thinned where there are very many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cagsr.run_page.read import Run
+from cagsr.run_page.speed import STEP_SECONDS, TOKENS_PER_SECOND, is_number
+
+MOST_POINTS = 45_000
+"""Points on a page, over all curves of all runs: they take about 1 MB."""
+FEWEST_POINTS = 60
+"""Points that a curve keeps however many there are."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart: a metric over the steps, one line for each run."""
+
+    key: str
+    """Name in ``metrics.jsonl``, or in ``timings.jsonl`` for what is read from a clock."""
+    title: str
+    unit: str
+    group: str
+    """Heading on the page."""
+    floor: float | None = None
+    """The axis starts at 0 and reaches at least this, so that noise near 0 does not look like news."""
+
+
+HELD_OUT, REWARD, POLICY, SPEED, MORE = "Held-out", "Reward", "Policy", "Speed", "More curves"
+GROUPS = (HELD_OUT, REWARD, POLICY, SPEED, MORE)
+
+_KNOWN = (
+    Curve("eval/metric", "Held-out metric, sampled", "higher is better", HELD_OUT),
+    Curve("eval/metric_greedy", "Held-out metric, greedy", "higher is better", HELD_OUT),
+    Curve("eval/length", "Held-out length", "tokens", HELD_OUT),
+    Curve("eval/repetition", "Held-out repetition", "share of repeated n-grams", HELD_OUT, 0.1),
+    Curve("eval/ended", "Held-out answers that end", "share", HELD_OUT, 1.0),
+    Curve("objective/raw_scores", "Reward", "mean, not normalised, before the KL penalty", REWARD),
+    Curve("objective/kl", "KL to the starting model", "nats per answer", POLICY),
+    Curve("policy/entropy_avg", "Entropy of the policy", "nats per token", POLICY),
+    Curve("response/length", "Answer length", "tokens", POLICY),
+    Curve("response/repetition", "Repetition", "share of repeated n-grams", POLICY, 0.1),
+    Curve("response/ended", "Answers that end by themselves", "share", POLICY, 1.0),
+    Curve("policy/clipfrac_avg", "Clip fraction", "share of tokens", POLICY, 0.1),
+    Curve("val/explained_variance", "Explained variance of the values", "1 is perfect", POLICY),
+    Curve(TOKENS_PER_SECOND, "Speed", "sampled tokens per second of a whole step", SPEED),
+    Curve(STEP_SECONDS, "Time of a step", "seconds", SPEED),
+    Curve("objective/scores", "Reward, normalised", "mean of what is paid", MORE),
+    Curve("objective/rlhf_reward", "Reward less the KL penalty", "mean", MORE),
+    Curve("objective/entropy", "Entropy of an answer", "nats per answer", MORE),
+    Curve("policy/approxkl_avg", "KL of one update", "nats per token", MORE),
+    Curve("policy/grad_norm", "Gradient norm", "before clipping", MORE),
+    Curve("lr", "Learning rate", "", MORE),
+    Curve("kl_coef", "Weight of the KL", "", MORE),
+)
+
+MARKED = {
+    "kl": ("objective/kl",),
+    "negative_kl": ("objective/kl",),
+    "length_drift": ("response/length",),
+    "repetition": ("response/repetition",),
+    "entropy": ("policy/entropy_avg",),
+    "metric_drop": ("eval/metric", "objective/raw_scores", "objective/scores"),
+}
+"""Monitor -> the curves that it watches. All others are marked at the reward, ``dominance`` also at every term's share."""
+
+
+def curves_of(runs: Sequence[Run]) -> list[Curve]:
+    """The charts that these runs have numbers for, in the order of the page."""
+    present = {key for run in runs for row in run.rows for key in row if key != "step"}
+    reward_first = "objective/raw_scores" if "objective/raw_scores" in present else "objective/scores"
+    found: list[Curve] = []
+    for curve in _KNOWN:
+        if curve.key not in present:
+            continue
+        if curve.key == reward_first and curve.group == MORE:
+            curve = Curve(curve.key, "Reward", "mean, before the KL penalty", REWARD)
+        found.append(curve)
+    known = {curve.key for curve in found}
+    found += [_named(key) for key in sorted(present - known, key=_order)]
+    return sorted(found, key=lambda curve: GROUPS.index(curve.group))
+
+
+def _order(key: str) -> tuple[bool, str]:
+    return not key.endswith("/mean"), key
+
+
+def _named(key: str) -> Curve:
+    """A chart for a key that the table does not know: a term's numbers, a held-out metric, anything else."""
+    if key.startswith("rewards/") and key.count("/") >= 2:
+        name, _, kind = key.removeprefix("rewards/").rpartition("/")
+        term = name.replace("_", " ")
+        if kind == "mean" and name != "total":
+            return Curve(key, f"Term: {term}", "mean, raw", REWARD)
+        kinds = {
+            "mean": ("mean", None),
+            "std": ("standard deviation", None),
+            "share": ("share of the reward's variance", 1.0),
+            "length_correlation": ("", None),
+        }
+        unit, floor = kinds.get(kind, (kind, None))
+        return Curve(key, f"{'Reward' if name == 'total' else term}: {kind.replace('_', ' ')}", unit, MORE, floor)
+    if key.startswith("eval/"):
+        return Curve(key, f"Held-out {key.removeprefix('eval/').replace('_', ' ')}", "", HELD_OUT)
+    return Curve(key, key, "", MORE)
+
+
+def points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float | None]]:
+    """A metric's steps and values; None where it was written but is no finite number."""
+    steps: list[int] = []
+    values: list[float | None] = []
+    for row in rows:
+        if key not in row:
+            continue
+        value = row[key]
+        if value is None or is_number(value) or isinstance(value, float):
+            steps.append(row["step"])
+            values.append(value if is_number(value) else None)
+    return (steps, values) if any(value is not None for value in values) else ([], [])
+
+
+def smooth(values: Sequence[float | None]) -> list[float | None] | None:
+    """Mean of each value and the ones around it, a twelfth of the curve wide, shorter at the ends.
+
+    Returns:
+        None where the curve is too short for that.
+    """
+    half = len(values) // 12 // 2
+    if half < 1:
+        return None
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    there = ~np.isnan(numbers)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(there, numbers, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(there)])
+    places = np.arange(len(values))
+    low, high = np.maximum(0, places - half), np.minimum(len(values), places + half + 1)
+    count = counts[high] - counts[low]
+    means = (sums[high] - sums[low]) / np.maximum(1, count)
+    return [float(mean) if some else None for mean, some in zip(means, count, strict=True)]
+
+
+def thin(values: Sequence[float | None], most: int) -> list[int]:
+    """Which points to keep so that at most ``most`` are left: both ends, and each stretch's lowest and highest.
+
+    Returns:
+        Their places, rising; all of them where there are no more than ``most``.
+    """
+    count = len(values)
+    if count <= most:
+        return list(range(count))
+    stretches = max(1, (most - 2) // 2)
+    kept = {0, count - 1}
+    for number in range(stretches):
+        here = range(number * count // stretches, (number + 1) * count // stretches)
+        filled = [(value, place) for place in here if (value := values[place]) is not None]
+        if filled:
+            kept |= {min(filled)[1], max(filled)[1]}
+    return sorted(kept)
+
+
+def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, list[dict[str, Any]]], bool]:
+    """The points of every chart, ready for JSON, and whether any were left out.
+
+    Returns:
+        Key -> one ``{"step", "value", "smooth", "marks"}`` for each run; ``marks`` are ``[step, sentence]`` of the
+        warnings that belong to the chart.
+    """
+    room = max(FEWEST_POINTS, MOST_POINTS // max(1, len(curves) * len(runs)))
+    found: dict[str, list[dict[str, Any]]] = {}
+    thinned = False
+    for curve in curves:
+        found[curve.key] = []
+        for run in runs:
+            steps, values = points(run.rows, curve.key)
+            smoothed = smooth(values)
+            kept = thin(values, room)
+            thinned |= len(kept) < len(values)
+            found[curve.key].append(
+                {
+                    "step": [steps[place] for place in kept],
+                    "value": [values[place] for place in kept],
+                    "smooth": None if smoothed is None else [_short(smoothed[place]) for place in kept],
+                    "marks": [[row["step"], _said(row)] for row in run.warnings if _belongs(row, curve.key)],
+                }
+            )
+    return found, thinned
+
+
+def _belongs(warning: Mapping[str, Any], key: str) -> bool:
+    name = warning.get("name")
+    if name == "dominance" and key.startswith("rewards/") and key.endswith("/share"):
+        return True
+    return key in MARKED.get(str(name), ("objective/raw_scores", "objective/scores"))
+
+
+def _said(warning: Mapping[str, Any]) -> str:
+    return f"step {warning['step']}: {warning.get('sentence', '')}"
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

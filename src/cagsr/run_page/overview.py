@@ -1,0 +1,177 @@
+"""The page's tables: first and last numbers, warnings, costs, settings. Plain data for the template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cagsr.config import DataConfig, ModelConfig, TrainConfig
+from cagsr.configfile import flatten
+from cagsr.run_page.curves import HELD_OUT, MORE, SPEED, Curve, points
+from cagsr.run_page.read import Run
+from cagsr.run_page.speed import PHASES, is_number, step_seconds
+
+MONITORS = {
+    "kl": "KL too large",
+    "negative_kl": "KL below zero",
+    "length_drift": "Length drifts",
+    "repetition": "Repetition",
+    "entropy": "Entropy collapses",
+    "dominance": "One term dominates",
+    "metric_drop": "Reward up, held-out metric down",
+}
+PHASE_NAMES = dict(zip(PHASES, ("sampling, scoring, reward", "update", "held-out evaluation"), strict=True))
+INSIDE = {
+    "collect_seconds": {
+        "rollout_seconds": "sampling",
+        "scoring_seconds": "scoring, with attention",
+        "reference_seconds": "reference",
+        "reward_seconds": "reward and advantages",
+    },
+    "update_seconds": {
+        "forward_seconds": "update: forward",
+        "backward_seconds": "update: backward",
+        "optimizer_seconds": "update: optimizer",
+    },
+}
+"""What lies inside the phases, where a run has recorded it."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A metric of a run at its first and last point."""
+
+    first: float
+    last: float
+    lowest: float
+    highest: float
+    first_step: int
+    last_step: int
+
+
+def ends(run: Run, key: str) -> Ends | None:
+    """A metric's first, last and extreme values, None where it has none."""
+    steps, values = points(run.rows, key)
+    filled = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    if not filled:
+        return None
+    numbers = [value for _, value in filled]
+    return Ends(numbers[0], numbers[-1], min(numbers), max(numbers), filled[0][0], filled[-1][0])
+
+
+def glance(runs: Sequence[Run], curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """The rows of the first table: what matters, for each run."""
+    found = []
+    for curve in curves:
+        if curve.group in (MORE, SPEED) or (curve.group == HELD_OUT and curve.key.endswith(("/ended", "/repetition"))):
+            continue
+        found.append({"curve": curve, "runs": [ends(run, curve.key) for run in runs]})
+    return found
+
+
+def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What the monitors said, in the order of the steps."""
+    found = [
+        {
+            "run": number,
+            "label": run.label,
+            "step": row["step"],
+            "name": MONITORS.get(str(row.get("name")), str(row.get("name", "")).replace("_", " ")),
+            "sentence": str(row.get("sentence", "")),
+            "stop": row.get("action") == "stop",
+        }
+        for number, run in enumerate(runs)
+        for row in run.warnings
+    ]
+    return sorted(found, key=lambda row: (row["step"], row["run"]))
+
+
+def costs(run: Run) -> dict[str, Any] | None:
+    """Seconds by part, tokens and rates of a run, None before its first timed step.
+
+    Returns:
+        ``parts``: (what, seconds, share of the total); ``total`` seconds; ``steps``; ``tokens`` sampled;
+        ``per_second``: of all time; ``sampling_per_second``: of the part that samples and scores; ``memory``: the
+        largest recorded peak in bytes, or None.
+    """
+    if not run.timings:
+        return None
+    seconds = {
+        key: sum(row[key] for row in run.timings if is_number(row.get(key)))
+        for key in dict.fromkeys(key for row in run.timings for key in row if key.endswith("_seconds"))
+    }
+    total = sum(step_seconds(row) for row in run.timings)
+    tokens = sum(row["response_tokens"] for row in run.timings if is_number(row.get("response_tokens")))
+    memory = [
+        row[key]
+        for row in run.timings
+        for key in row
+        if "memory" in key and key.endswith("_bytes") and is_number(row[key])
+    ]
+    collecting = seconds.get("collect_seconds", 0.0)
+    return {
+        "parts": [(what, key, value, value / total if total else 0.0) for what, key, value in _parts(seconds)],
+        "total": total,
+        "steps": len(run.timings),
+        "tokens": int(tokens),
+        "per_second": tokens / total if total and tokens else None,
+        "sampling_per_second": tokens / collecting if collecting and tokens else None,
+        "memory": max(memory) if memory else None,
+    }
+
+
+def _parts(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """``(what, key, seconds)``: each phase, or what lies inside it and the rest of it."""
+    found: list[tuple[str, str, float]] = []
+    for phase, name in PHASE_NAMES.items():
+        if phase not in seconds:
+            continue
+        inside = [(what, key, seconds[key]) for key, what in INSIDE.get(phase, {}).items() if key in seconds]
+        rest = seconds[phase] - sum(value for _, _, value in inside)
+        found += [*inside, (f"{name}: the rest" if inside else name, phase, max(0.0, rest))]
+    return found
+
+
+def changed_settings(run: Run) -> list[tuple[str, str, str]]:
+    """The settings that are not the default ones: dotted key, value, default (empty where there is none)."""
+    defaults = flatten(TrainConfig(model=ModelConfig(path=""), data=DataConfig(path=""), output_dir=""))
+    needed = ("model.path", "data.path", "output_dir")
+    found = []
+    for key, value in _flat(run.settings).items():
+        if key in needed or key not in defaults:
+            found.append((key, _text(value), ""))
+        elif _text(value) != _text(defaults[key]):
+            found.append((key, _text(value), _text(defaults[key])))
+    return found
+
+
+def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The settings in which several runs differ: dotted key and each run's value."""
+    flats = [_flat(run.settings) for run in runs]
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    rows = [(key, [_text(flat[key]) if key in flat else "—" for flat in flats]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "output_dir"]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _text(value: Any) -> str:
+    """A setting as a YAML file would say it; numbers that are equal look equal."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"{value:.10g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_text(one) for one in value)}]"
+    return str(value)
