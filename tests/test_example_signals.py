@@ -157,6 +157,20 @@ def test_intervals_span_models():
     assert [values[0] for values in row.by_model] == pytest.approx([1.0, -1.0])
 
 
+def test_differences_are_paired():
+    """Noise that both signals share drops out: the difference is known better than either."""
+    generator = np.random.default_rng(3)
+    truth = signal_table.Truths(generator.random((60, 8)), np.zeros((60, 8)), generator.random((60, 8)))
+    noise = generator.normal(size=(60, 8))
+    models = [({"a": truth.said + noise, "b": 0.9 * truth.said + noise, "c": truth.said + 1 + noise}, truth)]
+    less = signal_table.difference(models, "a", "b").said
+    rows = signal_table.measure(models)
+    assert less.mean == pytest.approx(rows["a"].said.mean - rows["b"].said.mean)
+    assert 0 < less.low < less.high < rows["a"].said.high - rows["a"].said.low
+    same = signal_table.difference(models, "a", "c")
+    assert (same.said.low, same.said.high, same.net_share.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+
+
 def test_sum_names():
     assert signals.sum_name(((1.0, "a"), (0.5, "- b"), (0.5, "c"))) == "sum: a - 0.5 b + 0.5 c"
     assert signals.sum_name(((1.0, "- b"), (1.0, "c"))) == "sum: - b + c"
@@ -217,6 +231,7 @@ def test_tiny_run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             assert all(math.isfinite(value) for value in row[name].values())
     assert numbers["signals"]["length"]["length"]["mean"] == pytest.approx(1.0)
     assert len(numbers["heads"]["start-seed1"]["copying"]) == 2 * 4
+    assert [(row["signal"], row["less"]) for row in numbers["differences"]] == list(signals.PAIRS)
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in names)
 

@@ -23,6 +23,11 @@ class Truths:
     length: Floats
     """Tokens."""
 
+    @property
+    def net(self) -> Floats:
+        """Facts said less added facts."""
+        return self.said - self.added
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,9 +75,45 @@ def measure(
             [correlation_parts(x, t.length) for x, t in zip(columns, truths, strict=True)], correlation_of
         )
         share, of_share = interval([share_parts(x, t.said) for x, t in zip(columns, truths, strict=True)], share_of)
-        net, _ = interval([share_parts(x, t.said - t.added) for x, t in zip(columns, truths, strict=True)], share_of)
+        net, _ = interval([share_parts(x, t.net) for x, t in zip(columns, truths, strict=True)], share_of)
         rows[name] = Row(said, added, length, share, net, tuple(zip(of_said, of_added, of_share, strict=True)))
     return rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One signal less another, over all models, paired by model, prompt and answer."""
+
+    said: Interval
+    """Difference of the correlations with facts said."""
+    added: Interval
+    """The same with added facts: below 0, the first signal sees them better."""
+    net_share: Interval
+    """Difference of the shares of the oracle's gain in facts said less added facts."""
+
+
+def difference(
+    models: Sequence[tuple[Mapping[str, Floats], Truths]], first: str, second: str, resamples: int = 2000, seed: int = 0
+) -> Difference:
+    """What the first signal has over the second; arguments as in :func:`measure`."""
+
+    def paired(parts: Callable[[Floats, Floats], Floats], ratio: Callable[[Floats], Floats], truth: str) -> Interval:
+        both = [
+            np.concatenate([parts(signals[name], getattr(known, truth)) for name in (first, second)], axis=1)
+            for signals, known in models
+        ]
+
+        def less(sums: Floats) -> Floats:
+            half = sums.shape[-1] // 2
+            return ratio(sums[..., :half]) - ratio(sums[..., half:])
+
+        return crossed_interval(np.stack(both), less, resamples, seed)[0]
+
+    return Difference(
+        paired(correlation_parts, correlation_of, "said"),
+        paired(correlation_parts, correlation_of, "added"),
+        paired(share_parts, share_of, "net"),
+    )
 
 
 def correlation_parts(x: Floats, y: Floats) -> Floats:
@@ -141,6 +182,18 @@ def as_markdown(rows: Mapping[str, Row]) -> str:
             _share(row.net_share),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences_as_markdown(rows: Mapping[tuple[str, str], Difference]) -> str:
+    """The table of paired differences."""
+    lines = [
+        "| signal | less this one | facts said | added facts | of the oracle's net gain |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (first, second), row in rows.items():
+        points = f"{100 * row.net_share.mean:+.0f} [{100 * row.net_share.low:+.0f}, {100 * row.net_share.high:+.0f}]"
+        lines.append(f"| {first} | {second} | {_signed(row.said)} | {_signed(row.added)} | {points} points |")
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ from examples.e2e.signal_answers import (
     weighted_heads,
 )
 from examples.e2e.signal_formulas import Floats, head_weights, probe_weights, sibling_support, word_doubts
-from examples.e2e.signal_table import Truths, as_markdown, measure
+from examples.e2e.signal_table import Truths, as_markdown, difference, differences_as_markdown, measure
 
 BY_LABEL = "by label"
 """In the name of what the checker helped to make: an upper bound, no signal."""
@@ -75,6 +75,25 @@ SUMS: tuple[tuple[tuple[float, str], ...], ...] = (
     ((1.0, "associated_coverage"), (0.5, "- unsupported"), (0.5, "siblings say it too")),
 )
 """Weights and signals of the sums of z-scores within a prompt that were tried; all of them are reported."""
+BOTH = "sum: associated_coverage - 0.5 unsupported"
+PAIRS = (
+    ("coverage, heads by copying", "coverage"),
+    ("coverage, heads by agreement", "coverage"),
+    ("grounded, heads by copying", "grounded_coverage"),
+    ("grounded, heads by agreement", "grounded_coverage"),
+    ("- words not copied", "- words not in the prompt"),
+    ("sum: grounded, heads by copying + self_certainty", "sum: grounded_coverage + self_certainty"),
+    (BOTH, "associated_coverage"),
+    ("sum: associated_coverage - unsupported", BOTH),
+    (f"{BOTH} + 0.5 grounded, heads by copying", BOTH),
+    (f"{BOTH} + 0.5 self_certainty", BOTH),
+    (f"{BOTH} + 0.5 lookback, heads by probe", BOTH),
+    (f"{BOTH} - 0.5 surprise, mean", BOTH),
+    (f"{BOTH} - 0.5 words not copied", BOTH),
+    (f"{BOTH} + 0.5 siblings say it too", BOTH),
+    (f"all signals, fitted to said less added {BY_LABEL}", BOTH),
+)
+"""Signals that are compared with each other, paired."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,7 @@ def main(options: Options) -> None:
         planes.append(heads)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     rows = measure(found)
+    differences = {(first, second): difference(found, first, second) for first, second in PAIRS}
     truth = [one for _, one in found]
     numbers = {
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
@@ -122,11 +142,14 @@ def main(options: Options) -> None:
         "added": float(np.mean([one.added for one in truth])),
         "oracle": float(np.mean([one.said.max(axis=1).mean() for one in truth])),
         "signals": {name: dataclasses.asdict(row) for name, row in rows.items()},
+        "differences": [
+            {"signal": first, "less": second, **dataclasses.asdict(row)} for (first, second), row in differences.items()
+        ],
         "heads": dict(zip(options.starts, planes, strict=True)),
     }
     output = options.output or options.work / "signals.json"
     write_text_atomically(output, json.dumps(numbers, indent=1) + "\n")
-    print(as_markdown(rows))
+    print(as_markdown(rows) + "\n\n" + differences_as_markdown(differences))
     print(
         f"facts said {numbers['said']:.3f}, best of {options.candidates} {numbers['oracle']:.3f}; all numbers: {output}"
     )
@@ -209,7 +232,7 @@ def fitted_by_label(signals: Mapping[str, Floats], other: Mapping[str, Floats], 
     """The weighted sum of all signals that predicts the checker best on other prompts: what any sum of them could reach."""
     names = [name for name in signals if BY_LABEL not in name and not name.startswith("sum: ")]
     found = {}
-    for label, truth in (("facts said", known.said), ("said less added", known.said - known.added)):
+    for label, truth in (("facts said", known.said), ("said less added", known.net)):
         weights = probe_weights(np.stack([other[name] for name in names]), truth)
         found[f"all signals, fitted to {label} {BY_LABEL}"] = np.tensordot(
             weights, np.stack([signals[name] for name in names]), axes=1
