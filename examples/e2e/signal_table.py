@@ -192,14 +192,23 @@ def differences_as_markdown(rows: Mapping[tuple[str, str], Difference]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for (first, second), row in rows.items():
-        points = f"{100 * row.net_share.mean:+.0f} [{100 * row.net_share.low:+.0f}, {100 * row.net_share.high:+.0f}]"
+        net = row.net_share
+        mean, low, high = (_rounded(100 * number, 0) for number in (net.mean, net.low, net.high))
+        points = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
         lines.append(f"| {first} | {second} | {_signed(row.said)} | {_signed(row.added)} | {points} points |")
     return "\n".join(lines)
 
 
+def _rounded(value: float, digits: int = 2) -> float:
+    """Rounded, and never minus zero."""
+    return round(value, digits) + 0.0
+
+
 def _signed(value: Interval) -> str:
-    return f"{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+    mean, low, high = (_rounded(number) for number in (value.mean, value.low, value.high))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _share(value: Interval) -> str:
-    return f"{value.mean:.0%} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
+    mean, low, high = (_rounded(100 * number, 0) for number in (value.mean, value.low, value.high))
+    return f"{mean:.0f}% [{low:.0f}, {high:.0f}]"
