@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 
 from cagsr.associate import associations_of
 from cagsr.config import TrainConfig
-from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError
+from cagsr.errors import ConfigError, MonitorStop, RewardError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.sharding import whole
+from cagsr.processes import check_processes, from_main, start_accelerator
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -114,7 +116,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_config(config)
     check_reward_config(config.reward)
     check_tracker(config.run.tracker)
-    accelerator = Accelerator(cpu=config.model.device == "cpu")
+    accelerator = start_accelerator(cpu=config.model.device == "cpu")
+    check_processes(config, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
 
@@ -132,7 +135,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     monitors = Monitors(config.monitors)
     stream = PromptStream(
         train_set,
-        config.run.batch_size,
+        config.run.batch_size // accelerator.num_processes,
         config.run.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -146,7 +149,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, record.notes)
         if record.first_step == 0:
-            start = _evaluate(config, loaded, held_out.prompts, metric)
+            start = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
             record.log(0, start, {}, [])
             monitors.observe(0, start)
         with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
@@ -165,40 +168,32 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 def _associations(
     config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
 ) -> Associations | None:
-    """Learn the associations from the starting model's own answers where the reward needs them, or read them again.
-
-    The main process does it, and the others are told what it found: their samples could differ.
-    """
+    """Learn the associations from the starting model's own answers where the reward needs them, or read them again."""
     if not needs_associations(config.reward):
         return None
-    found: list[Any] = [None, None]
+    settings = config.reward.associations
+    stored = Path(config.output_dir) / ASSOCIATIONS
+    # Whether the file is there is asked once: the answer must be the same in every process.
+    if from_main(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+        settings = dataclasses.replace(settings, path=str(stored))
+    started = time.perf_counter()
+    found = associations_of(
+        loaded,
+        train_set.prompts,
+        config.sampling,
+        settings,
+        seed=config.run.seed,
+        batch_size=config.ppo.micro_batch_size,
+        accelerator=accelerator,
+    )
     if accelerator.is_main_process:
-        settings = config.reward.associations
-        stored = Path(config.output_dir) / ASSOCIATIONS
-        if settings.path is None and config.run.resume and stored.exists():
-            settings = dataclasses.replace(settings, path=str(stored))
-        started = time.perf_counter()
-        try:
-            found[0] = associations_of(
-                loaded,
-                train_set.prompts,
-                config.sampling,
-                settings,
-                seed=config.run.seed,
-                batch_size=config.ppo.micro_batch_size,
-            )
-            origin = settings.path or f"{found[0].answers:,} of the model's own answers"
-            seconds = time.perf_counter() - started
-            console.print(
-                f"Associations from {origin} ({seconds:.0f} s): {len(found[0].prompt_index):,} words and pairs of prompts, "
-                f"{found[0].strength.nnz:,} associations."
-            )
-        except CagsrError as error:
-            found[1] = error
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+        origin = settings.path or f"{found.answers:,} of the model's own answers"
+        seconds = time.perf_counter() - started
+        console.print(
+            f"Associations from {origin} ({seconds:.0f} s): {len(found.prompt_index):,} words and pairs of prompts, "
+            f"{found.strength.nnz:,} associations."
+        )
+    return found
 
 
 def _step(
@@ -224,12 +219,12 @@ def _step(
     updated = time.perf_counter()
     last = step == config.run.steps
     if last or _is_due(step, config.evaluation.every):
-        metrics |= _evaluate(config, loaded, held_out.prompts, metric)
+        metrics |= _evaluate(config, loaded, held_out.prompts, metric, ppo.accelerator)
     timings = {
         "collect_seconds": collected - started,
         "update_seconds": updated - collected,
         "evaluation_seconds": time.perf_counter() - updated,
-        "response_tokens": float(experience.rollout.response_mask.sum()),
+        "response_tokens": float(ppo.reduce(experience.rollout.response_mask.sum().float())),
     }
     record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows))
     progress.step(step, metrics)
@@ -270,16 +265,21 @@ def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, P
 
 
 def _evaluate(
-    config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], metric: HeldOutMetric
+    config: TrainConfig,
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    metric: HeldOutMetric,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     if not prompts:
         return {}
 
     def answers(temperature: float) -> Answers:
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
-        return answer(loaded, prompts, sampling, metric, seed=config.run.seed)
+        return answer(loaded, prompts, sampling, metric, seed=config.run.seed, accelerator=accelerator)
 
-    return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=answers(0.0))
+    with whole(loaded.model):
+        return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=answers(0.0))
 
 
 def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cagsr.config import PPOConfig
 from cagsr.errors import ModelError
@@ -31,6 +32,12 @@ class PassInputs:
     def of(cls, rollout: Rollout) -> PassInputs:
         """Take the tensors of a rollout."""
         return cls(rollout.prompts.ids, rollout.prompts.mask, rollout.response_ids, rollout.response_mask)
+
+    @classmethod
+    def tiny(cls, device: torch.device) -> PassInputs:
+        """Make the smallest batch any model takes."""
+        ids = torch.ones(1, 2, dtype=torch.long, device=device)
+        return cls(ids, ids.bool(), ids, ids.bool())
 
     def rows(self, index: Tensor) -> PassInputs:
         """Select sequences, cut to the longest prompt and response among them (no padding waste).
@@ -103,7 +110,8 @@ class ActorCritic(nn.Module):
             _, hidden = teacher_forced(self.critic, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True)
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.float()).squeeze(-1)
+            head = self.value_head  # float32 also where FSDP gathers weights in bfloat16
+            values = functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
         return logits, values
 
     def value_parameters(self) -> list[nn.Parameter]:
