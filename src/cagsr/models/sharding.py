@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -33,17 +32,25 @@ def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Op
     """
     _wrap_layers(accelerator, module)
     accelerator.prepare(module, optimizer)
+    _free_layers_after_forward(_parts(module))
 
 
 def shard_frozen(accelerator: Accelerator, module: nn.Module) -> None:
     """Divide the weights of a model that is only read (the reference), in place."""
-    _wrap_layers(accelerator, module)
-    fsdp2_prepare_model(accelerator, module)
+    plugin = accelerator.state.fsdp_plugin
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }
+    layers = getattr(module, "_no_split_modules", None) or ()
+    for part in reversed(list(module.modules())):  # from the inside out
+        if part is module or type(part).__name__ in layers:
+            fully_shard(part, **options)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether any part of the module is divided among processes."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    return bool(_parts(module))
 
 
 @contextmanager
@@ -53,7 +60,7 @@ def whole(module: nn.Module) -> Iterator[None]:
     Each layer is gathered once, not once for each pass; inside, no pass waits for the other processes, so they may
     make different numbers of them (answers differ in length). Every process enters it.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = _parts(module)
     if not parts:
         yield
         return
@@ -63,10 +70,9 @@ def whole(module: nn.Module) -> Iterator[None]:
             part.unshard()
         yield
     finally:
-        again = bool(AcceleratorState().fsdp_plugin.reshard_after_forward)
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(again, recurse=False)
+        _free_layers_after_forward(parts)
 
 
 @contextmanager
@@ -78,9 +84,8 @@ def first_pass(module: nn.Module) -> Iterator[None]:
     """
     with torch.no_grad():
         yield
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in _parts(module):
+        part.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -173,14 +178,31 @@ def unsharded(loaded: LoadedModel, model: ModelConfig, lora: LoraConfig, *, keep
     return fresh
 
 
+def _parts(module: nn.Module) -> list[FSDPModule]:
+    """The modules whose own weights are gathered as one piece: the layers, and what stands around them."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def _free_layers_after_forward(parts: list[FSDPModule]) -> None:
+    """Have layers give their gathered weights up after a forward, if accelerate's configuration says so.
+
+    What stands around the layers (embedding, last norm, head) keeps its weights for the backward pass, which begins with
+    it. It also must: they come back when the backward pass reaches the module's output, and a critic's logits are not used.
+    """
+    free = bool(AcceleratorState().fsdp_plugin.reshard_after_forward)
+    for part in parts:
+        is_layer = not any(isinstance(inner, FSDPModule) for inner in part.modules() if inner is not part)
+        part.set_reshard_after_forward(free and is_layer, recurse=False)
+
+
 def _wrap_layers(accelerator: Accelerator, module: nn.Module) -> None:
     """Tell accelerate what to divide as one piece: each transformer layer, and the model around them.
 
     The model itself is one, so that it can be held whole without what stands around it.
     """
     plugin = accelerator.state.fsdp_plugin
-    models = [part for part in (module, *module.children()) if getattr(part, "_no_split_modules", None)]
+    models = [part for part in module.children() if getattr(part, "_no_split_modules", None)]
     names = {name for model in models for name in (*model._no_split_modules, type(model).__name__)}
-    present = {type(part).__name__ for part in module.modules() if part is not module}
+    present = {type(part).__name__ for part in module.modules()}
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted(names & present)
