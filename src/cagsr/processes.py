@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from accelerate import Accelerator
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -19,6 +19,7 @@ from accelerate.utils import (
     gather_object,
 )
 
+from accelerate import Accelerator
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError, ConfigError
 
@@ -36,22 +37,40 @@ def start_accelerator(*, cpu: bool) -> Accelerator:
     """
     # Buffers (rotary frequencies) never change, so there is nothing to broadcast before a forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU accelerate joins processes only where it is told that they run on the CPU.
+    cpu = cpu or (started > 1 and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[ddp])
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"{started} processes were started and accelerate joined {accelerator.num_processes}: start them with accelerate "
+            "launch or torchrun, as docs/scale.md shows."
+        )
     if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _shard_on_cpu()
     if accelerator.distributed_type == DistributedType.FSDP:
-        _check_fsdp(accelerator.state.fsdp_plugin)
+        check_fsdp(accelerator.state.fsdp_plugin)
     elif accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise ConfigError(
             f"accelerate is configured for {accelerator.distributed_type.value}: cagsr trains data parallel (MULTI_GPU) or "
             "with FSDP2 (FSDP and fsdp_version 2), see docs/scale.md."
         )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ConfigError(
-            f"accelerate's mixed_precision is {accelerator.mixed_precision}: set it to 'no' and choose the precision with "
-            "--model.dtype."
-        )
     return accelerator
+
+
+def check_precision(accelerator: Accelerator, compute_dtype: torch.dtype) -> None:
+    """Refuse a precision that accelerate would bring in by itself.
+
+    Raises:
+        ConfigError: accelerate's mixed_precision is not the model's.
+    """
+    chosen = accelerator.mixed_precision
+    if chosen == "no" or (chosen == "bf16" and compute_dtype == torch.bfloat16):
+        return
+    raise ConfigError(
+        f"accelerate's mixed_precision is {chosen} and the model computes in {str(compute_dtype).removeprefix('torch.')}: set "
+        "mixed_precision to 'no' and choose the precision with --model.dtype."
+    )
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
@@ -126,7 +145,12 @@ def _shard_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def _check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse what accelerate's FSDP offers and is not supported here.
+
+    Raises:
+        ConfigError: one sentence naming the setting.
+    """
     if plugin.fsdp_version != 2:
         raise ConfigError("accelerate is configured for FSDP1: set fsdp_version: 2 in its configuration.")
     offload = plugin.cpu_offload

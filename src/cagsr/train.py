@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from accelerate import Accelerator
 from cagsr.associate import associations_of
 from cagsr.config import TrainConfig
 from cagsr.errors import ConfigError, MonitorStop, RewardError
@@ -25,7 +25,7 @@ from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
-from cagsr.processes import check_processes, from_main, start_accelerator
+from cagsr.processes import check_precision, check_processes, from_main, start_accelerator
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -122,6 +122,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     set_seed(config.run.seed)
 
     loaded = load_model(config.model, config.lora)
+    check_precision(accelerator, loaded.compute_dtype)
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
     associations = _associations(config, loaded, train_set, accelerator, console)
