@@ -48,7 +48,7 @@ class Case:
     """The first is not counted."""
 
 
-FULL = Case("30M", MODELS["30M"], 8192, 8, 4, 64, 64, 8, 3)
+FULL = Case("30M", MODELS["30M"], 8192, 8, 8, 64, 64, 16, 2)
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 FAST = Case("4M", SMALL, 1024, 8, 4, 32, 32, 16, 3)
 
