@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -19,7 +20,6 @@ from accelerate.utils import (
     gather_object,
 )
 
-from accelerate import Accelerator
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError, ConfigError
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from accelerate import Accelerator
 from cagsr.associate import associations_of
 from cagsr.config import TrainConfig
 from cagsr.errors import ConfigError, MonitorStop, RewardError
