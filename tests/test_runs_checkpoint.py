@@ -162,8 +162,19 @@ def test_each_process_gets_its_own_rng(tmp_path: Path) -> None:
         drawn = torch.rand(2)
         torch.manual_seed(seed)
         assert torch.equal(drawn, torch.rand(2))
-    with pytest.raises(RunError, match="written by 2 processes and there are 1"):
-        load_checkpoint(path, CheckpointState())
+
+
+def test_another_number_of_processes_starts_random_numbers_anew(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 7, CheckpointState(), keep=1, rng=gather_rng_states() * 2)
+
+    def drawn(rank: int, processes: int, seed: int) -> list[float]:
+        loaded = load_checkpoint(path, CheckpointState(), rank, processes, seed=seed)
+        assert "written with 2 process(es)" in loaded.notes[0]
+        return [*torch.rand(2).tolist(), random.random(), float(np.random.rand())]
+
+    assert drawn(0, 3, 1) == drawn(0, 3, 1)
+    everywhere = [drawn(rank, 3, 1) for rank in range(3)] + [drawn(0, 3, 2), drawn(0, 1, 1)]
+    assert len({tuple(one) for one in everywhere}) == 5
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Two gloo processes on the CPU: a run ends as one run, and the update gives what one process gives.
+"""Several gloo processes on the CPU, DDP and FSDP2: a run ends as one run, and the update gives what one process gives.
 
-This file is also what the processes of the second test run.
+This file is also what the processes of the equality test run.
 """
 
 from __future__ import annotations
@@ -17,41 +17,51 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 
 import tiny
 from cagsr.config import (
     DataConfig,
+    EvalConfig,
+    LoraConfig,
     ModelConfig,
     PPOConfig,
     RunConfig,
     SamplingConfig,
     TrainConfig,
 )
+from cagsr.errors import ConfigError
 from cagsr.models.load import load_model
+from cagsr.models.sharding import divided_like, full_state, is_sharded
+from cagsr.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
+from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
+from cagsr.train import train
 from cagsr.update.ppo import PPO
 
 PROMPTS, GENERATIONS = 4, 4
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
-def launch(processes: int, *command: str) -> None:
-    """Run ``python -m torch.distributed.run`` on the CPU with this interpreter, and fail with what it said."""
+def launch(processes: int, *command: str, environment: dict[str, str] | None = None) -> str:
+    """Run ``python -m torch.distributed.run`` on the CPU with this interpreter; what it said. Fail where it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *rendezvous, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture
@@ -61,23 +71,38 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_processes_make_one_run(folder: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
+    """Two processes (FSDP2), then one, then two (DDP): the prompts are those of one uninterrupted run."""
+    config = TrainConfig(
+        model=ModelConfig(str(folder / "start"), device="cpu"),
+        data=DataConfig(str(folder / "prompts.jsonl")),
+        output_dir=str(folder / "run"),
+        sampling=SamplingConfig(num_generations=4, max_new_tokens=6),
+        ppo=PPOConfig(lr_scheduler="linear", kl_controller="adaptive", kl_coef=0.2, horizon=100),
+        evaluation=EvalConfig(held_out=2),
+        run=RunConfig(steps=2, batch_size=4, save_every=0, save_total_limit=9, sample_rows=100),
+    )
     flags = {
         "--model": folder / "start",
         "--model.device": "cpu",
         "--data": folder / "prompts.jsonl",
         "--output_dir": folder / "run",
-        "--steps": 2,
-        "--run.batch_size": 2,
+        "--run.batch_size": 4,
         "--num_generations": 4,
         "--max_new_tokens": 6,
+        "--ppo.lr_scheduler": "linear",
+        "--ppo.kl_controller": "adaptive",
+        "--ppo.kl_coef": 0.2,
+        "--ppo.horizon": 100,
         "--evaluation.held_out": 2,
         "--run.save_every": 0,
+        "--run.save_total_limit": 9,
         "--run.sample_rows": 100,
     }
-    launch(2, "-m", "cagsr.commands.main", "train", *(str(part) for pair in flags.items() for part in pair))
+    command = ["-m", "cagsr.commands.main", "train", *(str(part) for pair in flags.items() for part in pair)]
+    launch(2, *command, "--steps", "2", environment=FSDP2)
     run = folder / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(run)
     assert [row["step"] for row in rows] == [0, 1, 2]  # one writer
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(row["val/ratio_first_error"] < 1e-4 for row in rows[1:])
@@ -85,10 +110,95 @@ def test_two_processes_make_one_run(folder: Path) -> None:
     assert rows[2]["objective/kl_k3"] > 0
     # Reduced over processes, not one process's: normalised within prompts, the mean is 0 over all answers.
     assert rows[1]["objective/scores"] == pytest.approx(0.0, abs=1e-5)
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    assert {"rng-rank0.json", "rng-rank1.json"} <= {file.name for file in checkpoint.iterdir()}
-    start, final = (load_file(path / "model.safetensors") for path in (folder / "start", run / "final"))
+    first = run / "checkpoints" / "step-000002"
+    assert {"rng-rank0.json", "rng-rank1.json"} <= {file.name for file in first.iterdir()}
+    files = (folder / "start/model.safetensors", run / "final/model.safetensors", first / "policy.safetensors")
+    start, final, saved = map(load_file, files)
     assert any(not torch.equal(final[name], value) for name, value in start.items())
+    assert all(torch.equal(final[name], value) for name, value in saved.items())
+    assert_restored_whole(config, first, folder / "again")
+
+    train(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=3, resume=True)))
+    said = launch(2, *command, "--steps", "4", "--resume")
+    assert "written with 1 process(es) and there are 2" in said.replace("\n", " ")
+    assert [row["step"] for row in logged(run)] == [0, 1, 2, 3, 4]
+
+    loaded = load_model(config.model)
+    everything = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=58)
+    stream = PromptStream(everything.split(2, 0)[0], 4, 0)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for step in range(1, 5):
+        order = list(dict.fromkeys(row["prompt"] for row in samples if row["step"] == step))
+        expected = [prompt.prompt.text for prompt in stream.next_batch()]
+        assert order == (expected if step == 3 else expected[:2])  # only the main process's answers are kept
+    states = [
+        json.loads((run / "checkpoints" / name / "extra.json").read_text()) for name in os.listdir(run / "checkpoints")
+    ]
+    positions = {state["ppo"]["scheduler_step"]: state["stream"] for state in states}
+    # 12 prompts less 2 held out: step 3 ends two prompts into the second epoch.
+    assert positions[3] == {"seed": 0, "epoch": 1, "position": 2}
+    assert positions[4] == {"seed": 0, "epoch": 1, "position": 6}
+    assert {row["kl_coef"] for row in logged(run)[1:]} != {0.2}
+
+
+def assert_restored_whole(config: TrainConfig, checkpoint: Path, again: Path) -> None:
+    """One process that loads a checkpoint of two and saves it writes the same files."""
+    loaded = load_model(config.model)
+    ppo = PPO(config, loaded, build_reward(config.reward, device="cpu"), start_accelerator(cpu=True))
+    state = CheckpointState(modules=ppo.modules(), optimizers={"adamw": ppo.optimizer})
+    extra = load_checkpoint(checkpoint, state).extra
+    ppo.load_state_dict(extra["ppo"])
+    assert ppo.optimizer.state_dict()["state"]
+    extra = dict(extra) | {"ppo": ppo.state_dict()}
+    written = save_checkpoint(again, 2, dataclasses.replace(state, extra=extra), keep=1)
+    for name in ("policy", "value_head", "optimizer-adamw"):  # a header's entries come in any order
+        found, expected = (load_file(path / f"{name}.safetensors") for path in (written, checkpoint))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    for name in ("optimizer-adamw.json", "extra.json"):
+        assert (written / name).read_bytes() == (checkpoint / name).read_bytes(), name
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_that_can_not_be_divided_is_refused() -> None:
+    def config(batch: int, mini_batches: int = 1) -> TrainConfig:
+        return TrainConfig(
+            model=ModelConfig("m"),
+            data=DataConfig("d"),
+            output_dir="o",
+            sampling=SamplingConfig(num_generations=2),
+            ppo=PPOConfig(num_mini_batches=mini_batches),
+            run=RunConfig(batch_size=batch),
+        )
+
+    check_processes(config(6), 3)
+    with pytest.raises(ConfigError, match=r"run.batch_size 8: .* 3 processes, so give a multiple of 3, as 6 or 9\."):
+        check_processes(config(8), 3)
+    with pytest.raises(ConfigError, match=r"as 4\."):
+        check_processes(config(2), 4)
+    with pytest.raises(ConfigError, match=r"num_mini_batches 5: more than the 4 answers of each of 3 processes"):
+        check_processes(config(6, mini_batches=5), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "model.gradient_checkpointing"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+    ],
+)
+def test_what_is_not_supported_of_fsdp_is_refused(
+    changes: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (FSDP2 | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        check_fsdp(FullyShardedDataParallelPlugin())
 
 
 @pytest.mark.parametrize("estimator", ["gae", "grpo"])
@@ -98,15 +208,20 @@ def test_micro_batches_change_nothing_given_the_same_experience(folder: Path, es
         assert_same(updated(folder, estimator, micro=micro), whole)
 
 
-def test_two_processes_update_as_one(folder: Path) -> None:
-    """The same experience as a whole in one process, and as a half in each of two."""
-    launch(2, str(Path(__file__).resolve()), str(folder))
-    for estimator in ("gae", "grpo"):
-        found = load_file(folder / f"{estimator}-0.safetensors")
-        other = load_file(folder / f"{estimator}-1.safetensors")
-        weights = [name for name in found if name.startswith("weight/")]
-        assert all(torch.equal(found[name], other[name]) for name in weights)  # the processes stay together
-        assert_same(found, updated(folder, estimator, micro=8))
+CASES = ("gae", "grpo", "gae-fsdp2", "lora-fsdp2")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_update_as_one(folder: Path, processes: int) -> None:
+    """The same experience as a whole in one process, and in parts in 2 and 4: 1 x 8 = 2 x 4 = 4 x 2 micro-batches."""
+    cases = CASES if processes == 2 else CASES[:2]
+    launch(processes, str(Path(__file__).resolve()), str(folder), *cases)
+    for case in cases:
+        found = load_file(folder / f"{case}-0.safetensors")
+        for rank in range(1, processes):  # the processes stay together
+            other = load_file(folder / f"{case}-{rank}.safetensors")
+            assert all(torch.equal(value, other[name]) for name, value in found.items())
+        assert_same(found, updated(folder, case, micro=8))
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -116,8 +231,9 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def updated(folder: Path, estimator: str, micro: int, process: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
+def updated(folder: Path, case: str, micro: int, process: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     """Weights and metrics after one update on this process's part of an experience that all processes sample alike."""
+    estimator = case.partition("-")[0].replace("lora", "gae")
     config = TrainConfig(
         model=ModelConfig(str(folder / "start"), device="cpu"),
         data=DataConfig(str(folder / "prompts.jsonl")),
@@ -133,15 +249,20 @@ def updated(folder: Path, estimator: str, micro: int, process: int = 0, processe
             adam_eps=1e-3,  # Adam divides rounding by rounding where a gradient is all but 0
         ),
         run=RunConfig(steps=5),
+        lora=LoraConfig(r=2 if case.startswith("lora") else 0),
     )
     torch.manual_seed(0)
-    loaded = load_model(config.model)
+    loaded = load_model(config.model, config.lora)
     with torch.no_grad():  # many answers stop early, so that the processes have unequal numbers of tokens
-        loaded.model.lm_head.weight[loaded.tokenizer.eos_token_id] *= -5
+        loaded.model.get_output_embeddings().weight[loaded.tokenizer.eos_token_id] *= -5
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
-    accelerator = Accelerator(cpu=True)
+    accelerator = start_accelerator(cpu=True)
     assert accelerator.num_processes == processes
     ppo = PPO(config, loaded, build_reward(config.reward, device="cpu"), accelerator)
+    assert is_sharded(ppo.module) == (processes > 1 and "fsdp2" in case)
+    if (head := ppo.actor_critic.value_head) is not None:  # values of 0 would explain the same of every part
+        with torch.no_grad():
+            head.weight.copy_(divided_like(torch.linspace(-0.5, 0.5, head.weight.numel())[None], head.weight))
     torch.manual_seed(2)
     with pytest.MonkeyPatch.context() as alone:
         # Every process samples everything: counted once, not once for each process (whitening divides by n - 1).
@@ -154,7 +275,7 @@ def updated(folder: Path, estimator: str, micro: int, process: int = 0, processe
     ppo.config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, micro_batch_size=micro))
     count = PROMPTS * GENERATIONS // processes
     metrics = ppo.update(rows_of(experience, slice(process * count, (process + 1) * count)))
-    weights = {f"weight/{name}": value.detach().clone() for name, value in loaded.model.named_parameters()}
+    weights = {f"weight/{name}": value.detach().clone() for name, value in full_state(loaded.model).items()}
     whole = {name: torch.tensor(float(value)) for name, value in metrics.items()}
     return weights | whole | {"advantages": experience.advantages.advantages}
 
@@ -171,7 +292,9 @@ def rows_of(value: Any, part: slice) -> Any:
 
 if __name__ == "__main__":
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for each in ("gae", "grpo"):
+    for each in sys.argv[2:]:
+        if each.endswith("fsdp2"):
+            os.environ.update(FSDP2)
         tensors = updated(Path(sys.argv[1]), each, 8 // world, rank, world)
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},

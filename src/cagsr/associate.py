@@ -9,11 +9,14 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from cagsr.config import AssociationsConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
+from cagsr.processes import from_main, share, together
 from cagsr.reward.association import Associations, learn_associations
 
 FEWEST_PROMPTS = 20
@@ -31,6 +34,7 @@ def associations_of(
     seed: int,
     batch_size: int = 64,
     advance: Callable[[int, int], None] = lambda done, total: None,
+    accelerator: Accelerator | None = None,
 ) -> Associations:
     """Read the associations that ``config.path`` names, or learn them from the model's answers to these prompts.
 
@@ -45,13 +49,15 @@ def associations_of(
         seed: the same seed, model and prompts give the same associations.
         batch_size: answers in memory at once.
         advance: told how many answers are done, and how many there will be.
+        accelerator: divides the prompts among its processes, which all call this and get the same.
 
     Raises:
         ConfigError: fewer than ``FEWEST_PROMPTS`` prompts, or greedy sampling.
         DataError: the file can't be read or is something else.
     """
     if config.path is not None:
-        return read_associations(Path(config.path))
+        path = Path(config.path)
+        return from_main(lambda: read_associations(path), accelerator)
     if len(prompts) < FEWEST_PROMPTS:
         raise ConfigError(
             f"Associations are learned from answers to {FEWEST_PROMPTS} prompts or more, and there are {len(prompts)}: give more "
@@ -64,14 +70,24 @@ def associations_of(
         num_generations=math.ceil(config.answers / len(chosen)),
         temperature=sampling.temperature or 1.0,
     )
-    asked: list[tuple[str, tuple[tuple[int, int], ...]]] = []
-    said: list[str] = []
+    mine = share(chosen, accelerator)
+    rank = 0 if accelerator is None else accelerator.process_index
+    found: list[tuple[tuple[str, tuple[tuple[int, int], ...]], str]] = []
     per_batch = max(1, batch_size // each.num_generations)
-    for _, rollout in sample_in_batches(loaded, chosen, each, seed + SEED, per_batch):
-        asked += [(prompt.text, prompt.template) for prompt in rollout.prompts.prompts]
-        said += rollout.completions
-        advance(len(said), len(chosen) * each.num_generations)
-    return learn_associations(asked, said, min_count=config.min_count, floor=config.floor)
+    for _, rollout in sample_in_batches(loaded, mine, each, seed + SEED + rank, per_batch):
+        asked = [(prompt.text, prompt.template) for prompt in rollout.prompts.prompts]
+        found += zip(asked, rollout.completions, strict=True)
+        advance(len(found), len(mine) * each.num_generations)
+    found = together(found, accelerator)
+    return from_main(
+        lambda: learn_associations(
+            [prompt for prompt, _ in found],
+            [answer for _, answer in found],
+            min_count=config.min_count,
+            floor=config.floor,
+        ),
+        accelerator,
+    )
 
 
 def read_associations(path: Path) -> Associations:

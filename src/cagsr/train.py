@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.markdown import Markdown
 
 from cagsr.associate import associations_of
 from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig
-from cagsr.errors import CagsrError, ConfigError, MonitorStop, RewardError, RolloutError
+from cagsr.errors import ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.sharding import whole
+from cagsr.processes import check_precision, check_processes, from_main, start_accelerator
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -119,11 +121,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_reward_config(config.reward)
     check_rollout_config(config.rollout)
     check_tracker(config.run.tracker)
-    accelerator = Accelerator(cpu=config.model.device == "cpu")
+    accelerator = start_accelerator(cpu=config.model.device == "cpu")
+    check_processes(config, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
 
     loaded = load_model(config.model, config.lora)
+    check_precision(accelerator, loaded.compute_dtype)
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
     associations = _associations(config, loaded, train_set, accelerator, console)
@@ -137,7 +141,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     monitors = Monitors(config.monitors)
     stream = PromptStream(
         train_set,
-        config.run.batch_size,
+        config.run.batch_size // accelerator.num_processes,
         config.run.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -151,7 +155,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
-            start, answered = _evaluate(config, loaded, held_out.prompts, metric)
+            start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
             record.log(0, start, {}, [])
             record.keep_answers(0, answered)
             monitors.observe(0, start)
@@ -183,40 +187,32 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 def _associations(
     config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
 ) -> Associations | None:
-    """Learn the associations from the starting model's own answers where the reward needs them, or read them again.
-
-    The main process does it, and the others are told what it found: their samples could differ.
-    """
+    """Learn the associations from the starting model's own answers where the reward needs them, or read them again."""
     if not needs_associations(config.reward):
         return None
-    found: list[Any] = [None, None]
+    settings = config.reward.associations
+    stored = Path(config.output_dir) / ASSOCIATIONS
+    # Whether the file is there is asked once: the answer must be the same in every process.
+    if from_main(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+        settings = dataclasses.replace(settings, path=str(stored))
+    started = time.perf_counter()
+    found = associations_of(
+        loaded,
+        train_set.prompts,
+        config.sampling,
+        settings,
+        seed=config.run.seed,
+        batch_size=config.ppo.micro_batch_size,
+        accelerator=accelerator,
+    )
     if accelerator.is_main_process:
-        settings = config.reward.associations
-        stored = Path(config.output_dir) / ASSOCIATIONS
-        if settings.path is None and config.run.resume and stored.exists():
-            settings = dataclasses.replace(settings, path=str(stored))
-        started = time.perf_counter()
-        try:
-            found[0] = associations_of(
-                loaded,
-                train_set.prompts,
-                config.sampling,
-                settings,
-                seed=config.run.seed,
-                batch_size=config.ppo.micro_batch_size,
-            )
-            origin = settings.path or f"{found[0].answers:,} of the model's own answers"
-            seconds = time.perf_counter() - started
-            console.print(
-                f"Associations from {origin} ({seconds:.0f} s): {len(found[0].prompt_index):,} words and pairs of prompts, "
-                f"{found[0].strength.nnz:,} associations."
-            )
-        except CagsrError as error:
-            found[1] = error
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+        origin = settings.path or f"{found.answers:,} of the model's own answers"
+        seconds = time.perf_counter() - started
+        console.print(
+            f"Associations from {origin} ({seconds:.0f} s): {len(found.prompt_index):,} words and pairs of prompts, "
+            f"{found.strength.nnz:,} associations."
+        )
+    return found
 
 
 def _step(
@@ -244,13 +240,13 @@ def _step(
     last = step == config.run.steps
     answered: list[dict[str, Any]] = []
     if last or _is_due(step, config.evaluation.every):
-        found, answered = _evaluate(config, loaded, held_out.prompts, metric)
+        found, answered = _evaluate(config, loaded, held_out.prompts, metric, ppo.accelerator)
         metrics |= found
     timings = {
         "collect_seconds": collected - started,
         "update_seconds": updated - collected,
         "evaluation_seconds": time.perf_counter() - updated,
-        "response_tokens": float(experience.rollout.response_mask.sum()),
+        "response_tokens": float(ppo.reduce(experience.rollout.response_mask.sum().float())),
         **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
         "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
@@ -295,7 +291,11 @@ def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, P
 
 
 def _evaluate(
-    config: TrainConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], metric: HeldOutMetric
+    config: TrainConfig,
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    metric: HeldOutMetric,
+    accelerator: Accelerator,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The held-out metrics, and the greedy answers to the first ``evaluation.samples`` prompts as rows."""
     if not prompts:
@@ -303,9 +303,10 @@ def _evaluate(
 
     def answers(temperature: float) -> Answers:
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
-        return answer(loaded, prompts, sampling, metric, seed=config.run.seed)
+        return answer(loaded, prompts, sampling, metric, seed=config.run.seed, accelerator=accelerator)
 
-    greedy = answers(0.0)
+    with whole(loaded.model):
+        sampled, greedy = answers(config.sampling.temperature), answers(0.0)
     rows = [
         {
             "prompt": encoded.prompt.text,
@@ -316,7 +317,7 @@ def _evaluate(
         }
         for number, encoded in enumerate(prompts[: max(0, config.evaluation.samples)])
     ]
-    return evaluation_metrics(sampled=answers(config.sampling.temperature), greedy=greedy), rows
+    return evaluation_metrics(sampled=sampled, greedy=greedy), rows
 
 
 def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ class PPOConfig:
     num_mini_batches: int = 1
     """Gradient steps per pass."""
     micro_batch_size: int = 64
-    """Sequences in memory at once, in scoring and update; changes memory and speed, not the result."""
+    """Sequences in a process's memory at once, in scoring and update; changes memory and speed, not the result."""
     learning_rate: float = 1e-4
     """Peak learning rate of the policy."""
     value_learning_rate: float = 1e-3
@@ -271,7 +271,7 @@ class RunConfig:
     steps: int = 100
     """Steps: each samples a batch of prompts and updates the policy on it."""
     batch_size: int = 8
-    """Prompts per step and process (times sampling.num_generations answers)."""
+    """Prompts per step (times sampling.num_generations answers), divided among the processes."""
     seed: int = 0
     """Seeds sampling, shuffling and initialisation."""
     save_every: int = 20

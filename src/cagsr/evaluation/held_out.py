@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from cagsr.config import SamplingConfig
 from cagsr.errors import ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
+from cagsr.processes import from_main, share, together
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.functions import import_dotted
 from cagsr.rollout.sample import sample_responses
@@ -77,6 +79,7 @@ def answer(
     *,
     seed: int,
     batch_size: int = 64,
+    accelerator: Accelerator | None = None,
 ) -> Answers:
     """Answer each prompt once and judge the answers; every random generator is left as it was.
 
@@ -87,29 +90,33 @@ def answer(
         metric: the judge.
         seed: the same seed gives the same random numbers, so that two policies are compared under them.
         batch_size: prompts at once.
+        accelerator: divides the prompts among its processes, which all call this and get the same; the metric is
+            computed by the main one.
 
     Raises:
         ConfigError: the metric gives another number of values than there are prompts.
     """
-    completions: list[str] = []
-    lengths: list[int] = []
-    ended: list[bool] = []
+    mine = share(prompts, accelerator)
+    found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
+        torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
+        for start in range(0, len(mine), batch_size):
             batch = collate_prompts(
-                prompts[start : start + batch_size],
+                mine[start : start + batch_size],
                 pad_token_id=loaded.pad_token_id,
                 padding_side="right" if loaded.encoder_decoder else "left",
                 device=loaded.device,
             )
             rollout = sample_responses(loaded, batch, sampling)
-            completions += rollout.completions
-            lengths += rollout.response_mask.sum(dim=1).tolist()
-            ended += rollout.ended.tolist()
-    values = judge(metric, prompts, completions)
-    return Answers(tuple(completions), values, tuple(lengths), tuple(ended))
+            lengths, ended = rollout.response_mask.sum(dim=1).tolist(), rollout.ended.tolist()
+            found += zip(rollout.completions, lengths, ended, strict=True)
+    everywhere = together(found, accelerator)
+    completions = tuple(text for text, _, _ in everywhere)
+    values = from_main(lambda: judge(metric, prompts, completions), accelerator)
+    return Answers(
+        completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
+    )
 
 
 def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> tuple[float, ...]:

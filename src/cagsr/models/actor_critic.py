@@ -9,6 +9,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cagsr.config import PPOConfig
 from cagsr.errors import ModelError
@@ -70,7 +71,8 @@ class ActorCritic(nn.Module):
             _, hidden = teacher_forced(self.critic, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True)
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.float()).squeeze(-1)
+            head = self.value_head  # float32 also where FSDP gathers weights in bfloat16
+            values = functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
         return logits, values
 
     def value_parameters(self) -> list[nn.Parameter]:

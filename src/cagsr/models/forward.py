@@ -54,6 +54,12 @@ class PassInputs:
         group = prompts.group if share else None
         return cls(prompts.ids, prompts.mask, rollout.response_ids, rollout.response_mask, group)
 
+    @classmethod
+    def tiny(cls, device: torch.device) -> PassInputs:
+        """Make the smallest batch any model takes."""
+        ids = torch.ones(1, 2, dtype=torch.long, device=device)
+        return cls(ids, ids.bool(), ids, ids.bool())
+
     def rows(self, index: Tensor) -> PassInputs:
         """Select sequences, cut to the longest prompt and response among them (no padding waste).
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cagsr.errors import ConfigError, RunError
+from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
 from cagsr.runs.atomic import remove_folder, replace_folder
-from cagsr.runs.rng import rng_state, set_rng_state
-from cagsr.runs.tensors import load_tree, load_weights, save_tree, save_weights
+from cagsr.runs.rng import reseed, rng_state, set_rng_state
+from cagsr.runs.tensors import load_tree, load_weights, save_tree, save_weights, stored_names
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -44,6 +45,31 @@ class CheckpointState:
     monitors. Not restored in place: ``load_checkpoint`` returns it."""
     trainable_only: bool = False
     """Save only parameters that need gradients (LoRA adapters)."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The tensors of a ``CheckpointState``, those that are divided among processes put together."""
+
+    weights: Mapping[str, Mapping[str, Tensor]]
+    """By module, then by name."""
+    optimizers: Mapping[str, Mapping[str, Any]]
+
+
+def collect_state(state: CheckpointState, *, keep: bool = True) -> Collected:
+    """Put together what ``save_checkpoint`` writes; where the model is sharded every process calls it.
+
+    Args:
+        state: what to save.
+        keep: False on processes that only take part.
+    """
+    return Collected(
+        {
+            name: full_state(module, keep=keep, names=stored_names(module) if state.trainable_only else None)
+            for name, module in state.modules.items()
+        },
+        {name: full_optimizer_state(optimizer, keep=keep) for name, optimizer in state.optimizers.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,7 @@ def save_checkpoint(
     state: CheckpointState,
     keep: int,
     rng: Sequence[Mapping[str, Any]] | None = None,
+    collected: Collected | None = None,
 ) -> Path:
     """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep``. Only the main process calls it.
 
@@ -95,6 +122,8 @@ def save_checkpoint(
         state: what to save.
         keep: how many checkpoints to keep, at least 1. Older ones go only after the new one is in place.
         rng: the RNG state of every process (``gather_rng_states``, which all processes call); None: this process's.
+        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: no module is
+            sharded.
 
     Returns:
         The checkpoint's folder.
@@ -107,12 +136,13 @@ def save_checkpoint(
     if keep < 1:
         raise ConfigError(f"run.save_total_limit is {keep}: keep at least 1 checkpoint.")
     ranks = [rng_state()] if rng is None else list(rng)
+    tensors = collect_state(state) if collected is None else collected
     target = folder / f"step-{step:06d}"
     with replace_folder(target) as temporary:
-        for name, module in state.modules.items():
-            save_weights(module, temporary / f"{name}.safetensors", trainable_only=state.trainable_only)
-        for name, optimizer in state.optimizers.items():
-            save_tree(optimizer.state_dict(), temporary / f"optimizer-{name}")
+        for name, weights in tensors.weights.items():
+            save_weights(weights, temporary / f"{name}.safetensors")
+        for name, optimizer in tensors.optimizers.items():
+            save_tree(optimizer, temporary / f"optimizer-{name}")
         for name, scheduler in state.schedulers.items():
             save_tree(scheduler.state_dict(), temporary / f"scheduler-{name}")
         save_tree(dict(state.extra), temporary / "extra")
@@ -186,29 +216,26 @@ def latest_checkpoint(folder: Path) -> Latest:
     return Latest(None, 0, tuple(notes))
 
 
-def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1) -> Loaded:
+def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1, *, seed: int = 0) -> Loaded:
     """Restore modules, optimizers, schedulers and this process's RNG in place, and return the rest.
 
-    Every process calls it. The random state is set last, so that nothing done here moves it.
+    Every process calls it. The random state is set last, so that nothing done here moves it. A checkpoint of another
+    number of processes holds everything but their random states: these start anew, and a note says so.
 
     Args:
         path: a valid checkpoint (``latest_checkpoint``).
         state: the objects to fill; ``state.extra`` is not read.
         rank: this process's number.
         processes: how many there are.
+        seed: the run's, from which random states start anew where the number of processes has changed.
 
     Raises:
-        RunError: the checkpoint is broken, belongs to another number of processes or doesn't fit the objects.
+        RunError: the checkpoint is broken or doesn't fit the objects.
     """
     problem = checkpoint_problem(path, thorough=False)
     if problem is not None:
         raise RunError(f"The checkpoint {path} can't be used because {problem}: resume from an earlier one.")
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["processes"] != processes:
-        raise RunError(
-            f"The checkpoint {path} was written by {manifest['processes']} processes and there are {processes}: "
-            "resume with the same number."
-        )
     if manifest["trainable_only"] != state.trainable_only:
         raise RunError(f"The checkpoint {path} was written with the other setting of lora.r: resume with the same.")
     wanted = [f"{name}.safetensors" for name in state.modules]
@@ -223,7 +250,8 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
         load_weights(module, path / f"{name}.safetensors", trainable_only=state.trainable_only)
     for name, optimizer in state.optimizers.items():
         try:
-            optimizer.load_state_dict(load_tree(path / f"optimizer-{name}"))
+            stored = load_tree(path / f"optimizer-{name}")
+            optimizer.load_state_dict(divided_optimizer_state(stored, optimizer))
         except ValueError as error:
             raise RunError(
                 f"The checkpoint {path} doesn't fit the optimizer {name} ({error}): resume with the settings the run "
@@ -232,5 +260,12 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
     for name, scheduler in state.schedulers.items():
         scheduler.load_state_dict(load_tree(path / f"scheduler-{name}"))
     extra = load_tree(path / "extra")
-    notes = set_rng_state(load_tree(path / f"rng-rank{rank}"))
+    if manifest["processes"] == processes:
+        notes = set_rng_state(load_tree(path / f"rng-rank{rank}"))
+    else:
+        reseed(seed, manifest["step"], rank, processes)
+        notes = [
+            f"The checkpoint was written with {manifest['processes']} process(es) and there are {processes}: the prompts go on "
+            "where they were, and random numbers start anew from seed, step and process."
+        ]
     return Loaded(manifest["step"], extra, tuple(notes))

@@ -32,7 +32,7 @@ from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
-from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, save_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, Collected, latest_checkpoint, save_checkpoint
 from cagsr.runs.lines import append_lines, truncate_lines
 
 CONFIG = "config.yaml"
@@ -218,13 +218,18 @@ class RunFolder:
         return sum(truncate_lines(self.path / name, step) for name in LOGS)
 
     def save_checkpoint(
-        self, step: int, state: CheckpointState, keep: int, rng: Sequence[Mapping[str, Any]] | None = None
+        self,
+        step: int,
+        state: CheckpointState,
+        keep: int,
+        rng: Sequence[Mapping[str, Any]] | None = None,
+        collected: Collected | None = None,
     ) -> Path:
         """As ``checkpoint.save_checkpoint``, after bringing the logs to the disk: none may lag behind a checkpoint."""
         with disk_errors(self.path):
             for name in LOGS:
                 sync_file(self.path / name)
-        return save_checkpoint(self.checkpoints, step, state, keep, rng)
+        return save_checkpoint(self.checkpoints, step, state, keep, rng, collected)
 
     def close(self) -> None:
         """Release the lock; the folder may then be opened again."""

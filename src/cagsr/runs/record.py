@@ -21,12 +21,13 @@ from cagsr.configfile import flatten, to_yaml
 from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
+from cagsr.models.sharding import is_sharded, unsharded
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.card import CardFacts, model_card, save_final
-from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.folder import ASSOCIATIONS, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
@@ -144,16 +145,18 @@ class RunRecord:
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
         states = gather_rng_states() if self._accelerator.num_processes > 1 else None
+        extra = {
+            "ppo": self._ppo.state_dict(),
+            "stream": self._stream.state_dict(),
+            "monitors": self._monitors.state_dict(),
+            "warnings": list(self._warnings),
+        }
+        state, collected = self._checkpoint_state(extra), None
+        if is_sharded(self._ppo.module):
+            collected = collect_state(state, keep=self._folder is not None)
         if self._folder is not None:
-            extra = {
-                "ppo": self._ppo.state_dict(),
-                "stream": self._stream.state_dict(),
-                "monitors": self._monitors.state_dict(),
-                "warnings": list(self._warnings),
-            }
-            self._folder.save_checkpoint(
-                step, self._checkpoint_state(extra), max(1, self._config.run.save_total_limit), states
-            )
+            keep = max(1, self._config.run.save_total_limit)
+            self._folder.save_checkpoint(step, state, keep, states, collected)
         self._accelerator.wait_for_everyone()
 
     def where_to_resume(self) -> str:
@@ -181,9 +184,13 @@ class RunRecord:
         after: Mapping[str, float],
         held_out: int,
     ) -> None:
-        """Write the final model with its card, the IDF table and the curves, and close the folder."""
+        """Write the final model with its card, the IDF table and the curves, and close the folder.
+
+        Every process calls it: each may hold a part of the model.
+        """
+        config = self._config
+        model = unsharded(loaded, config.model, config.lora, keep=self._folder is not None)
         if self._folder is not None:
-            config = self._config
             told = {key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)}
             facts = CardFacts(
                 name=self._folder.path.name,
@@ -201,11 +208,12 @@ class RunRecord:
                 warnings=self._warnings,
                 versions={name: version(name) for name in ("cagsr", "torch", "transformers", "peft")},
             )
-            save_final(self._folder.path, loaded.model, loaded.tokenizer, model_card(facts))
+            save_final(self._folder.path, model, loaded.tokenizer, model_card(facts))
             write_text_atomically(self._folder.path / "frequency.json", json.dumps(train_set.frequency.to_json()))
             plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
         self._tracker.finish()
         self.close()
+        self._accelerator.wait_for_everyone()
 
     def profile(self, text: str) -> None:
         """Write where the time went."""
@@ -227,7 +235,11 @@ class RunRecord:
 
     def _restore(self, path: Path) -> None:
         found = load_checkpoint(
-            path, self._checkpoint_state({}), self._accelerator.process_index, self._accelerator.num_processes
+            path,
+            self._checkpoint_state({}),
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            seed=self._config.run.seed,
         )
         self._ppo.load_state_dict(found.extra["ppo"])
         self._stream.load_state_dict(found.extra["stream"])

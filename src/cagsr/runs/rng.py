@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 
 
 def rng_state() -> dict[str, Any]:
@@ -54,6 +55,12 @@ def set_rng_state(state: dict[str, Any]) -> list[str]:
     elif "mps" in state or torch.backends.mps.is_available():
         notes.append("The random numbers of MPS can't be restored here, so the run goes on but not bit for bit.")
     return notes
+
+
+def reseed(seed: int, step: int, rank: int, processes: int) -> None:
+    """Start every generator of this process anew, from what the run is and where it stands, and nothing else."""
+    text = f"{seed}/{step}/{rank}/{processes}"
+    set_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
 
 
 def gather_rng_states() -> list[dict[str, Any]]:

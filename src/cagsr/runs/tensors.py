@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cagsr.errors import RunError
+from cagsr.models.sharding import divided_like
 from cagsr.runs.trees import pack_tree, unpack_tree
 
 
@@ -29,21 +31,22 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
-def save_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None:
-    """Write a module's ``state_dict`` as safetensors; tensors with several names (tied weights) are stored once.
+def stored_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that need gradients, tied ones with all their names."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a module's weights as safetensors; tensors with several names (tied weights) are stored once.
 
     Args:
-        module: the bare module (unwrapped from DDP and the like).
+        weights: whole tensors by name.
         path: the file.
-        trainable_only: leave out what needs no gradient (the frozen base model under LoRA).
     """
-    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor) or (trainable_only and name not in trainable):
-            continue
+    for name, tensor in weights.items():
         first = seen.setdefault(_identity(tensor), name)
         if first == name:
             kept[name] = _storable(tensor)
@@ -62,6 +65,8 @@ def load_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None
         aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
     weights = load_file(path)
     weights.update({alias: weights[first] for alias, first in aliases.items()})
+    here = module.state_dict()
+    weights = {name: divided_like(tensor, here[name]) if name in here else tensor for name, tensor in weights.items()}
     try:
         missing, unexpected = module.load_state_dict(weights, strict=not trainable_only)
     except RuntimeError as error:
@@ -69,8 +74,7 @@ def load_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None
             f"{path} doesn't fit the model ({str(error).splitlines()[-1].strip()}): resume with the model the run was "
             "started with."
         ) from error
-    trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    wrong = sorted(trainable.intersection(missing)) + sorted(unexpected)
+    wrong = sorted(stored_names(module).intersection(missing)) + sorted(unexpected)
     if trainable_only and wrong:
         raise RunError(
             f"{path} doesn't fit the model's trainable parameters (first: {wrong[0]}): resume with the LoRA settings "

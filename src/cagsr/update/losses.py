@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cagsr.advantage.whiten import Reduce, masked_moments
+
 LOG_RATIO_LIMIT = 20.0
 
 
@@ -96,18 +98,18 @@ def masked_sum_loss(per_token: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     return per_token.masked_fill(~mask, 0.0).sum() / tokens
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> float:
     """Share of the returns' variance that the values explain: ``1 - Var(returns - values) / Var(returns)``.
 
     Args:
         values: ``(batch, response)``.
         returns: ``(batch, response)``.
         mask: ``(batch, response)`` bool.
+        reduce: sums over processes; None for one process.
 
     Returns:
         At most 1; 0 for constant values, or where the returns have no variance.
     """
-    target, estimate = returns[mask], values[mask]
-    if target.numel() < 2 or float(target.var()) == 0.0:
-        return 0.0
-    return 1.0 - float((target - estimate).var() / target.var())
+    _, _, total = masked_moments(returns, mask, reduce)
+    _, _, left = masked_moments(returns - values, mask, reduce)
+    return 1.0 - left / total if total > 0.0 else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import PassInputs, shares_prompts
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
+from cagsr.models.sharding import first_pass, full_tensor, shard, whole
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.combine import RewardFunction
 from cagsr.reward.metrics import reward_metrics
@@ -68,7 +70,7 @@ class PPO:
         self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
-        self.module: torch.nn.Module = accelerator.prepare_model(self.actor_critic)
+        self.module: torch.nn.Module = self._distributed()
 
     def collect(self, prompts: Sequence[EncodedPrompt]) -> Experience:
         """Sample, score and reward answers to a batch of prompts.
@@ -93,19 +95,19 @@ class PPO:
             device=loaded.device,
             first_group=self.accelerator.process_index * len(prompts),
         )
-        with self.clock.part("rollout"):
-            rollout = self.sampler.sample(batch, config.sampling)
-
         from_policy = config.attention.source == "policy"
-        with self.clock.part("scoring"):
-            scores = score_policy(
-                self.actor_critic,
-                loaded,
-                rollout,
-                config.sampling,
-                reader=self.reader if from_policy else None,
-                micro_batch_size=micro,
-            )
+        with whole(self.actor_critic):
+            with self.clock.part("rollout"):
+                rollout = self.sampler.sample(batch, config.sampling)
+            with self.clock.part("scoring"):
+                scores = score_policy(
+                    self.actor_critic,
+                    loaded,
+                    rollout,
+                    config.sampling,
+                    reader=self.reader if from_policy else None,
+                    micro_batch_size=micro,
+                )
         scores, sampler_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
@@ -211,14 +213,17 @@ class PPO:
         tokens = self.reduce(rollout.response_mask[index].sum().float()) / self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
         ratio_error = torch.zeros((), device=self.loaded.device)
-        share = shares_prompts(self.loaded)
+        # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
+        share = shares_prompts(self.loaded) and not self.accelerator.is_fsdp2
         chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
         for number, chunk in enumerate(chunks):
             inputs = PassInputs.of(rollout, share=share).rows(chunk)
             mask = inputs.response_mask
             width = mask.shape[1]
             last = number == len(chunks) - 1
-            with self.accelerator.no_sync(self.module) if not last else torch.enable_grad():
+            # Sharded gradients are brought together each time: kept back, they would be held whole.
+            wait = not last and not self.accelerator.is_fsdp2
+            with self.accelerator.no_sync(self.module) if wait else nullcontext():
                 with self.clock.part("forward"), self.loaded.autocast():
                     logits, values = self.module(inputs)
                 temperature = self.config.sampling.temperature
@@ -270,10 +275,11 @@ class PPO:
             grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        processes = self.accelerator.num_processes
-        result = {name: float(self.reduce(value)) / processes for name, value in sums.items()}
-        result["grad_norm"] = float(grad_norm)
-        result["ratio_error"] = float(ratio_error)
+        averages = self.reduce(torch.stack([value.float() for value in sums.values()])) / self.accelerator.num_processes
+        result = dict(zip(sums, averages.tolist(), strict=True))
+        result["grad_norm"] = float(full_tensor(grad_norm))
+        # Of all processes: one that stopped alone would leave the others waiting.
+        result["ratio_error"] = float(self.accelerator.gather(ratio_error[None]).max())
         return result
 
     def _check_first_ratio(self, error: float) -> None:
@@ -322,7 +328,9 @@ class PPO:
             "sampling/correction_avg": correction / length,
         }
         if scores.values is not None:
-            metrics["val/explained_variance"] = explained_variance(scores.values, experience.advantages.returns, mask)
+            metrics["val/explained_variance"] = explained_variance(
+                scores.values, experience.advantages.returns, mask, self.reduce
+            )
         metrics |= reward_metrics(*self._of_all_processes(reward, lengths, rollout.prompts.group))
         # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
         # first step, each in its own unit of spread.
@@ -352,6 +360,16 @@ class PPO:
             contributions={name: gather(values) for name, values in reward.contributions.items()},
         )
         return everywhere, gather(lengths), gather(apart)
+
+    def _distributed(self) -> torch.nn.Module:
+        """Wrap the module for the processes: DDP around it, or its weights divided in place (FSDP2)."""
+        if not self.accelerator.is_fsdp2:
+            return self.accelerator.prepare_model(self.actor_critic)
+        shard(self.accelerator, self.actor_critic, self.optimizer)
+        with first_pass(self.actor_critic), self.loaded.autocast():
+            self.actor_critic(PassInputs.tiny(self.loaded.device))
+        self.reference.shard(self.accelerator)
+        return self.actor_critic
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         ppo = self.config.ppo
