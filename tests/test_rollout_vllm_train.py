@@ -123,7 +123,7 @@ def test_two_processes_share_one_server_and_its_failure(folder: Path) -> None:
         serving(engine) as url,
         pytest.raises(AssertionError, match="step 3: The vLLM server gave 0 answers instead of 12"),
     ):
-        launch(2, "-m", "cagsr.commands.main", *arguments(folder, url, "--steps", "3"))
+        launch(2, "-m", "cagsr.commands.main", *arguments(folder, url, "--steps", "3", "--run.batch_size", "4"))
     found = rows(folder)
     assert [row["step"] for row in found] == [0, 1, 2]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in found[1:])
