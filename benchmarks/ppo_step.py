@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--tiny", action="store_true", help="a tiny model, seconds: shows that it runs, judges nothing")
     size.add_argument("--fast", action="store_true", help="30M, short prompts and answers, fewer rounds")
-    parser.add_argument("--rounds", type=int, help="rounds that count (default: 5; 3 if fast, 2 if tiny)")
+    parser.add_argument("--rounds", type=int, help="rounds that count (default: 3; 2 if tiny)")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=["ppo", "grpo"], help="what to compare")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, default=report.RESULTS / "ppo_step.json", help="where the numbers go")
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"'{trl_ppo.INSTALL}', or leave it out with --pairs grpo."
         )
     chosen = "tiny" if options.tiny else "fast" if options.fast else "full"
-    rounds = options.rounds or {"tiny": 2, "fast": 3, "full": 5}[chosen]
+    rounds = options.rounds or (2 if options.tiny else 3)
     pairs = {name: PAIRS[name] for name in options.pairs}
     contestants = [one for pair in pairs.values() for one in (pair.ours, pair.theirs)]
 

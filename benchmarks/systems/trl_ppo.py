@@ -133,6 +133,7 @@ class _HeadOnPolicy(nn.Module):
         self.backbone = policy.model
         self.score = nn.Linear(policy.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
 
 
 def _separate(folder: Path) -> Any:
