@@ -76,6 +76,10 @@ class Measured:
         """Response tokens per second, round by round."""
         return [step.tokens / step.seconds for step in self.steps]
 
+    def cpu_speed(self) -> list[float]:
+        """Response tokens per second of processor time, round by round."""
+        return [step.tokens / step.cpu_seconds for step in self.steps]
+
     def stage(self, name: str) -> float:
         """Median seconds of a stage."""
         return statistics.median(step.stages[name] for step in self.steps)
@@ -99,6 +103,8 @@ class Ratio:
     """The smallest of these ratios."""
     fastest: float
     """The largest."""
+    cpu_speed: float
+    """As ``speed``, per second of processor time: what is left to compare on a machine that others use."""
     memory: float | None
     """Peaks above the idle model."""
 
@@ -148,6 +154,9 @@ def compare(case: str, pair: str, ours: Measured, theirs: Measured) -> Ratio:
         speed=statistics.median(ratios),
         slowest=min(ratios),
         fastest=max(ratios),
+        cpu_speed=statistics.median(
+            own / other for own, other in zip(ours.cpu_speed(), theirs.cpu_speed(), strict=True)
+        ),
         memory=None if own is None or other is None else own / other,
     )
 
@@ -209,7 +218,7 @@ def _table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
         caption="medians over the rounds; tokens: response tokens; MiB: peak above the idle model",
     )
     table.add_column("system", no_wrap=True)
-    for column in ("tokens/s", "tokens", "seconds", *STAGES, "MiB"):
+    for column in ("tokens/s", "tokens", "seconds", "CPU s", *STAGES, "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in measured.values():
         peak = one.peak()
@@ -218,6 +227,7 @@ def _table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
             f"{statistics.median(one.speed()):.1f}",
             f"{statistics.median(step.tokens for step in one.steps):.0f}",
             f"{statistics.median(step.seconds for step in one.steps):.2f}",
+            f"{statistics.median(step.cpu_seconds for step in one.steps):.2f}",
             *(f"{one.stage(stage):.2f}" for stage in STAGES),
             "?" if peak is None else f"{peak:.0f}",
         )
@@ -226,7 +236,7 @@ def _table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
 
 def _ratio_table(ratios: list[Ratio], pairs: dict[str, Pair], rounds: int) -> Table:
     table = Table(title=f"Ours over TRL's, median of {rounds} rounds (smallest to largest)")
-    for column in ("case", "pair", "tokens per second", "peak memory"):
+    for column in ("case", "pair", "tokens per second", "per CPU second", "memory"):
         table.add_column(column, no_wrap=True)
     for ratio in ratios:
         pair = pairs[ratio.pair]
@@ -234,6 +244,7 @@ def _ratio_table(ratios: list[Ratio], pairs: dict[str, Pair], rounds: int) -> Ta
             ratio.case,
             f"{pair.ours.name} / {pair.theirs.name}",
             f"{ratio.speed:.2f} ({ratio.slowest:.2f} to {ratio.fastest:.2f})",
+            f"{ratio.cpu_speed:.2f}",
             "?" if ratio.memory is None else f"{ratio.memory:.2f}",
         )
     return table

@@ -31,6 +31,8 @@ class Step:
     """What one step took."""
 
     seconds: float
+    cpu_seconds: float
+    """Processor time of all its threads: what other processes take away does not count."""
     tokens: int
     """Response tokens, up to and including the stop token."""
     stages: dict[str, float]
@@ -53,7 +55,7 @@ class Turns:
         self._idle = 0.0
         self._stages: dict[str, float] = {}
         self._memory = False
-        self._started = 0.0
+        self._started = self._cpu_started = 0.0
 
     def policy_is_loaded(self, run: Callable[[], object]) -> None:
         """Note the resident size of the idle model, after ``run`` (a short forward) has touched all of it."""
@@ -77,13 +79,13 @@ class Turns:
         if self._memory:
             memory.give_back_at_once()
             memory.reset_peak()
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def end(self, tokens: int) -> None:
         """Report the step that ``begin`` started."""
-        seconds = time.perf_counter() - self._started
+        seconds, cpu_seconds = time.perf_counter() - self._started, time.process_time() - self._cpu_started
         peak = memory.peak() if self._memory else None
-        self._out.write(json.dumps(asdict(Step(seconds, tokens, self._stages, self._idle, peak))) + "\n")
+        self._out.write(json.dumps(asdict(Step(seconds, cpu_seconds, tokens, self._stages, self._idle, peak))) + "\n")
         self._out.flush()
 
     @contextmanager
@@ -145,7 +147,7 @@ class System:
         """Take one step."""
         self._tell("memory" if measure_memory else "time")
         step = Step(**json.loads(self._expect()))
-        self._expect()  # what it cleans up after the step is done before another system's turn
+        self._expect()  # it waits for its next turn
         return step
 
     def __enter__(self) -> System:

@@ -27,16 +27,20 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{root / 'src'}:{root}")
 
 
-def step(seconds: float, tokens: int, idle: float = 100.0, peak: float | None = None) -> Step:
-    return Step(seconds, tokens, {"rollout": seconds}, idle, peak)
+def step(seconds: float, tokens: int, cpu: float = 1.0, idle: float = 100.0, peak: float | None = None) -> Step:
+    return Step(seconds, cpu, tokens, {"rollout": seconds}, idle, peak)
 
 
 def test_ratio_is_the_median_over_rounds_of_tokens_per_second():
-    ours = Measured("ours", [step(1.0, 10), step(2.0, 40), step(1.0, 30)], step(9.0, 1, idle=100.0, peak=150.0))
+    ours = Measured(
+        "ours", [step(1.0, 10, cpu=2.0), step(2.0, 40), step(1.0, 30)], step(9.0, 1, idle=100.0, peak=150.0)
+    )
     theirs = Measured("theirs", [step(2.0, 10), step(2.0, 10), step(3.0, 30)], step(9.0, 1, idle=200.0, peak=400.0))
     found = compare("case", "ppo", ours, theirs)
     # Rounds: 10 against 5, 20 against 5, 30 against 10 tokens per second; the step for memory does not count.
     assert (found.slowest, found.speed, found.fastest) == (2.0, 3.0, 4.0)
+    # Per second of processor time: 5 against 10, 40 against 10, 30 against 30.
+    assert found.cpu_speed == 1.0
     assert found.memory == pytest.approx(50 / 200)
 
 
@@ -70,6 +74,9 @@ def check_steps(found: dict[str, Any], work: Work, systems: int) -> None:
             assert work.sequences <= taken["tokens"] <= work.sequences * work.response
             assert all(taken["stages"][stage] > 0 for stage in ppo_step.STAGES)
             assert sum(taken["stages"].values()) <= taken["seconds"]
+            assert (
+                0 < taken["cpu_seconds"] <= 1.1 * taken["seconds"]
+            )  # one thread, and one of autograd that takes its place
         if memory.can_measure():
             assert one["memory"]["peak_mebibytes"] > one["memory"]["idle_mebibytes"] > 0
 
