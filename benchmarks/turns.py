@@ -123,6 +123,7 @@ class System:
 
     def __init__(self, module: str, work: Work, folder: Path, threads: int, **options: str) -> None:
         self.module = module
+        self._work = work
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             [
@@ -144,9 +145,18 @@ class System:
         self._expect()
 
     def step(self, *, measure_memory: bool = False) -> Step:
-        """Take one step."""
+        """Take one step.
+
+        Raises:
+            RuntimeError: the system stopped, or it did not sample all that the work asks for.
+        """
         self._tell("memory" if measure_memory else "time")
         step = Step(**json.loads(self._expect()))
+        wanted = self._work.sequences * self._work.response
+        if step.tokens != wanted and not self._work.varied:
+            raise RuntimeError(
+                f"{self.module} sampled {step.tokens} tokens where the work is {wanted}: not equal work."
+            )
         self._expect()  # it waits for its next turn
         return step
 

@@ -1,8 +1,8 @@
 """The work of a step, stated once for all systems: a random model, prompts, and how much is sampled and trained on them.
 
 The model is a Llama with random weights, which would nearly never say its stop token and now and then its padding token.
-So one coordinate of the embeddings is constant and survives to the last norm, and the output embedding's weights on it
-give the two tokens the logits that the work asks for.
+So one coordinate of the embeddings is constant, no layer writes to it, and the output embedding's weights on it give the
+two tokens the logits that the work asks for.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ def _set_logits(model: LlamaForCausalLM, ids: torch.Tensor, stop: float | None) 
     """Give the stop token the probability ``stop`` at every position (None: none), and the padding token none."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     embedding[:, 0] = embedding[:, 1:].norm(dim=1).mean()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
     head[:, 0] = 0.0
     head[[PAD, STOP]] = 0.0
     hidden = model.model(input_ids=ids).last_hidden_state[0]

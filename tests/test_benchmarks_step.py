@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -50,8 +51,10 @@ def test_no_memory_ratio_where_memory_was_not_measured():
 
 
 def test_start_stops_at_random_only_where_it_shall(tmp_path: Path):
-    varied = Work("varied", "tiny", prompt=40, response=20, prompts=3, varied=True)
-    for folder, work, stop in ((tmp_path / "full", TINY, 0.0), (tmp_path / "varied", varied, 2 / 20)):
+    # At the size that is measured: eight layers move a coordinate further than two.
+    varied = Work("varied", "30M", prompt=40, response=20, prompts=3, varied=True)
+    full = dataclasses.replace(TINY, model="30M")
+    for folder, work, stop in ((tmp_path / "full", full, 0.0), (tmp_path / "varied", varied, 2 / 20)):
         folder.mkdir()
         save_start(work, folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -63,7 +66,7 @@ def test_start_stops_at_random_only_where_it_shall(tmp_path: Path):
         with torch.no_grad():
             likely = model(input_ids=torch.tensor(encoded[-1])[None]).logits[0].softmax(dim=-1)
         assert float(likely[:, PAD].max()) < 1e-9
-        assert float(likely[:, STOP].mean()) == pytest.approx(stop, rel=0.2, abs=1e-9)
+        assert torch.allclose(likely[:, STOP], torch.tensor(stop), rtol=0.6, atol=1e-9)
 
 
 def check_steps(found: dict[str, Any], work: Work, systems: int) -> None:
@@ -92,8 +95,6 @@ def test_steps_in_turn_and_writes_what_was_timed(pair: str, tmp_path: Path, monk
     speeds = {name: one["steps"][0]["tokens"] / one["steps"][0]["seconds"] for name, one in systems.items()}
     ours, theirs = (speeds[name] for name in systems)
     assert written["ratios"][0]["speed"] == pytest.approx(ours / theirs)
-    # Nothing stops in this case: every system must have sampled every token that the work asks for.
-    assert {one["steps"][0]["tokens"] for one in systems.values()} == {TINY.sequences * TINY.response}
     assert [name.split()[0] for name in systems] == ["cagsr", "TRL"]
 
 
@@ -110,6 +111,17 @@ def test_says_how_to_get_the_trainer_that_is_missing(
 def test_make_bench_installs_the_version_that_is_named():
     makefile = Path(ppo_step.__file__).parent.parent / "Makefile"
     assert f"trl=={trl_ppo.VERSION}\n" in makefile.read_text()
+
+
+def test_refuses_to_compare_unequal_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    system = object.__new__(System)
+    system.module, system._work = "one", TINY
+    monkeypatch.setattr(system, "_tell", lambda command: None)
+    monkeypatch.setattr(system, "_expect", lambda: json.dumps(dataclasses.asdict(step(1.0, 63))))
+    with pytest.raises(RuntimeError, match="63 tokens where the work is 64"):
+        system.step()
+    monkeypatch.setattr(system, "_expect", lambda: json.dumps(dataclasses.asdict(step(1.0, 64))))
+    assert system.step().tokens == 64
 
 
 def test_a_system_that_fails_says_why(tmp_path: Path):
