@@ -109,9 +109,13 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     names = list(dict.fromkeys(point.axis for point in points))
-    figure, rows = pyplot.subplots(2, len(names), figsize=(3.2 * len(names), 6), squeeze=False, layout="constrained")
+    # One scale for all sizes: what hardly grows must look so.
+    figure, rows = pyplot.subplots(
+        2, len(names), figsize=(3.2 * len(names), 6), sharey="row", squeeze=False, layout="constrained"
+    )
     for column, name in enumerate(names):
         found = [point for point in points if point.axis == name]
         sizes = [point.size for point in found]
@@ -126,6 +130,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
             one.set_yscale("log")
             one.set_xticks(sizes, [_short(size) for size in sizes])
             one.minorticks_off()
+            one.margins(y=0.3)
+            one.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            one.yaxis.set_major_formatter(ScalarFormatter())
             one.grid(alpha=0.3)
         bottom.set_xlabel(name)
     rows[0][0].set_ylabel("seconds a step")
@@ -212,7 +219,7 @@ def _table(axis: Axis, points: Sequence[Point], threads: int) -> Table:
 def _short(size: int) -> str:
     if size >= 1_000_000:
         return f"{size / 1e6:.0f}M"
-    return f"{size // 1024}k" if size >= 1024 else str(size)
+    return f"{size / 1024:.0f}k" if size >= 1024 else str(size)
 
 
 if __name__ == "__main__":
