@@ -20,8 +20,12 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## benchmarks: ratios measured alternately in one process
+bench: $(STAMP) benchmarks/.trl  ## benchmarks: ratios measured alternately in one call
 	$(BIN)/python -m benchmarks
+
+benchmarks/.trl: $(STAMP)  ## the last TRL with a PPOTrainer, beside the one that is used: only to compare with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ trl==1.12.0
+	touch $@
 
 install: $(STAMP)
 
@@ -32,4 +36,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) benchmarks/.trl

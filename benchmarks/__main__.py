@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print a table, say whether the bars hold."""
+"""``python -m benchmarks``: every benchmark in turn; each measures, prints a table and says whether its bars hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import growth, ppo_step
 from benchmarks.capture import MEMORY_BAR, TIME_BAR, Measured, cases, measure_memory, measure_time, summarise
 
 LABELS = {
@@ -24,13 +25,34 @@ LABELS = {
 }
 
 
+NAMES = ("capture", "ppo_step", "growth")
+
+
 def main() -> int:
-    """Run the benchmark; 0 if reading the last 4 layers stays below both bars everywhere, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Cost of reading the prompt attention.")
-    parser.add_argument("--fast", action="store_true", help="the 30M model only, fewer rounds (about a minute)")
+    """Run the benchmarks; 0 if all bars hold, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="capture: the cost of reading the prompt attention. ppo_step: a whole step against TRL's trainers. "
+        "growth: how a step's cost grows. The last two are modules too, with more options: python -m benchmarks.ppo_step.",
+    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="leave the others out")
+    parser.add_argument("--fast", action="store_true", help="fewer and smaller cases, fewer rounds")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="also write capture's numbers to this file")
     arguments = parser.parse_args()
+    kept = True
+    if "capture" in arguments.only:
+        kept = _capture(arguments)
+    fast, threads = ["--fast"] if arguments.fast else [], ["--threads", str(arguments.threads)]
+    if "ppo_step" in arguments.only:
+        kept = ppo_step.main([*fast, *threads]) == 0 and kept
+    if "growth" in arguments.only:
+        kept = growth.main(["--longest", "1024" if arguments.fast else "4096", *threads]) == 0 and kept
+    return 0 if kept else 1
+
+
+def _capture(arguments: argparse.Namespace) -> bool:
+    """Reading the last 4 layers stays below both bars everywhere."""
     torch.set_num_threads(arguments.threads)
 
     console = Console()
@@ -46,7 +68,7 @@ def main() -> int:
     kept = _verdict(results, console)
     if arguments.json:
         _write(arguments.json, results, arguments.threads)
-    return 0 if kept else 1
+    return kept
 
 
 def _table(results: list[Measured], threads: int) -> Table:
