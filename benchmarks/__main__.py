@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.capture import MEMORY_BAR, TIME_BAR, Measured, cases, measure_memory, measure_time, summarise
+from benchmarks.capture import ALL_LAYERS_BAR, Case, Measured, cases, measure_memory, measure_time, summarise
 
 LABELS = {
     "plain": "plain sdpa",
@@ -25,7 +25,7 @@ LABELS = {
 
 
 def main() -> int:
-    """Run the benchmark; 0 if reading the last 4 layers stays below both bars everywhere, else 1."""
+    """Run the benchmark; 0 if reading stays below the bars everywhere, else 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Cost of reading the prompt attention.")
     parser.add_argument("--fast", action="store_true", help="the 30M model only, fewer rounds (about a minute)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
@@ -35,7 +35,8 @@ def main() -> int:
 
     console = Console()
     results: list[Measured] = []
-    for case in cases(arguments.fast):
+    chosen = cases(arguments.fast)
+    for case in chosen:
         with console.status(f"{case.name}: memory") as status:
             memory = measure_memory(case, arguments.threads)
             status.update(f"{case.name}: time, {case.rounds} rounds")
@@ -43,9 +44,9 @@ def main() -> int:
         results += summarise(case, seconds, memory)
         console.print(f"measured {case.name}")
     console.print(_table(results, arguments.threads))
-    kept = _verdict(results, console)
+    kept = _verdict(results, chosen, console)
     if arguments.json:
-        _write(arguments.json, results, arguments.threads)
+        _write(arguments.json, results, chosen, arguments.threads)
     return 0 if kept else 1
 
 
@@ -76,24 +77,30 @@ def _table(results: list[Measured], threads: int) -> Table:
     return table
 
 
-def _verdict(results: list[Measured], console: Console) -> bool:
-    judged = [row for row in results if row.variant == "last-4"]
-    time, memory = max(row.time_ratio for row in judged), max(row.memory_ratio for row in judged)
-    kept = time <= TIME_BAR and memory <= MEMORY_BAR
-    console.print(
-        f"Last 4 layers, worst case: time {time:.2f} (bar {TIME_BAR:.2f}), memory {memory:.2f} (bar {MEMORY_BAR:.2f}): "
-        f"{'the bars hold' if kept else 'a bar is broken'}."
-    )
-    return kept
+def _verdict(results: list[Measured], chosen: list[Case], console: Console) -> bool:
+    bars = {case.name: case.bar for case in chosen}
+    broken = []
+    for row in results:
+        # A neighbour on the machine slows single forwards: only what the median and the fastest both show is a cost.
+        time = min(row.time_ratio, row.fastest_ratio)
+        if row.variant == "last-4" and max(time, row.memory_ratio) > bars[row.case]:
+            broken.append(f"{row.case}, last 4: time {time:.2f}, memory {row.memory_ratio:.2f}, bar {bars[row.case]:.2f}")
+        if row.variant == "all" and time > ALL_LAYERS_BAR:
+            broken.append(f"{row.case}, all layers: time {time:.2f}, bar {ALL_LAYERS_BAR:.2f}")
+    for line in broken:
+        console.print(f"A bar is broken: {line}.")
+    if not broken:
+        console.print("The bars hold everywhere.")
+    return not broken
 
 
-def _write(path: Path, results: list[Measured], threads: int) -> None:
+def _write(path: Path, results: list[Measured], chosen: list[Case], threads: int) -> None:
     report = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": platform.processor() or platform.machine(),
         "threads": threads,
-        "bars": {"time": TIME_BAR, "memory": MEMORY_BAR},
+        "bars": {"last-4": {case.name: case.bar for case in chosen}, "all": ALL_LAYERS_BAR},
         "results": [asdict(row) for row in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,10 @@ being kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -42,6 +44,9 @@ def add_prompt_attention(
     target, scratch = buffer[piece.target], Scratch()
     with torch.no_grad():
         inputs = _Inputs.of(call, piece, softmax, heads)
+        if inputs.fused():
+            inputs.add_fused(target)
+            return
         for place in inputs.places():
             mask = inputs.mask(place)
             for part in inputs.head_parts(place):
@@ -50,7 +55,7 @@ def add_prompt_attention(
                 if inputs.logsumexp is not None:
                     known = inputs.logsumexp[place.batch, part.heads, place.rows]
                     found = exponential_columns(query, key, narrow, bias, known, scratch)
-                    found = found if inputs.missing is None else found.masked_fill(inputs.missing[place.cut], 0.0)
+                    found = found if inputs.missing is None else _without(found, inputs.missing[place.cut])
                 else:
                     sinks = None if inputs.sinks is None else inputs.sinks[part.heads]
                     columns = _cut(piece.columns, place.batch)
@@ -111,14 +116,14 @@ class _Heads:
 class _Inputs:
     call: Intercepted
     piece: Piece
-    softcap: float | None
+    softmax: Softmax
     heads: Sequence[int] | None
-    query: Tensor  # (sequences, chosen heads, rows, width) float32, scaled
+    query: Tensor  # (sequences, chosen heads, rows, width)
     key: Tensor  # (sequences, key-value heads, keys, width); with the log-sum-exp the columns alone
     position_bias: Tensor | None  # (sequences | 1, chosen heads | 1, rows | 1, keys or columns)
     sinks: Tensor | None  # (chosen heads,)
     logsumexp: Tensor | None  # (sequences, chosen heads, rows)
-    missing: Tensor | None  # (sequences, 1, columns) bool: not among the keys; None: none is
+    missing: Tensor | None  # (sequences, columns) bool: not among the keys; None: none is
 
     @staticmethod
     def of(
@@ -148,9 +153,8 @@ class _Inputs:
         if logsumexp is not None:
             key = _columns_of(key, piece.columns, 2)
             bias = None if bias is None else _columns_of(bias, piece.columns, 3)
-            missing = piece.columns[:, None] < 0 if isinstance(piece.columns, Tensor) else None
-        scaled = query.float() * softmax.scaling
-        return _Inputs(call, piece, softmax.softcap, heads, scaled, key, bias, sinks, logsumexp, missing)
+            missing = piece.columns < 0 if isinstance(piece.columns, Tensor) else None
+        return _Inputs(call, piece, softmax, heads, query, key, bias, sinks, logsumexp, missing)
 
     def places(self) -> Iterator[_Place]:
         """Blocks of about ``BLOCK_ELEMENTS`` scores of one key-value head: as many sequences as fit, rows, columns."""
@@ -220,19 +224,43 @@ class _Inputs:
         if bias is not None:
             sizes = zip(bias.shape[:3], (place.batch, part.heads, place.rows), strict=True)
             bias = bias[tuple(slice(None) if size == 1 else cut for size, cut in sizes)][..., place.columns]
-        query = self.query[place.batch, part.heads, place.rows]
+        query = self.query[place.batch, part.heads, place.rows].float() * self.softmax.scaling
         return query, self.key[place.batch, part.kv_heads, place.columns], bias
+
+    def fused(self) -> bool:
+        """Whether the kernel for CUDA takes this: columns that are all seen, of known log-sum-exp, without a bias."""
+        plain = self.logsumexp is not None and self.piece.open and self.position_bias is None
+        return plain and self.missing is None and self.piece.words is None and _kernel(self.query.device) is not None
+
+    def add_fused(self, target: Tensor) -> None:
+        """Add all of it to ``target``, ``(sequences, rows, columns)``, by the kernel."""
+        kernel = _kernel(self.query.device)
+        assert kernel is not None
+        group = self.call.query.shape[1] // self.call.key.shape[1]
+        heads = range(self.call.query.shape[1]) if self.heads is None else self.heads
+        served = torch.tensor([head // group for head in heads], dtype=torch.int32, device=self.query.device)
+        kernel(target, self.query, self.key, served, self.logsumexp, self.softmax.scaling)
 
     @property
     def _budget(self) -> int:
         return BLOCK_ELEMENTS.get(self.query.device.type, BLOCK_ELEMENTS["other"])
 
 
+@functools.cache
+def _kernel(device: torch.device) -> Callable[..., None] | None:
+    """Find the fused kernel; None on a CPU, and where triton is not installed."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from cagsr.attention.kernels import add_columns
+
+    return add_columns
+
+
 def _checkpointed(inputs: _Inputs, place: _Place, part: _Heads) -> Tensor:
     def found(query: Tensor, key: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Tensor:
         mask = _heads_of(inputs.mask(place), part.heads)
         columns = _cut(inputs.piece.columns, place.batch)
-        return softmax_columns(query, key, mask, bias, sinks, columns, inputs.softcap, None)
+        return softmax_columns(query, key, mask, bias, sinks, columns, inputs.softmax.softcap, None)
 
     sinks = None if inputs.sinks is None else inputs.sinks[part.heads]
     return checkpoint(found, *inputs.block(place, part), sinks, use_reentrant=False, preserve_rng_state=False)
@@ -259,8 +287,12 @@ def _columns_of(tensor: Tensor, columns: slice | Tensor, dim: int) -> Tensor:
 
 def _to_words(found: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """Index and values for adding ``(sequences, rows, columns)`` to the words of the columns; -1: zero to word 0."""
-    index = words[:, None, :]
-    return index.clamp(min=0).expand_as(found), found.masked_fill(index < 0, 0.0)
+    return words.clamp(min=0)[:, None, :].expand_as(found), _without(found, words < 0)
+
+
+def _without(found: Tensor, columns: Tensor) -> Tensor:
+    """Set some columns of ``(sequences, rows, columns)`` to 0."""
+    return found.masked_fill(columns[:, None, :], 0.0)
 
 
 def _step(count: int, most: int) -> int:
