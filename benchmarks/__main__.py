@@ -84,7 +84,9 @@ def _verdict(results: list[Measured], chosen: list[Case], console: Console) -> b
         # A neighbour on the machine slows single forwards: only what the median and the fastest both show is a cost.
         time = min(row.time_ratio, row.fastest_ratio)
         if row.variant == "last-4" and max(time, row.memory_ratio) > bars[row.case]:
-            broken.append(f"{row.case}, last 4: time {time:.2f}, memory {row.memory_ratio:.2f}, bar {bars[row.case]:.2f}")
+            broken.append(
+                f"{row.case}, last 4: time {time:.2f}, memory {row.memory_ratio:.2f}, bar {bars[row.case]:.2f}"
+            )
         if row.variant == "all" and time > ALL_LAYERS_BAR:
             broken.append(f"{row.case}, all layers: time {time:.2f}, bar {ALL_LAYERS_BAR:.2f}")
     for line in broken:

@@ -27,7 +27,12 @@ RESPONSE, WORDS = 128, 100
 LAYERS, HEADS = 2, 4
 EAGER_MOST = 4096
 """Beyond this the eager maps are not tried: at 16k they alone are 8 GiB, at 32k 32."""
-LABELS = {"plain": "plain forward", "all": "all layers read", "words": f"read, pooled to {WORDS} words", "eager": "eager"}
+LABELS = {
+    "plain": "plain forward",
+    "all": "all layers read",
+    "words": f"read, pooled to {WORDS} words",
+    "eager": "eager",
+}
 
 
 def measure(prompt: int) -> dict[str, dict[str, float]]:
@@ -80,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_prompts", description=__doc__)
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="longest prompt in tokens (default: 32768)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
-    parser.add_argument("--json", type=Path, default=Path("docs/figures/long_prompts.json"), help="numbers to this file")
+    parser.add_argument(
+        "--json", type=Path, default=Path("docs/figures/long_prompts.json"), help="numbers to this file"
+    )
     parser.add_argument("--plot", type=Path, default=Path("docs/figures/long_prompts.png"), help="plot to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -96,7 +103,9 @@ def main() -> None:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(arguments.threads)}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results[prompt] = json.loads(done.stdout.splitlines()[-1])
-        parts = [f"{name} {value['mebibytes']:.0f} MiB {value['seconds']:.2f} s" for name, value in results[prompt].items()]
+        parts = [
+            f"{name} {value['mebibytes']:.0f} MiB {value['seconds']:.2f} s" for name, value in results[prompt].items()
+        ]
         sys.stdout.write(f"{prompt} + {RESPONSE}: {', '.join(parts)}\n")
         sys.stdout.flush()
     for path in (arguments.json, arguments.plot):

@@ -15,7 +15,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.mark.parametrize("heads", [None, (1, 2, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])  # triton reads bfloat16 wrongly there
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+)  # triton reads bfloat16 wrongly there
 @pytest.mark.parametrize(("rows", "columns", "width"), [(5, 7, 8), (40, 130, 24), (64, 64, 64)])
 def test_kernel_equals_reference(rows, columns, width, dtype, heads):
     torch.manual_seed(0)

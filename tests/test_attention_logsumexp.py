@@ -110,3 +110,25 @@ def test_columns_that_every_row_sees_need_no_mask(name, is_open, padded):
     # A column beyond the first row is not seen by it, whatever the mask.
     ahead = AttentionRegion(batch.region.batch, batch.region.rows, batch.region.columns + 1)
     assert not plan_region(ahead, call, causal=True)[0].open
+
+
+@pytest.mark.parametrize("heads", ["all", [0, 3]])
+def test_a_fused_kernel_is_handed_what_it_needs(heads, monkeypatch):
+    model = tiny_model("llama", attn_implementation="sdpa")
+    batch = decoder_batch(model)
+    expected = captured_attention(model, batch, heads=heads)
+    calls = []
+
+    def kernel(target, query, key, key_heads, logsumexp, scaling):
+        calls.append(query.shape)
+        scores = query @ key[:, key_heads.long()].transpose(2, 3) * scaling
+        target += (scores - logsumexp[..., None]).exp().sum(1)
+
+    monkeypatch.setattr(rows, "_kernel", lambda device: kernel)
+    torch.testing.assert_close(captured_attention(model, batch, heads=heads), expected, rtol=0, atol=1e-6)
+    assert len(calls) == 3
+    # A window needs a mask, which the kernel does not take.
+    window = tiny_model("mistral-window", attn_implementation="sdpa")
+    captured = captured_attention(window, batch_for("mistral-window", window, "left"))
+    assert len(calls) == 3
+    assert captured.sum() > 0

@@ -106,9 +106,7 @@ def test_the_terms_of_the_reward_lose_nothing():
     expected = grounded_coverage_gains(whole, response_ids, mask, prompt_ids, words, salience, 0.3)
     assert expected.sum() > 0.01
     torch.testing.assert_close(gains, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        mean_mass(tokens, of_tokens, mask), mean_mass(whole, words, mask), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(mean_mass(tokens, of_tokens, mask), mean_mass(whole, words, mask), rtol=0, atol=1e-6)
 
 
 def test_words_that_do_not_fit_are_refused():

@@ -170,7 +170,6 @@ def test_one_buffer_whatever_the_number_of_layers_and_heads(layers):
     held = []
     with torch.no_grad(), reader.read(batch.region) as reading:
 
-
         def measure(module, call):
             if reading._sum is not None:
                 held.append((reading._sum.numel(), len(reading._plans)))

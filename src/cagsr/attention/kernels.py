@@ -50,7 +50,7 @@ def _add_columns(  # type: ignore[no-untyped-def]  # triton reads the arguments,
     key_n, key_head, key_column, key_width,
     sum_n, sum_head, sum_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip  # noqa: N803, D103
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -66,7 +66,7 @@ def _add_columns(  # type: ignore[no-untyped-def]  # triton reads the arguments,
         served = tl.load(key_heads + head).to(tl.int64)
         asked = tl.load(query_at + head * query_head, mask=row_in[:, None] & part_in[None, :], other=0.0)
         keys = tl.load(key_at + served * key_head, mask=part_in[:, None] & column_in[None, :], other=0.0)
-        if FULL:
+        if FULL:  # noqa: SIM108  # a constexpr branch, taken at compile time
             scores = tl.dot(asked, keys, input_precision="ieee")
         else:
             scores = tl.dot(asked, keys)

@@ -180,7 +180,8 @@ class Reading:
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         key: tuple[object, ...] = (
             id(call.mask), call.query.shape[2], call.key.shape[2], call.query.device, causal, call.implementation,
-            call.logsumexp is None, options.get("sliding_window"), id(options.get("position_ids")), id(options.get("cu_seq_lens_k")),
+            call.logsumexp is None, options.get("sliding_window"), id(options.get("position_ids")),
+            id(options.get("cu_seq_lens_k")),
         )  # fmt: skip
         if key not in self._plans:
             if len(self._plans) == _PLANS_KEPT:

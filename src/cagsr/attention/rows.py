@@ -175,7 +175,9 @@ class _Inputs:
                     yield _Place(
                         slice(first, min(first + batch_step, batch)),
                         slice(row, min(row + row_step, rows)),
-                        slice(column, min(column + column_step, columns)) if self.logsumexp is not None else slice(None),
+                        slice(column, min(column + column_step, columns))
+                        if self.logsumexp is not None
+                        else slice(None),
                     )
 
     def head_parts(self, place: _Place) -> Iterator[_Heads]:
