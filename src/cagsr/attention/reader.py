@@ -110,7 +110,8 @@ class Reading:
     def attention(self) -> Tensor:
         """``(n, response, prompt)`` float32: mean probability over the chosen layers and heads, zero on padding.
 
-        Of a pooled region ``(n, response, words)``, the sum over each word's tokens. The softmax is over all keys that a row sees, so a row sums to at most 1.
+        Of a pooled region ``(n, response, words)``, the sum over each word's tokens. The softmax is over all keys that
+        a row sees, so a row sums to at most 1.
 
         Raises:
             AttentionError: no forward has run inside the context, or a chosen layer took no part in it.
