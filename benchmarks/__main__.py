@@ -14,8 +14,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, ppo_step
-from benchmarks.capture import MEMORY_BAR, TIME_BAR, Measured, cases, measure_memory, measure_time, summarise
+from benchmarks import growth, long_prompts, ppo_step, processes
+from benchmarks.capture import ALL_LAYERS_BAR, Case, Measured, cases, measure_memory, measure_time, summarise
 
 LABELS = {
     "plain": "plain sdpa",
@@ -25,7 +25,8 @@ LABELS = {
 }
 
 
-NAMES = ("capture", "ppo_step", "growth")
+NAMES = ("capture", "ppo_step", "growth", "long_prompts", "processes")
+RESULTS = Path("benchmarks/results")
 
 
 def main() -> int:
@@ -33,13 +34,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="capture: the cost of reading the prompt attention. ppo_step: a whole step against TRL's trainers. "
-        "growth: how a step's cost grows. The last two are modules too, with more options: python -m benchmarks.ppo_step.",
+        "growth: how a step's cost grows. long_prompts: memory up to 32k tokens. processes: two against one. All but the first "
+        "are modules too, with more options: python -m benchmarks.ppo_step.",
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="leave the others out")
     parser.add_argument("--fast", action="store_true", help="fewer and smaller cases, fewer rounds")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, help="also write capture's numbers to this file")
     arguments = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     kept = True
     if "capture" in arguments.only:
         kept = _capture(arguments)
@@ -48,6 +51,11 @@ def main() -> int:
         kept = ppo_step.main([*fast, *threads]) == 0 and kept
     if "growth" in arguments.only:
         kept = growth.main(["--longest", "1024" if arguments.fast else "4096", *threads]) == 0 and kept
+    if "long_prompts" in arguments.only:
+        files = ["--json", str(RESULTS / "long_prompts.json"), "--plot", str(RESULTS / "long_prompts.png")]
+        long_prompts.main(["--longest", "4096" if arguments.fast else "32768", *files, *threads])
+    if "processes" in arguments.only:
+        kept = processes.main([*fast, "--json", str(RESULTS / "processes.json")]) == 0 and kept
     return 0 if kept else 1
 
 
@@ -57,7 +65,8 @@ def _capture(arguments: argparse.Namespace) -> bool:
 
     console = Console()
     results: list[Measured] = []
-    for case in cases(arguments.fast):
+    chosen = cases(arguments.fast)
+    for case in chosen:
         with console.status(f"{case.name}: memory") as status:
             memory = measure_memory(case, arguments.threads)
             status.update(f"{case.name}: time, {case.rounds} rounds")
@@ -65,9 +74,9 @@ def _capture(arguments: argparse.Namespace) -> bool:
         results += summarise(case, seconds, memory)
         console.print(f"measured {case.name}")
     console.print(_table(results, arguments.threads))
-    kept = _verdict(results, console)
+    kept = _verdict(results, chosen, console)
     if arguments.json:
-        _write(arguments.json, results, arguments.threads)
+        _write(arguments.json, results, chosen, arguments.threads)
     return kept
 
 
@@ -98,24 +107,32 @@ def _table(results: list[Measured], threads: int) -> Table:
     return table
 
 
-def _verdict(results: list[Measured], console: Console) -> bool:
-    judged = [row for row in results if row.variant == "last-4"]
-    time, memory = max(row.time_ratio for row in judged), max(row.memory_ratio for row in judged)
-    kept = time <= TIME_BAR and memory <= MEMORY_BAR
-    console.print(
-        f"Last 4 layers, worst case: time {time:.2f} (bar {TIME_BAR:.2f}), memory {memory:.2f} (bar {MEMORY_BAR:.2f}): "
-        f"{'the bars hold' if kept else 'a bar is broken'}."
-    )
-    return kept
+def _verdict(results: list[Measured], chosen: list[Case], console: Console) -> bool:
+    bars = {case.name: case.bar for case in chosen}
+    broken = []
+    for row in results:
+        # A neighbour on the machine slows single forwards: only what the median and the fastest both show is a cost.
+        time = min(row.time_ratio, row.fastest_ratio)
+        if row.variant == "last-4" and max(time, row.memory_ratio) > bars[row.case]:
+            broken.append(
+                f"{row.case}, last 4: time {time:.2f}, memory {row.memory_ratio:.2f}, bar {bars[row.case]:.2f}"
+            )
+        if row.variant == "all" and time > ALL_LAYERS_BAR:
+            broken.append(f"{row.case}, all layers: time {time:.2f}, bar {ALL_LAYERS_BAR:.2f}")
+    for line in broken:
+        console.print(f"A bar is broken: {line}.")
+    if not broken:
+        console.print("The bars hold everywhere.")
+    return not broken
 
 
-def _write(path: Path, results: list[Measured], threads: int) -> None:
+def _write(path: Path, results: list[Measured], chosen: list[Case], threads: int) -> None:
     report = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": platform.processor() or platform.machine(),
         "threads": threads,
-        "bars": {"time": TIME_BAR, "memory": MEMORY_BAR},
+        "bars": {"last-4": {case.name: case.bar for case in chosen}, "all": ALL_LAYERS_BAR},
         "results": [asdict(row) for row in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def summarise(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure; 0 where two processes are at least ``BAR`` times as fast as one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=__doc__)
     parser.add_argument("--fast", action="store_true", help="a 4M model: checks the benchmark, says little of speed")
@@ -162,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs (default: 3)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cores = sorted(os.sched_getaffinity(0))
     console = Console(soft_wrap=True, highlight=False)
     if len(cores) < 2:

@@ -17,8 +17,9 @@ from transformers.masking_utils import (
 from cagsr.attention.intercept import Intercepted
 from cagsr.attention.masks import LOWEST, mask_rows
 from cagsr.attention.plan import Piece, plan_region
+from cagsr.attention.probabilities import Softmax
 from cagsr.attention.region import AttentionRegion
-from cagsr.attention.rows import BLOCK_ELEMENTS, Softmax, add_prompt_attention
+from cagsr.attention.rows import BLOCK_ELEMENTS, add_prompt_attention
 from cagsr.errors import AttentionError
 
 BATCH, KEYS = 3, 10
@@ -132,11 +133,11 @@ def test_masks_of_another_form_are_refused():
 def test_softmax_by_hand():
     # One query of 1, two keys; scores 2 and 4 after scaling by 2.
     query, key = torch.tensor([[[[1.0]]]]), torch.tensor([[[[1.0], [2.0]]]])
-    piece = Piece(slice(0, 1), slice(0, 1), slice(0, 2), slice(0, 1), None, (slice(0, 1), slice(0, 1), slice(0, 1)))
+    piece = Piece(slice(0, 1), slice(0, 1), slice(0, 2), slice(0, 1), (slice(0, 1), slice(0, 1), slice(0, 1)))
 
     def read(softmax):
         buffer = torch.zeros(1, 1, 1)
-        add_prompt_attention(buffer, query, key, piece, softmax)
+        add_prompt_attention(buffer, Intercepted("eager", query, key, None, {}), piece, softmax)
         return buffer.item()
 
     def share(first, *others):
@@ -170,7 +171,7 @@ def test_blocks_masks_and_biases_of_each_head_make_no_difference(heads, elements
     made = Intercepted("sdpa", query, key, mask, {})
     buffer = torch.zeros(region.shape)
     for piece in plan_region(region, made, causal=True):
-        add_prompt_attention(buffer, query, key, piece, Softmax(0.7, None, bias, sinks), heads)
+        add_prompt_attention(buffer, made, piece, Softmax(0.7, None, bias, sinks), heads)
     scores = 0.7 * query @ key.repeat_interleave(2, 1).transpose(2, 3) + bias + mask
     full = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(BATCH, 4, KEYS, 1)], -1).softmax(-1)[..., :-1]
     full = full[:, list(heads or range(4))].sum(1)

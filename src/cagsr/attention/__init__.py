@@ -2,6 +2,6 @@
 
 from cagsr.attention.in_turn import ReadingsInTurn
 from cagsr.attention.reader import PromptAttentionReader, Reading
-from cagsr.attention.region import AttentionRegion
+from cagsr.attention.region import AttentionRegion, chosen_columns
 
-__all__ = ["AttentionRegion", "PromptAttentionReader", "Reading", "ReadingsInTurn"]
+__all__ = ["AttentionRegion", "PromptAttentionReader", "Reading", "ReadingsInTurn", "chosen_columns"]

@@ -30,7 +30,8 @@ class ReadingsInTurn:
         self._stack = ExitStack()
 
     def __enter__(self) -> ReadingsInTurn:
-        self._stack.enter_context(listening(self._readings[0].modules, self._hear))
+        first = self._readings[0]
+        self._stack.enter_context(listening(first.modules, self._hear, logsumexp=not first.with_gradients))
         return self
 
     def __exit__(

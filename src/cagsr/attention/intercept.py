@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import GeneralInterface
+
+from cagsr.attention.logsumexp import LogSumExpRecorder
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Intercepted:
     """None, a boolean or additive ``(batch, 1 | heads, queries, keys)``, ``(batch, keys)`` (flash), or a BlockMask."""
     options: dict[str, Any]
     """The other arguments: scaling, softcap, sliding_window, position_bias, s_aux, is_causal, position_ids, ..."""
+    logsumexp: Tensor | None = None
+    """``(batch, heads, queries)`` float32 of the scores, where asked for and where the kernel has computed it."""
 
 
 Listener = Callable[[nn.Module, Intercepted], None]
@@ -46,30 +51,42 @@ class _Wrapped:
     holders: int = 0
 
 
+@dataclass(frozen=True)
+class _Listening:
+    tell: Listener
+    logsumexp: bool
+
+
 _lock = threading.RLock()
 _wrapped: dict[tuple[int, str], _Wrapped] = {}
-_listeners: dict[nn.Module, list[Listener]] = {}
+_listeners: dict[nn.Module, list[_Listening]] = {}
 
 
 @contextmanager
-def listening(modules: Iterable[nn.Module], listener: Listener) -> Iterator[None]:
+def listening(modules: Iterable[nn.Module], listener: Listener, logsumexp: bool = False) -> Iterator[None]:
     """Within the context, tell ``listener`` of every attention call that one of ``modules`` makes.
 
     Contexts may be nested and may overlap in several threads; an exception inside leaves nothing behind.
+
+    Args:
+        modules: whose calls.
+        listener: called after each of them, with the module and the call.
+        logsumexp: keep what a fused kernel has computed beside the output, where one ran over several queries.
     """
     modules = list(modules)
+    entry = _Listening(listener, logsumexp)
     names = {(id(namespace), name): namespace for module in modules for namespace, name in lookups(module)}
     with _lock:
         for (address, name), namespace in names.items():
             _hold(address, name, namespace)
         for module in modules:
-            _listeners.setdefault(module, []).append(listener)
+            _listeners.setdefault(module, []).append(entry)
     try:
         yield
     finally:
         with _lock:
             for module in modules:
-                _listeners[module].remove(listener)
+                _listeners[module].remove(entry)
                 if not _listeners[module]:
                     del _listeners[module]
             for address, name in names:
@@ -116,22 +133,35 @@ def _release(address: int, name: str) -> None:
             entry.namespace[name] = entry.original
 
 
+@functools.cache
 def _wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    # One wrapper a function, whoever listens: a compiled model checks that it is still the one it was compiled with.
     implementation = "eager" if name.endswith("eager_attention_forward") else name
     # Functions differ in the order of scaling and dropout: arguments by position beyond the mask go by their own names.
     extra = list(inspect.signature(original).parameters)[5:]
 
+    @torch.compiler.disable  # what listeners do is no part of the model's graph
     @functools.wraps(original)
     def attention_and_listeners(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = original(module, *args, **kwargs)
         # A copy: listeners may come and go in another thread.
-        if listeners := list(_listeners.get(module, ())):
-            options = {**dict(zip(("query", "key", "value", "attention_mask", *extra), args, strict=False)), **kwargs}
-            query, key, mask = options.pop("query"), options.pop("key"), options.pop("attention_mask", None)
-            options.pop("value", None)  # only its own width matters, and only to the output
-            call = Intercepted(implementation, query, key, mask, options)
-            for listener in listeners:
-                listener(module, call)
+        listeners = list(_listeners.get(module, ()))
+        if not listeners:
+            return original(module, *args, **kwargs)
+        options = {**dict(zip(("query", "key", "value", "attention_mask", *extra), args, strict=False)), **kwargs}
+        query, key, mask = options.pop("query"), options.pop("key"), options.pop("attention_mask", None)
+        options.pop("value", None)  # only its own width matters, and only to the output
+        logsumexp = None
+        # One query has a single row of scores: not worth watching the kernel.
+        wanted = query.shape[2] > 1 and any(listener.logsumexp for listener in listeners)
+        if wanted and implementation == "sdpa":
+            with LogSumExpRecorder() as recorder:
+                output = original(module, *args, **kwargs)
+            logsumexp = recorder.found(query)
+        else:
+            output = original(module, *args, **kwargs)
+        call = Intercepted(implementation, query, key, mask, options, logsumexp)
+        for listener in listeners:
+            listener.tell(module, call)
         return output
 
     return attention_and_listeners

@@ -24,7 +24,9 @@ Rows: TypeAlias = slice | Tensor
 """Query positions: one run for all sequences, or ``(sequences, rows)`` int64, none negative."""
 
 
-def mask_rows(call: Intercepted, causal: bool, sequences: slice, rows: Rows) -> Tensor | None:
+def mask_rows(
+    call: Intercepted, causal: bool, sequences: slice, rows: Rows, columns: slice = slice(None)
+) -> Tensor | None:
     """Make what is added to the scores of the chosen rows before the softmax; None where every key is seen.
 
     Args:
@@ -32,9 +34,10 @@ def mask_rows(call: Intercepted, causal: bool, sequences: slice, rows: Rows) -> 
         causal: whether the module is causal where no mask says so.
         sequences: which rows of the batch.
         rows: which query positions.
+        columns: which key positions; all of them if not said.
 
     Returns:
-        ``(sequences | 1, heads | 1, rows, keys)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what
+        ``(sequences | 1, heads | 1, rows, columns)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what
         an additive mask says.
 
     Raises:
@@ -42,24 +45,25 @@ def mask_rows(call: Intercepted, causal: bool, sequences: slice, rows: Rows) -> 
     """
     mask, keys = call.mask, call.key.shape[2]
     if is_flash_attention_requested(requested_attention_implementation=call.implementation):
-        return _additive(_flash_rows(call, causal, sequences, rows))
+        flash = _flash_rows(call, causal, sequences, rows)
+        return None if flash is None else _additive(flash[..., columns])
     if mask is None:
         # Eager and flex functions do as the mask says; sdpa is causal by itself, but not for a single query. Its causal
         # rule counts from the upper left, so keys beyond the queries (an empty static cache) are never seen.
         queries = call.query.shape[2]
         if call.implementation in ("eager", "flex_attention") or not causal or queries == 1:
             return None
-        seen = _row_numbers(rows, call.key.device)[:, None, :, None] >= torch.arange(keys, device=call.key.device)
-        return _additive(seen)
+        column = torch.arange(keys, device=call.key.device)[columns]
+        return _additive(_row_numbers(rows, call.key.device)[:, None, :, None] >= column)
     if isinstance(mask, BlockMask):
-        return _additive(_block_rows(mask, call, sequences, rows))
+        return _additive(_block_rows(mask, call, sequences, rows)[..., columns])
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         form = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise AttentionError(
             f"The model hands its {call.implementation} attention {form}, and prompt attention can be read only under "
             f"masks of shape (batch, heads, queries, keys): load the model with attn_implementation='sdpa' or 'eager'."
         )
-    return _additive(pick_rows(mask[..., :keys], sequences, rows))
+    return _additive(pick_rows(mask[..., :keys][..., columns], sequences, rows))
 
 
 def pick_rows(tensor: Tensor, sequences: slice, rows: Rows) -> Tensor:
@@ -75,9 +79,7 @@ def pick_rows(tensor: Tensor, sequences: slice, rows: Rows) -> Tensor:
     return tensor[torch.arange(rows.shape[0], device=rows.device)[:, None], :, rows].transpose(1, 2)
 
 
-def _additive(rows: Tensor | None) -> Tensor | None:
-    if rows is None:
-        return None
+def _additive(rows: Tensor) -> Tensor:
     if rows.dtype == torch.bool:
         return torch.zeros(rows.shape, dtype=torch.float32, device=rows.device).masked_fill_(~rows, LOWEST)
     return rows.float().clamp(min=LOWEST)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cagsr.attention.intercept import Intercepted, listening
 from cagsr.attention.plan import Piece, plan_region
+from cagsr.attention.probabilities import Softmax
 from cagsr.attention.probe import AttentionLayer, find_attention_layers
 from cagsr.attention.region import AttentionRegion
-from cagsr.attention.rows import Scratch, Softmax, add_prompt_attention, prompt_attention
+from cagsr.attention.rows import add_prompt_attention, prompt_attention
 from cagsr.attention.select import HeadChoice, parse_heads, parse_layers
 from cagsr.errors import AttentionError
 
@@ -89,14 +90,13 @@ class Reading:
         self._heads_summed = 0
         self._attention: Tensor | None = None
         self._plans: dict[tuple[object, ...], tuple[list[Piece], tuple[object, ...]]] = {}
-        self._scratch: Scratch | None = None
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Reading:
         if self._stack is not None:
             raise AttentionError("A reading serves one with block: call reader.read again for the next forward.")
         self._stack = ExitStack()
-        self._stack.enter_context(listening(self._layers, self.hear))
+        self._stack.enter_context(listening(self._layers, self.hear, logsumexp=not self.with_gradients))
         return self
 
     def __exit__(
@@ -105,13 +105,13 @@ class Reading:
         assert self._stack is not None
         self._stack.close()
         self._plans.clear()
-        self._scratch = None
 
     @property
     def attention(self) -> Tensor:
         """``(n, response, prompt)`` float32: mean probability over the chosen layers and heads, zero on padding.
 
-        The softmax is over all keys that a row sees, so a row sums to at most 1.
+        Of a pooled region ``(n, response, words)``, the sum over each word's tokens. The softmax is over all keys that
+        a row sees, so a row sums to at most 1.
 
         Raises:
             AttentionError: no forward has run inside the context, or a chosen layer took no part in it.
@@ -177,17 +177,16 @@ class Reading:
             # layer again, without us. Ours are kept as they are, so that the two runs save the same.
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 plan = self._plan(module, call)
-                part = prompt_attention(self.region.shape, call.query, call.key, plan, softmax, heads)
+                part = prompt_attention(self.region.shape, call, plan, softmax, heads)
                 self._sum = part if self._sum is None else self._sum + part.to(self._sum.device)
             return
         # A buffer made under inference_mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             if self._sum is None:
                 self._sum = torch.zeros(self.region.shape, dtype=torch.float32, device=device)
-                self._scratch = Scratch()
             buffer = self._sum if self._sum.device == device else torch.zeros_like(self._sum, device=device)
             for piece in self._plan(module, call):
-                add_prompt_attention(buffer, call.query, call.key, piece, softmax, heads, self._scratch)
+                add_prompt_attention(buffer, call, piece, softmax, heads)
             if buffer is not self._sum:
                 self._sum.add_(buffer.to(self._sum.device))
 
@@ -197,7 +196,8 @@ class Reading:
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         key: tuple[object, ...] = (
             id(call.mask), call.query.shape[2], call.key.shape[2], call.query.device, causal, call.implementation,
-            options.get("sliding_window"), id(options.get("position_ids")), id(options.get("cu_seq_lens_k")),
+            call.logsumexp is None, options.get("sliding_window"), id(options.get("position_ids")),
+            id(options.get("cu_seq_lens_k")),
         )  # fmt: skip
         if key not in self._plans:
             if len(self._plans) == _PLANS_KEPT:
@@ -211,16 +211,14 @@ class Reading:
 
     def _finish(self) -> None:
         assert self._sum is not None
-        padding = ~self.region.valid(self._sum.device)
         if self.with_gradients:
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-                self._attention = (self._sum / self._heads_summed).masked_fill(padding, 0.0)
+                self._attention = self.region.clear_padding(self._sum / self._heads_summed)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                self._attention = self._sum.div_(self._heads_summed).masked_fill_(padding, 0.0)
+                self._attention = self.region.clear_padding(self._sum.div_(self._heads_summed))
         self._sum = None
         self._plans.clear()
-        self._scratch = None
 
 
 def _softmax_of(call: Intercepted) -> Softmax:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class AttentionRegion:
 
     The named constructors cover the usual layouts; they also mark rows or columns that are the same run of positions in
     every sequence, which are then read as slices, without copies. Whatever is read has the shape
-    ``(n, response, prompt)`` and is zero where the row or the column is padding.
+    ``(n, response, prompt)`` and is zero where the row or the column is padding. Of a long prompt, ``only`` reads
+    chosen tokens and ``pooled`` adds up those of each word, so that nothing as wide as the prompt is ever made.
     """
 
     batch: Tensor
@@ -31,6 +32,9 @@ class AttentionRegion:
     """The columns, where they are the same run in every sequence (padding included)."""
     keys: int | None = None
     """Decoding with a cache: keys seen so far, this forward's tokens included; a sliding cache holds only the last."""
+    words: Tensor | None = None
+    """``(n, prompt)`` int64: the word that each column is added to, -1 for none; None: columns are read one by one."""
+    num_words: int = 0
 
     def __post_init__(self) -> None:
         n = self.batch.shape[0]
@@ -47,12 +51,67 @@ class AttentionRegion:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(n, response, prompt)``: the shape of what is read."""
-        return self.rows.shape[0], self.rows.shape[1], self.columns.shape[1]
+        """``(n, response, prompt)``, or ``(n, response, words)`` if pooled: the shape of what is read."""
+        width = self.columns.shape[1] if self.words is None else self.num_words
+        return self.rows.shape[0], self.rows.shape[1], width
 
     def valid(self, device: torch.device) -> Tensor:
-        """``(n, response, prompt)`` bool: True where neither the row nor the column is padding."""
-        return (self.rows.to(device) >= 0)[:, :, None] & (self.columns.to(device) >= 0)[:, None, :]
+        """Of the shape of what is read, bool: True where neither the row nor the column is padding."""
+        rows = (self.rows.to(device) >= 0)[:, :, None]
+        return rows.expand(self.shape) if self.words is not None else rows & self._real_columns(device)
+
+    def clear_padding(self, read: Tensor) -> Tensor:
+        """Set what was read, of this region's shape, to 0 where the row or the column is padding, in place."""
+        read.masked_fill_((self.rows.to(read.device) < 0)[:, :, None], 0.0)
+        return read if self.words is not None else read.masked_fill_(~self._real_columns(read.device), 0.0)
+
+    def _real_columns(self, device: torch.device) -> Tensor:
+        return (self.columns.to(device) >= 0)[:, None, :]
+
+    def only(self, chosen: Tensor) -> AttentionRegion:
+        """Read some of the columns alone: what is read is ``(n, response, chosen)``.
+
+        All built-in terms of the reward look at the tokens of salient words only: for them, this loses nothing.
+
+        Args:
+            chosen: ``(n, chosen)`` int64, indices into this region's columns, -1 for padding (see ``chosen_columns``).
+
+        Raises:
+            AttentionError: the shape does not fit, an index is out of range, or the region is pooled already.
+        """
+        n, prompt = self.columns.shape
+        if self.words is not None:
+            raise AttentionError("A pooled region can't be narrowed: choose the columns first, then pool them.")
+        if chosen.dim() != 2 or chosen.shape[0] != n or (chosen.numel() > 0 and int(chosen.max()) >= prompt):
+            raise AttentionError(
+                f"The chosen columns need the shape ({n}, chosen) and indices below {prompt}; these have the shape "
+                f"{tuple(chosen.shape)}."
+            )
+        columns = self.columns.gather(1, chosen.clamp(min=0).to(self.columns.device))
+        return replace(self, columns=columns.masked_fill(chosen.to(columns.device) < 0, -1), column_slice=None)
+
+    def pooled(self, words: Tensor, num_words: int) -> AttentionRegion:
+        """Add up the columns of each word while reading: what is read is ``(n, response, words)``.
+
+        The same as ``cagsr.reward.words.pool_words`` with ``how="sum"`` of what would be read without, but columns of
+        no word are never computed, and what is as wide as the prompt never stored.
+
+        Args:
+            words: ``(n, prompt)`` int64, the word of each column of this region, -1 for none.
+            num_words: how many words the result has.
+
+        Raises:
+            AttentionError: the shape does not fit, a word is not below ``num_words``, or the region is pooled already.
+        """
+        if words.shape != self.columns.shape or (words.numel() > 0 and int(words.max()) >= num_words):
+            raise AttentionError(
+                f"The words of a region need the shape {tuple(self.columns.shape)} and indices below {num_words}; these "
+                f"have the shape {tuple(words.shape)}."
+            )
+        index = chosen_columns((words >= 0) & (self.columns.to(words.device) >= 0))
+        narrow = self.only(index)
+        kept = words.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        return replace(narrow, words=kept, num_words=num_words)
 
     @classmethod
     def left_padded(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
@@ -195,6 +254,14 @@ class AttentionRegion:
             column_slice=slice(0, prompt.shape[1]),
             keys=prompt.shape[1] + fed,
         )
+
+
+def chosen_columns(chosen: Tensor) -> Tensor:
+    """Number the true columns of ``(n, prompt)``: ``(n, most)`` int64, ascending, padded with -1 on the right."""
+    counts = chosen.sum(1)
+    # A stable sort brings the true columns to the front in their order.
+    order = torch.argsort((~chosen).to(torch.int8), dim=1, stable=True)[:, : int(counts.max()) if len(counts) else 0]
+    return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= counts[:, None], -1)
 
 
 def _masks(prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
