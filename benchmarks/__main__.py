@@ -71,8 +71,14 @@ def _capture(arguments: argparse.Namespace) -> bool:
             memory = measure_memory(case, arguments.threads)
             status.update(f"{case.name}: time, {case.rounds} rounds")
             seconds = measure_time(case)
-        results += summarise(case, seconds, memory)
-        console.print(f"measured {case.name}")
+        found = summarise(case, seconds, memory)
+        results += found
+        # Said at once: what has been measured is not lost when somebody stops it.
+        ratios = "; ".join(
+            f"{LABELS[row.variant]} {row.time_ratio:.2f} ({row.fastest_ratio:.2f}), memory {row.memory_ratio:.2f}"
+            for row in found[1:]
+        )
+        console.print(f"{case.name}: {ratios}", soft_wrap=True)
     console.print(_table(results, arguments.threads))
     kept = _verdict(results, chosen, console)
     if arguments.json:

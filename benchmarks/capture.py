@@ -79,15 +79,14 @@ class Measured:
 def cases(fast: bool) -> list[Case]:
     """All cases of the benchmark, or those of the smaller model only, with fewer rounds."""
     small = [
-        Case("30M", 256, 128, 4, False, 9 if fast else 15, 2),
-        Case("30M", 256, 128, 4, True, 5 if fast else 9, 2),
-        Case("30M", 2048, 256, 1, False, 5 if fast else 9, 1),
+        Case("30M", 256, 128, 4, False, 9, 2),
+        Case("30M", 256, 128, 4, True, 9, 2),
+        Case("30M", 2048, 256, 1, False, 7, 1),
     ]
     large = [
-        Case("30M", 8192, 256, 1, False, 5, 0, bar=1.10),
-        Case("125M", 256, 128, 4, False, 9, 1),
+        Case("30M", 8192, 256, 1, False, 3, 0, bar=1.10),
+        Case("125M", 256, 128, 4, False, 7, 1),
         Case("125M", 2048, 256, 1, False, 5, 1),
-        Case("125M", 8192, 256, 1, False, 3, 0, bar=1.10),
     ]
     return small if fast else small + large
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cagsr.compare import figures, tables
-from cagsr.compare.jobs import plan_jobs, result_file
+from cagsr.compare.jobs import method_folder, plan_jobs, result_file
 from cagsr.compare.plan import Files, Method, Plan, RewardModelPlan
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 
@@ -111,6 +111,16 @@ def test_win_rates_count_ties_half(results: Results):
     assert table is not None
     assert row(table, "Ours")[1].startswith("0.625")  # (1 + 0.5 + 0 + 1) / 4
     assert row(table, "Ours")[3].startswith("0.500")
+
+
+def test_training_that_a_judging_job_found_done_still_costs(results: Results):
+    assert results.costs("ours")["train_seconds"] == 10.0
+    run = method_folder(results.plan.folder, "ours", 0)
+    run.mkdir(parents=True)
+    rows = [{"step": n, "collect_seconds": 3.0, "update_seconds": 1.0, "rollout_seconds": 2.0} for n in (1, 2)]
+    (run / "timings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    # Seed 0 by its own steps, 2 x 4 seconds; seed 1 has no run folder and says 10.
+    assert results.costs("ours")["train_seconds"] == 9.0
 
 
 def test_the_label_curve_starts_without_labels(results: Results):

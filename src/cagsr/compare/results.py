@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import Job, result_file, reward_model_folder
+from cagsr.compare.jobs import Job, method_folder, result_file, reward_model_folder
 from cagsr.compare.judging import GREEDY, MATCHED, SAMPLED
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.validity import validity_file
+from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
 
@@ -85,7 +86,7 @@ class Results:
 
     def costs(self, method: str) -> dict[str, float]:
         """Mean seconds, peak memory and labels of a method's jobs."""
-        rows = [self.raw(method, seed)["costs"] for seed in self.seeds(method)]
+        rows = [self.raw(method, seed)["costs"] | self._trained(method, seed) for seed in self.seeds(method)]
         found = {
             name: float(np.mean([row[name] for row in rows])) for name in rows[0] if all(name in row for row in rows)
         }
@@ -97,6 +98,14 @@ class Results:
             if models:
                 found["reward_model_seconds"] = float(np.mean([row["seconds"] for row in models]))
         return found
+
+    def _trained(self, method: str, seed: int) -> dict[str, float]:
+        """The seconds of a run's steps: all of them, although the job that judged it may have found it trained already."""
+        file = method_folder(self.plan.folder, method, seed) / "timings.jsonl"
+        if not file.exists():
+            return {}
+        phases = ("collect_seconds", "update_seconds", "evaluation_seconds")
+        return {"train_seconds": sum(float(row.get(phase, 0.0)) for row in read_lines(file) for phase in phases)}
 
     def accuracies(self) -> dict[str, list[dict[str, Any]]]:
         """What each trained reward model said of itself, a row a seed."""
