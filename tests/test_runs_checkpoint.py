@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs import atomic
 from cagsr.runs.checkpoint import (
     CheckpointState,
     checkpoint_problem,

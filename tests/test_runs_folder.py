@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs import atomic
 from cagsr.runs.checkpoint import CheckpointState
 from cagsr.runs.folder import RunFolder, differing_keys
 from cagsr.runs.lines import append_lines, read_lines, truncate_lines

@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from cagsr.runs.atomic import replace_folder
+from cagsr.atomic import replace_folder
 from examples.e2e.prepare import read_jsonl
 
 IGNORED = -100

@@ -53,6 +53,7 @@ def run(config: Config) -> None:
     from rich.console import Console
 
     from cagsr.associate import FEWEST_PROMPTS
+    from cagsr.atomic import write_text_atomically
     from cagsr.evaluation.collect import collect_signals
     from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
@@ -60,7 +61,6 @@ def run(config: Config) -> None:
     from cagsr.evaluation.scorer import Scorer
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config, reward_warnings
-    from cagsr.runs.atomic import write_text_atomically
 
     check_reward_config(config.reward)
     loaded = load_model(config.model, for_training=False)

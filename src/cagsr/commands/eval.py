@@ -90,9 +90,9 @@ def run(config: Config) -> None:
 
     from rich.console import Console
 
+    from cagsr.atomic import write_text_atomically
     from cagsr.commands.inputs import plain
     from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
-    from cagsr.runs.atomic import write_text_atomically
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:

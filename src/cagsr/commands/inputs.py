@@ -138,7 +138,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
     Raises:
         RunError: the file can't be written.
     """
-    from cagsr.runs.atomic import write_text_atomically
+    from cagsr.atomic import write_text_atomically
 
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if output is None:

@@ -199,9 +199,9 @@ def _questions(config: Config, known: bool) -> QuestionSet | None:
 def _summary(config: Config) -> None:
     import json
 
+    from cagsr.atomic import write_text_atomically
     from cagsr.commands.inputs import check_output
     from cagsr.rating.summary import summarize
-    from cagsr.runs.atomic import write_text_atomically
 
     check_output(config.out, "out")
     with closing(_opened(config)) as store:

@@ -43,9 +43,9 @@ def run(config: Config) -> None:
         serve(paths, bound)
         return
 
+    from cagsr.atomic import disk_errors, write_text_atomically
     from cagsr.run_page.page import render_page
     from cagsr.run_page.read import read_run
-    from cagsr.runs.atomic import disk_errors, write_text_atomically
     from cagsr.runs.folder import REPORT
 
     folders = [find_run(path) for path in paths]

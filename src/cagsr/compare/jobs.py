@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cagsr.atomic import write_text_atomically
 from cagsr.compare.plan import START, Plan
 from cagsr.errors import ConfigError
-from cagsr.runs.atomic import write_text_atomically
 
 Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
+from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import Job, result_file, start_folder
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.policies import reward_settings
@@ -25,7 +26,6 @@ from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.terms import needs_associations
-from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]

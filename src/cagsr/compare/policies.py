@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import Job, method_folder, reward_model_folder, start_folder
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError
 from cagsr.parse import parse_command
-from cagsr.runs.atomic import write_text_atomically
 
 
 def run_command(plan: Plan, command: str, **names: object) -> None:

@@ -13,13 +13,13 @@ from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from cagsr.atomic import write_text_atomically
 from cagsr.compare import figures, tables
 from cagsr.compare.plan import START
 from cagsr.compare.results import Results
 from cagsr.compare.schedule import Failure
 from cagsr.compare.tables import Table
 from cagsr.errors import RunError
-from cagsr.runs.atomic import write_text_atomically
 
 TEXT_SHOWN = 3
 """Prompts whose answers by the main methods are printed."""

@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cagsr.atomic import disk_errors
 from cagsr.compare.jobs import Job
 from cagsr.compare.plan import Plan
 from cagsr.errors import RunError
-from cagsr.runs.atomic import disk_errors
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
+from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import Job, start_folder
 from cagsr.compare.plan import Plan
 from cagsr.compare.policies import reward_settings
@@ -22,7 +23,6 @@ from cagsr.evaluation.recommend import PENALTIES, weighted_parts, within_z
 from cagsr.evaluation.scorer import Scorer
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.runs.atomic import write_text_atomically
 
 Floats = NDArray[np.float64]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cagsr.atomic import disk_errors, write_text_atomically
 from cagsr.config import (
     CoverageConfig,
     DataConfig,
@@ -49,7 +50,6 @@ from cagsr.quickstart.show import (
 )
 from cagsr.quickstart.start import Recipe, as_jsonl
 from cagsr.quickstart.task import make_prompts
-from cagsr.runs.atomic import disk_errors, write_text_atomically
 from cagsr.train import train
 
 SETTINGS = "quickstart.yaml"

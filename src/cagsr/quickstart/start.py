@@ -12,10 +12,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cagsr.atomic import write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.quickstart.task import all_words, make_pairs
-from cagsr.runs.atomic import write_text_atomically
 from cagsr.sft import SETTINGS, sft
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from peft import PeftModel
 
-from cagsr.runs.atomic import replace_folder
+from cagsr.atomic import replace_folder
 
 
 @dataclass(frozen=True)

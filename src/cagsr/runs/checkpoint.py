@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cagsr.atomic import remove_folder, replace_folder
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
-from cagsr.runs.atomic import remove_folder, replace_folder
 from cagsr.runs.rng import reseed, rng_state, set_rng_state
 from cagsr.runs.tensors import load_tree, load_weights, save_tree, save_weights, stored_names
 

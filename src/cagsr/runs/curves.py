@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from cagsr.atomic import write_bytes_atomically
 from cagsr.errors import RunError
-from cagsr.runs.atomic import write_bytes_atomically
 from cagsr.runs.lines import read_lines
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

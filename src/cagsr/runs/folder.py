@@ -28,10 +28,10 @@ from typing import Any, TextIO
 
 import yaml
 
+from cagsr.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
 from cagsr.runs.checkpoint import CheckpointState, Collected, latest_checkpoint, save_checkpoint
 from cagsr.runs.lines import append_lines, truncate_lines
 

@@ -16,6 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from cagsr.atomic import write_text_atomically
 from cagsr.config import TrainConfig
 from cagsr.configfile import flatten, to_yaml
 from cagsr.errors import CagsrError
@@ -25,7 +26,6 @@ from cagsr.models.sharding import is_sharded, unsharded
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
-from cagsr.runs.atomic import write_text_atomically
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from cagsr.atomic import disk_errors
 from cagsr.errors import ConfigError
-from cagsr.runs.atomic import disk_errors
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from cagsr.atomic import disk_errors, replace_folder, write_text_atomically
 from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel
-from cagsr.runs.atomic import disk_errors, replace_folder, write_text_atomically
 from cagsr.runs.progress import TrainingProgress
 
 CHECKPOINTS = "checkpoints"

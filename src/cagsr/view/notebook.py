@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
@@ -18,7 +19,6 @@ from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.association import Associations
 from cagsr.reward.build import check_reward_config
-from cagsr.runs.atomic import write_text_atomically
 from cagsr.view.measure import Measured, measure
 from cagsr.view.page import render_page
 from cagsr.view.picture import save_picture
