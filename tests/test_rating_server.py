@@ -17,8 +17,9 @@ import pytest
 import uvicorn
 
 from cagsr.errors import ConfigError
+from cagsr.localhost import listen
 from cagsr.rating.questions import Question
-from cagsr.rating.server import LARGEST, link, listen, rating_app
+from cagsr.rating.server import LARGEST, link, rating_app
 from cagsr.rating.store import SCALES, Settings, Store
 
 QUESTIONS = [Question(f"prompt {number}", f"a {number}", f"b {number}") for number in range(3)]

@@ -18,9 +18,10 @@ import pytest
 import uvicorn
 
 import tiny
+from cagsr.localhost import listen
 from cagsr.run_page.page import render_page
 from cagsr.run_page.read import read_run
-from cagsr.run_page.serve import application, open_socket
+from cagsr.run_page.serve import application
 from run_pages import HOSTILE, WARNING, make_run, metrics, sample, write
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
@@ -261,7 +262,7 @@ def served() -> Iterator[Any]:
     servers = []
 
     def begin(*folders: Path) -> str:
-        bound = open_socket(0)
+        bound = listen(0)
         server = uvicorn.Server(uvicorn.Config(application(folders), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()

@@ -90,7 +90,8 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.rating.server import link, listen, serve
+    from cagsr.localhost import listen
+    from cagsr.rating.server import link, serve
 
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"--port {config.port}: must lie between 0 and 65535.")

@@ -34,11 +34,12 @@ def run(config: Config) -> None:
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:
-        from cagsr.run_page.serve import open_socket, serve
+        from cagsr.localhost import listen
+        from cagsr.run_page.serve import serve
 
         for path in paths:
             find_run(path, wait=True)
-        bound = open_socket(config.port)
+        bound = listen(config.port)
         say([f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."])
         serve(paths, bound)
         return

@@ -14,6 +14,7 @@ from cagsr.compare.jobs import Job, method_folder, result_file, reward_model_fol
 from cagsr.compare.judging import GREEDY, MATCHED, SAMPLED
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.validity import validity_file
+from cagsr.run_page.speed import step_seconds
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
@@ -104,8 +105,7 @@ class Results:
         file = method_folder(self.plan.folder, method, seed) / "timings.jsonl"
         if not file.exists():
             return {}
-        phases = ("collect_seconds", "update_seconds", "evaluation_seconds")
-        return {"train_seconds": sum(float(row.get(phase, 0.0)) for row in read_lines(file) for phase in phases)}
+        return {"train_seconds": float(sum(step_seconds(row) for row in read_lines(file)))}
 
     def accuracies(self) -> dict[str, list[dict[str, Any]]]:
         """What each trained reward model said of itself, a row a seed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import sqlite3
 from collections.abc import Callable
@@ -21,11 +20,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from cagsr.errors import ConfigError, DataError
+from cagsr.errors import DataError
+from cagsr.localhost import HOST
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
 
-HOST = "127.0.0.1"
 LARGEST = 16_384
 """Bytes of a message from the page; the largest that it sends has some hundred."""
 SCALE_TEXTS = {
@@ -136,24 +135,6 @@ def rating_app(store: Store, port: int) -> Starlette:
             sqlite3.Error: lambda request, error: JSONResponse({"error": f"The ratings file refuses: {error}."}, 503),
         },
     )
-
-
-def listen(port: int) -> socket.socket:
-    """Take the port on 127.0.0.1; 0 takes a free one.
-
-    Raises:
-        ConfigError: it is taken or not allowed.
-    """
-    taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        taken.bind((HOST, port))
-        taken.listen(128)
-    except OSError as error:
-        taken.close()
-        why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
-        raise ConfigError(f"--port {port}: {why}; give another one, or 0 for any that is free.") from None
-    return taken
 
 
 def serve(store: Store, taken: socket.socket) -> None:

@@ -19,13 +19,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from cagsr.errors import CagsrError, ConfigError
+from cagsr.errors import CagsrError
+from cagsr.localhost import HOST
 from cagsr.run_page.locate import find_run, labels
 from cagsr.run_page.page import Content, content_of, render_page
 from cagsr.run_page.read import Run, read_run
 from cagsr.runs.folder import CONFIG, is_being_written
 
-HOST = "127.0.0.1"
 SHARE = 10
 """After a reading that took a second the next one waits this many: training must not lose its cores to its page."""
 
@@ -117,25 +117,6 @@ def application(paths: Sequence[Path]) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)],
         exception_handlers={CagsrError: refused},
     )
-
-
-def open_socket(port: int) -> socket.socket:
-    """Take a port of this machine only; 0 takes a free one.
-
-    Raises:
-        ConfigError: the port is taken or can't be used.
-    """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port {port}: must lie between 0 (a free one) and 65535.")
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-        bound.listen()  # from now on a browser that is too early waits instead of being refused
-    except OSError as error:
-        bound.close()
-        raise ConfigError(f"--port {port}: can't be used ({error.strerror}); --port 0 takes a free one.") from error
-    return bound
 
 
 def serve(paths: Sequence[Path], bound: socket.socket) -> None:
