@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cagsr.flow import Prompt, PromptBatch, RewardBatch, Rollout, Scores
+from cagsr.flow import Prompt, PromptAttention, PromptBatch, RewardBatch, Rollout, Scores
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def make_reward_batch() -> Callable[..., RewardBatch]:
                 certainty=torch.rand(batch, response, generator=g) * 3,
                 sampling_correction=torch.zeros(batch, response),
                 values=torch.randn(batch, response, generator=g),
-                attention=attention,
+                attention=PromptAttention(attention),
             ),
             reference_logprobs=-torch.rand(batch, response, generator=g),
             attention=attention,

@@ -12,9 +12,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
-from cagsr.flow import PromptBatch, Rollout
+from cagsr.flow import Prompt, PromptBatch, Rollout
 from cagsr.models.forward import PassInputs, _shared, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.rollout.rows import rollout_rows
 from cagsr.update.score import length_sorted_chunks
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
@@ -29,7 +30,8 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
     places = torch.arange(width)[None]
     lengths = torch.tensor(prompts)[:, None]
     mask = places < lengths if loaded.encoder_decoder else places >= width - lengths
-    batch = PromptBatch((), ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
+    texts = tuple(Prompt(number + 1, "") for number in group)
+    batch = PromptBatch(texts, ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
     answer = torch.randint(3, size, (len(group), max(responses)), generator=generator)
     answered = torch.arange(max(responses))[None] < torch.tensor(responses)[:, None]
     return Rollout(batch, answer, answered, torch.ones(len(group), dtype=torch.bool), tuple("" for _ in group))
@@ -46,7 +48,7 @@ def test_logits_hidden_states_and_gradients_are_those_of_the_plain_pass(kind: st
     everyone = torch.arange(6)
     seen = []
     for share in (False, True):
-        inputs = PassInputs.of(rollout, share=share).rows(everyone)
+        inputs = PassInputs.of(rollout_rows(rollout, everyone), share=share)
         assert (inputs.shared is not None) == share
         loaded.model.zero_grad()
         logits, hidden = teacher_forced(
@@ -68,7 +70,7 @@ def test_a_prompt_is_fed_once(tmp_path: Path):
     rollout = made_up(loaded, [4] * 6, [8, 8], [0, 0, 0, 1, 1, 1])
     for share, positions in ((False, [6 * 11]), (True, [2 * 8, 6 * 3])):
         fed.clear()
-        inputs = PassInputs.of(rollout, share=share).rows(torch.arange(6))
+        inputs = PassInputs.of(rollout_rows(rollout, torch.arange(6)), share=share)
         teacher_forced(loaded.model, inputs, False, loaded.pad_token_id)
         assert fed == positions
 

@@ -24,11 +24,11 @@ from cagsr.config import (
 )
 from cagsr.errors import ConfigError, RewardError, RunError
 from cagsr.flow import Reward, RewardBatch
-from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
+from cagsr.reward.build import attention_terms, build_reward, check_reward_config, reward_warnings
 from cagsr.reward.combine import RewardFunction, reward_metrics
 from cagsr.reward.metrics import variance_share, within_group_correlation
 from cagsr.reward.protocol import Partial, RewardTerm
-from cagsr.reward.terms import builtin_terms, needs_attention
+from cagsr.reward.terms import builtin_terms
 
 MakeBatch = Callable[..., RewardBatch]
 
@@ -347,8 +347,19 @@ def test_builtin_terms_are_terms_and_the_default_reads_attention() -> None:
         "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
-    assert needs_attention(RewardConfig())
-    assert not needs_attention(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0)))
+
+
+def test_which_attention_a_reward_needs() -> None:
+    def needed(config: RewardConfig) -> list[str]:
+        found = attention_terms(build_reward(config, device="cpu").terms)
+        assert found is not None
+        return [term.name for term in found]
+
+    assert needed(RewardConfig()) == ["coverage"]
+    assert needed(EVERYTHING) == ["coverage", "copy_coverage", "mean_mass", "focus"]
+    assert needed(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))) == []
+    # A term of the user's may look at the maps.
+    assert attention_terms([*build_reward(EVERYTHING, device="cpu").terms, sequence([1.0])]) is None
 
 
 # --- what is logged

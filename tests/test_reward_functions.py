@@ -14,7 +14,7 @@ import torch
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
-from cagsr.reward.build import build_reward
+from cagsr.reward.build import attention_terms, build_reward
 from cagsr.reward.functions import import_dotted, load_function
 from cagsr.reward.protocol import Partial
 
@@ -182,6 +182,11 @@ def test_paths_that_fail(module: Any, path: str, words: str) -> None:
 def test_the_setting_is_named() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.metric"):
         import_dotted("nowhere_at_all.f", "evaluation.metric")
+
+
+def test_only_functions_of_the_batch_have_the_attention_maps_kept(module: Any) -> None:
+    assert attention_terms([load_function("user_rewards_for_test.trl_without_kwargs")]) == []
+    assert attention_terms([load_function("user_rewards_for_test.on_batch")]) is None
 
 
 def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> None:

@@ -47,13 +47,15 @@ def test_one_batch_of_eight_equals_eight_batches_of_one(kind: str, tmp_path: Pat
     sampling = SamplingConfig(temperature=1.3)
     together = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=8)
     alone = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=1)
-    for name in ("logprobs", "entropy", "certainty", "values", "attention"):
+    for name in ("logprobs", "entropy", "certainty", "values"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=2e-5, rtol=1e-4)
+    maps = together.attention.maps
+    torch.testing.assert_close(maps, alone.attention.maps, atol=2e-5, rtol=1e-4)
     mask = rollout.response_mask
     assert (together.logprobs[~mask] == 0).all()
     assert (together.logprobs[mask] < 0).all()
-    assert (together.attention[:, 0].sum(1) > 0.01).all()  # later rows may lie beyond a sliding window
-    assert (together.attention.transpose(1, 2)[~rollout.prompts.mask] == 0).all()
+    assert (maps[:, 0].sum(1) > 0.01).all()  # later rows may lie beyond a sliding window
+    assert (maps.transpose(1, 2)[~rollout.prompts.mask] == 0).all()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

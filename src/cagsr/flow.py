@@ -71,6 +71,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class PromptAttention:
+    """What a scoring pass kept of the prompt attention, averaged over layers and heads."""
+
+    maps: Tensor | None  # (batch, response, prompt); None: only the values below were kept
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # reward term -> (batch,), or dense (batch, response)
+
+
+@dataclass(frozen=True)
 class Scores:
     """What one teacher-forced pass over prompt + response reads, at the sampling temperature."""
 
@@ -79,7 +87,7 @@ class Scores:
     certainty: Tensor  # (batch, response) KL(uniform || policy), nats (self-certainty, arXiv 2505.19590)
     sampling_correction: Tensor  # (batch, response) log policy - log sampler, 0 where both are the same distribution
     values: Tensor | None = None  # (batch, response) value estimates before each response token
-    attention: Tensor | None = None  # (batch, response, prompt) prompt attention, averaged over layers and heads
+    attention: PromptAttention | None = None  # the scored policy's; None: not read
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,9 @@ class RewardBatch:
     reference_logprobs: Tensor | None  # (batch, response) under the frozen starting model
     attention: Tensor | None  # (batch, response, prompt) from the policy or the reference, as configured
     word_attention: Tensor | None  # (batch, response, words) the same, pieces of a word pooled
+    read: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # terms worked out while the attention was read, no map kept
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -186,7 +186,7 @@ def _measure(
                 coverage[Setting(name, pooling, threshold)] = saturating_coverage(words, salience, mask, threshold)
             if pooling != configured.pooling:
                 continue
-            seen = RewardBatch(rollout, replace(scores, attention=attention), scores.logprobs, attention, words)
+            seen = RewardBatch(rollout, scores, scores.logprobs, attention, words)
             if name == configured.layers:
                 terms = scorer.values(seen)
             by_layers[name] = {

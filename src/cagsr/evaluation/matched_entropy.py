@@ -23,6 +23,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
+from cagsr.rollout.rows import rollout_rows
 from cagsr.update.score import length_sorted_chunks
 from cagsr.update.statistics import token_entropy
 
@@ -111,7 +112,7 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
     with loaded.autocast():
         share = shares_prompts(loaded)
         for index in length_sorted_chunks(rollout, size, share=share):
-            inputs = PassInputs.of(rollout, share=share).rows(index)
+            inputs = PassInputs.of(rollout_rows(rollout, index), share=share)
             logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
             found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
             mean = found.double().sum(dim=1) / inputs.response_mask.sum(dim=1)

@@ -21,10 +21,10 @@ from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward
+from cagsr.reward.keep import reward_batch
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.terms import builtin_terms
 from cagsr.reward.values import term_values
-from cagsr.reward.words import pool_words
 from cagsr.update.score import score_policy
 
 
@@ -177,10 +177,7 @@ class Scorer:
             reader=self.reader,
             micro_batch_size=self.micro_batch_size,
         )
-        assert scores.attention is not None
-        prompts = rollout.prompts
-        words = pool_words(scores.attention, prompts.words, prompts.salience.shape[1], self.salience.pooling)
-        return RewardBatch(rollout, scores, scores.logprobs, scores.attention, words)
+        return reward_batch(rollout, scores, scores.logprobs, scores.attention, self.salience.pooling)
 
     def values(self, batch: RewardBatch) -> dict[str, Tensor]:
         """Give every term's raw values, name -> ``(batch,)`` float32 on the CPU, NaN where a term does not apply.

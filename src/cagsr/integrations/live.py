@@ -22,9 +22,9 @@ from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout
 from cagsr.models.load import LoadedModel
 from cagsr.reward.build import check_reward_config
+from cagsr.reward.keep import reward_batch
 from cagsr.reward.terms import needs_associations
 from cagsr.reward.values import term_values
-from cagsr.reward.words import pool_words
 from cagsr.update.score import score_policy, score_reference
 
 
@@ -125,10 +125,7 @@ class LiveScorer:
             logprobs, attention = score_reference(
                 model, self.loaded, rollout, sampling.temperature, reader=self._reader, micro_batch_size=size
             )
-        assert attention is not None
-        prompts, pooling = rollout.prompts, self.scorer.salience.pooling
-        words = pool_words(attention, prompts.words, prompts.salience.shape[1], pooling)
-        return RewardBatch(rollout, scores, logprobs, attention, words)
+        return reward_batch(rollout, scores, logprobs, attention, self.scorer.salience.pooling)
 
 
 @contextmanager

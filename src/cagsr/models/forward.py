@@ -38,7 +38,6 @@ class PassInputs:
     prompt_mask: Tensor  # (batch, prompt)
     response_ids: Tensor  # (batch, response)
     response_mask: Tensor  # (batch, response)
-    group: Tensor | None = None  # (batch,): rows with the same number hold the same prompt; None: not told
     shared: SharedPrompts | None = None  # where each prompt is read once for its answers
 
     @classmethod
@@ -47,35 +46,18 @@ class PassInputs:
 
         Args:
             rollout: prompts and answers.
-            share: let ``rows`` read a prompt once for all of its answers; only for models that ``shares_prompts`` says
-                yes of.
+            share: read a prompt once for all of its answers, where that pays; only for models that ``shares_prompts``
+                says yes of.
         """
         prompts = rollout.prompts
-        group = prompts.group if share else None
-        return cls(prompts.ids, prompts.mask, rollout.response_ids, rollout.response_mask, group)
+        shared = _shared(prompts.group) if share else None
+        return cls(prompts.ids, prompts.mask, rollout.response_ids, rollout.response_mask, shared)
 
     @classmethod
     def tiny(cls, device: torch.device) -> PassInputs:
         """Make the smallest batch any model takes."""
         ids = torch.ones(1, 2, dtype=torch.long, device=device)
         return cls(ids, ids.bool(), ids, ids.bool())
-
-    def rows(self, index: Tensor) -> PassInputs:
-        """Select sequences, cut to the longest prompt and response among them (no padding waste).
-
-        Prompts padded on the left lose columns on the left, prompts padded on the right lose them on the right.
-        """
-        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        columns = prompt_mask.any(dim=0).nonzero().flatten()
-        first, last = int(columns[0]), int(columns[-1]) + 1
-        length = max(1, int(response_mask.sum(dim=1).max()))
-        return PassInputs(
-            self.prompt_ids[index, first:last],
-            prompt_mask[:, first:last],
-            self.response_ids[index, :length],
-            response_mask[:, :length],
-            shared=None if self.group is None else _shared(self.group[index]),
-        )
 
 
 def shares_prompts(loaded: LoadedModel) -> bool:

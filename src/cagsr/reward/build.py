@@ -11,9 +11,10 @@ from cagsr.config import RewardConfig
 from cagsr.errors import ConfigError
 from cagsr.reward.association import Associations
 from cagsr.reward.combine import Reduce, RewardFunction
-from cagsr.reward.functions import load_function
-from cagsr.reward.model import load_reward_model
-from cagsr.reward.terms import ASSOCIATION_TERMS, builtin_terms, needs_associations
+from cagsr.reward.functions import TextFunction, load_function
+from cagsr.reward.model import RewardModel, load_reward_model
+from cagsr.reward.protocol import RewardTerm
+from cagsr.reward.terms import ASSOCIATION_TERMS, AttentionTerm, BuiltinTerm, builtin_terms, needs_associations
 
 
 def build_reward(
@@ -57,6 +58,18 @@ def build_reward(
     return RewardFunction(
         [term for term, _ in terms], [weight for _, weight in terms], config.normalize, config.clip, reduce
     )
+
+
+def attention_terms(terms: Sequence[RewardTerm]) -> list[AttentionTerm] | None:
+    """What a loop need work out of each micro-batch's attention, so that no map is kept.
+
+    Returns:
+        The terms that read the attention, none of them if there is no such term; None: a function of the user's may
+        look at the maps, so they must be kept.
+    """
+    if not all(isinstance(term, BuiltinTerm | TextFunction | RewardModel) for term in terms):
+        return None
+    return [term for term in terms if isinstance(term, AttentionTerm)]
 
 
 def check_reward_config(config: RewardConfig) -> None:

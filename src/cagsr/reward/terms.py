@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cagsr.config import RewardConfig
 from cagsr.errors import RewardError
-from cagsr.flow import RewardBatch
+from cagsr.flow import RewardBatch, Rollout
 from cagsr.reward.association import Associations
 from cagsr.reward.certainty import mean_certainty
 from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, saturating_coverage
@@ -26,12 +26,6 @@ ASSOCIATION_TERMS = frozenset({"associated_coverage", "unsupported"})
 """Names of the terms that need associations, learned from the model's own answers."""
 
 
-def _captured(attention: Tensor | None, name: str) -> Tensor:
-    if attention is None:
-        raise RewardError(f"reward term {name!r} reads the prompt attention, but none was captured for this batch")
-    return attention
-
-
 @dataclass(frozen=True)
 class Coverage:
     """Saturating coverage; see :func:`cagsr.reward.coverage.saturating_coverage`."""
@@ -42,9 +36,12 @@ class Coverage:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
+        return _of_batch(self, batch)
+
+    def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
+        """As a call does, from the maps themselves."""
         formula = coverage_gains if self.dense else saturating_coverage
-        attention = _captured(batch.word_attention, self.name)
-        return formula(attention, batch.rollout.prompts.salience, batch.rollout.response_mask, self.threshold)
+        return formula(word_attention, rollout.prompts.salience, rollout.response_mask, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,12 @@ class CopyCoverage:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``."""
-        rollout = batch.rollout
+        return _of_batch(self, batch)
+
+    def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
+        """As a call does, from the maps themselves."""
         return copy_coverage(
-            _captured(batch.word_attention, self.name),
+            word_attention,
             rollout.prompts.salience,
             rollout.response_ids,
             rollout.response_mask,
@@ -76,10 +76,13 @@ class GroundedCoverage:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
-        rollout = batch.rollout
+        return _of_batch(self, batch)
+
+    def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
+        """As a call does, from the maps themselves."""
         formula = grounded_coverage_gains if self.dense else grounded_coverage
         return formula(
-            _captured(batch.attention, self.name),
+            attention,
             rollout.response_ids,
             rollout.response_mask,
             rollout.prompts.ids,
@@ -128,8 +131,11 @@ class MeanMass:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``."""
-        attention = _captured(batch.attention, self.name)
-        return mean_mass(attention, batch.rollout.prompts.words, batch.rollout.response_mask)
+        return _of_batch(self, batch)
+
+    def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
+        """As a call does, from the maps themselves."""
+        return mean_mass(attention, rollout.prompts.words, rollout.response_mask)
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,11 @@ class Focus:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``."""
-        attention = _captured(batch.word_attention, self.name)
-        return focus(attention, batch.rollout.prompts.salience, batch.rollout.response_mask, self.entropy_floor)
+        return _of_batch(self, batch)
+
+    def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
+        """As a call does, from the maps themselves."""
+        return focus(word_attention, rollout.prompts.salience, rollout.response_mask, self.entropy_floor)
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,20 @@ class Length:
         return length(batch.rollout.response_mask, self.target)
 
 
+AttentionTerm = Coverage | CopyCoverage | GroundedCoverage | MeanMass | Focus
+"""The terms that read the prompt attention; they look at one answer at a time, so that any part of a batch will do."""
+BuiltinTerm = AttentionTerm | AssociatedCoverage | Unsupported | Repetition | SelfCertainty | Length
+
+
+def _of_batch(term: AttentionTerm, batch: RewardBatch) -> Tensor:
+    """The term's value for a batch: worked out already while the attention was read, or from the maps."""
+    if term.name in batch.read:
+        return batch.read[term.name]
+    if batch.attention is None or batch.word_attention is None:
+        raise RewardError(f"reward term {term.name!r} reads the prompt attention, but none was captured for this batch")
+    return term.read(batch.rollout, batch.attention, batch.word_attention)
+
+
 def builtin_terms(config: RewardConfig, associations: Associations | None = None) -> list[tuple[RewardTerm, float]]:
     """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all).
 
@@ -213,9 +236,3 @@ def builtin_terms(config: RewardConfig, associations: Associations | None = None
 def needs_associations(config: RewardConfig) -> bool:
     """Whether a term with a weight needs associations."""
     return config.associated_coverage.weight != 0 or config.unsupported.weight != 0
-
-
-def needs_attention(config: RewardConfig) -> bool:
-    """Whether the reward may read the prompt attention: a built-in term does, or a user's function could."""
-    weights = {term.name: weight for term, weight in builtin_terms(config)}
-    return bool(config.functions) or any(weights[name] != 0 for name in ATTENTION_TERMS)

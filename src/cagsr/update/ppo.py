@@ -22,18 +22,20 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, Experience, Reward, RewardBatch, Rollout
+from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import PassInputs, shares_prompts
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, shard, whole
 from cagsr.prompts.batch import collate_prompts
+from cagsr.reward.build import attention_terms
 from cagsr.reward.combine import RewardFunction
+from cagsr.reward.keep import reward_batch
 from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.repetition import repetition, without_stop_token
-from cagsr.reward.words import pool_words
 from cagsr.rollout.build import build_sampler
+from cagsr.rollout.rows import rollout_rows
 from cagsr.update.engine_mismatch import account_for_engine
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
@@ -66,6 +68,7 @@ class PPO:
         attention = config.attention
         watched = self.reference.module if attention.source == "reference" else loaded.model
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self.attention_terms = attention_terms(reward.terms)
         self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
@@ -95,6 +98,8 @@ class PPO:
             device=loaded.device,
             first_group=self.accelerator.process_index * len(prompts),
         )
+        terms, pooling = self.attention_terms, config.salience.pooling
+        reader = None if terms == [] else self.reader  # no term looks at the attention: it is not read
         from_policy = config.attention.source == "policy"
         with whole(self.actor_critic):
             with self.clock.part("rollout"):
@@ -105,8 +110,10 @@ class PPO:
                     loaded,
                     rollout,
                     config.sampling,
-                    reader=self.reader if from_policy else None,
+                    reader=reader if from_policy else None,
                     micro_batch_size=micro,
+                    terms=terms,
+                    pooling=pooling,
                 )
         scores, sampler_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"), self.reference.model() as reference:
@@ -115,16 +122,14 @@ class PPO:
                 loaded,
                 rollout,
                 config.sampling.temperature,
-                reader=None if from_policy else self.reader,
+                reader=None if from_policy else reader,
                 micro_batch_size=micro,
+                terms=terms,
+                pooling=pooling,
             )
         attention = scores.attention if from_policy else reference_attention
-        assert attention is not None
-
         with self.clock.part("reward"):
-            words = pool_words(attention, batch.words, batch.salience.shape[1], config.salience.pooling)
-            reward_batch = RewardBatch(rollout, scores, reference_logprobs, attention, words)
-            reward = self.reward(reward_batch)
+            reward = self.reward(reward_batch(rollout, scores, reference_logprobs, attention, pooling))
             advantages = estimate_advantages(
                 config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
             )
@@ -217,7 +222,7 @@ class PPO:
         share = shares_prompts(self.loaded) and not self.accelerator.is_fsdp2
         chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
         for number, chunk in enumerate(chunks):
-            inputs = PassInputs.of(rollout, share=share).rows(chunk)
+            inputs = PassInputs.of(rollout_rows(rollout, chunk), share=share)
             mask = inputs.response_mask
             width = mask.shape[1]
             last = number == len(chunks) - 1

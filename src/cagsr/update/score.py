@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading, ReadingsInTurn
 from cagsr.config import SamplingConfig
-from cagsr.flow import Rollout, Scores
+from cagsr.flow import PromptAttention, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.reward.certainty import self_certainty
+from cagsr.reward.keep import AttentionKeeper
+from cagsr.reward.terms import AttentionTerm
+from cagsr.rollout.rows import rollout_rows
 from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_logprobs
 
 
@@ -66,6 +70,8 @@ def score_policy(
     *,
     reader: PromptAttentionReader | None,
     micro_batch_size: int,
+    terms: Sequence[AttentionTerm] | None = None,
+    pooling: Literal["sum", "max"] = "sum",
 ) -> Scores:
     """Read everything the reward and the update need from one pass over the policy.
 
@@ -76,23 +82,26 @@ def score_policy(
         sampling: how they were sampled.
         reader: reads the prompt attention in the same pass; None: not read here.
         micro_batch_size: sequences in memory at once.
+        terms: what to make of each micro-batch's attention, whose maps are then dropped; None: keep the maps.
+        pooling: how the pieces of a word are put together for them.
 
     Returns:
-        Scores, ``(batch, response)`` each, zero on padding; attention ``(batch, response, prompt)``.
+        Scores, ``(batch, response)`` each, zero on padding; of the attention the maps or the terms' values.
     """
     shape = rollout.response_ids.shape
     zeros = torch.zeros(shape, device=rollout.response_ids.device)
     parts = {name: zeros.clone() for name in ("logprobs", "entropy", "certainty", "correction", "values")}
-    attention = None if reader is None else _empty_attention(rollout)
+    keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     temperature = sampling.temperature or 1.0
     share = shares_prompts(loaded)
     with torch.no_grad(), loaded.autocast():
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
-            inputs = PassInputs.of(rollout, share=share).rows(index)
+            part = rollout_rows(rollout, index)
+            inputs = PassInputs.of(part, share=share)
             with _reading(reader, inputs, loaded.encoder_decoder) as reading:
                 logits, values = actor_critic(inputs)
-            if attention is not None and reading is not None:
-                _place_attention(attention, _attention_of(reading, inputs), index, loaded.encoder_decoder)
+            if keeper is not None and reading is not None:
+                keeper.add(index, part, _attention_of(reading, inputs))
             ids, mask = inputs.response_ids, inputs.response_mask
             logprobs, entropy = logprobs_and_entropy(logits, ids, temperature)
             found = {
@@ -111,7 +120,7 @@ def score_policy(
         certainty=parts["certainty"],
         sampling_correction=parts["correction"],
         values=parts["values"] if actor_critic.value_head is not None else None,
-        attention=attention,
+        attention=None if keeper is None else keeper.kept,
     )
 
 
@@ -123,7 +132,9 @@ def score_reference(
     *,
     reader: PromptAttentionReader | None,
     micro_batch_size: int,
-) -> tuple[Tensor, Tensor | None]:
+    terms: Sequence[AttentionTerm] | None = None,
+    pooling: Literal["sum", "max"] = "sum",
+) -> tuple[Tensor, PromptAttention | None]:
     """Log-probabilities (and prompt attention) of the answers under the frozen starting model.
 
     Args:
@@ -133,23 +144,26 @@ def score_reference(
         temperature: the sampling temperature.
         reader: reads the reference's prompt attention; None: not read here.
         micro_batch_size: sequences in memory at once.
+        terms: what to make of each micro-batch's attention, whose maps are then dropped; None: keep the maps.
+        pooling: how the pieces of a word are put together for them.
 
     Returns:
-        ``(batch, response)`` float32, zero on padding, and ``(batch, response, prompt)`` or None.
+        ``(batch, response)`` float32, zero on padding, and what was kept of the attention, None if it was not read.
     """
     logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-    attention = None if reader is None else _empty_attention(rollout)
+    keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     share = shares_prompts(loaded)
     with torch.no_grad(), loaded.autocast():
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
-            inputs = PassInputs.of(rollout, share=share).rows(index)
+            part = rollout_rows(rollout, index)
+            inputs = PassInputs.of(part, share=share)
             with _reading(reader, inputs, loaded.encoder_decoder) as reading:
                 logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
-            if attention is not None and reading is not None:
-                _place_attention(attention, _attention_of(reading, inputs), index, loaded.encoder_decoder)
+            if keeper is not None and reading is not None:
+                keeper.add(index, part, _attention_of(reading, inputs))
             found = token_logprobs(logits, inputs.response_ids, temperature)
             logprobs[index, : found.shape[1]] = found.masked_fill(~inputs.response_mask, 0.0)
-    return logprobs, attention
+    return logprobs, None if keeper is None else keeper.kept
 
 
 def _reading(
@@ -176,15 +190,3 @@ def _attention_of(reading: Reading | ReadingsInTurn, inputs: PassInputs) -> Tens
     assert inputs.shared is not None
     first, *rest = reading.attention
     return torch.cat([first.index_select(0, inputs.shared.of_row), *rest], dim=1)
-
-
-def _empty_attention(rollout: Rollout) -> Tensor:
-    batch, response = rollout.response_ids.shape
-    return torch.zeros(batch, response, rollout.prompts.ids.shape[1], device=rollout.response_ids.device)
-
-
-def _place_attention(buffer: Tensor, found: Tensor, index: Tensor, encoder_decoder: bool) -> None:
-    """Put a micro-batch, cut on the side of its padding, back into the full width."""
-    response, prompt = found.shape[1:]
-    columns = slice(0, prompt) if encoder_decoder else slice(buffer.shape[2] - prompt, None)
-    buffer[index, :response, columns] = found

@@ -1,0 +1,91 @@
+"""``python -m benchmarks.kept_maps``: what a step holds of the attention of all its answers, by prompt length.
+
+Once with the maps kept until the reward is computed, as a reward function of the user's may need them, and once with
+the built-in terms worked out of each micro-batch and its maps dropped. The maps are random, in place of a model's: this
+is about what comes after the reading. Every point is a process of its own; memory is the peak above what was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.capture import peak_of
+from cagsr.flow import Prompt, PromptBatch, Rollout, Scores
+from cagsr.reward.keep import AttentionKeeper, reward_batch
+from cagsr.reward.terms import AttentionTerm, Coverage, GroundedCoverage
+from cagsr.reward.values import term_values
+from cagsr.rollout.rows import rollout_rows
+
+LENGTHS = (256, 1024, 4096, 16384)
+ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
+TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, dense=False))
+
+
+def measure(prompt: int) -> dict[str, float]:
+    """MiB at the peak of reading and rewarding a step's answers, with and without keeping the maps."""
+    rollout = _rollout(prompt)
+    zeros = torch.zeros(ANSWERS, RESPONSE)
+    scores = Scores(zeros, zeros, zeros, zeros)
+
+    def run(keep: bool) -> None:
+        keeper = AttentionKeeper(rollout, None if keep else TERMS)
+        for index in torch.arange(ANSWERS).split(MICRO_BATCH):
+            keeper.add(index, rollout_rows(rollout, index), torch.rand(len(index), RESPONSE, prompt) / prompt)
+        batch = reward_batch(rollout, scores, None, keeper.kept)
+        for term in TERMS:
+            term_values(term, batch)
+
+    run(False)  # libraries allocate their own buffers at the first call
+    return {name: peak_of(lambda keep=keep: run(keep)) for name, keep in (("worked out", False), ("kept", True))}  # type: ignore[misc]
+
+
+def _rollout(prompt: int) -> Rollout:
+    """Random answers to one prompt, half of whose tokens are salient, two to a word."""
+    torch.manual_seed(0)
+    numbers = torch.arange(prompt)
+    words = torch.where(numbers % 4 < 2, numbers // 4, -1).expand(ANSWERS, prompt)
+    prompts = PromptBatch(
+        prompts=(Prompt(1, ""),) * ANSWERS,
+        ids=torch.randint(0, 1000, (1, prompt)).expand(ANSWERS, prompt),
+        mask=torch.ones(ANSWERS, prompt, dtype=torch.bool),
+        words=words,
+        salience=torch.ones(ANSWERS, int(words.max()) + 1),
+        group=torch.zeros(ANSWERS, dtype=torch.int64),
+    )
+    shape = (ANSWERS, RESPONSE)
+    mask = torch.ones(shape, dtype=torch.bool)
+    return Rollout(prompts, torch.randint(0, 1000, shape), mask, torch.ones(ANSWERS).bool(), ("",) * ANSWERS)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every length and print a line for each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kept_maps", description=__doc__)
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="longest prompt in tokens (default: 16384)")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.one:
+        sys.stdout.write(json.dumps(measure(arguments.one)) + "\n")
+        return
+    for prompt in (length for length in LENGTHS if length <= arguments.longest):
+        # Large blocks go back to the system as soon as they are freed: the peak is of what is held at once.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-m", "benchmarks.kept_maps", "--one", str(prompt)]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        maps = ANSWERS * RESPONSE * prompt * 4 / 2**20
+        sys.stdout.write(
+            f"{prompt} prompt tokens: maps alone {maps:.0f} MiB; kept {found['kept']:.0f} MiB, worked out "
+            f"{found['worked out']:.0f} MiB at the peak: {found['kept'] / max(found['worked out'], 1.0):.1f} times\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
