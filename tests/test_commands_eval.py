@@ -141,6 +141,20 @@ def test_two_files_of_answers_are_paired_by_prompt(tmp_path: Path) -> None:
     assert measures["rouge_l"]["per_prompt"] == pytest.approx([0.8 - 0.5, 0.8 - 0.5, 0.8 - 1.0])
 
 
+def test_messages_made_of_parts_are_their_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "the red "}, {"type": "text", "text": "cat"}]}]
+    said = [{"role": "assistant", "content": [{"type": "text", "text": "the red cat"}]}]
+    parts = write(tmp_path / "parts.jsonl", [{"prompt": asked, "completion": said}])
+    assert evaluate("--answers", parts, "--output", tmp_path / "eval.json") == 0
+    measures = json.loads((tmp_path / "eval.json").read_text())["results"][0]["measures"]
+    assert measures["words"]["per_prompt"] == [3]
+    assert measures["lexical_relevance"]["per_prompt"] == [1]
+    image = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": image, "completion": "a"}])
+    assert evaluate("--answers", bad) == 2
+    assert "row 1: message 1 needs a role and a content that are text" in capsys.readouterr().err
+
+
 WORDS = ("cat", "dog", "bird")
 
 

@@ -14,7 +14,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.load import Row, load_rows
-from cagsr.prompts.render import render_prompt, text_of
+from cagsr.prompts.render import messages_of, render_prompt, text_of
 
 _RECORDED = ("tokens", "ended")
 """Columns of ``cagsr generate`` that are measures themselves."""
@@ -96,10 +96,7 @@ def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prom
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
         # No model, so no chat template: the contents as they are.
         columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
-        try:
-            messages = tuple({"role": str(entry["role"]), "content": str(entry["content"])} for entry in value)
-        except KeyError as error:
-            raise DataError(f"{row.source}, row {row.number}: a chat message has no {error}; mend the row.") from error
+        messages = messages_of(value, f"{row.source}, row {row.number}")
         text = "\n".join(message["content"] for message in messages)
         return Prompt(row=row.number, text=text, messages=messages, columns=columns)
     return render_prompt(values, row.number, config, SalienceConfig(), None, source=row.source)

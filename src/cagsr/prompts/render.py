@@ -80,8 +80,18 @@ def text_of(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and all(isinstance(entry, Mapping) and "content" in entry for entry in value):
-        return "\n".join(str(entry["content"]) for entry in value)
+        contents = [content_of(entry["content"]) for entry in value]
+        if all(content is not None for content in contents):
+            return "\n".join(content for content in contents if content is not None)
+        raise DataError("A message's content is not text (images are not supported).")
     raise DataError(f"Expected text or a list of chat messages, found {_kind(value)}.")
+
+
+def content_of(content: Any) -> str | None:
+    """The text of a message's content: text, or a list of parts of type text; None where it is neither."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else None
 
 
 def _conversation(
@@ -142,15 +152,25 @@ def _move_spans(marked: Sequence[tuple[Range, ...]], rendered: Rendered, where: 
 
 
 def _content(entry: Mapping[str, Any], position: int, where: str) -> str:
-    content = entry.get("content")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(entry.get("role"), str) or not isinstance(content, str):
+    content = content_of(entry.get("content"))
+    if not isinstance(entry.get("role"), str) or content is None:
         raise DataError(
             f"{where}: message {position} needs a role and a content that are text (images are not supported); "
             f"it has {', '.join(f'{name}: {_kind(part)}' for name, part in entry.items()) or 'nothing'}."
         )
     return content
+
+
+def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, str], ...]:
+    """Check chat messages and take their text, without a template.
+
+    Raises:
+        DataError: a message without a role or a text; ``where`` (file and row) opens the message.
+    """
+    return tuple(
+        {"role": str(entry.get("role")), "content": _content(entry, position, where)}
+        for position, entry in enumerate(value, start=1)
+    )
 
 
 def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str, tuple[Range, ...]]:

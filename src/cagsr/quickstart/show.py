@@ -209,6 +209,7 @@ def next_steps(console: Console, folder: Path, seconds: float) -> None:
             f"cagsr diagnose --model {folder / 'start'} --data {prompts} --checker cagsr.quickstart.task.facts_metric",
             "what does each reward term see in this model? Here a checker knows the truth",
         ),
+        (f"cagsr report {folder}", "the training run as a page: curves, warnings, answers over time, costs"),
         (
             "cagsr diagnose --model YOUR_MODEL --data YOUR_PROMPTS.jsonl",
             "the same for a model of yours, before you train it",
