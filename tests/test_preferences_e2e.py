@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 from examples.e2e import preferences, prepare
-from examples.e2e.preferences import EVALUATION, JUDGE, TRAINED_ON, Options, fact_sets, human_rows, prepare_preferences
+from examples.e2e.preferences import (
+    EVALUATION,
+    JUDGE,
+    TRAINED_ON,
+    Options,
+    fact_sets,
+    human_rows,
+    prepare_preferences,
+    simple_rules,
+)
 from examples.e2e.prepare import read_jsonl, write_jsonl
 
 from cagsr.errors import DataError
@@ -48,6 +57,20 @@ def small(tmp_path: Path) -> Options:
         ],
     )
     return Options(work=work, data=data, held_out=0.5, synthetic=5)
+
+
+def test_what_simple_rules_would_have_chosen() -> None:
+    prompt = "name: Cotto | area: riverside =>"
+    full, short = "Cotto is by the riverside.", "Cotto is a nice and lovely place."
+    pairs = [
+        {"prompt": prompt, "chosen": full, "rejected": short},  # 5 words against 7, 0 missed against 1
+        {"prompt": prompt, "chosen": full, "rejected": full},  # a tie in both
+        {"prompt": prompt, "chosen": short, "rejected": "Cotto."},  # longer, as much missed
+    ]
+    assert simple_rules(pairs) == {
+        "the longer answer": pytest.approx((0 + 0.5 + 1) / 3),
+        "the answer with fewer missed facts": pytest.approx((1 + 0.5 + 0.5) / 3),
+    }
 
 
 def test_judgements_are_written_as_the_models_read_and_write(small: Options) -> None:

@@ -17,10 +17,12 @@ import tyro
 
 from cagsr.config import CorruptionConfig
 from cagsr.errors import DataError
+from cagsr.evaluation.metrics import words
 from cagsr.preferences.corrupt import SupervisedPair, synthesize
 from cagsr.preferences.split import split_by_prompt
 from examples.e2e.facts import Fact, as_prompt, parse
 from examples.e2e.prepare import SHARED, read_jsonl, tidy, write_jsonl
+from examples.e2e.slots import check
 
 Rows = list[dict[str, Any]]
 Prompts = set[frozenset[Fact]]
@@ -60,9 +62,11 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write the files and say how many rows they have."""
+    """Write the files, say how many rows they have, and how often people preferred what a simple rule would."""
     counts = prepare_preferences(options)
     print(f"{options.work}: " + ", ".join(f"{count:,} in {name}" for name, count in counts.items()))
+    won = simple_rules(read_jsonl(options.work / "human.held_out.jsonl"))
+    print(f"held-out pairs: {', '.join(f'{rule} wins {share:.1%}' for rule, share in won.items())}")
 
 
 def prepare_preferences(options: Options) -> dict[str, int]:
@@ -117,6 +121,23 @@ def human_rows(rows: Iterable[dict[str, Any]]) -> Rows:
         }
         for row in rows
     ]
+
+
+def simple_rules(pairs: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Share of the pairs in which the chosen answer is the one that a simple rule would choose; ties count half.
+
+    What a reward model learns beyond length and completeness shows only above these.
+    """
+    rules = {
+        "the longer answer": lambda pair, side: len(words(pair[side])),
+        "the answer with fewer missed facts": lambda pair, side: -len(check(pair["prompt"], pair[side]).missed),
+    }
+    won: dict[str, list[float]] = {name: [] for name in rules}
+    for pair in pairs:
+        for name, rule in rules.items():
+            chosen, rejected = rule(pair, "chosen"), rule(pair, "rejected")
+            won[name].append(0.5 if chosen == rejected else float(chosen > rejected))
+    return {name: sum(found) / max(len(found), 1) for name, found in won.items()}
 
 
 def facts_of(row: dict[str, Any]) -> frozenset[Fact]:
