@@ -106,6 +106,18 @@ def test_contrasts_take_gains_at_matched_entropy(results: Results):
     assert found["no RL (start)", "gain at matched entropy"].startswith("-0.100")
 
 
+def test_methods_against_one_are_paired_on_the_seeds_that_both_have(results: Results):
+    (table,) = tables.against(results, ["half", "people"], "ours", ["missed"], "Against ours")
+    assert table.header[2:] == ("sampled", "gain at matched entropy", "greedy")
+    # half has one of the two seeds, and on it the values of ours.
+    assert row(table, "half")[1:] == ("1", *["0.000 [0.000, 0.000]"] * 3)
+    assert row(table, "people")[1] == "2"
+    assert row(table, "people")[2].startswith("0.200 [0.200, 0.200]")
+    assert row(table, "people")[3].startswith("0.100 [0.100, 0.100]")
+    assert row(table, "people")[4].startswith("0.000 [0.000, 0.000]")
+    assert "6 comparisons" in table.note
+
+
 def test_win_rates_count_ties_half(results: Results):
     table = tables.win_rates(results, ["ours"])
     assert table is not None

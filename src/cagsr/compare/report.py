@@ -123,7 +123,7 @@ def compose(results: Results, command: str, failures: Sequence[Failure]) -> list
             Section(
                 "How many labels does the self-reward save?",
                 ("Reward models are trained on nested subsets of the same human pairs, from each seed's own start.",),
-                (labels, *accuracy),
+                (labels, *accuracy, *tables.gains(results, groups["labels"], primary, "Runs with labels")),
                 picture,
             )
         )
@@ -132,7 +132,12 @@ def compose(results: Results, command: str, failures: Sequence[Failure]) -> list
             Section(
                 "Ablations",
                 (f"Each changes one thing of {plan.label(plan.base)}, which is repeated as the first row.",),
-                tuple(tables.gains(results, [plan.base, *groups["ablation"]], primary, "Ablations")),
+                (
+                    *tables.gains(results, [plan.base, *groups["ablation"]], primary, "Ablations"),
+                    *tables.against(
+                        results, groups["ablation"], plan.base, primary, f"Ablations against {plan.label(plan.base)}"
+                    ),
+                ),
             )
         )
     sections += _validity(results)

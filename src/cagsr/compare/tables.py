@@ -149,6 +149,42 @@ def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
     )
 
 
+def against(results: Results, methods: Sequence[str], base: str, measures: Sequence[str], title: str) -> list[Table]:
+    """One table a measure: each method's difference from another on the seeds that both have, corrected together."""
+    found = {}
+    for measure in measures:
+        for name in methods:
+            seeds = [seed for seed in results.seeds(name) if seed in results.seeds(base)]
+            for how in _HOWS:
+                pair = _contrast(results, name, base, how, measure, seeds) if seeds else None
+                if pair is not None:
+                    found[measure, name, how] = len(seeds), _test(name, how, measure, *pair)
+    adjusted = dict(zip(found, holm([test.p for _, test in found.values()]), strict=True))
+    tables = []
+    for measure in measures:
+        rows = []
+        for name in methods:
+            own = {how: found[measure, name, how] for how in _HOWS if (measure, name, how) in found}
+            if own:
+                cells = (
+                    f"{own[how][1].difference}{'*' if adjusted[measure, name, how] < 0.05 else ''}"
+                    if how in own
+                    else ""
+                    for how in _HOWS
+                )
+                rows.append((results.plan.label(name), str(next(iter(own.values()))[0]), *cells))
+        note = (
+            f"Difference in {measure} from {results.plan.label(base)} with the same seeds, paired by prompt, 95 % interval. "
+            f"* p < 0.05 after Holm's correction for {len(found)} comparisons."
+        )
+        if rows:
+            tables.append(Table(f"{title}: {measure}", ("method", "seeds", *map(_how, _HOWS)), tuple(rows), note))
+    return tables
+
+
+_HOWS = (SAMPLED, MATCHED, GREEDY)
+
+
 def _how(how: str) -> str:
     return {GREEDY: "greedy", MATCHED: "gain at matched entropy", SAMPLED: "sampled"}[how]
 
