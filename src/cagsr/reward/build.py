@@ -61,7 +61,7 @@ def build_reward(
 
 
 def attention_terms(terms: Sequence[RewardTerm]) -> list[AttentionTerm] | None:
-    """What a loop need work out of each micro-batch's attention, so that no map is kept.
+    """What can be worked out of each micro-batch's attention, so that no map is kept.
 
     Returns:
         The terms that read the attention, none of them if there is no such term; None: a function of the user's may
