@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks import memory
 from cagsr.attention import AttentionRegion, PromptAttentionReader
 
 MODELS = {
@@ -199,20 +200,15 @@ def summarise(case: Case, seconds: dict[str, list[float]], memory: dict[str, flo
 def peak_of(run: Callable[[], object]) -> float:
     """MiB by which the resident size rises during ``run``."""
     gc.collect()
-    if not Path("/proc/self/clear_refs").exists():  # elsewhere: the highest size since the start of the process
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not memory.can_measure():  # elsewhere: the highest size since the start of the process
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
         unit = 2**20 if sys.platform == "darwin" else 2**10
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - highest) / unit
+    memory.reset_peak()
+    before = memory.resident()
     run()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return memory.peak() - before
 
 
 def _main(case: Case) -> None:

@@ -2,20 +2,18 @@
 
 Once with the maps kept until the reward is computed, as a reward function of the user's may need them, and once with
 the built-in terms worked out of each micro-batch and its maps dropped. The maps are random, in place of a model's: this
-is about what comes after the reading. Every point is a process of its own; memory is the peak above what was there.
+is about what comes after the reading. Memory is the peak above what was there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from benchmarks import memory
 from benchmarks.capture import peak_of
 from cagsr.flow import Prompt, PromptBatch, Rollout, Scores
 from cagsr.reward.keep import AttentionKeeper, reward_batch
@@ -68,17 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every length and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kept_maps", description=__doc__)
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="longest prompt in tokens (default: 16384)")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.one:
-        sys.stdout.write(json.dumps(measure(arguments.one)) + "\n")
-        return
+    memory.give_back_at_once()
     for prompt in (length for length in LENGTHS if length <= arguments.longest):
-        # Large blocks go back to the system as soon as they are freed: the peak is of what is held at once.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-m", "benchmarks.kept_maps", "--one", str(prompt)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = measure(prompt)
         maps = ANSWERS * RESPONSE * prompt * 4 / 2**20
         sys.stdout.write(
             f"{prompt} prompt tokens: maps alone {maps:.0f} MiB; kept {found['kept']:.0f} MiB, worked out "

@@ -301,4 +301,5 @@ if __name__ == "__main__":
             Path(sys.argv[1]) / f"{each}-{rank}.safetensors",
         )
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # as in test_rollout_vllm_weights.py
         torch.distributed.destroy_process_group()

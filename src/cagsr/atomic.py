@@ -51,17 +51,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError(f"{path} can't be written ({reason}): make it writable or choose another folder.") from error
 
 
-def sync_folder(path: Path) -> None:
-    """Bring the entries of a folder (names, renames) to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Bring the contents of a file to the disk."""
+def sync(path: Path) -> None:
+    """Bring a file's contents, or a folder's entries (names, renames), to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -85,7 +76,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -124,18 +115,16 @@ def replace_folder(path: Path) -> Iterator[Path]:
             yield temporary
             mode = temporary.stat().st_mode & 0o666  # safetensors makes its files private whatever the umask
             for file in temporary.rglob("*"):
-                if file.is_dir():
-                    sync_folder(file)
-                else:
+                if not file.is_dir():
                     file.chmod(mode)
-                    sync_file(file)
-            sync_folder(temporary)
+                sync(file)
+            sync(temporary)
             if path.exists():
                 os.replace(path, replaced)
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        sync_folder(path.parent)
+        sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,28 +89,43 @@ def _test(method: str, how: str, measure: str, after: Floats, before: Floats) ->
 def gains(results: Results, methods: Sequence[str], measures: Sequence[str], title: str) -> list[Table]:
     """One table a measure: each method's difference from its start, with 95 % intervals; stars after Holm's correction."""
     tests = gain_tests(results, methods, measures)
-    adjusted = dict(
-        zip([(test.measure, test.method, test.how) for test in tests], holm([test.p for test in tests]), strict=True)
-    )
-    by_key = {(test.measure, test.method, test.how): test for test in tests}
-    tables = []
-    for measure in measures:
-        rows = []
-        for name in methods:
-            cells = []
-            for how in GAINS:
-                test = by_key.get((measure, name, how))
-                star = "" if test is None else "*" if adjusted[measure, name, how] < 0.05 else ""
-                cells.append("" if test is None else f"{test.difference}{star}")
-            if any(cells):
-                rows.append((results.plan.label(name), str(len(results.seeds(name))), *cells))
+    seeds = {name: len(results.seeds(name)) for name in methods}
+
+    def note(measure: str) -> str:
         better = "less is better" if lower_is_better(results.plan, measure) else "more is better"
-        note = (
+        return (
             f"Difference in {measure} ({better}), 95 % bootstrap interval over seeds and prompts. "
             f"* p < 0.05 by the same bootstrap, after Holm's correction for {len(tests)} comparisons."
         )
+
+    return _by_measure(results, title, tests, measures, seeds, GAINS, note)
+
+
+def _by_measure(
+    results: Results,
+    title: str,
+    tests: Sequence[Test],
+    measures: Sequence[str],
+    seeds: Mapping[str, int],
+    columns: Mapping[str, str],
+    note: Callable[[str], str],
+) -> list[Table]:
+    """One table a measure, a row a method, a column a way of comparing; stars by Holm's correction over all ``tests``."""
+    corrected = holm([test.p for test in tests])
+    cells = {
+        (test.measure, test.method, test.how): f"{test.difference}{'*' if p < 0.05 else ''}"
+        for test, p in zip(tests, corrected, strict=True)
+    }
+    tables = []
+    for measure in measures:
+        rows = []
+        for name, count in seeds.items():
+            own = [cells.get((measure, name, how), "") for how in columns]
+            if any(own):
+                rows.append((results.plan.label(name), str(count), *own))
         if rows:
-            tables.append(Table(f"{title}: {measure}", ("method", "seeds", *GAINS.values()), tuple(rows), note))
+            header = ("method", "seeds", *columns.values())
+            tables.append(Table(f"{title}: {measure}", header, tuple(rows), note(measure)))
     return tables
 
 
@@ -151,38 +166,24 @@ def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
 
 def against(results: Results, methods: Sequence[str], base: str, measures: Sequence[str], title: str) -> list[Table]:
     """One table a measure: each method's difference from another on the seeds that both have, corrected together."""
-    found = {}
+    shared = {name: [seed for seed in results.seeds(name) if seed in results.seeds(base)] for name in methods}
+    hows = {how: _how(how) for how in (SAMPLED, MATCHED, GREEDY)}
+    tests = []
     for measure in measures:
-        for name in methods:
-            seeds = [seed for seed in results.seeds(name) if seed in results.seeds(base)]
-            for how in _HOWS:
+        for name, seeds in shared.items():
+            for how in hows:
                 pair = _contrast(results, name, base, how, measure, seeds) if seeds else None
                 if pair is not None:
-                    found[measure, name, how] = len(seeds), _test(name, how, measure, *pair)
-    adjusted = dict(zip(found, holm([test.p for _, test in found.values()]), strict=True))
-    tables = []
-    for measure in measures:
-        rows = []
-        for name in methods:
-            own = {how: found[measure, name, how] for how in _HOWS if (measure, name, how) in found}
-            if own:
-                cells = (
-                    f"{own[how][1].difference}{'*' if adjusted[measure, name, how] < 0.05 else ''}"
-                    if how in own
-                    else ""
-                    for how in _HOWS
-                )
-                rows.append((results.plan.label(name), str(next(iter(own.values()))[0]), *cells))
-        note = (
+                    tests.append(_test(name, how, measure, *pair))
+
+    def note(measure: str) -> str:
+        return (
             f"Difference in {measure} from {results.plan.label(base)} with the same seeds, paired by prompt, 95 % interval. "
-            f"* p < 0.05 after Holm's correction for {len(found)} comparisons."
+            f"* p < 0.05 after Holm's correction for {len(tests)} comparisons."
         )
-        if rows:
-            tables.append(Table(f"{title}: {measure}", ("method", "seeds", *map(_how, _HOWS)), tuple(rows), note))
-    return tables
 
-
-_HOWS = (SAMPLED, MATCHED, GREEDY)
+    counts = {name: len(seeds) for name, seeds in shared.items()}
+    return _by_measure(results, title, tests, measures, counts, hows, note)
 
 
 def _how(how: str) -> str:

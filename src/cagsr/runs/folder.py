@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from cagsr.atomic import clean_leftovers, disk_errors, remove_folder, sync_file, write_text_atomically
+from cagsr.atomic import clean_leftovers, disk_errors, remove_folder, sync, write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
@@ -228,7 +228,7 @@ class RunFolder:
         """As ``checkpoint.save_checkpoint``, after bringing the logs to the disk: none may lag behind a checkpoint."""
         with disk_errors(self.path):
             for name in LOGS:
-                sync_file(self.path / name)
+                sync(self.path / name)
         return save_checkpoint(self.checkpoints, step, state, keep, rng, collected)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from cagsr.rollout.build import build_sampler
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.engine_mismatch import account_for_engine
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
+from cagsr.update.schedule import learning_rate_factor
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
 from cagsr.update.statistics import logprobs_and_entropy, token_logprobs
 
@@ -72,6 +74,7 @@ class PPO:
         self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
         self.optimizer = self._build_optimizer()
+        self._learning_rate_factor = partial(learning_rate_factor, ppo=config.ppo, steps=config.run.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.module: torch.nn.Module = self._distributed()
 
@@ -383,17 +386,6 @@ class PPO:
         if values := self.actor_critic.value_parameters():
             groups.append({"params": values, "lr": ppo.value_learning_rate})
         return torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=ppo.weight_decay)
-
-    def _learning_rate_factor(self, step: int) -> float:
-        ppo, steps = self.config.ppo, self.config.run.steps
-        if step < ppo.warmup_steps:
-            return (step + 1) / (ppo.warmup_steps + 1)
-        progress = (step - ppo.warmup_steps) / max(1, steps - ppo.warmup_steps)
-        if ppo.lr_scheduler == "linear":
-            return max(0.0, 1.0 - progress)
-        if ppo.lr_scheduler == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return 1.0
 
 
 def _repetition(rollout: Rollout) -> Tensor:
