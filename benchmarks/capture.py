@@ -88,6 +88,7 @@ def cases(fast: bool) -> list[Case]:
         Case("30M", 8192, 256, 1, False, 3, 0, bar=1.10),
         Case("125M", 256, 128, 4, False, 7, 1),
         Case("125M", 2048, 256, 1, False, 5, 1),
+        Case("125M", 8192, 256, 1, False, 3, 0, bar=1.10),
     ]
     return small if fast else small + large
 

@@ -98,6 +98,13 @@ def test_context_length():
     assert context_length(tiny.config("t5")) is None
 
 
+def test_answers_longer_than_the_decoder_has_positions_for_are_refused(tmp_path: Path):
+    bart = load_model(ModelConfig(str(tiny.save_model(tmp_path, "bart")), device="cpu"))
+    assert bart.room_for_prompts(64) == 64
+    with pytest.raises(ConfigError, match=r"max_new_tokens 65: the decoder of .* has positions for 64 tokens"):
+        bart.room_for_prompts(65)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared with the real TinyStories model is not here")
 def test_tied_embeddings_stored_as_lm_head_only_are_loaded():
     loaded = load_model(ModelConfig(str(SHARED), device="cpu"))

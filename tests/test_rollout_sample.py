@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from cagsr.config import ModelConfig, SamplingConfig
+from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import Prompt, PromptBatch
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout import decode as decode_module
@@ -100,7 +100,7 @@ def _several(loaded: LoadedModel, texts: list[str], answers: int) -> PromptBatch
     return dataclasses.replace(prompts, group=torch.arange(len(texts)).repeat_interleave(answers))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "mistral", "qwen3", "lfm2"])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 5, "min_new_tokens": 3}, {"temperature": 0.0}])
 def test_rows_that_leave_change_no_token(kind: str, filters: dict[str, float], tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
@@ -117,6 +117,26 @@ def test_rows_that_leave_change_no_token(kind: str, filters: dict[str, float], t
     assert found.ended.tolist() == expected.ended.tolist()
     if sampling.temperature and not sampling.top_k:
         assert len(set(found.response_mask.sum(1).tolist())) > 3, "the test says nothing where all end together"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "t5", "bart"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_no_token(kind: str, rank: int, tmp_path: Path):
+    path = str(tiny.save_model(tmp_path, kind))
+    texts = ["a cat", "tell me about the small red bird near a house"]
+    answers = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ModelConfig(path, device="cpu", gradient_checkpointing=checkpointing)
+        loaded = load_model(model, LoraConfig(r=rank))
+        training = {name for name, module in loaded.model.named_modules() if module.training}
+        assert bool(training) == checkpointing
+        torch.manual_seed(3)
+        rollout = sample_responses(loaded, _several(loaded, texts, 4), SamplingConfig(max_new_tokens=12))
+        answers.append(rollout.response_ids.tolist())
+        # the update's passes are checkpointed again
+        assert {name for name, module in loaded.model.named_modules() if module.training} == training
+    assert answers[0] == answers[1]
 
 
 def test_a_prompt_is_read_once_for_all_its_answers_and_finished_rows_are_not_fed(llama: LoadedModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import CagsrError
+from cagsr.flow import Experience
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
@@ -99,6 +101,44 @@ def test_micro_batches_change_nothing(tmp_path: Path, estimator: str, kl_in: str
     torch.testing.assert_close(weights_split, weights_whole, atol=2e-5, rtol=1e-4)
     for name, value in whole.items():
         assert split[name] == pytest.approx(value, abs=2e-3, rel=2e-3), name
+
+
+@pytest.mark.parametrize("mini_batches", [1, 3, 6, 7, 9, 16])
+def test_there_are_as_many_mini_batches_as_asked_for_of_like_size(
+    mini_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ppo, prompts = setting(tmp_path, ppo=PPOConfig(num_ppo_epochs=2, num_mini_batches=mini_batches, learning_rate=1e-9))
+    taken: list[list[int]] = []
+    original = ppo._gradient_step
+
+    def watched(experience: Experience, index: torch.Tensor) -> dict[str, float]:
+        taken.append(index.tolist())
+        return original(experience, index)
+
+    monkeypatch.setattr(ppo, "_gradient_step", watched)
+    metrics = step(ppo, prompts)
+    assert len(taken) == 2 * mini_batches
+    for epoch in (taken[:mini_batches], taken[mini_batches:]):
+        assert sorted(itertools.chain.from_iterable(epoch)) == list(range(16))
+        sizes = [len(one) for one in epoch]
+        assert max(sizes) - min(sizes) <= 1
+    assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-4)  # a mean over all of them
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_no_step(kind: str, rank: int, tmp_path: Path):
+    found = []
+    for checkpointing in (False, True):
+        model = ModelConfig(str(tmp_path), device="cpu", gradient_checkpointing=checkpointing)
+        ppo, prompts = setting(
+            tmp_path, kind, model=model, lora=LoraConfig(r=rank), ppo=PPOConfig(learning_rate=1e-3, adam_eps=1e-3)
+        )
+        metrics = step(ppo, prompts)
+        assert metrics["val/ratio_first_error"] < 1e-4
+        found.append((metrics, torch.cat([one.flatten() for one in ppo.loaded.model.parameters()]).detach()))
+    torch.testing.assert_close(found[1][1], found[0][1], atol=2e-5, rtol=1e-4)
+    assert found[1][0]["objective/scores"] == pytest.approx(found[0][0]["objective/scores"], abs=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])

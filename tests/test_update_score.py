@@ -91,6 +91,27 @@ def test_values_come_from_the_last_hidden_state(tmp_path: Path):
     assert not loaded.model.get_output_embeddings()._forward_pre_hooks
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_critic_of_its_own_computes_no_logits(kind: str, tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    rollout = rolled_out(loaded)
+    shared, apart = ActorCritic(loaded, value="head"), ActorCritic(loaded, value="model")
+    assert apart.critic is not None
+    for one in (shared, apart):  # the critic still is what the policy is
+        torch.nn.init.constant_(one.value_head.weight, 0.1)
+    positions: list[int] = []
+    head = apart.critic.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, output: positions.append(output.shape[1]))
+    for share in (False, True):
+        inputs = PassInputs.of(rollout, share=share)
+        with torch.no_grad():
+            (logits, expected), (same_logits, values) = shared(inputs), apart(inputs)
+        mask = rollout.response_mask
+        torch.testing.assert_close(values[mask], expected[mask], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(same_logits[mask], logits[mask], atol=1e-5, rtol=1e-5)
+    assert set(positions) == {0}
+
+
 def test_value_head_starts_at_zero(tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     for value in ("head", "model"):

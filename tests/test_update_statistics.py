@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cagsr.config import SamplingConfig
+from cagsr.reward.certainty import self_certainty
 from cagsr.update import statistics
-from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_entropy, token_logprobs
+from cagsr.update.statistics import (
+    logprobs_and_entropy,
+    logprobs_entropy_and_certainty,
+    sampling_correction,
+    token_entropy,
+    token_logprobs,
+)
 
 
 def test_logprobs_and_entropy_are_those_of_the_tempered_softmax():
@@ -58,6 +67,43 @@ def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_backward_pass(mon
     # Only views of the logits themselves and the ids.
     large = {address for address in kept if address != logits.untyped_storage().data_ptr()}
     assert len(large) <= 2
+
+
+@pytest.mark.parametrize("block", [1, 3 * 7, 2**22])
+def test_blocks_change_neither_certainty_nor_correction(block: int, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    logits, ids = 3 * torch.randn(4, 5, 7), torch.randint(0, 7, (4, 5))
+    sampling = SamplingConfig(temperature=0.7, top_p=0.8, top_k=5, min_new_tokens=2)
+    whole = sampling_correction(logits, ids, sampling, (3, 4))
+    monkeypatch.setattr(statistics, "BLOCK_NUMBERS", block)
+    logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, ids, 0.7)
+    torch.testing.assert_close((logprobs, entropy), logprobs_and_entropy(logits, ids, 0.7))
+    torch.testing.assert_close(certainty, self_certainty(logits / 0.7))
+    torch.testing.assert_close(sampling_correction(logits, ids, sampling, (3, 4)), whole)
+    assert (whole[:, :2] < whole[:, 2:].amax()).all()
+
+
+def test_scoring_holds_nothing_of_the_size_of_all_logits(monkeypatch: pytest.MonkeyPatch):
+    """With 40 blocks, no more than a few blocks' worth is allocated at a time."""
+    monkeypatch.setattr(statistics, "BLOCK_NUMBERS", 1000)
+    logits, ids = torch.randn(4, 10, 1000), torch.zeros(4, 10, dtype=torch.long)
+    sampling = SamplingConfig(top_p=0.9, min_new_tokens=2)
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            mine = logits.untyped_storage().data_ptr()
+            for one in found if isinstance(found, (tuple, list)) else [found]:
+                if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() != mine:
+                    self.numbers = max(self.numbers, one.numel())
+            return found
+
+    with torch.no_grad(), Largest() as largest:
+        logprobs_entropy_and_certainty(logits, ids, 0.7)
+        sampling_correction(logits, ids, sampling, (3, 4))
+    assert 1000 <= largest.numbers <= 1000
 
 
 def test_bfloat16_logits_are_computed_in_float32():

@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -82,6 +83,7 @@ def config(kind: str) -> PretrainedConfig:
         "qwen3": Qwen3Config(**decoder, **head),
         "mistral": MistralConfig(**decoder, sliding_window=6),
         "gemma3": Gemma3TextConfig(**decoder, **head, sliding_window=8, query_pre_attn_scalar=8),
+        "lfm2": Lfm2Config(**decoder, layer_types=["conv", "full_attention"]),
         "gpt2": GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         "gpt_neox": GPTNeoXConfig(
             **common,

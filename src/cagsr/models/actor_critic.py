@@ -66,9 +66,13 @@ class ActorCritic(nn.Module):
         if self.value_head is None:
             logits, _ = teacher_forced(self.policy, inputs, self.encoder_decoder, self.pad_token_id)
             return logits, None
-        logits, hidden = teacher_forced(self.policy, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True)
+        logits, hidden = teacher_forced(
+            self.policy, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=self.critic is None
+        )
         if self.critic is not None:
-            _, hidden = teacher_forced(self.critic, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True)
+            _, hidden = teacher_forced(
+                self.critic, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True, with_logits=False
+            )
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.value_head  # float32 also where FSDP gathers weights in bfloat16

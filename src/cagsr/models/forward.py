@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cagsr.flow import Rollout
 from cagsr.models.cache import rows_can_be_picked
+from cagsr.models.checkpointing import is_checkpointed
 from cagsr.models.load import LoadedModel
 
 WORTH = 1.5
@@ -67,7 +68,7 @@ def shares_prompts(loaded: LoadedModel) -> bool:
     under gradient checkpointing, which keeps no keys and values, and wherever the logits come out different.
     """
     model = loaded.model
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if is_checkpointed(model):
         return False
     if model not in _KNOWN:
         _KNOWN[model] = _agrees(loaded)
@@ -75,7 +76,13 @@ def shares_prompts(loaded: LoadedModel) -> bool:
 
 
 def teacher_forced(
-    model: nn.Module, inputs: PassInputs, encoder_decoder: bool, pad_token_id: int, *, with_hidden: bool = False
+    model: nn.Module,
+    inputs: PassInputs,
+    encoder_decoder: bool,
+    pad_token_id: int,
+    *,
+    with_hidden: bool = False,
+    with_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward pass over prompt and response.
 
@@ -90,16 +97,23 @@ def teacher_forced(
         encoder_decoder: which of the two it is.
         pad_token_id: put where the masks are False.
         with_hidden: also return the input of the output embedding (the last hidden state).
+        with_logits: False: only the hidden states are wanted, and no time and memory goes into logits.
 
     Returns:
-        Logits ``(batch, response, vocabulary)`` and, if asked for, hidden states ``(batch, response, width)``.
+        Logits ``(batch, response, vocabulary)`` (of no position, if they are not wanted) and, if asked for, hidden states
+        ``(batch, response, width)``.
     """
     seen: list[Tensor] = []
     handle = None
     if with_hidden:
-        # The output embedding's own input: the last hidden state after the final norm (and T5's scaling), without
-        # output_hidden_states, which would keep every layer's.
-        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+        def before_output_embedding(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            # Its own input: the last hidden state after the final norm (and T5's scaling), without
+            # output_hidden_states, which would keep every layer's.
+            seen.append(args[0])
+            return None if with_logits else (args[0][:, :0],)
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(before_output_embedding)
     try:
         if encoder_decoder:
             logits = _encoder_decoder_pass(model, inputs, pad_token_id)

@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, ModelError
+from cagsr.models.checkpointing import checkpoint_without_dropout
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -68,11 +68,16 @@ class LoadedModel:
         """Longest prompt in tokens that leaves ``max_new_tokens`` of the context for the answer.
 
         Raises:
-            ConfigError: no room is left.
+            ConfigError: no room is left, or an encoder-decoder's decoder has fewer positions.
         """
         context = self.context_length()
         if context is None:
             return UNLIMITED
+        if self.encoder_decoder and max_new_tokens > context:
+            raise ConfigError(
+                f"--sampling.max_new_tokens {max_new_tokens}: the decoder of {self.path} has positions for {context} tokens; "
+                f"lower it."
+            )
         room = context if self.encoder_decoder else context - max_new_tokens
         if room < 1:
             raise ConfigError(
@@ -139,7 +144,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     policy.to(device)
     policy.eval()
     if config.gradient_checkpointing and for_training:
-        _checkpoint_without_dropout(policy)
+        checkpoint_without_dropout(policy)
     return LoadedModel(
         model=policy,
         tokenizer=tokenizer,
@@ -303,20 +308,3 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         raise ConfigError(
             f"--lora.target_modules {lora.target_modules}: peft finds no such modules in this {model.config.model_type} model."
         ) from error
-
-
-def _checkpoint_without_dropout(model: nn.Module) -> None:
-    """Switch on gradient checkpointing, which transformers ties to training mode, and keep dropout off all the same.
-
-    Only the checkpointed layers themselves are put in training mode, not what is inside them, and their own dropout
-    rates (attributes used in functional calls) are set to zero.
-    """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
-        model.enable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 def self_certainty(logits: Tensor) -> Tensor:
     """KL(U || p) of the softmax p of the logits, U uniform over the vocabulary.
 
-    ``KL(U || p) = -log V - mean_v log p_v = logsumexp(z) - mean(z) - log V`` (arXiv 2505.19590, equation 5).
+    ``KL(U || p) = -log V - mean_v log p_v`` (arXiv 2505.19590, equation 5).
 
     Args:
         logits: ``(..., vocab)``, any floating dtype, all finite.
@@ -19,8 +19,12 @@ def self_certainty(logits: Tensor) -> Tensor:
     Returns:
         ``(...)`` float32 >= 0, nats.
     """
-    logits = logits.float()
-    certainty = logits.logsumexp(dim=-1) - logits.mean(dim=-1) - math.log(logits.shape[-1])
+    return certainty_of(logits.float().log_softmax(dim=-1))
+
+
+def certainty_of(logprobs: Tensor) -> Tensor:
+    """The same of log-probabilities, ``(..., vocab)`` float32, all finite: ``-mean_v log p_v - log V``, ``(...)``."""
+    certainty = -logprobs.mean(dim=-1) - math.log(logprobs.shape[-1])
     return certainty.clamp(min=0.0)  # Rounding can push a uniform distribution below 0.
 
 

@@ -120,7 +120,7 @@ def _pick(model_kwargs: dict[str, Any], index: Tensor) -> None:
         if isinstance(value, Tensor):
             model_kwargs[name] = value[index]
         elif isinstance(value, Cache):
-            value.batch_select_indices(index)
+            value.reorder_cache(index)  # what batch_select_indices does, and state-space layers have it too
         elif isinstance(value, ModelOutput):
             model_kwargs[name] = type(value)(
                 **{key: part[index] if isinstance(part, Tensor) else part for key, part in value.items()}

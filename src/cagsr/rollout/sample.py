@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
+from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
@@ -31,7 +32,8 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     """
     many = _answers_per_prompt(prompts)
     start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
-    with torch.no_grad(), loaded.autocast(), _only_these_settings(loaded.model, _settings(loaded, sampling)):
+    settings = _only_these_settings(loaded.model, _settings(loaded, sampling))
+    with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
         ids = loaded.model.generate(
             input_ids=prompts.ids[::many],
             attention_mask=prompts.mask[::many].long(),

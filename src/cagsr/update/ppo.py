@@ -149,10 +149,12 @@ class PPO:
         """
         ppo = self.config.ppo
         count = experience.rollout.response_ids.shape[0]
+        mini_batches = min(ppo.num_mini_batches, count)
         totals: dict[str, float] = {}
         first_ratio_error = 0.0
         for epoch in range(ppo.num_ppo_epochs):
-            for number, index in enumerate(torch.randperm(count).chunk(ppo.num_mini_batches)):
+            # Not chunk(): it makes fewer parts than asked for, the last one small.
+            for number, index in enumerate(torch.randperm(count).tensor_split(mini_batches)):
                 found = self._gradient_step(experience, index.to(self.loaded.device))
                 if epoch == 0 and number == 0:
                     first_ratio_error = found["ratio_error"]
@@ -160,7 +162,7 @@ class PPO:
                     totals[name] = totals.get(name, 0.0) + value
         self.sampler.policy_changed()
         self._check_first_ratio(first_ratio_error)
-        steps = ppo.num_ppo_epochs * min(ppo.num_mini_batches, count)
+        steps = ppo.num_ppo_epochs * mini_batches
         means = {name: value / steps for name, value in totals.items()}
         metrics = self._experience_metrics(experience) | dict(experience.sampler_metrics)
         metrics |= {

@@ -13,13 +13,13 @@ from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading, Rea
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptAttention, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
-from cagsr.reward.certainty import self_certainty
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
 from cagsr.rollout.rows import rollout_rows
-from cagsr.update.statistics import logprobs_and_entropy, sampling_correction, token_logprobs
+from cagsr.update.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
 
 
 def length_sorted_chunks(
@@ -93,8 +93,8 @@ def score_policy(
     parts = {name: zeros.clone() for name in ("logprobs", "entropy", "certainty", "correction", "values")}
     keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     temperature = sampling.temperature or 1.0
-    share = shares_prompts(loaded)
-    with torch.no_grad(), loaded.autocast():
+    with torch.no_grad(), loaded.autocast(), without_checkpointing(actor_critic):
+        share = shares_prompts(loaded)
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
@@ -103,11 +103,11 @@ def score_policy(
             if keeper is not None and reading is not None:
                 keeper.add(index, part, _attention_of(reading, inputs))
             ids, mask = inputs.response_ids, inputs.response_mask
-            logprobs, entropy = logprobs_and_entropy(logits, ids, temperature)
+            logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, ids, temperature)
             found = {
                 "logprobs": logprobs,
                 "entropy": entropy,
-                "certainty": self_certainty(logits / temperature),
+                "certainty": certainty,
                 "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
             }
             if values is not None:
@@ -152,8 +152,8 @@ def score_reference(
     """
     logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
-    share = shares_prompts(loaded)
-    with torch.no_grad(), loaded.autocast():
+    with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model):
+        share = shares_prompts(loaded)
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)

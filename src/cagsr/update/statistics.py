@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from cagsr.config import SamplingConfig
+from cagsr.reward.certainty import certainty_of
 
 BLOCK_NUMBERS = 2**22
 """Logits turned into float32 probabilities at a time (16 MiB)."""
@@ -57,13 +58,37 @@ def logprobs_and_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tup
     Returns:
         :func:`token_logprobs` and :func:`token_entropy`.
     """
-
-    def both(block: Tensor, own: Tensor) -> Tensor:
-        logprobs = (block.float() / temperature).log_softmax(dim=-1)
-        return torch.stack([logprobs.gather(-1, own[:, None])[:, 0], _entropy(logprobs)], dim=-1)
-
-    logprobs, entropy = _by_blocks(both, logits, ids).unbind(dim=-1)
+    logprobs, entropy = _from_one_softmax([_entropy], logits, ids, temperature)
     return logprobs, entropy
+
+
+def logprobs_entropy_and_certainty(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All three that scoring wants, from one softmax.
+
+    Args:
+        logits: ``(batch, response, vocabulary)``.
+        ids: ``(batch, response)`` int64.
+        temperature: > 0.
+
+    Returns:
+        :func:`token_logprobs`, :func:`token_entropy` and the :func:`cagsr.reward.certainty.self_certainty` of
+        ``softmax(logits / temperature)``, ``(batch, response)`` float32 each.
+    """
+    logprobs, entropy, certainty = _from_one_softmax([_entropy, certainty_of], logits, ids, temperature)
+    return logprobs, entropy, certainty
+
+
+def _from_one_softmax(
+    functions: Sequence[Callable[[Tensor], Tensor]], logits: Tensor, ids: Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """The tokens' log-probabilities and functions of all log-probabilities of their positions, a block at a time."""
+
+    def found(block: Tensor, own: Tensor) -> Tensor:
+        logprobs = (block.float() / temperature).log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, own[:, None])[:, 0]
+        return torch.stack([chosen, *(function(logprobs) for function in functions)], dim=-1)
+
+    return _by_blocks(found, logits, ids).unbind(dim=-1)
 
 
 def _logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -104,20 +129,24 @@ def sampling_correction(logits: Tensor, ids: Tensor, sampling: SamplingConfig, s
         stop_ids: tokens forbidden in the first ``min_new_tokens`` positions.
 
     Returns:
-        ``(batch, response)`` float32, <= 0; 0 everywhere without filters.
+        ``(batch, response)`` float32, <= 0; 0 everywhere without filters. A few positions are done at a time.
     """
     if sampling.top_p >= 1.0 and sampling.top_k == 0 and sampling.min_new_tokens == 0:
         return torch.zeros(ids.shape, device=ids.device)
-    scaled = logits.float() / sampling.temperature
-    filtered = scaled.clone()
-    if sampling.min_new_tokens:
-        filtered[:, : sampling.min_new_tokens, list(stop_ids)] = -torch.inf
-    flat = filtered.flatten(0, 1)
-    unused = ids.new_empty(0)
+    warpers: list[LogitsProcessor] = []
     if sampling.top_k:
-        flat = TopKLogitsWarper(top_k=sampling.top_k)(unused, flat)
+        warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
     if sampling.top_p < 1.0:
-        flat = TopPLogitsWarper(top_p=sampling.top_p)(unused, flat)
-    allowed = flat.view_as(scaled)
-    log_mass = torch.logsumexp(allowed, dim=-1) - torch.logsumexp(scaled, dim=-1)
-    return log_mass.clamp(max=0.0)
+        warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
+    unused, stops = ids.new_empty(0), torch.tensor(stop_ids, device=ids.device)
+
+    def log_mass(block: Tensor, early: Tensor) -> Tensor:
+        scaled = block.float() / sampling.temperature
+        allowed = scaled.clone()
+        allowed[:, stops] = allowed[:, stops].masked_fill(early[:, None], -torch.inf)
+        for warper in warpers:
+            allowed = warper(unused, allowed)
+        return (allowed.logsumexp(dim=-1) - scaled.logsumexp(dim=-1)).clamp(max=0.0)
+
+    early = torch.arange(ids.shape[1], device=ids.device) < sampling.min_new_tokens
+    return _by_blocks(log_mass, logits, early.expand_as(ids))
