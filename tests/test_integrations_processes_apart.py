@@ -156,6 +156,22 @@ def test_openrlhf_gets_the_scorers_values(workplace: Path, name: str, monkeypatc
     assert reward_func([given[0]], given[:1], [None])["rewards"].isfinite().all()  # no answer at all
 
 
+def test_openrlhf_knows_the_templates_words(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of text that OpenRLHF makes a user's message of, and prompts that no file tells anything of."""
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "start")
+    (chat, *_) = prompts_of(workplace, "chat")
+    given = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    query = given + ANSWERS[0]
+    reward_func = by_path("openrlhf").reward_func
+    found = {}
+    for name in ("plain", "chat"):  # the same prompts
+        monkeypatch.setenv(VARIABLE, str(workplace / f"{name}.yaml"))
+        found[name] = reward_func([query], [given], [None])["extra_logs"]["coverage"].item()
+        with pytest.raises(DataError, match=r"'another prompt' is none of data\.path"):
+            reward_func(["another prompt a cat"], ["another prompt"], [None])
+    assert found["plain"] == pytest.approx(found["chat"], abs=1e-6)
+
+
 def test_the_signatures_are_those_of_verl_and_openrlhf() -> None:
     score = inspect.signature(by_path("verl").compute_score)
     assert list(score.parameters) == ["data_source", "solution_str", "ground_truth", "extra_info", "kwargs"]
@@ -176,6 +192,8 @@ def test_settings_that_can_not_be_kept_are_refused(workplace: Path, tmp_path: Pa
         "normalize: none": start + f"data: {{path: {workplace / 'plain.jsonl'}}}\n",
         "idf counts words": start + "reward: {normalize: none}\n",
         "unknown key": start + "rewards: {normalize: none}\n",
+        "data.system_prompt is a setting of cagsr train": start
+        + f"data: {{path: {workplace / 'plain.jsonl'}, system_prompt: be brief}}\nreward: {{normalize: none}}\n",
     }
     for number, (sentence, text) in enumerate(cases.items()):
         file = tmp_path / f"{number}.yaml"

@@ -232,6 +232,16 @@ def test_the_attention_of_the_reference_does_not_move(start: Path, tmp_path: Pat
     assert moved_policy != pytest.approx(policy, abs=1e-3)
 
 
+def test_a_reference_that_trl_moves_is_not_the_starting_model(start: Path, tmp_path: Path) -> None:
+    reward = AttentionReward(RewardConfig(normalize="none"), AttentionConfig(source="reference"))
+    trainer = made(start, tmp_path, reward, beta=0.1, sync_ref_model=True)
+    first = reward(**given(trainer))
+    with torch.no_grad():
+        for parameter in trainer.accelerator.unwrap_model(trainer.ref_model).parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    assert reward(**given(trainer)) == first
+
+
 def test_columns_reach_a_function_of_the_reward(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "of_columns.py").write_text(
         "def bonus(prompts, completions, completion_ids, level):\n    return [float(value) for value in level]\n"
@@ -322,6 +332,13 @@ def test_what_can_not_work_is_refused(start: Path, tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match="row 2"):
         made(start, tmp_path, AttentionReward(), prompts=[TEXTS[0], " . , ", *TEXTS[2:]])
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "a cat"}] for text in TEXTS]
+    with pytest.raises(DataError, match="ends with the assistant"):
+        made(start, tmp_path, AttentionReward(), prompts=chats, chat=CHAT)
+    trainer = made(start, tmp_path, None)
+    trainer.rollout_func = lambda prompts, trainer: {}
+    with pytest.raises(ConfigError, match="leave out rollout_func"):
+        AttentionReward().bind(trainer)
     with pytest.raises(ConfigError, match="every weight is 0"):
         AttentionReward(
             RewardConfig(

@@ -49,6 +49,25 @@ def test_chat_template_ranges_are_all_but_the_contents() -> None:
     assert [m["role"] for m in prompt.messages] == ["system", "user"]
 
 
+def test_other_fields_of_messages_reach_the_template() -> None:
+    """The policy of another loop sees tool calls and names; so must we. Arrow's None for what a message lacks is none."""
+    tokenizer = byte_bpe(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% if m.name is defined %} {{ m.name }}{% endif %}: {{ m.content }}"
+        "{% for call in m.tool_calls %} calls {{ call.function.name }}{% endfor %} | {% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "<<the cat>>", "name": "ann", "tool_calls": None},
+        {"role": "assistant", "content": "", "name": None, "tool_calls": [call]},
+        {"role": "user", "content": "go on", "name": None, "tool_calls": None},
+    ]
+    prompt = render({"prompt": messages}, tok=tokenizer)
+    assert prompt.text == "user ann: the cat | assistant:  calls weather | user: go on | "
+    assert prompt.spans == ((10, 17),)
+    assert template_text(prompt) == "user ann:  | assistant:  calls weather | user:  | "
+
+
 def test_a_content_that_reads_like_the_template_is_still_found() -> None:
     # Searching for "user" from the left would find the role marker.
     prompt = render({"prompt": [user("user"), {"role": "assistant", "content": "assistant"}, user("im_start")]})

@@ -121,9 +121,14 @@ def test_two_processes_share_one_server_and_its_failure(folder: Path) -> None:
     engine.spoil = third_fails
     with (
         serving(engine) as url,
-        pytest.raises(AssertionError, match="step 3: The vLLM server gave 0 answers instead of 12"),
+        pytest.raises(AssertionError, match="step 3: The vLLM server gave 0 answers instead of 12") as failure,
     ):
         launch(2, "-m", "cagsr.commands.main", *arguments(folder, url, "--steps", "3", "--run.batch_size", "4"))
+    # The launcher ends the others when one has left; the main process has said all and cleaned up by then.
+    said = str(failure.value).replace("\n", " ")
+    assert f"The checkpoint {folder / 'run' / 'checkpoints' / 'step-000002'} is intact" in said
+    assert "go on from it with --resume" in said
+    assert not (folder / "run" / "rollout-weights").exists()
     found = rows(folder)
     assert [row["step"] for row in found] == [0, 1, 2]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in found[1:])

@@ -65,15 +65,17 @@ def test_on_the_disk_they_are_a_checkpoint_that_transformers_loads(tmp_path: Pat
     """What vLLM's loader reads: checkpoint names, a config, safetensors and nothing else."""
     loaded = adapted(tiny.save_model(tmp_path / "model"), 2)
     engine = FakeVLLM(tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "weights").symlink_to(tmp_path / "elsewhere")  # where the server runs it may be the folder itself
     with serving(engine) as url:
         DiskWeights(VLLMServer(url, 10), loaded.model, tmp_path / "weights").send(policy_weights(loaded))
-    (folder,) = (tmp_path / "weights").iterdir()
+    (folder,) = (tmp_path / "elsewhere").iterdir()
     assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == ["model.safetensors"]
     assert load_file(folder / "model.safetensors").keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
     reread = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     assert all(torch.equal(reread[weight.name], weight.tensor()) for weight in policy_weights(loaded))
     (sent,) = [body for path, body in engine.asked if path == "/collective_rpc"]
-    assert sent == {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    assert sent == {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "weights" / folder.name)}}
     assert folder.is_absolute()
 
 

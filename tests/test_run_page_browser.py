@@ -222,7 +222,7 @@ def test_several_runs_are_told_apart_and_can_be_hidden(show: Any, run: Path, tmp
     page.locator("#cursor").focus()
     page.keyboard.press("Home")
     page.wait_for_function("() => document.getElementById('cursor').value === '0'")
-    assert kl.locator(".read [data-run]").count() == 0  # hidden, and no value at step 0
+    playwright.expect(kl.locator(".read [data-run]")).to_have_count(0)  # hidden, and no value at step 0
     assert "run.steps" in page.locator("#settings").inner_text()
 
 

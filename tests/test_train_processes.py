@@ -35,6 +35,7 @@ from cagsr.errors import ConfigError
 from cagsr.models.load import load_model
 from cagsr.models.sharding import divided_like, full_state, is_sharded
 from cagsr.processes import check_fsdp, check_processes, start_accelerator
+from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
@@ -108,8 +109,6 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
     assert all(row["val/ratio_first_error"] < 1e-4 for row in rows[1:])
     assert rows[1]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert rows[2]["objective/kl_k3"] > 0
-    # Reduced over processes, not one process's: normalised within prompts, the mean is 0 over all answers.
-    assert rows[1]["objective/scores"] == pytest.approx(0.0, abs=1e-5)
     first = run / "checkpoints" / "step-000002"
     assert {"rng-rank0.json", "rng-rank1.json"} <= {file.name for file in first.iterdir()}
     files = (folder / "start/model.safetensors", run / "final/model.safetensors", first / "policy.safetensors")
@@ -131,6 +130,9 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
         order = list(dict.fromkeys(row["prompt"] for row in samples if row["step"] == step))
         expected = [prompt.prompt.text for prompt in stream.next_batch()]
         assert order == (expected if step == 3 else expected[:2])  # only the main process's answers are kept
+    moments = json.loads((first / "extra.json").read_text())["ppo"]["reward"]
+    # Both processes' 16 answers of each of two steps, not one process's 8: the reward's scale is everybody's.
+    assert {name: one["count"] for name, one in moments.items()} == dict.fromkeys(moments, 32.0)
     states = [
         json.loads((run / "checkpoints" / name / "extra.json").read_text()) for name in os.listdir(run / "checkpoints")
     ]
@@ -224,6 +226,66 @@ def test_several_processes_update_as_one(folder: Path, processes: int) -> None:
         assert_same(found, updated(folder, case, micro=8))
 
 
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_several_processes_collect_as_one(folder: Path, estimator: str) -> None:
+    """The same answers to the same prompts, in one process and halved: rewards, advantages and metrics are the same."""
+    launch(2, str(Path(__file__).resolve()), str(folder), f"{estimator}-collect")
+    parts = [load_file(folder / f"{estimator}-collect-{rank}.safetensors") for rank in (0, 1)]
+    whole = collected(folder, estimator)
+    for step in (0, 1):
+        halves = whole[f"answer/{step}/reward"].view(2, -1)
+        assert abs(float(halves[0].std() - halves[1].std())) > 0.01, (
+            "halves that are alike would hide a missing reduction"
+        )
+    for name, value in whole.items():
+        if name.startswith("answer/"):
+            torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, atol=1e-5, rtol=1e-4, msg=name)
+        else:
+            for part in parts:
+                torch.testing.assert_close(part[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
+    """This process's rewards and advantages, and the metrics and the reward's moments, of two steps."""
+    config = TrainConfig(
+        model=ModelConfig(str(folder / "start"), device="cpu"),
+        data=DataConfig(str(folder / "prompts.jsonl")),
+        output_dir=str(folder / "run"),
+        sampling=SamplingConfig(num_generations=GENERATIONS, max_new_tokens=6),
+        ppo=PPOConfig(estimator=estimator, kl_coef=0.3, learning_rate=1e-9),  # type: ignore[arg-type]
+        run=RunConfig(steps=5),
+    )
+    torch.manual_seed(0)
+    loaded = load_model(config.model)
+    prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50).prompts
+    accelerator = start_accelerator(cpu=True)
+    reward = build_reward(
+        config.reward, device="cpu", reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum")
+    )
+    ppo = PPO(config, loaded, reward, accelerator)
+    if (head := ppo.actor_critic.value_head) is not None:  # with values of 0 a part's returns would be its advantages
+        torch.nn.init.constant_(head.weight, 0.1)
+    sample, found = ppo.sampler.sample, {}
+    for step in range(2):
+        some = prompts[step * PROMPTS : (step + 1) * PROMPTS]
+        own, count = slice(process * PROMPTS // processes, (process + 1) * PROMPTS // processes), GENERATIONS
+        batch = collate_prompts(
+            some, pad_token_id=loaded.pad_token_id, padding_side="left", num_generations=count, device=loaded.device
+        )
+        torch.manual_seed(step)
+        everything = sample(batch, config.sampling)
+        mine = rows_of(everything, slice(own.start * count, own.stop * count))
+        ppo.sampler.sample = lambda batch, sampling, mine=mine: mine  # type: ignore[method-assign]
+        experience = ppo.collect(some[own])
+        metrics = ppo.update(experience)
+        found |= {f"answer/{step}/reward": experience.reward.total}
+        found |= {f"answer/{step}/advantages": experience.advantages.advantages}
+        wanted = ("objective/", "policy/approxkl_avg", "val/ratio", "rewards/")
+        found |= {f"{step}/{name}": torch.tensor(value) for name, value in metrics.items() if name.startswith(wanted)}
+    moments = {f"{name}/{key}": value for name, one in reward.state_dict().items() for key, value in one.items()}
+    return found | {name: torch.tensor(float(value)) for name, value in moments.items()}
+
+
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -295,7 +357,10 @@ if __name__ == "__main__":
     for each in sys.argv[2:]:
         if each.endswith("fsdp2"):
             os.environ.update(FSDP2)
-        tensors = updated(Path(sys.argv[1]), each, 8 // world, rank, world)
+        if each.endswith("collect"):
+            tensors = collected(Path(sys.argv[1]), each.partition("-")[0], rank, world)
+        else:
+            tensors = updated(Path(sys.argv[1]), each, 8 // world, rank, world)
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
             Path(sys.argv[1]) / f"{each}-{rank}.safetensors",

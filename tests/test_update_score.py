@@ -142,6 +142,19 @@ def test_reference_stays_where_the_policy_started(tmp_path: Path, lora: LoraConf
     assert (moved.logprobs - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_in_bfloat16_the_reference_starts_as_the_policy_to_the_bit(kind: str, tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu", dtype="bfloat16"))
+    assert loaded.compute_dtype == torch.bfloat16
+    rollout = rolled_out(loaded)
+    reference = Reference(loaded)
+    assert any(weight.dtype == torch.bfloat16 for weight in reference.module.parameters())
+    with reference.model() as model:
+        logprobs, _ = score_reference(model, loaded, rollout, 1.0, reader=None, micro_batch_size=8)
+    policy = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    assert torch.equal(policy.logprobs, logprobs)
+
+
 def test_micro_batches_are_a_partition_sorted_by_length(tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     rollout = rolled_out(loaded)

@@ -27,8 +27,8 @@ class Prompt:
     """Character ranges of ``text`` that a chat template wrote (never salient)."""
     spans: tuple[tuple[int, int], ...] | None = None
     """Character ranges of ``text`` that the user calls important; None: the user named none."""
-    messages: tuple[Mapping[str, str], ...] | None = None
-    """The chat messages of a conversational prompt, None for a plain one."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """The chat messages of a conversational prompt (role, content, and what else they hold), None for a plain one."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, handed to reward functions and metrics by name."""
 

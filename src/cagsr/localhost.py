@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
+
+import uvicorn
 
 from cagsr.errors import ConfigError
 
@@ -28,3 +31,20 @@ def listen(port: int) -> socket.socket:
         why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
         raise ConfigError(f"--port {port}: {why}; give another one, or 0 for any that is free.") from None
     return taken
+
+
+def serve_until_interrupted(settings: uvicorn.Config, taken: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve on the port of ``listen`` until Ctrl-C.
+
+    Args:
+        settings: the application and how it is served.
+        taken: the port.
+        ready: called once the server listens to Ctrl-C too: one that comes before can be lost in an import.
+    """
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+    Server(settings).run(sockets=[taken])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
 )
@@ -26,11 +28,16 @@ from cagsr.errors import CagsrError, ConfigError
 T = TypeVar("T")
 
 
-def start_accelerator(*, cpu: bool) -> Accelerator:
+PATIENCE = 1800.0
+"""Seconds that processes wait for one of them: writing a large checkpoint, a user's slow metric. NCCL's own are 600."""
+
+
+def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
     """Join the processes that ``accelerate launch`` or ``torchrun`` started, as its configuration says (DDP or FSDP2).
 
     Args:
         cpu: run on the CPU although there is a GPU.
+        longest_wait: seconds that one process may have to wait for a server while the others wait for it.
 
     Raises:
         ConfigError: a way of distributing (FSDP1, DeepSpeed, Megatron) or a setting of it that is not supported.
@@ -40,7 +47,8 @@ def start_accelerator(*, cpu: bool) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU accelerate joins processes only where it is told that they run on the CPU.
     cpu = cpu or (started > 1 and not torch.cuda.is_available())
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[ddp])
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE + longest_wait))
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[ddp, group])
     if accelerator.num_processes != started:
         raise ConfigError(
             f"{started} processes were started and accelerate joined {accelerator.num_processes}: start them with accelerate "

@@ -121,7 +121,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_reward_config(config.reward)
     check_rollout_config(config.rollout)
     check_tracker(config.run.tracker)
-    accelerator = start_accelerator(cpu=config.model.device == "cpu")
+    server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
+    accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
     check_processes(config, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
@@ -175,6 +176,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             console.print(Markdown(text))
         evaluations = record.evaluations() or [{}]
         record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
+    except (MonitorStop, RolloutError):
+        # All processes have it. The launcher stops the others as soon as one has left: not before the main one is done.
+        ppo.sampler.close()
+        accelerator.wait_for_everyone()
+        raise
     finally:
         ppo.sampler.close()
         record.close()
@@ -231,9 +237,10 @@ def _step(
     started = time.perf_counter()
     try:
         experience = ppo.collect(stream.next_batch())
-    except (RewardError, RolloutError) as error:
-        kind = RewardError if isinstance(error, RewardError) else RolloutError
-        raise kind(f"step {step}: {error} {record.where_to_resume()}") from error
+    except RewardError as error:  # of this process's answers: the others may know nothing of it
+        raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
+    except RolloutError as error:
+        raise RolloutError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
     collected = time.perf_counter()
     metrics = ppo.update(experience)
     updated = time.perf_counter()
@@ -262,7 +269,7 @@ def _step(
     if last or stopping or _is_due(step, config.run.save_every):
         record.save(step)
     if stopping:
-        raise MonitorStop(f"step {step}: {' '.join(stopping)} {record.where_to_resume()}")
+        raise MonitorStop(f"step {step}: {' '.join(stopping)} {from_main(record.where_to_resume, ppo.accelerator)}")
     return timings
 
 

@@ -100,9 +100,11 @@ def _serve(config: Config) -> None:
     try:
         store = _store(config, path)
         try:
-            say([f"Open {link(store, taken)}"])
-            say([f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on."])
-            serve(store, taken)
+            lines = [
+                f"Open {link(store, taken)}",
+                f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
+            ]
+            serve(store, taken, lambda: say(lines))
         except KeyboardInterrupt:
             pass
         finally:

@@ -40,8 +40,8 @@ def run(config: Config) -> None:
         for path in paths:
             find_run(path, wait=True)
         bound = listen(config.port)
-        say([f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."])
-        serve(paths, bound)
+        line = f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."
+        serve(paths, bound, lambda: say([line]))
         return
 
     from cagsr.atomic import disk_errors, write_text_atomically

@@ -63,7 +63,8 @@ class FrozenScorer:
         config: all settings.
 
     Raises:
-        ConfigError: ``reward.normalize`` is not ``none``, or there is nothing to count words in.
+        ConfigError: ``reward.normalize`` is not ``none``, a setting of the data that has no effect here, or there is nothing to
+            count words in.
         ModelError, DataError, RunError: the model, the prompts or the run can't be read.
     """
 
@@ -78,6 +79,12 @@ class FrozenScorer:
                 "salience.weighting idf counts words in the prompts: name them with data.path (or salience_from), or set "
                 "salience.weighting: uniform."
             )
+        for name in ("system_prompt", "split_text"):
+            if getattr(config.data, name) != getattr(_Data(), name):
+                raise ConfigError(
+                    f"data.{name} is a setting of cagsr train: verl and OpenRLHF make their prompts themselves, so leave "
+                    "it out and set it there."
+                )
         self.loaded = load_model(config.model, for_training=False)
         self.scorer = LiveScorer(
             self.loaded,
@@ -94,9 +101,14 @@ class FrozenScorer:
             frequency=read_frequency(config.salience_from),
         )
         self.known: dict[str, Prompt] = {}
-        """The prompts of ``data`` by the text that the model reads."""
+        """The prompts of ``data`` by the text that the model reads; texts also as what the chat template makes of them."""
         if config.data.path:
             self.known = self.encoder.fit(_prompts(config.data))
+            if self.loaded.tokenizer.chat_template is not None:
+                # Loops that only know text make a user's message of it.
+                texts = [one for one in self.known.values() if one.messages is None]
+                chats = [self.encoder.render([{"role": "user", "content": one.text}], one.row) for one in texts]
+                self.known |= {one.text: one for one in chats}
 
     def terms(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]

@@ -33,7 +33,7 @@ def reward_func(
         and 1: leave dynamic filtering off); ``extra_logs``, each term by its name, ``(answers,)``.
 
     Raises:
-        DataError: a query that does not begin with its prompt, or a prompt that can't be used.
+        DataError: a query that does not begin with its prompt, a prompt that is not in the data, or one that can't be used.
         ConfigError, ModelError: the settings or the model can't be used.
     """
     scorer = frozen_scorer(kwargs.get("config"))
@@ -47,9 +47,8 @@ def reward_func(
 
 def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[EncodedPrompt, Response]:
     """Prompt and answer as tokens: the prompt's own, then what the whole text has beyond them."""
-    # What a prompt file renders to this text knows its template; OpenRLHF puts no BOS before it.
-    known = scorer.known.get(prompt) or Prompt(row + 1, prompt)
-    encoded = scorer.encoder.encode_rendered(known, add_special_tokens=False)
+    # OpenRLHF puts no BOS before a prompt.
+    encoded = scorer.encoder.encode_rendered(_known(scorer, row, prompt), add_special_tokens=False)
     tokenizer, count = scorer.loaded.tokenizer, len(encoded.ids)
     ids = tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"]
     if tuple(ids[:count]) != encoded.ids:
@@ -57,6 +56,20 @@ def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[Enco
     answer = tuple(int(token) for token in ids[count:]) or scorer.loaded.stop_ids[:1]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return encoded, Response(text, answer, answer[-1] in scorer.loaded.stop_ids)
+
+
+def _known(scorer: FrozenScorer, row: int, prompt: str) -> Prompt:
+    """The prompt of the data that renders to this text: it knows which words are the template's."""
+    if (found := scorer.known.get(prompt)) is not None:
+        return found
+    if not scorer.known and getattr(scorer.loaded.tokenizer, "chat_template", None) is None:
+        return Prompt(row + 1, prompt)
+    # Taken as it is, the template's words would count as the prompt's rarest.
+    raise DataError(
+        f"the prompt {prompt[:60]!r} is none of data.path ({scorer.encoder.source}), as text, as a conversation, or as the "
+        "message of a user: the chat template's words can't be told from its own. Name a file there that holds all "
+        "prompts, those of the evaluation too (OpenRLHF's input_template can't be used)."
+    )
 
 
 def _apart(tokenizer: Any, query: str, prompt: str, encoded: EncodedPrompt) -> list[int]:

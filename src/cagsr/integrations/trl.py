@@ -194,11 +194,7 @@ class AttentionReward:
         return _Gathered(everywhere, group, slice(before, before + len(keys)))
 
     def _encoded(self, prompt: GivenPrompt, row: int, columns: Mapping[str, Any], count: int) -> EncodedPrompt:
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise DataError(
-                "the trainer's prompts: a conversation ends with the assistant, which TRL does not continue; end it with the user."
-            )
-        encoded = self._encoder.encode(prompt, row + 1)
+        encoded = self._encoder.encode(_not_continued(prompt), row + 1)
         own = {
             key: value[row] for key, value in columns.items() if isinstance(value, list | tuple) and len(value) == count
         }
@@ -250,12 +246,25 @@ def _refuse(trainer: Any) -> None:
             "AttentionReward scores one answer to one prompt, not tool calls and their results: leave out tools and "
             "environment_factory."
         )
+    if getattr(trainer, "rollout_func", None) is not None:
+        raise ConfigError(
+            "AttentionReward scores answers to the trainer's own prompts, and a rollout_func may make others or put an "
+            "environment's tokens into the answers: leave out rollout_func."
+        )
+
+
+def _not_continued(prompt: GivenPrompt) -> GivenPrompt:
+    if not isinstance(prompt, str) and len(prompt) and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            "the trainer's prompts: a conversation ends with the assistant, which TRL does not continue; end it with the user."
+        )
+    return prompt
 
 
 def _training_prompts(trainer: Any, salience: SalienceConfig) -> Iterable[GivenPrompt] | None:
     dataset = trainer.train_dataset
     if hasattr(dataset, "__len__"):
-        return (row["prompt"] for row in dataset.select_columns(["prompt"]))
+        return (_not_continued(row["prompt"]) for row in dataset.select_columns(["prompt"]))
     if salience.weighting == "idf":
         raise ConfigError(
             "Words are weighed by how many prompts hold them, and the training set is streamed: give "
@@ -289,7 +298,8 @@ def _reference(trainer: Any, loaded: LoadedModel) -> FrozenModel:
     """The model that training started from: TRL's own reference where it has one, else as cagsr's."""
     if loaded.lora and "ref" in loaded.model.peft_config:
         return FrozenModel(loaded.model, partial(_starting_adapter, loaded.model))
-    if getattr(trainer, "ref_model", None) is not None:
+    # With sync_ref_model TRL's reference follows the policy.
+    if getattr(trainer, "ref_model", None) is not None and not getattr(trainer.args, "sync_ref_model", False):
         model = trainer.accelerator.unwrap_model(trainer.ref_model)
         return FrozenModel(model, lambda: nullcontext(model))
     if trainer.state.global_step > 0:

@@ -104,11 +104,12 @@ def _conversation(
     tokenizer: Any,
     where: str,
 ) -> Prompt:
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     marked: list[tuple[Range, ...]] = []
     for position, entry in enumerate(value, start=1):
-        content, ranges = _take_markers(_content(entry, position, where), salience, where)
-        messages.append({"role": str(entry["role"]), "content": content})
+        message = _message(entry, position, where)
+        content, ranges = _take_markers(message["content"], salience, where)
+        messages.append(message | {"content": content})
         marked.append(ranges)
     if not any(message["content"].strip() for message in messages):
         raise _empty(where, config)
@@ -151,26 +152,25 @@ def _move_spans(marked: Sequence[tuple[Range, ...]], rendered: Rendered, where: 
     return tuple(moved) or None
 
 
-def _content(entry: Mapping[str, Any], position: int, where: str) -> str:
+def _message(entry: Mapping[str, Any], position: int, where: str) -> dict[str, Any]:
+    """A message with its content as text; whatever else the template may write (tool calls, a name) stays."""
     content = content_of(entry.get("content"))
     if not isinstance(entry.get("role"), str) or content is None:
         raise DataError(
             f"{where}: message {position} needs a role and a content that are text (images are not supported); "
             f"it has {', '.join(f'{name}: {_kind(part)}' for name, part in entry.items()) or 'nothing'}."
         )
-    return content
+    # Arrow gives every message the fields of all, None where it has none.
+    return {name: part for name, part in entry.items() if part is not None} | {"content": content}
 
 
-def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, str], ...]:
-    """Check chat messages and take their text, without a template.
+def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], ...]:
+    """Check chat messages and take their contents as text, without a template.
 
     Raises:
         DataError: a message without a role or a text; ``where`` (file and row) opens the message.
     """
-    return tuple(
-        {"role": str(entry.get("role")), "content": _content(entry, position, where)}
-        for position, entry in enumerate(value, start=1)
-    )
+    return tuple(_message(entry, position, where) for position, entry in enumerate(value, start=1))
 
 
 def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str, tuple[Range, ...]]:

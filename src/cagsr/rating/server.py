@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import DataError
-from cagsr.localhost import HOST
+from cagsr.localhost import HOST, serve_until_interrupted
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
 
@@ -137,8 +137,8 @@ def rating_app(store: Store, port: int) -> Starlette:
     )
 
 
-def serve(store: Store, taken: socket.socket) -> None:
-    """Serve until interrupted."""
+def serve(store: Store, taken: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until interrupted; ``ready`` is called when the page can be opened."""
     port = taken.getsockname()[1]
     settings = uvicorn.Config(
         rating_app(store, port),
@@ -150,7 +150,7 @@ def serve(store: Store, taken: socket.socket) -> None:
         ws="none",
         timeout_graceful_shutdown=3,
     )
-    uvicorn.Server(settings).run(sockets=[taken])
+    serve_until_interrupted(settings, taken, ready)
 
 
 def link(store: Store, taken: socket.socket) -> str:

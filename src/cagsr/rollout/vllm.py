@@ -7,23 +7,20 @@ after every update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
-from cagsr.errors import CagsrError
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
+from cagsr.processes import from_main
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
 from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
 from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
-
-ResultT = TypeVar("ResultT")
 
 
 class VLLMSampler:
@@ -60,7 +57,7 @@ class VLLMSampler:
             self._channel = channel(self._server)
             return served
 
-        self._served = self._on_main(connect)
+        self._served = from_main(connect, accelerator)
         self.notes: tuple[str, ...] = (
             f"Rollouts: vLLM at {self._server.url}, weights by {rollout.weights}; its context is "
             f"{self._served.context or 'an untold number of'} tokens.",
@@ -74,7 +71,7 @@ class VLLMSampler:
         own = questions_of(prompts, sampling.num_generations)
         everyone = self._everyones(own)
         asked = [question for questions in everyone for question in questions]
-        answers = self._on_main(lambda: self._ask(asked, sampling))
+        answers = from_main(lambda: self._ask(asked, sampling), self._accelerator)
         before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
         first = before * sampling.num_generations
         mine = answers[first : first + len(own) * sampling.num_generations]
@@ -99,32 +96,17 @@ class VLLMSampler:
 
     def _send_weights(self) -> None:
         weights = policy_weights(self._loaded)
-        self._on_main(lambda: self._channel.prepare() if self._channel is not None else None)
+        from_main(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)
         if not self._accelerator.is_main_process:
             for weight in weights:
                 weight.tensor()  # a sharded weight is put together by all processes
-        self._on_main(lambda: self._channel.send(weights) if self._channel is not None else None)
+        from_main(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
 
     def _everyones(self, own: list[Question]) -> list[list[Question]]:
         if self._accelerator.num_processes == 1:
             return [own]
         found: list[list[Question]] = gather_object([own])
         return found
-
-    def _on_main(self, work: Callable[[], ResultT]) -> ResultT:
-        """Do ``work`` in the main process; its result, or its error, is every process's."""
-        found: list[Any] = [None, None]
-        if self._accelerator.is_main_process:
-            try:
-                found[0] = work()
-            except CagsrError as error:
-                found[1] = error
-        if self._accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        result: ResultT = found[0]
-        return result
 
 
 def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:

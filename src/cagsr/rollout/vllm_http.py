@@ -43,7 +43,8 @@ class VLLMServer:
         deadline, said = time.monotonic() + seconds, False
         while True:
             try:
-                self.get("/health")
+                left = max(POLL_SECONDS, deadline - time.monotonic())
+                self._send(urllib.request.Request(self.url + "/health"), "/health", min(self._timeout, left))
                 return
             except RolloutError:
                 if time.monotonic() + POLL_SECONDS > deadline:
@@ -68,9 +69,10 @@ class VLLMServer:
         )
         return self._send(request, path)
 
-    def _send(self, request: urllib.request.Request, path: str) -> Any:
+    def _send(self, request: urllib.request.Request, path: str, timeout: float | None = None) -> Any:
+        timeout = self._timeout if timeout is None else timeout
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
                 content = reply.read()
         except urllib.error.HTTPError as error:
             raise HttpStatusError(
@@ -80,13 +82,13 @@ class VLLMServer:
             ) from error
         except TimeoutError as error:
             raise RolloutError(
-                f"The vLLM server at {self.url} gave no reply on {path} within {self._timeout:g} seconds: "
+                f"The vLLM server at {self.url} gave no reply on {path} within {timeout:g} seconds: "
                 "look at its log, or raise --rollout.timeout."
             ) from error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
-                reason = f"no connection within {self._timeout:g} seconds"
+                reason = f"no connection within {timeout:g} seconds"
             raise RolloutError(
                 f"The vLLM server at {self.url} can't be reached ({reason}): start it (docs/rollouts.md), or give its "
                 "address with --rollout.url."

@@ -121,7 +121,8 @@ class DiskWeights:
     def __init__(self, server: VLLMServer, model: nn.Module, folder: Path) -> None:
         self._server = server
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._folder = folder.resolve()
+        # Not resolve(): a link here may be the folder itself where the server runs.
+        self._folder = folder.absolute()
         self._sent = 0
 
     def prepare(self) -> None:

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import CagsrError
-from cagsr.localhost import HOST
+from cagsr.localhost import HOST, serve_until_interrupted
 from cagsr.run_page.locate import find_run, labels
 from cagsr.run_page.page import Content, content_of, render_page
 from cagsr.run_page.read import Run, read_run
@@ -119,7 +119,7 @@ def application(paths: Sequence[Path]) -> Starlette:
     )
 
 
-def serve(paths: Sequence[Path], bound: socket.socket) -> None:
-    """Serve until interrupted."""
-    server = uvicorn.Server(uvicorn.Config(application(paths), log_level="warning", access_log=False))
-    server.run(sockets=[bound])
+def serve(paths: Sequence[Path], bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until interrupted; ``ready`` is called when the page can be opened."""
+    settings = uvicorn.Config(application(paths), log_level="warning", access_log=False)
+    serve_until_interrupted(settings, bound, ready)
