@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,12 +20,14 @@ from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share
 from cagsr.evaluation.collect import Setting, Signals, collect_signals, layer_choices
 from cagsr.evaluation.diagnosis import diagnose
 from cagsr.evaluation.recommend import (
+    Recommendation,
     best_setting,
     fit_weights,
     training_weights,
     warnings_for,
     weighted_parts,
     within_z,
+    yaml_of,
 )
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, Prompt
@@ -285,10 +287,44 @@ def test_a_report_a_config_and_all_numbers(model: Path, prompts: Path, tmp_path:
     assert "## Recommendation" in markdown.read_text()
     recommended = out.with_suffix(".yaml")
     assert recommended.read_text().startswith("# What cagsr diagnose recommends")
-    if yaml.safe_load(recommended.read_text()) is not None:
-        argv = ["--config", str(recommended), "--model", "m", "--data", "d", "--output_dir", "o"]
-        config = parse_command(TrainConfig, argv, "cagsr train")
-        assert config.reward.repetition.weight == pytest.approx(numbers["recommendation"]["weights"]["repetition"])
+    argv = ["--config", str(recommended), "--model", "m", "--data", "d", "--output_dir", "o"]
+    config = parse_command(TrainConfig, argv, "cagsr train")
+    assert config.reward.repetition.weight == pytest.approx(numbers["recommendation"]["weights"]["repetition"])
+
+
+def test_the_recommendation_is_the_reward_that_was_measured():
+    found = Recommendation(Setting("last-2", "sum", 0.2), {"grounded_coverage": 1.0, "repetition": -0.3}, ("why",))
+    attention = AttentionConfig(layers="all", heads="0,1")
+    measured = RewardConfig(
+        grounded_coverage=dataclasses.replace(RewardConfig().grounded_coverage, threshold=0.25, weight=7.0),
+        repetition=dataclasses.replace(RewardConfig().repetition, n=4),
+        associations=dataclasses.replace(RewardConfig().associations, min_count=9),
+    )
+    written = yaml_of(found, attention, measured)
+    assert written["attention"] == {"heads": "0,1", "layers": "last-2"}
+    assert written["reward"]["grounded_coverage"] == {"threshold": 0.25, "weight": 1.0}
+    assert written["reward"]["repetition"] == {"n": 4, "weight": -0.3}
+    assert written["reward"]["coverage"] == {"weight": 0.0, "threshold": 0.2}
+    assert written["reward"]["associations"] == {"min_count": 9}
+
+
+def test_where_nothing_helps_no_config_is_written(model: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "cagsr.evaluation.diagnosis.recommend", lambda signals: Recommendation(signals.configured, {}, ("why",))
+    )
+    out = tmp_path / "diagnosis.json"
+    out.with_suffix(".yaml").write_text("reward: {}\n")  # of another diagnosis
+    assert run(model, prompts, "--output", str(out)) == 0
+    assert out.exists()
+    assert not out.with_suffix(".yaml").exists()
+    said = capsys.readouterr().err
+    assert "nothing is recommended" in said
+    assert "--config" not in said
+
+
+def test_association_terms_are_left_out_with_few_prompts(model: Path, prompts: Path, capsys):
+    assert run(model, prompts, "--reward.unsupported.weight", "-1") == 0
+    assert "those terms are left out" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_references_give_rouge_and_none_is_said(model: Path, tmp_path: Path, prompts: Path, capsys):
@@ -315,6 +351,8 @@ def test_references_give_rouge_and_none_is_said(model: Path, tmp_path: Path, pro
         (["--attention.layers", "7"], "layer 7"),
         (["--data.prompt_column", "text"], "row 1: no column 'text'"),
         (["--reward.coverage.threshold", "0"], "threshold"),
+        (["--output", "diagnosis.yaml"], "names of their own"),
+        (["--output", "a.json", "--markdown", "a.yaml"], "names of their own"),
     ],
 )
 def test_bad_input_is_one_sentence(model: Path, prompts: Path, capsys, flags: list[str], sentence: str):

@@ -155,6 +155,25 @@ def test_messages_made_of_parts_are_their_text(tmp_path: Path, capsys: pytest.Ca
     assert "row 1: message 1 needs a role and a content that are text" in capsys.readouterr().err
 
 
+def test_the_prompts_of_generate_are_found_again(tmp_path: Path) -> None:
+    """As ``generate`` writes them: with the system prompt, parts joined, no null fields, split texts cut."""
+    user = {"role": "user", "content": [{"type": "text", "text": "a red cat"}], "name": None}
+    data = write(tmp_path / "data.jsonl", [{"prompt": [user], "references": ["a cat"]}])
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a red cat"}]
+    answers = write(
+        tmp_path / "answers.jsonl", [{"prompt": chat, "completion": [{"role": "assistant", "content": "cat"}]}]
+    )
+    out = tmp_path / "eval.json"
+    asked = ("--answers", answers, "--output", out, "--data")
+    assert evaluate(*asked, data, "--data.system_prompt", "be brief") == 0
+    assert "rouge_l" in json.loads(out.read_text())["results"][0]["measures"]
+    assert evaluate(*asked, data) == 2  # another prompt
+    texts = write(tmp_path / "texts.jsonl", [{"prompt": "the red cat likes the blue bird"}])
+    write(tmp_path / "answers.jsonl", [{"prompt": "the red cat likes", "completion": " the blue bird"}])
+    assert evaluate(*asked, texts, "--data.split_text", "0.5") == 0
+    assert json.loads(out.read_text())["results"][0]["measures"]["rouge_l"]["per_prompt"] == [1.0]
+
+
 WORDS = ("cat", "dog", "bird")
 
 

@@ -54,6 +54,28 @@ def test_words_keep_hyphens_and_accents_together() -> None:
     assert metrics.length_in_words("£20-25, please") == 2
 
 
+def test_words_of_every_script() -> None:
+    assert metrics.words("我喜欢 Tokyo") == ["我", "喜", "欢", "tokyo"]
+    assert metrics.words("हिन्दी café") == ["हिन्दी", "café"]
+    assert metrics.words("cafe\u0301") == ["café"]
+    assert metrics.repetition("好好好好好") > 0.5
+    assert metrics.lexical_relevance("我喜欢北京的秋天", "北京的秋天很美") == pytest.approx(5 / 8)
+
+
+def test_rouge_l_of_every_script() -> None:
+    assert metrics.rouge_l("Привет, мир!", ["привет мир"]) == 1.0
+    assert metrics.rouge_l("北京的秋天很美", ["我喜欢北京的秋天"]) == pytest.approx(2 * 5 / (7 + 8))
+    assert metrics.rouge_l("café", ["cafe"]) == 0.0
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
+def test_rouge_words_of_english_are_those_of_rouge_score(text: str) -> None:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    ours = metrics._rouge_scorer()._tokenizer
+    assert ours.tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
 def test_word_weights_by_hand() -> None:
     weights = metrics.word_weights(["name cat", "name dog", "name dog"])
     assert weights == {"name": 0.0, "cat": pytest.approx(math.log(3)), "dog": pytest.approx(math.log(1.5))}

@@ -90,8 +90,11 @@ def test_references_in_every_form() -> None:
         row(ref=[chat, "three"]),
         row(ref=None),
         row(ref=" "),
+        row(
+            ref=[{"role": "assistant", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}]
+        ),
     ]
-    assert column_texts(rows, "ref") == [["one"], ["one", "two"], ["yes"], ["yes", "three"], [], []]
+    assert column_texts(rows, "ref") == [["one"], ["one", "two"], ["yes"], ["yes", "three"], [], [], ["in parts"]]
     assert column_texts(rows[:1], None) == [[]]
     assert first_column(rows, ["other", "ref"]) == "ref"
     assert first_column(rows, ["other"]) is None

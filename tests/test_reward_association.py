@@ -74,7 +74,7 @@ def test_unsupported_by_hand(learned: Associations):
 
 def test_partial_support_weighs_by_strength():
     # "x" is said with "one" (phi 1) and "y" with "two" in part; prompt "two" supports "y" fully and "x" not at all
-    prompts = [("one", ())] * 5 + [("two", ())] * 5
+    prompts = [(f"one {name}", ()) for name in "abcde"] + [(f"two {name}", ()) for name in "fghij"]
     answers = ["x"] * 5 + ["y"] * 4 + ["z"]
     found = learn_associations(prompts, answers, min_count=2)
     y = (10 * 4 - 5 * 4) / math.sqrt(5 * 5 * 4 * 6)
@@ -84,13 +84,30 @@ def test_partial_support_weighs_by_strength():
 
 def test_too_few_together_is_chance():
     # seen together twice only: phi would be 0.79
-    prompts = [("rareword thing", ())] * 3 + [("thing", ())] * 30
+    prompts = [(f"rareword thing u{n}", ()) for n in range(3)] + [(f"thing v{n}", ()) for n in range(30)]
     answers = ["odd", "odd", "plain"] + ["plain"] * 30
     assert (
         learn_associations(prompts, answers, min_count=2).strongest("rareword") != []
     )  # min(3, 2) together are enough
     assert learn_associations(prompts, answers, min_count=3).prompt_index.keys() == {"rareword", "rareword thing"}
     assert learn_associations(prompts, answers, min_count=3).strongest("rareword") == []
+
+
+def test_a_prompt_that_is_answered_often_is_one_prompt():
+    # 20 prompts, ten answers each: a name is no frequent word for having been answered ten times
+    prompts = [(f"name n{n} family {'yes' if n % 2 else 'no'}", ()) for n in range(20) for _ in range(10)]
+    answers = [
+        f"n{n} {'kids' if n % 2 else 'fine'}{' invented' if n == 0 and i < 6 else ''}"
+        for n in range(20)
+        for i in range(10)
+    ]
+    found = learn_associations(prompts, answers)
+    assert found.prompt_index.keys() == {"yes", "no", "family yes", "family no"}
+    assert found.rare == pytest.approx(1.0)  # names are always said
+    assert found.strongest("yes")[0] == ("kids", pytest.approx(1.0))
+    # said to one prompt alone, in most of its answers: that makes nothing of it that the prompt supports
+    assert "invented" not in dict(found.strongest("n0"))
+    assert found.coverage("name n0 family no", "invented fine") < found.coverage("name n0 family no", "n0 fine")
 
 
 def test_nothing_to_learn_from_is_no_error():

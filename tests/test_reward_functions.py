@@ -74,6 +74,9 @@ class NeedsArguments:
     def __call__(self, batch):
         return 0
 
+class NamedAsAnother(Term):
+    name = "length"
+
 instance = Term()
 number = 7
 """
@@ -202,6 +205,16 @@ def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> N
     assert reward_function.names == ("trl_without_kwargs", "user_rewards_for_test.coverage")
     reward = reward_function(make_reward_batch(prompts=2, generations=2))
     torch.testing.assert_close(reward.contributions["trl_without_kwargs"], torch.tensor([-2.0, -2.0, 2.0, 2.0]))
+
+
+def test_a_term_named_like_another_is_refused(module: Any) -> None:
+    path = "user_rewards_for_test.NamedAsAnother"
+    with pytest.raises(ConfigError, match=f"{path}: its term is named 'length', as another one"):
+        build_reward(RewardConfig(functions=[path]), device="cpu")
+    with pytest.raises(ConfigError, match="its term is named 'my_term', as another one"):
+        build_reward(
+            RewardConfig(functions=["user_rewards_for_test.Term", "user_rewards_for_test.instance"]), device="cpu"
+        )
 
 
 def test_nan_of_a_function_is_an_error_and_none_is_not(module: Any, make_reward_batch: MakeBatch) -> None:

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ModelError, RewardError
-from cagsr.flow import RewardBatch
+from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.build import build_reward
-from cagsr.reward.model import load_reward_model
+from cagsr.reward.model import answered_chat, encode_answered, load_reward_model
 
 MakeBatch = Callable[..., RewardBatch]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
@@ -83,6 +83,18 @@ def test_chat_goes_through_its_own_template(tmp_path: Path, make_reward_batch: M
     batch = with_texts(make_reward_batch(prompts=2, generations=2), TEXTS, chat=True)
     expected = [alone(path, f"[user] say it [assistant] {text} ") for text in TEXTS]
     torch.testing.assert_close(load_reward_model(str(path), "cpu")(batch), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_a_begun_answer_is_gone_on_with(tmp_path: Path) -> None:
+    """A conversation that ends with the assistant is continued, so its answer is no second message."""
+    messages = ({"role": "user", "content": "say it"}, {"role": "assistant", "content": "the red"})
+    assert answered_chat(messages, " cat") == [messages[0], {"role": "assistant", "content": "the red cat"}]
+    assert answered_chat(messages[:1], "cat") == [messages[0], {"role": "assistant", "content": "cat"}]
+    assert messages[1]["content"] == "the red"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save(tmp_path / "rm", template=TEMPLATE, pad=False))
+    prompt = Prompt(1, "", messages=messages)
+    expected = tokenizer("[user] say it [assistant] the red cat ", add_special_tokens=False)["input_ids"]
+    assert encode_answered(prompt, " cat", tokenizer) == expected
 
 
 def test_in_the_reward(tmp_path: Path, make_reward_batch: MakeBatch) -> None:

@@ -40,7 +40,14 @@ class Config:
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
     check_output(config.output)
-    check_output(config.markdown)
+    check_output(config.markdown, "markdown")
+    files = [Path(config.output), Path(config.output).with_suffix(".yaml")] if config.output is not None else []
+    files += [Path(config.markdown)] if config.markdown is not None else []
+    if len(set(files)) < len(files):
+        raise ConfigError(
+            f"--output {config.output}: the numbers, the recommendation beside them (ending .yaml) and --markdown need names of "
+            "their own."
+        )
     check_sampling(config.sampling, config.batch_size)
     if config.sampling.num_generations < 2 or config.sampling.temperature == 0:
         raise ConfigError(
@@ -106,12 +113,17 @@ def run(config: Config) -> None:
     if config.output is not None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))
-        write_text_atomically(path.with_suffix(".yaml"), as_yaml(found, config.model.path))
-        say(
-            [
-                f"All numbers: {path}; the recommendation: cagsr train --config {path.with_suffix('.yaml')} "
-                f"--model {config.model.path} --data {config.data.path} --output_dir run"
-            ]
-        )
+        recommended = path.with_suffix(".yaml")
+        if found.recommendation.weights:
+            write_text_atomically(recommended, as_yaml(found, config.model.path, config.attention, config.reward))
+            say(
+                [
+                    f"All numbers: {path}; the recommendation: cagsr train --config {recommended} "
+                    f"--model {config.model.path} --data {config.data.path} --output_dir run"
+                ]
+            )
+        else:
+            recommended.unlink(missing_ok=True)  # an earlier one's: training by it is what is advised against
+            say([f"All numbers: {path}; nothing is recommended, so there is no {recommended}."])
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))

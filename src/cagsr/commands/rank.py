@@ -106,7 +106,10 @@ def run(config: Config) -> None:
     normalize, clip = config.reward.normalize, config.reward.clip
     parts = weigh(raw, scorer.weights, normalize=normalize, clip=clip, group=group)
     reward = torch.stack([part for name, part in parts.items() if scorer.weights[name] != 0]).sum(dim=0)
-    rows = [_ranking(number, encoded, answers, reward.tolist()) for number, encoded in enumerate(prompts)]
+    own: list[list[tuple[float, Candidate]]] = [[] for _ in prompts]
+    for value, answer in zip(reward.tolist(), answers, strict=True):
+        own[answer.prompt].append((value, answer))
+    rows = [_ranking(encoded, candidates) for encoded, candidates in zip(prompts, own, strict=True)]
     if config.output is not None or config.prompt is None:
         write_rows(rows, config.output)
     if config.prompt is not None:
@@ -193,12 +196,9 @@ def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, wher
     return responses
 
 
-def _ranking(
-    number: int, encoded: EncodedPrompt, answers: Sequence[Candidate], reward: Sequence[float]
-) -> dict[str, Any]:
-    """One prompt's candidates, the best first; equal ones in their order."""
-    own = [(reward[index], answer) for index, answer in enumerate(answers) if answer.prompt == number]
-    own.sort(key=lambda pair: -pair[0])
+def _ranking(encoded: EncodedPrompt, candidates: Sequence[tuple[float, Candidate]]) -> dict[str, Any]:
+    """One prompt's candidates with their rewards, the best first; equal ones in their order."""
+    own = sorted(candidates, key=lambda pair: -pair[0])
     return {
         "row": encoded.prompt.row,
         "prompt": prompt_as_given(encoded),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.errors import CagsrError, ConfigError
+from cagsr.errors import ConfigError
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.held_out import HeldOutMetric, judge
@@ -161,22 +161,7 @@ def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
     candidates = signals.length.shape[1]
     repeated = [encoded for encoded in signals.prompts for _ in range(candidates)]
     completions = [text for texts in signals.completions for text in texts]
-    try:
-        values = judge(metric, repeated, completions)
-    except CagsrError:
-        raise
-    except Exception as error:  # a user's code can raise anything; the cause stays attached
-        raise ConfigError(
-            f"The metric {metric.name} failed with {type(error).__name__}: {error}; it is called as "
-            "f(prompts, completions, **columns) and returns one number for each."
-        ) from error
-    truth = np.array(values, dtype=np.float64).reshape(signals.length.shape)
-    if not np.isfinite(truth).all():
-        prompt = signals.prompts[int(np.argwhere(~np.isfinite(truth))[0, 0])].prompt
-        raise ConfigError(
-            f"The metric {metric.name} gave a value that is not a finite number for the prompt of row {prompt.row}; "
-            "mend it."
-        )
+    truth = np.array(judge(metric, repeated, completions), dtype=np.float64).reshape(signals.length.shape)
     return replace(signals, truth=truth, truth_name=metric.name)
 
 

@@ -18,7 +18,7 @@ from cagsr.errors import ModelError
 from cagsr.evaluation.perplexity import mean_nll
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.reward.model import join_answer
+from cagsr.reward.model import answered_chat, join_answer
 
 Floats = NDArray[np.float64]
 
@@ -64,8 +64,7 @@ def follow_up_nll(
 def _context(judge: LoadedModel, prompt: Prompt, answer: str, follow_up: str) -> tuple[str, str]:
     """What the judge reads and what it is measured on."""
     if prompt.messages is not None and judge.tokenizer.chat_template is not None:
-        chat = [dict(message) for message in prompt.messages]
-        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": follow_up}]
+        chat = [*answered_chat(prompt.messages, answer), {"role": "user", "content": follow_up}]
         try:
             text = str(judge.tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # a template is a program and can raise anything

@@ -15,6 +15,7 @@ from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.load import Row, load_rows
 from cagsr.prompts.render import messages_of, render_prompt, text_of
+from cagsr.prompts.split import split_texts
 
 _RECORDED = ("tokens", "ended")
 """Columns of ``cagsr generate`` that are measures themselves."""
@@ -44,7 +45,9 @@ def read_answers(path: str, data: DataConfig | None = None) -> GivenAnswers:
     Raises:
         DataError: a row without prompt or completion, or whose prompt is not in ``data``; file and row are named.
     """
-    asked = None if data is None else {_key(row, data): row for row in reversed(list(load_rows(data)))}
+    asked = (
+        None if data is None else {_key(row, data): row for row in reversed(list(split_texts(load_rows(data), data)))}
+    )
     config = DataConfig(path=path)
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[str]] = {}
@@ -92,18 +95,30 @@ def in_order_of(given: GivenAnswers, prompts: Sequence[EncodedPrompt], path: str
 
 def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prompt:
     values = {name: value for name, value in row.values.items() if name not in leave_out}
-    value = values.get(config.prompt_column)
-    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+    messages = _messages(row, config)
+    if messages is not None:
         # No model, so no chat template: the contents as they are.
         columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
-        messages = messages_of(value, f"{row.source}, row {row.number}")
         text = "\n".join(message["content"] for message in messages)
         return Prompt(row=row.number, text=text, messages=messages, columns=columns)
     return render_prompt(values, row.number, config, SalienceConfig(), None, source=row.source)
 
 
+def _messages(row: Row, config: DataConfig) -> tuple[dict[str, Any], ...] | None:
+    """A conversation as ``cagsr generate`` writes it; None for a plain prompt."""
+    value = row.values.get(config.prompt_column)
+    if not (isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value)):
+        return None
+    messages = messages_of(value, f"{row.source}, row {row.number}")
+    if config.system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return ({"role": "system", "content": config.system_prompt}, *messages)
+
+
 def _key(row: Row, config: DataConfig) -> str:
-    return json.dumps(row.values.get(config.prompt_column), sort_keys=True, default=str)
+    messages = _messages(row, config)
+    value = row.values.get(config.prompt_column) if messages is None else messages
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _prompt_key(prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from cagsr.config import SamplingConfig
-from cagsr.errors import ConfigError
+from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
+from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
@@ -20,7 +22,6 @@ from cagsr.reward.functions import import_dotted
 from cagsr.rollout.sample import sample_responses
 
 Metric = Callable[..., Sequence[float]]
-REFERENCE_COLUMNS = ("references", "reference", "completion")
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
 
     Raises:
         ConfigError: the path can't be imported or is no function.
+        DataError: references of an unknown form.
     """
     if dotted_path is not None:
         return HeldOutMetric(dotted_path, import_dotted(dotted_path, "evaluation.metric"))
     column = next((name for name in REFERENCE_COLUMNS if all(p.prompt.columns.get(name) for p in prompts)), None)
-    if column is not None and prompts:
+    # Read now, so that a row that can't be used is told before training begins; blank ones are none.
+    if column is not None and prompts and all(column_texts([encoded.prompt for encoded in prompts], column)):
 
         def rouge(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-            references = [_texts(value) for value in columns[column]]
+            references = [texts_of(value) for value in columns[column]]
             return [rouge_l(text, own) for text, own in zip(completions, references, strict=True)]
 
         return HeldOutMetric(f"ROUGE-L against {column}", rouge)
@@ -123,14 +126,29 @@ def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: 
     """Apply a metric to one answer for each prompt, its row's columns at hand.
 
     Raises:
-        ConfigError: the metric gives another number of values than there are prompts.
+        ConfigError: the metric fails, or gives something other than one finite number for each prompt.
     """
     names = {name for encoded in prompts for name in encoded.prompt.columns} - {"prompts", "completions"}
     columns = {name: [encoded.prompt.columns.get(name) for encoded in prompts] for name in sorted(names)}
-    values = metric.compute([encoded.prompt.text for encoded in prompts], list(completions), **columns)
+    try:
+        found = metric.compute([encoded.prompt.text for encoded in prompts], list(completions), **columns)
+        values = tuple(float(value) for value in found)
+    except CagsrError:
+        raise
+    except Exception as error:  # a user's code can raise anything; the cause stays attached
+        raise ConfigError(
+            f"The metric {metric.name} failed with {type(error).__name__}: {error}; it is called as "
+            "f(prompts, completions, **columns) and returns one number for each."
+        ) from error
     if len(values) != len(prompts):
         raise ConfigError(f"The metric {metric.name} gave {len(values)} values for {len(prompts)} prompts.")
-    return tuple(float(value) for value in values)
+    bad = next((row for row, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise ConfigError(
+            f"The metric {metric.name} gave a value that is not a finite number for the prompt of row "
+            f"{prompts[bad].prompt.row}; mend it."
+        )
+    return values
 
 
 def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
@@ -150,12 +168,3 @@ def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
-
-
-def _texts(value: Any) -> list[str]:
-    """References as a list of texts, whatever form TRL's formats give them: text, texts, or chat messages."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [value[-1]["content"]]
-    return [text for item in value for text in _texts(item)]

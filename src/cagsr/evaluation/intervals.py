@@ -74,7 +74,9 @@ def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999, s
         signs = 1.0 - 2.0 * (np.arange(2 ** len(row))[:, None] >> np.arange(len(row)) & 1)
         return float(np.mean(np.abs(signs @ row) >= threshold))
     flipped = np.random.default_rng(seed).integers(0, 2, size=(resamples, len(row)), dtype=np.int8)
-    sums = row.sum() - 2.0 * (flipped @ row)
+    # A part at a time: numpy makes float64 of what it multiplies.
+    parts = np.array_split(flipped, max(1, flipped.size // 2**22))
+    sums = row.sum() - 2.0 * np.concatenate([part @ row for part in parts])
     return float((1 + np.count_nonzero(np.abs(sums) >= threshold)) / (1 + resamples))
 
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from cagsr.errors import CagsrError, ConfigError, ModelError
 from cagsr.evaluation.follow_up import follow_up_nll, load_judge
-from cagsr.evaluation.held_out import REFERENCE_COLUMNS
 from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
-from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, column_texts, first_column, prompt_words
+from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.reward.functions import import_dotted
@@ -31,6 +30,12 @@ BUILT_IN = (
     "reward_model",
     "repetition",
     "words",
+    # added to these by whoever samples or compares the answers
+    "tokens",
+    "ended",
+    "entropy",
+    "self_bleu",
+    "win_rate",
 )
 """Names of measures that a checker can't take."""
 

@@ -7,14 +7,17 @@ paired difference is only reported with its interval). Both can be imported from
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+import regex
+
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
 from cagsr.evaluation.perplexity import perplexity
+from cagsr.prompts.words import UNSPACED
 
 __all__ = [
     "Interval",
@@ -31,16 +34,24 @@ __all__ = [
     "words",
 ]
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_ALONE = rf"(?=[\p{{L}}\p{{N}}])[{UNSPACED}]\p{{M}}*"
+_LETTERS = rf"(?:(?![{UNSPACED}])\w\p{{M}}*)+"
+_WORD = regex.compile(rf"{_ALONE}|{_LETTERS}(?:['’-]{_LETTERS})*")
+_ROUGE_WORD = regex.compile(rf"{_ALONE}|(?:(?![{UNSPACED}_])\w\p{{M}}*)+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower case, punctuation dropped; hyphens and apostrophes stay inside words."""
-    return _WORD.findall(text.lower())
+    """The words of a text, lower case, punctuation dropped; hyphens and apostrophes stay inside words.
+
+    In scripts written without spaces (Chinese, Japanese, Thai, ...) each character is a word.
+    """
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 (Lin, 2004), the best over the references, with Porter stemming; between 0 and 1.
+
+    Of English text the words are those of rouge-score; its own tokenizer drops all other letters.
 
     Raises ValueError without references.
     """
@@ -52,13 +63,20 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer
+    from rouge_score.tokenizers import Tokenizer
 
-    tokenizer = DefaultTokenizer(use_stemmer=True)
-    # The same references are met again and again, at every temperature and for every model.
-    tokenizer.tokenize = lru_cache(maxsize=2**16)(tokenizer.tokenize)
-    return RougeScorer(["rougeL"], tokenizer=tokenizer)
+    stemmer = PorterStemmer()
+
+    class AllLetters(Tokenizer):
+        # The same references are met again and again, at every temperature and for every model.
+        @lru_cache(maxsize=2**16)  # noqa: B019 (there is one, for ever)
+        def tokenize(self, text: str) -> list[str]:
+            found = _ROUGE_WORD.findall(unicodedata.normalize("NFC", text).lower())
+            return [stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in found]
+
+    return RougeScorer(["rougeL"], tokenizer=AllLetters())
 
 
 def repetition(text: str, n: int = 3) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
+from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.evaluation.best_of_n import correlation, within_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
@@ -321,9 +324,24 @@ def flags_of(recommendation: Recommendation) -> list[str]:
     return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
 
 
-def yaml_of(recommendation: Recommendation) -> dict[str, dict[str, object]]:
-    """Write the recommendation as the settings of a ``--config`` file."""
-    setting = recommendation.setting
-    reward: dict[str, object] = {name: {"weight": recommendation.weights.get(name, 0.0)} for name in ALL_WEIGHTS}
-    reward["coverage"] = {"weight": recommendation.weights.get("coverage", 0.0), "threshold": setting.threshold}
-    return {"attention": {"layers": setting.layers}, "reward": {"normalize": "within_prompt", **reward}}
+def yaml_of(
+    recommendation: Recommendation, attention: AttentionConfig, reward: RewardConfig
+) -> dict[str, dict[str, object]]:
+    """Write the recommendation as the settings of a ``--config`` file, beside those that it was measured under."""
+    chosen, given = recommendation.setting, _set(reward, RewardConfig())
+    sections: dict[str, object] = {"normalize": "within_prompt"}
+    for name in ALL_WEIGHTS:
+        threshold = {"threshold": chosen.threshold} if name == "coverage" else {}
+        sections[name] = {**given.get(name, {}), "weight": recommendation.weights.get(name, 0.0), **threshold}
+    sections |= {name: given[name] for name in ("associations", "clip") if name in given}
+    return {"attention": _set(attention, AttentionConfig()) | {"layers": chosen.layers}, "reward": sections}
+
+
+def _set(config: Any, default: Any) -> dict[str, Any]:
+    """What is not at its default, section by section."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        usual = getattr(default, name)
+        if value != usual:
+            found[name] = _set(value, usual) if dataclasses.is_dataclass(value) else value
+    return found

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cagsr.errors import DataError
-from cagsr.evaluation.held_out import REFERENCE_COLUMNS
 from cagsr.flow import Prompt
+from cagsr.prompts.render import content_of
 
+REFERENCE_COLUMNS = ("references", "reference", "completion")
 FOLLOW_UP_COLUMNS = ("follow_up", *REFERENCE_COLUMNS)
 
 
@@ -25,7 +26,14 @@ def column_texts(prompts: Sequence[Prompt], column: str | None) -> list[list[str
     Raises:
         DataError: a row whose column holds something else.
     """
-    return [[] if column is None else _texts(prompt.columns.get(column), prompt, column) for prompt in prompts]
+    found = []
+    for prompt in prompts:
+        value = None if column is None else prompt.columns.get(column)
+        try:
+            found.append(texts_of(value))
+        except DataError as error:
+            raise DataError(f"row {prompt.row}: column '{column}' {error}") from None
+    return found
 
 
 def prompt_words(prompt: Prompt) -> str:
@@ -33,16 +41,21 @@ def prompt_words(prompt: Prompt) -> str:
     return prompt.text if prompt.messages is None else "\n".join(message["content"] for message in prompt.messages)
 
 
-def _texts(value: Any, prompt: Prompt, column: str) -> list[str]:
-    if not value:
+def texts_of(value: Any) -> list[str]:
+    """The texts of one row's column: a text, several texts, or chat messages (the last one); empty texts are none.
+
+    Raises:
+        DataError: something else.
+    """
+    if value is None or (isinstance(value, str | Sequence) and not value):
         return []
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, Sequence):
-        if isinstance(value[-1], Mapping) and isinstance(value[-1].get("content"), str):
-            return [value[-1]["content"]]
-        if not isinstance(value[-1], Mapping):
-            return [text for item in value for text in _texts(item, prompt, column)]
-    raise DataError(
-        f"row {prompt.row}: column '{column}' holds {type(value).__name__}; give a text, a list of texts, or chat messages."
-    )
+        if isinstance(value[-1], Mapping):
+            content = content_of(value[-1].get("content"))
+            if content is not None:
+                return [content]
+        else:
+            return [text for item in value for text in texts_of(item)]
+    raise DataError(f"holds {type(value).__name__}; give a text, a list of texts, or chat messages.")

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.evaluation.collect import Setting
 from cagsr.evaluation.diagnosis import Diagnosis
 from cagsr.evaluation.recommend import flags_of, yaml_of
@@ -110,13 +111,15 @@ def as_json(found: Diagnosis) -> str:
     return json.dumps(_plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def as_yaml(found: Diagnosis, model: str) -> str:
-    """Return the recommendation as a file for ``cagsr train --config``."""
+def as_yaml(found: Diagnosis, model: str, attention: AttentionConfig, reward: RewardConfig) -> str:
+    """Return the recommendation, with the settings it was measured under, as a file for ``cagsr train --config``."""
     comment = f"# What cagsr diagnose recommends for {model} on {found.prompts} prompts.\n"
     reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
-    if not found.recommendation.weights:
-        return comment + reasons + "# No term helps here: nothing is recommended.\n"
-    return comment + reasons + yaml.safe_dump(yaml_of(found.recommendation), sort_keys=False)
+    if reward.functions or reward.models:
+        reasons += (
+            "# Functions and reward models of the measured reward are not part of it: add them, if you want them.\n"
+        )
+    return comment + reasons + yaml.safe_dump(yaml_of(found.recommendation, attention, reward), sort_keys=False)
 
 
 def as_markdown(found: Diagnosis, configured: Setting) -> str:

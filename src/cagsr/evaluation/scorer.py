@@ -6,6 +6,7 @@ are read micro-batch by micro-batch, and normalised once all of them are known.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward
 from cagsr.reward.keep import reward_batch
 from cagsr.reward.protocol import RewardTerm
-from cagsr.reward.terms import builtin_terms
+from cagsr.reward.terms import ASSOCIATION_TERMS, builtin_terms, needs_associations
 from cagsr.reward.values import term_values
 from cagsr.update.score import score_policy
 
@@ -105,10 +106,10 @@ class Scorer:
         salience: how the pieces of a word are pooled.
         temperature: divides the logits for log-probabilities and self-certainty, as in sampling.
         micro_batch_size: answers in memory at once.
-        associations: what the association terms read; without them these terms are left out.
+        associations: what the association terms read; without them these terms are left out, whatever their weights.
 
     Raises:
-        ConfigError: a reward or a choice of layers that can't be used.
+        ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used.
         AttentionError: the model's attention can't be read.
     """
 
@@ -130,6 +131,9 @@ class Scorer:
         self.micro_batch_size = micro_batch_size
         self.actor_critic = ActorCritic(loaded)
         self.reader = PromptAttentionReader(loaded.model, layers=attention.layers, heads=attention.heads)
+        if associations is None and needs_associations(reward):
+            none = {name: dataclasses.replace(getattr(reward, name), weight=0.0) for name in ASSOCIATION_TERMS}
+            reward = dataclasses.replace(reward, **none)
         chosen = build_reward(reward, device=loaded.device, associations=associations)
         builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward, associations)}
         others = [

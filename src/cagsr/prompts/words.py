@@ -10,10 +10,10 @@ import regex
 from cagsr.prompts.ranges import outside
 
 # Scripts written without spaces: a run of their letters is a clause, so each character stands for itself.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_LETTER = rf"(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*)"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_LETTER = rf"(?:(?![{UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*)"
 _WORD = regex.compile(
-    rf"(?=[\p{{L}}\p{{N}}])[{_UNSPACED}]\p{{M}}*"
+    rf"(?=[\p{{L}}\p{{N}}])[{UNSPACED}]\p{{M}}*"
     rf"|\p{{Sc}}?{_LETTER}+(?:(?:['’\-‐_&@]|(?<=\p{{N}})[.,:/](?=\p{{N}}))\p{{Sc}}?{_LETTER}+)*[%°]?"
 )
 

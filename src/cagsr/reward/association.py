@@ -189,11 +189,11 @@ def learn_associations(
     """Learn which answer words go with which prompt words from prompts and the answers a model gave to them.
 
     For a prompt feature ``w`` in ``n_w`` and an answer word ``v`` in ``n_v`` of ``N`` answers, together in ``n_wv``:
-    ``phi = (N n_wv - n_w n_v) / sqrt(n_w (N - n_w) n_v (N - n_v))``. Features that occur, or are lacking, fewer than
-    ``min_count`` times have no phi; nor have pairs that were seen together fewer than ``min(3, min_count)`` times, since with few
-    counts chance alone gives large values. Words of prompts below ``min_count`` (names, mostly) can only be said
-    literally: of a word that is said in a share ``c`` of the answers to its prompt and nowhere else, phi is about ``sqrt(c)``, so
-    that is what they weigh, ``c`` being their common share.
+    ``phi = (N n_wv - n_w n_v) / sqrt(n_w (N - n_w) n_v (N - n_v))``. Features that occur, or are lacking, in fewer than
+    ``min_count`` different prompts have no phi, nor have words of so few answers, nor pairs that were seen together fewer than
+    ``min(3, min_count)`` times, since with few counts chance alone gives large values. Words of prompts below ``min_count``
+    (names, mostly) can only be said literally: of a word that is said in a share ``c`` of the answers to its prompt and nowhere
+    else, phi is about ``sqrt(c)``, so that is what they weigh, ``c`` being their common share.
 
     Args:
         prompts: text and template ranges of each prompt.
@@ -211,8 +211,10 @@ def learn_associations(
     asked = [prompt_features(text, template) for text, template in prompts]
     said = [answer_features(text) for text in completions]
     total = len(said)
-    prompt_counts = Counter(feature for _, features in asked for feature in features)
-    prompt_index = _frequent(prompt_counts, total, min_count)
+    # A prompt that was answered several times is one prompt: its own words are no more frequent for that.
+    distinct = {(text, tuple(template)): own for (text, template), own in zip(prompts, asked, strict=True)}.values()
+    prompt_counts = Counter(feature for _, features in distinct for feature in features)
+    prompt_index = _frequent(prompt_counts, len(distinct), min_count)
     answer_index = _frequent(Counter(word for words in said for word in words), total, min_count)
     x = _incidence([features for _, features in asked], prompt_index)
     y = _incidence(said, answer_index)
@@ -232,7 +234,9 @@ def learn_associations(
         if prompt_counts[word] < min_count
     ]
     rare = math.sqrt(sum(literal) / len(literal)) if literal else 0.0
-    everywhere = frozenset(word for words, _ in asked for word in words if prompt_counts[word] > total - min_count)
+    everywhere = frozenset(
+        word for words, _ in asked for word in words if prompt_counts[word] > len(distinct) - min_count
+    )
     return Associations(prompt_index, answer_index, matrix.tocsr(), everywhere - prompt_index.keys(), rare, total)
 
 

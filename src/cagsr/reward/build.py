@@ -48,7 +48,13 @@ def build_reward(
         name = path if short in taken else short
         taken.add(name)
         if weight != 0:
-            terms.append((load_function(path, name), weight))
+            term = load_function(path, name)
+            if term.name in taken - {name}:
+                raise ConfigError(
+                    f"reward.functions {path}: its term is named {term.name!r}, as another one; rename it"
+                )
+            taken.add(term.name)
+            terms.append((term, weight))
     for path, weight in zip(config.models, _weights(config.models, config.model_weights), strict=True):
         short = path.rstrip("/").rpartition("/")[2]
         name = path if short in taken else short

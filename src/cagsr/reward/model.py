@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +97,16 @@ def encode_answered(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerB
     """
     if prompt.messages is None:
         return list(tokenizer(join_answer(prompt.text, answer), verbose=False)["input_ids"])
-    chat = [dict(message) for message in prompt.messages] + [{"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    text = tokenizer.apply_chat_template(answered_chat(prompt.messages, answer), tokenize=False)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # the template wrote them
+
+
+def answered_chat(messages: Sequence[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
+    """A conversation with its answer: the assistant's next message, or the rest of the one that the prompt begins."""
+    chat = [dict(message) for message in messages]
+    if chat[-1]["role"] == "assistant":
+        return [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + answer}]
+    return [*chat, {"role": "assistant", "content": answer}]
 
 
 def join_answer(prompt: str, answer: str) -> str:
