@@ -146,18 +146,20 @@ def test_beta_holds_the_model_to_its_start(config: DpoConfig, start: Path, tmp_p
     assert distance(5.0) < distance(0.1)
 
 
+@pytest.mark.parametrize("saved", [2, 5])  # within the first epoch, and within the second
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
-    config: DpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: DpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:
+    config = replace(config, steps=saved + 2)
     whole = weights(train_dpo(replace(config, output_dir=str(tmp_path / "whole")), quiet=True))
 
     class Stopped(module._Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 3:
+            if self.state.global_step == saved + 1:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    halves = replace(config, save_every=2)
+    halves = replace(config, save_every=saved)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_Trainer", Stopped)
         with pytest.raises(KeyboardInterrupt):

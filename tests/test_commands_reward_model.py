@@ -111,14 +111,14 @@ def test_training_reads_the_tokens_that_scoring_reads(
 ) -> None:
     fed: list[list[int]] = []
 
-    class Spy(module.RewardTrainer):  # type: ignore[misc, name-defined]
+    class Spy(module._Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
                 fed.append(ids[mask.bool()].tolist())
                 assert not mask[int(mask.sum()) :].any()  # padded on the right
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(module, "RewardTrainer", Spy)
+    monkeypatch.setattr(module, "_Trainer", Spy)
     end = {**ROWS[0], "rejected": ROWS[0]["rejected"] + "<eos>"}  # a written end token, as sft allows
     write_rows(Path(config.data.path), [end, *ROWS[1:]])
     folder = train_reward_model(replace(config, steps=None, epochs=1, held_out=0), quiet=True)
@@ -170,6 +170,23 @@ def test_what_was_measured_is_what_the_saved_folder_gives(config: RewardModelCon
     assert again.pair_accuracy == found["pair_accuracy"]
     assert found["prompts_also_trained_on"] == 10
     assert metrics(folder)["pairs"] == 20  # nothing is held out besides
+
+
+def test_long_held_out_pairs_are_refused_or_dropped_before_training(
+    config: RewardModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {**ROWS[0], "rejected": " cat" * 80}
+    other = write_rows(tmp_path / "other.jsonl", [ROWS[1], long])
+    config = replace(config, steps=1, eval_data=str(other))
+    with pytest.raises(DataError, match=r"other\.jsonl, row 2: prompt and answer are \d+ tokens long, the limit is 64"):
+        train_reward_model(config, quiet=True)
+    assert not Path(config.output_dir).exists()
+    folder = train_reward_model(replace(config, long_pairs="drop"))
+    assert metrics(folder)["held_out"]["pairs"] == 1
+    assert "1 held-out pairs are longer than 64 tokens" in capsys.readouterr().err
+    write_rows(other, [long])
+    with pytest.raises(DataError, match="all 1 pairs to measure on are longer than 64 tokens"):
+        train_reward_model(replace(config, long_pairs="drop", overwrite=True), quiet=True)
 
 
 def test_accuracy_is_a_mean_over_prompts() -> None:
@@ -239,21 +256,22 @@ def test_other_families(config: RewardModelConfig, tmp_path: Path, kind: str) ->
     assert measure_reward_model(str(folder), config.data.path).pair_accuracy > 0.9
 
 
+@pytest.mark.parametrize("saved", [2, 6])  # within the first epoch, and within the second
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
-    config: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:
-    short = replace(config, steps=4)
+    short = replace(config, steps=saved + 2)
     whole = weights(train_reward_model(replace(short, output_dir=str(tmp_path / "whole")), quiet=True))
 
-    class Stopped(module.RewardTrainer):  # type: ignore[misc, name-defined]
+    class Stopped(module._Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 3:
+            if self.state.global_step == saved + 1:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    halves = replace(short, save_every=2)
+    halves = replace(short, save_every=saved)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "RewardTrainer", Stopped)
+        patch.setattr(module, "_Trainer", Stopped)
         with pytest.raises(KeyboardInterrupt):
             train_reward_model(halves, quiet=True)
     assert not (Path(config.output_dir) / "config.json").exists()

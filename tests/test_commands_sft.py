@@ -18,6 +18,7 @@ from cagsr.errors import CagsrError, ConfigError, DataError, ModelError, RunErro
 from cagsr.pairs import IGNORED, encode_pairs
 from cagsr.quickstart.start import build_tokenizer, save_blank
 from cagsr.quickstart.task import make_pairs
+from cagsr.runs.trainer_folder import write_model
 from cagsr.sft import sft
 
 CHAT = (
@@ -171,10 +172,35 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     assert not (Path(config.output_dir) / "config.json").exists()
     with pytest.raises(RunError, match="--resume"):
         sft(halves, quiet=True)
+    with pytest.raises(RunError, match=r"was started with other values of learning_rate, seed:"):
+        sft(replace(halves, resume=True, learning_rate=2e-3, seed=1, save_every=3), quiet=True)
+    # killed while it wrote another checkpoint
+    half = Path(config.output_dir) / "checkpoints" / "checkpoint-3"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"")
+    (half / "trainer_state.json").write_text('{"global_st')
     resumed = weights(sft(replace(halves, resume=True), quiet=True))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(RunError, match="finished"):
         sft(replace(halves, resume=True), quiet=True)
+
+
+def test_further_chat_templates_are_written_and_replaced(tmp_path: Path) -> None:
+    class Saved:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def save_pretrained(self, folder: Path) -> None:
+            templates = folder / "additional_chat_templates"
+            templates.mkdir(exist_ok=True)
+            (templates / "tool_use.jinja").write_text(self.text)
+
+    for text in ("first", "second"):
+        write_model(tmp_path, Saved(text), Saved(text), {"README.md": "card"})
+    templates = tmp_path / "additional_chat_templates"
+    assert (templates / "tool_use.jinja").read_text() == "second"
+    assert templates.stat().st_mode & 0o100  # others than root can look into it
+    assert {path.name for path in tmp_path.iterdir()} == {"additional_chat_templates", "README.md"}
 
 
 # ---- bad input ----
@@ -237,6 +263,8 @@ def test_folders_and_settings_that_can_not_be_used(config: SftConfig, tmp_path: 
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"max_length": 10_000}, "context"),
         ({"steps": 0}, "--steps"),
+        ({"seed": -1}, "--seed -1: must lie between 0 and 4294967295"),
+        ({"seed": 2**32}, "--seed 4294967296"),
         ({"data": replace(config.data, streaming=True)}, "streaming"),
     ):
         with pytest.raises(ConfigError, match=part):

@@ -145,6 +145,12 @@ def change(content: dict[str, Any], where: str, value: Any) -> None:
         ("contrasts", [["ours", "theirs"]], "unknown method 'theirs'"),
         ("methods/without", {"group": "ablation"}, "ablations need 'base'"),
         ("configs", ["nowhere.yaml"], "nowhere.yaml"),
+        ("methods", {"pairs": {"kind": "dpo", "reward_model": "people"}}, "of the kind train or best_of_n"),
+        ("methods", {}, "of the kind train or best_of_n"),
+        ("base", "pairs", "'pairs' has no settings of cagsr train"),
+        ("validity", {"prompts": 4}, "must name at least one truth"),
+        ("methods/best", {"kind": "best_of_n", "after": "ours"}, "it comes after nothing"),
+        ("methods", {"best": {"kind": "best_of_n"}, "ours": {"after": "best"}}, "trains no model to start from"),
     ],
 )
 def test_bad_plans_are_refused_in_one_sentence(tmp_path: Path, where: str, value: Any, sentence: str):
@@ -166,6 +172,10 @@ def test_files_that_are_no_plans(tmp_path: Path):
     del content["fast"]
     with pytest.raises(ConfigError, match="no section 'fast'"):
         read_plan(written(tmp_path, content), fast=True)
+    for wrong, sentence in ((True, "'fast' must hold keys"), ({"methods": True}, "'fast.methods' must list")):
+        content["fast"] = wrong
+        with pytest.raises(ConfigError, match=sentence):
+            read_plan(written(tmp_path, content), fast=True)
     content["fast"] = {"methods": ["our"]}
     with pytest.raises(ConfigError, match="unknown method 'our'; did you mean 'ours'"):
         read_plan(written(tmp_path, content), fast=True)

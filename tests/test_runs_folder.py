@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,58 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path: Path, monk
         (temporary / "model").write_text("x")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_torch_saying_that_the_disk_is_full_is_one_sentence_and_its_other_errors_are_themselves(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="disk is full") as raised, atomic.disk_errors(tmp_path):
+        torch.save(torch.zeros(1000), "/dev/full")
+    assert "--run.resume" not in str(raised.value)  # sft, dpo and reward-model have no such flag
+    (tmp_path / "optimizer.pt").write_bytes(b"PK\x03\x04 half of it")
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"), atomic.disk_errors(tmp_path):
+        torch.load(tmp_path / "optimizer.pt")
+
+
+def test_links_and_devices_are_written_through_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("old")
+    links = {
+        "rows": tmp_path / "data" / "rows.jsonl",
+        "new": tmp_path / "data" / "new.jsonl",
+        "null": Path("/dev/null"),
+    }
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+        atomic.write_text_atomically(tmp_path / name, name)
+        assert (tmp_path / name).is_symlink()
+    assert {path.name: path.read_text() for path in (tmp_path / "data").iterdir()} == {
+        "rows.jsonl": "rows",
+        "new.jsonl": "new",
+    }
+    pipe, got = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    atomic.write_text_atomically(pipe, "through")
+    reader.join(timeout=10)
+    assert got == ["through"]
+    assert pipe.is_fifo()
+
+
+def test_linked_folders_are_unlinked_and_never_emptied(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    started(run, steps=2, checkpoint=2)
+    os.replace(run / "checkpoints", elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    (run / "final").symlink_to(tmp_path / "nowhere")
+    (run / ".final-adapter.cagsr-tmp").symlink_to(elsewhere)  # what an older version left, and could not delete
+    with RunFolder.open(run, CONFIG, resume=False, overwrite=True) as folder:
+        assert not folder.checkpoints.exists()
+    (run / "final").symlink_to(elsewhere)
+    with atomic.replace_folder(run / "final") as temporary:
+        (temporary / "model").write_text("new")
+    assert [entry.name for entry in (run / "final").iterdir()] == ["model"]
+    assert not any(path.is_symlink() for path in run.iterdir())
+    assert [entry.name for entry in elsewhere.iterdir()] == ["step-000002"]
 
 
 def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -152,8 +152,10 @@ def test_killed_at_random_moments_and_resumed(start: Path, prompts: Path, tmp_pa
 
 
 def test_an_output_folder_with_another_run(start: Path, prompts: Path, tmp_path: Path, capsys):
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     assert main(arguments(start, prompts, run, "--steps", "1")) == 0
+    card = (run / "final" / "README.md").read_text()
+    assert f"--config '{run}/config.yaml' " in card
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert "holds another run" in refused(capsys, arguments(start, prompts, run, "--steps", "1"))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -198,6 +200,8 @@ def test_bad_model_and_settings(start: Path, prompts: Path, tmp_path: Path, caps
         "--attention.layers": ("last", "layers"),
         "--evaluation.metric": ("nowhere.metric", "nowhere.metric"),
         "--ppo.kl_in": ("loss", "k3"),
+        "--run.seed": ("-1", "must lie between 0 and"),
+        "--seed": ("4294967296", "--run.seed 4294967296"),
     }
     for flag, (value, expected) in cases.items():
         assert expected in refused(capsys, arguments(start, prompts, run, flag, value)), flag

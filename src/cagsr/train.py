@@ -75,6 +75,10 @@ def check_config(config: TrainConfig) -> None:
     for name, value in positive.items():
         if value <= 0:
             raise ConfigError(f"--{name} {value}: must be greater than 0.")
+    # NumPy takes seeds up to 2**32 - 1, and each process adds its number to this one.
+    largest_seed = 2**32 - 2**16
+    if not 0 <= run.seed <= largest_seed:
+        raise ConfigError(f"--run.seed {run.seed}: must lie between 0 and {largest_seed}.")
     if sampling.temperature <= 0:
         raise ConfigError(f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0.")
     if not 0 < sampling.top_p <= 1:

@@ -82,6 +82,14 @@ def method_folder(work: Path, name: str, seed: int) -> Path:
     return work / "methods" / f"{name}-seed{seed}"
 
 
+def model_folder(plan: Plan, name: str, seed: int) -> Path:
+    """Where a method leaves its model: a run its final one, DPO its whole folder."""
+    if name == START:
+        return start_folder(plan.folder, seed)
+    folder = method_folder(plan.folder, name, seed)
+    return folder if plan.methods[name].kind == "dpo" else folder / "final"
+
+
 def plan_jobs(plan: Plan) -> list[Job]:
     """Every job of a plan, each after those it needs; those of the main table first, then the others, seed by seed.
 
@@ -136,8 +144,8 @@ def plan_jobs(plan: Plan) -> list[Job]:
                 add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged)
     if plan.validity is not None:
         for seed in plan.seeds[: plan.validity.seeds]:
-            base = plan.methods.get(plan.base or next(iter(plan.methods)))
-            facts = (dataclasses.asdict(plan.validity), base and dataclasses.asdict(base), *trained)
+            base = plan.methods[plan.settings_method]
+            facts = (dataclasses.asdict(plan.validity), dataclasses.asdict(base), *trained)
             add("validity", "", seed, [starts[seed]], *facts)
     return _in_order_of_weight(plan, list(jobs.values()))
 

@@ -99,8 +99,7 @@ def _base_config(plan: Plan, target: str, seed: int) -> TrainConfig:
     """The method's own settings; the start and DPO are judged as the plan's base would sample."""
     if target != START and plan.methods[target].kind != "dpo":
         return reward_settings(plan, target, seed)
-    training = [name for name, method in plan.methods.items() if method.kind == "train"]
-    return reward_settings(plan, plan.base or training[0], seed)
+    return reward_settings(plan, plan.settings_method, seed)
 
 
 def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[EncodedPrompt]:

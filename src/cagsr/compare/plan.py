@@ -192,6 +192,13 @@ class Plan:
         count = None if name == START else self.methods[name].seeds
         return self.seeds[:count]
 
+    @property
+    def settings_method(self) -> str:
+        """The method with whose settings the start and DPO are judged: the base, else the first that trains by a reward."""
+        kinds = {name: method.kind for name, method in self.methods.items()}
+        found = [name for kind in ("train", "best_of_n") for name in kinds if kinds[name] == kind]
+        return self.base or found[0]
+
     def label(self, name: str) -> str:
         """How the tables call a method."""
         return "no RL (start)" if name == START else self.methods[name].label or name
@@ -231,8 +238,14 @@ def read_plan(path: Path, *, fast: bool = False) -> Plan:
 
 
 def _fast(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(tree["fast"], dict):
+        raise ConfigError(
+            f"{path}: 'fast' must hold keys of the plan with their small values (it is {tree['fast']!r})."
+        )
     overlay = dict(tree["fast"])
     kept = overlay.pop("methods", None)
+    if kept is not None and not isinstance(kept, list):
+        raise ConfigError(f"{path}: 'fast.methods' must list the methods that it keeps (it is {kept!r}).")
     merged = _merge(tree, {"work": f"{tree.get('work', 'runs/compare')}-fast", **overlay})
     if kept is not None:
         methods = tree.get("methods") or {}
@@ -289,6 +302,7 @@ def _check(path: Path, plan: Plan) -> None:
             raise ConfigError(f"{path}: 'methods.{name}': dpo needs the reward_model whose pairs it is trained on.")
         if method.after is not None:
             known(method.after, f"methods.{name}.after")
+            _check_after(path, plan, name, method.after)
             seen: set[str] = {name}
             current: str | None = method.after
             while current is not None:
@@ -308,5 +322,31 @@ def _check(path: Path, plan: Plan) -> None:
             known(name, "contrasts")
     if plan.base:
         known(plan.base, "base")
+        if plan.base == START or plan.methods[plan.base].kind == "dpo":
+            raise ConfigError(f"{path}: 'base': '{plan.base}' has no settings of cagsr train; name a method that has.")
+    elif all(method.kind == "dpo" for method in plan.methods.values()):
+        raise ConfigError(
+            f"{path}: 'methods' must hold one of the kind train or best_of_n: its sampling is what the start and DPO are "
+            "judged with."
+        )
+    if plan.validity is not None and not plan.validity.checkers:
+        raise ConfigError(
+            f"{path}: 'validity.checkers' must name at least one truth, as {{quality: my_checks.quality}}."
+        )
     if any(method.group == "ablation" for method in plan.methods.values()) and not plan.base:
         raise ConfigError(f"{path}: ablations need 'base', the method that they change.")
+
+
+def _check_after(path: Path, plan: Plan, name: str, after: str) -> None:
+    """Refuse to start from, or with, what has no policy of its own."""
+    if after == START:
+        return
+    if plan.methods[name].kind == "best_of_n":
+        raise ConfigError(
+            f"{path}: 'methods.{name}.after': best_of_n picks among the start's answers, so it comes after nothing; leave "
+            "'after' out."
+        )
+    if plan.methods[after].kind == "best_of_n":
+        raise ConfigError(
+            f"{path}: 'methods.{name}.after': '{after}' is best_of_n, which trains no model to start from; name another."
+        )

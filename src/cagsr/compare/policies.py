@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cagsr.atomic import write_text_atomically
-from cagsr.compare.jobs import Job, method_folder, reward_model_folder, start_folder
+from cagsr.atomic import remove_folder, write_text_atomically
+from cagsr.compare.jobs import Job, method_folder, model_folder, reward_model_folder, start_folder
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
-from cagsr.errors import ConfigError
+from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
 
 
@@ -36,14 +36,39 @@ def run_command(plan: Plan, command: str, **names: object) -> None:
         ) from error
 
 
+UNFINISHED = "unfinished"
+"""What the record of a start says while its command runs."""
+
+
 def make_start(plan: Plan, job: Job) -> None:
-    """Make the supervised start of a seed; raises ConfigError where the command leaves no model."""
+    """Make the supervised start of a seed; raises ConfigError where the command leaves no model.
+
+    A start that another command made is deleted and made again. Comparisons of older versions kept no record of the
+    command: theirs are taken as they are where the job was not done for another plan.
+    """
     assert job.seed is not None
     folder = start_folder(plan.folder, job.seed)
-    if not (folder / "config.json").exists():
+    begun = _begun(plan, job)
+    known = _read(begun)
+    if known is None:
+        other = job.facts(plan).get("fingerprint", job.fingerprint) != job.fingerprint
+        fresh = other or not _is_whole(folder)
+    else:
+        fresh = known != job.training or not _is_whole(folder)
+    if fresh:
+        # A command that can go on from what it left may; weights without an end are no model.
+        goes_on = known == f"{UNFINISHED} {job.training}" and not (folder / "config.json").exists()
+        if not goes_on:
+            _clear(folder)
+        _write(begun, f"{UNFINISHED} {job.training}")
         run_command(plan, plan.start, seed=job.seed, output=folder)
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"the plan's start command left no model in {folder}; it must write one to {{output}}.")
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"the plan's start command left no model in {folder}; it must write one to {{output}}.")
+    _write(begun, job.training)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
 def make_reward_model(plan: Plan, job: Job) -> None:
@@ -65,29 +90,61 @@ def make_policy(plan: Plan, job: Job) -> Path:
     """Train a method's policy (RL or DPO), or go on with it after a stop; returns the folder of the model."""
     assert job.seed is not None
     method = plan.methods[job.target]
+    model = model_folder(plan, job.target, job.seed)
+    same = _read(_begun(plan, job)) == job.training
     if method.kind == "dpo":
-        return _dpo(plan, job)
+        return _dpo(plan, job, same)
     run = method_folder(plan.folder, job.target, job.seed)
+    if same and (model / "config.json").exists():
+        return model
     settings = _train_settings(plan, job.target, job.seed)
     file = plan.folder / "configs" / f"{job.name}.yaml"
     config = _config(TrainConfig, [*plan.configs, *method.configs], settings, file)
-    begun = plan.folder / "begun" / f"{job.name}.txt"
-    same = begun.exists() and begun.read_text(encoding="utf-8") == job.training
-    if same and (run / "final" / "config.json").exists():
-        return run / "final"
-    known = (run / "config.yaml").exists()
-    how = dataclasses.replace(config.run, resume=known and same, overwrite=known and not same)
-    # Said before anything is written: after a kill the run is known to be this very job's.
-    begun.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(begun, job.training)
 
-    from cagsr.train import train
+    from cagsr.train import check_config, train
 
+    check_config(config)
+    if not same:
+        _begin_anew(plan, job, run)
+    how = dataclasses.replace(config.run, resume=(run / "config.yaml").exists(), overwrite=False)
     train(
         dataclasses.replace(config, run=how),
         console=Console(file=sys.stderr, soft_wrap=True, highlight=False, width=120),
     )
-    return run / "final"
+    return model
+
+
+def _begin_anew(plan: Plan, job: Job, folder: Path) -> None:
+    """Delete what another version of a job left and say whose the folder is now.
+
+    In this order: a kill between the two must not make the old result pass for the new one.
+    """
+    _clear(folder)
+    _write(_begun(plan, job), job.training)
+
+
+def _begun(plan: Plan, job: Job) -> Path:
+    """The file that says by its training hash what a job's folder holds or is to hold."""
+    return plan.folder / "begun" / f"{job.name}.txt"
+
+
+def _read(record: Path) -> str | None:
+    return record.read_text(encoding="utf-8") if record.exists() else None
+
+
+def _write(record: Path, text: str) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(record, text)
+
+
+def _clear(folder: Path) -> None:
+    """Delete a job's folder; raises RunError where it holds a run that is still being written."""
+    from cagsr.runs.folder import is_being_written
+
+    if is_being_written(folder):
+        raise RunError(f"{folder} is being written by another process: wait for it, or give the plan another 'work'.")
+    if folder.exists() or folder.is_symlink():
+        remove_folder(folder)
 
 
 def reward_settings(plan: Plan, name: str, seed: int) -> TrainConfig:
@@ -98,13 +155,10 @@ def reward_settings(plan: Plan, name: str, seed: int) -> TrainConfig:
 
 def _train_settings(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     method = plan.methods[name]
-    start = start_folder(plan.folder, seed)
-    if method.after not in (None, START):
-        start = method_folder(plan.folder, method.after, seed) / "final"
     settings: dict[str, Any] = {
         **plan.set,
         **method.set,
-        "model.path": str(start),
+        "model.path": str(model_folder(plan, method.after or START, seed)),
         "data.path": plan.fill(plan.files.train),
         "evaluation.path": plan.fill(plan.files.held_out),
         "output_dir": str(method_folder(plan.folder, name, seed)),
@@ -116,7 +170,7 @@ def _train_settings(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     return settings
 
 
-def _dpo(plan: Plan, job: Job) -> Path:
+def _dpo(plan: Plan, job: Job, same: bool) -> Path:
     from cagsr.preferences.dpo import train_dpo
 
     assert job.seed is not None
@@ -124,10 +178,12 @@ def _dpo(plan: Plan, job: Job) -> Path:
     assert method.reward_model is not None
     spec = plan.reward_models[method.reward_model]
     folder = method_folder(plan.folder, job.target, job.seed)
-    settings = _pair_settings(plan, spec, job.seed, folder) | method.set
-    return train_dpo(
-        _config(DpoConfig, method.configs, settings, plan.folder / "configs" / f"{job.name}.yaml"), quiet=True
-    )
+    settings = _pair_settings(plan, spec, job.seed, folder)
+    settings["model.path"] = str(model_folder(plan, method.after or START, job.seed))
+    config = _config(DpoConfig, method.configs, settings | method.set, plan.folder / "configs" / f"{job.name}.yaml")
+    if not same:
+        _begin_anew(plan, job, folder)
+    return train_dpo(config, quiet=True)
 
 
 def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:

@@ -103,7 +103,9 @@ class Results:
     def _trained(self, method: str, seed: int) -> dict[str, float]:
         """The seconds of a run's steps: all of them, although the job that judged it may have found it trained already."""
         file = method_folder(self.plan.folder, method, seed) / "timings.jsonl"
-        if not file.exists():
+        # What is best of N now may have been a run before.
+        untrained = method != START and self.plan.methods[method].kind == "best_of_n"
+        if untrained or not file.exists():
             return {}
         return {"train_seconds": float(sum(step_seconds(row) for row in read_lines(file)))}
 

@@ -47,7 +47,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
     """Sample answers of a start, compute every term and every truth, and write correlations and disagreements."""
     assert plan.validity is not None
     assert job.seed is not None
-    name = plan.base or next(iter(plan.methods))
+    name = plan.settings_method
     config = reward_settings(plan, name, job.seed)
     loaded = load_model(
         ModelConfig(path=str(start_folder(plan.folder, job.seed)), device=config.model.device), for_training=False

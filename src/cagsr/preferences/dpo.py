@@ -17,7 +17,7 @@ from cagsr.config import DpoConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import encode_answer
-from cagsr.preferences.pairs import BY_LENGTH, PreferencePair, encode_all, read_preferences
+from cagsr.preferences.pairs import BY_LENGTH, OrderByEpoch, PreferencePair, encode_all, read_preferences
 from cagsr.preferences.split import subset
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.runs.trainer_folder import (
@@ -87,7 +87,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     return folder
 
 
-class _Trainer(DPOTrainer):
+class _Trainer(OrderByEpoch, DPOTrainer):
     """TRL's trainer on pairs that are tokens already: its own encoding would differ from what a rollout sees."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

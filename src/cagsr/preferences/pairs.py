@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
@@ -78,18 +81,75 @@ def encode_all(
     for pair in pairs:
         ids = encode(pair)
         tokens = length(ids)
-        if limit is not None and tokens > limit:
-            if config.long_pairs == "error":
-                raise DataError(
-                    f"{pair.where}: prompt and answer are {tokens} tokens long, the limit is {limit}; shorten them, raise "
-                    "--max_length up to the model's context, or set --long_pairs drop."
-                )
+        if _is_too_long(pair, tokens, config, limit):
             dropped += 1
             continue
         encoded.append({**ids, "length": tokens})
     if not encoded:
         raise DataError(f"{config.data.path}: all {dropped} pairs are longer than {limit} tokens and were dropped.")
     return encoded, dropped
+
+
+def within_limit(
+    pairs: Sequence[PreferencePair],
+    length: Callable[[PreferencePair], int],
+    config: PreferenceConfig,
+    limit: int | None,
+    source: str,
+) -> list[PreferencePair]:
+    """The pairs that ``encode_all`` would keep, where they are only measured on; ``source`` is their file, for messages.
+
+    Raises:
+        DataError: a pair longer than ``limit`` tokens (unless they are dropped), or none left of some.
+    """
+    kept = [pair for pair in pairs if not _is_too_long(pair, length(pair), config, limit)]
+    if pairs and not kept:
+        raise DataError(
+            f"{source}: all {len(pairs)} pairs to measure on are longer than {limit} tokens; give shorter ones, or measure "
+            "nothing (--held_out 0, no --eval_data)."
+        )
+    return kept
+
+
+def _is_too_long(pair: PreferencePair, tokens: int, config: PreferenceConfig, limit: int | None) -> bool:
+    if limit is None or tokens <= limit:
+        return False
+    if config.long_pairs == "error":
+        raise DataError(
+            f"{pair.where}: prompt and answer are {tokens} tokens long, the limit is {limit}; shorten them, raise "
+            "--max_length up to the model's context, or set --long_pairs drop."
+        )
+    return True
+
+
+class OrderByEpoch:
+    """Makes a Trainer that groups by length deal its pairs in an order that follows from seed and epoch alone.
+
+    transformers draws that order from the global random numbers, which a training that is resumed within its second epoch
+    finds in another state than one that was never stopped.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = self
+        dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        args = trainer.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        # The trainer's state is replaced when the training begins, so it is asked for anew each time.
+        return _EpochSampler(
+            batch, list(dataset[args.length_column_name]), args.seed, lambda: int(trainer.state.epoch or 0)
+        )
+
+
+class _EpochSampler(LengthGroupedSampler):
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed = seed
+        # Asked, not told: on several processes set_epoch does not reach a sampler below the loader that skips batches.
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 BY_LENGTH = {

@@ -24,7 +24,14 @@ from cagsr.config import LoraConfig, RewardModelConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.evaluation.metrics import Interval, mean_interval
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.preferences.pairs import BY_LENGTH, PreferencePair, encode_all, read_preferences
+from cagsr.preferences.pairs import (
+    BY_LENGTH,
+    OrderByEpoch,
+    PreferencePair,
+    encode_all,
+    read_preferences,
+    within_limit,
+)
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
 from cagsr.reward.model import RewardModel, encode_answered, load_reward_model
 from cagsr.runs.trainer_folder import (
@@ -88,21 +95,34 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     encoded, dropped = encode_all(
         training,
         lambda pair: _encode(pair, loaded.tokenizer),
-        lambda ids: max(len(ids["chosen_ids"]), len(ids["rejected_ids"])),
+        _length,
         config,
         limit,
     )
+    # What can't be measured is known now, not once the training is done.
+    measurable = within_limit(
+        held_out,
+        lambda pair: _length(_encode(pair, loaded.tokenizer)),
+        config,
+        limit,
+        config.eval_data or config.data.path,
+    )
+    unmeasured, held_out = len(held_out) - len(measurable), measurable
     seen = len({prompt_key(pair) for pair in training} & {prompt_key(pair) for pair in held_out})
     notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}."]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
+    if unmeasured:
+        notes.append(
+            f"{unmeasured:,} held-out pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop)."
+        )
     if held_out:
         notes.append(f"Accuracy is measured on {len(held_out):,} other pairs.")
     if seen:
         notes.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
     classifier = _classifier(loaded, config)
     checkpoint = open_trainer_folder(config, COMMAND)
-    trainer = RewardTrainer(
+    trainer = _Trainer(
         model=classifier,
         args=_arguments(config, loaded, len(encoded)),
         train_dataset=Dataset.from_list(encoded),
@@ -122,6 +142,10 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
         if measured is not None and not quiet:
             print(f"{folder}: accuracy {measured.accuracy} on {measured.pairs:,} held-out pairs.")
     return folder
+
+
+class _Trainer(OrderByEpoch, RewardTrainer):
+    """TRL's trainer, dealing the pairs in an order that a resumed training repeats."""
 
 
 def pair_accuracy(model: RewardModel, pairs: Sequence[PreferencePair]) -> PairAccuracy:
@@ -176,6 +200,10 @@ def _encode(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
         name: encode_answered(pair.prompt, _without_end(answer, tokenizer.eos_token), tokenizer)
         for name, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected))
     }
+
+
+def _length(ids: dict[str, list[int]]) -> int:
+    return max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
 
 
 def _without_end(answer: str, end: str | None) -> str:

@@ -80,25 +80,29 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(old_yaml: str, new_yaml: str) -> list[str]:
-    """Dotted keys whose values differ between two configs, leaving out ``MAY_DIFFER``; sorted.
+def differing_keys(
+    old_yaml: str, new_yaml: str, may_differ: Sequence[str] = MAY_DIFFER, defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Dotted keys whose values differ between two configs, leaving out ``may_differ``; sorted.
 
-    A setting that the old one lacks, because it was written by an older version, is taken at its default.
+    A setting that the old one lacks, because it was written by an older version, is taken at its default: ``defaults``, or
+    those of training.
     """
     old, new = _flat(yaml.safe_load(old_yaml)), _flat(yaml.safe_load(new_yaml))
     absent = object()
-    old = {key: value for key, value in _defaults().items() if key in new} | old
+    known = flat_defaults(TrainConfig) if defaults is None else defaults
+    old = {key: value for key, value in known.items() if key in new} | old
     return sorted(
         key
         for key in old.keys() | new.keys()
         if old.get(key, absent) != new.get(key, absent)
-        and not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_DIFFER)
+        and not any(key == allowed or key.startswith(allowed + ".") for allowed in may_differ)
     )
 
 
-def _defaults() -> dict[str, Any]:
-    """Every training setting's default, ``section.key``; of the required ones an empty text."""
-    return _flat(yaml.safe_load(to_yaml(TrainConfig(ModelConfig(""), DataConfig(""), output_dir=""))))
+def flat_defaults(kind: Any) -> dict[str, Any]:
+    """Every default of a config with a model, data and an output folder, ``section.key``; of these three an empty text."""
+    return _flat(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
 
 
 def _entries(path: Path) -> list[Path]:
@@ -300,7 +304,7 @@ def _remove_run(path: Path) -> None:
     """
     with disk_errors(path):
         for name in RUN_FOLDERS:
-            if (path / name).is_dir():
+            if (path / name).is_dir() or (path / name).is_symlink():
                 remove_folder(path / name)
         for name in reversed(RUN_FILES):
             (path / name).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -198,7 +199,7 @@ class RunRecord:
                 data=config.data.path,
                 prompts=len(train_set.prompts),
                 steps=config.run.steps,
-                command=f"cagsr train --config {config.output_dir}/config.yaml --output_dir again",
+                command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
                 settings=told,
                 estimator=config.ppo.estimator,
                 encoder_decoder=loaded.encoder_decoder,

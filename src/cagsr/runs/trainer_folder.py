@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -9,19 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from cagsr.atomic import disk_errors, replace_folder, write_text_atomically
+from cagsr.atomic import delete, disk_errors, replace_folder, write_text_atomically
 from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel
+from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.progress import TrainingProgress
 
 CHECKPOINTS = "checkpoints"
+
+MAY_DIFFER = (
+    "output_dir",
+    "epochs",
+    "steps",
+    "micro_batch_size",
+    "save_every",
+    "resume",
+    "overwrite",
+    "model.device",
+    "model.gradient_checkpointing",
+)
+"""Settings that may change when a training is resumed, as those of a run may: length, bookkeeping, where it runs."""
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy takes no larger one."""
 
 TrainerConfig = SftConfig | RewardModelConfig | DpoConfig
 
@@ -40,6 +59,8 @@ def check_trainer_config(config: TrainerConfig, command: str) -> None:
         raise ConfigError(f"--micro_batch_size {micro} must divide --batch_size {config.batch_size}.")
     if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
         raise ConfigError("--steps must be 1 or more and --epochs above 0.")
+    if not 0 <= config.seed <= LARGEST_SEED:
+        raise ConfigError(f"--seed {config.seed}: must lie between 0 and {LARGEST_SEED}.")
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: give a folder as --output_dir.")
@@ -54,6 +75,25 @@ def check_trainer_config(config: TrainerConfig, command: str) -> None:
         )
     if config.resume and (folder / "config.json").exists():
         raise RunError(f"{folder} holds a finished {command}: there is nothing to resume; start anew with --overwrite.")
+    if config.resume:
+        _check_resumed(config, folder / settings_file(command), command)
+
+
+def _check_resumed(config: TrainerConfig, stored: Path, command: str) -> None:
+    """Refuse to go on under other settings: the second half would be another training than the first."""
+    try:
+        different = differing_keys(
+            stored.read_text(encoding="utf-8"), to_yaml(config), MAY_DIFFER, flat_defaults(type(config))
+        )
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{stored} can't be read, so the {command} can't be resumed: mend it, or start anew with --overwrite."
+        ) from error
+    if different:
+        raise RunError(
+            f"The {command} in {stored.parent} can't be resumed because it was started with other values of "
+            f"{', '.join(different)}: give the same ones, start anew (--overwrite) or choose another folder."
+        )
 
 
 def settings_file(command: str) -> str:
@@ -67,16 +107,33 @@ def open_trainer_folder(config: TrainerConfig, command: str) -> str | None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
+            delete(folder / CHECKPOINTS)
+            delete(folder / "adapter")
             # The config goes first: without it the folder is no model any more, whatever happens next.
             for name in ("config.json", "metrics.json", *(file.name for file in folder.glob("*.safetensors"))):
                 (folder / name).unlink(missing_ok=True)
         checkpoint = None
         if config.resume and (folder / CHECKPOINTS).is_dir():
-            checkpoint = get_last_checkpoint(str(folder / CHECKPOINTS))
+            checkpoint = _last_checkpoint(folder / CHECKPOINTS)
         write_text_atomically(folder / settings_file(command), to_yaml(config))
     return checkpoint
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; None where there is none.
+
+    transformers writes a checkpoint file by file, ``trainer_state.json`` last: one that a kill cut short has none, or half
+    of it.
+    """
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir()]
+    for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict) and "global_step" in state:
+            return str(path)
+    return None
 
 
 def length_limit(config: TrainerConfig, loaded: LoadedModel) -> int | None:
@@ -194,7 +251,10 @@ def write_model(folder: Path, model: Any, tokenizer: Any, texts: dict[str, str])
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            file.chmod(0o644)
+            if file.is_dir():  # further chat templates; a folder can't be renamed over another one
+                delete(folder / file.name)
+            else:
+                file.chmod(0o644)
             file.replace(folder / file.name)
 
 
