@@ -67,8 +67,8 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Response tokens by the whole time of the steps."""
-        return self.tokens / (self.collect_seconds + self.update_seconds + self.evaluation_seconds)
+        """Response tokens by the time of the steps; the evaluation apart, which a run makes in one of many steps."""
+        return self.tokens / (self.collect_seconds + self.update_seconds)
 
 
 def prepare(folder: Path, case: Case) -> None:
