@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,13 +14,14 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
-from cagsr.flow import EncodedPrompt
+from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.functions import import_dotted
 from cagsr.rollout.sample import sample_responses
 
+ResultT = TypeVar("ResultT")
 Metric = Callable[..., Sequence[float]]
 
 
@@ -128,18 +129,14 @@ def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: 
     Raises:
         ConfigError: the metric fails, or gives something other than one finite number for each prompt.
     """
-    names = {name for encoded in prompts for name in encoded.prompt.columns} - {"prompts", "completions"}
-    columns = {name: [encoded.prompt.columns.get(name) for encoded in prompts] for name in sorted(names)}
-    try:
-        found = metric.compute([encoded.prompt.text for encoded in prompts], list(completions), **columns)
-        values = tuple(float(value) for value in found)
-    except CagsrError:
-        raise
-    except Exception as error:  # a user's code can raise anything; the cause stays attached
-        raise ConfigError(
-            f"The metric {metric.name} failed with {type(error).__name__}: {error}; it is called as "
-            "f(prompts, completions, **columns) and returns one number for each."
-        ) from error
+    rows = [encoded.prompt for encoded in prompts]
+    values = call_checked(
+        lambda *texts, **columns: tuple(float(value) for value in metric.compute(*texts, **columns)),
+        rows,
+        completions,
+        f"The metric {metric.name}",
+        "one number for each",
+    )
     if len(values) != len(prompts):
         raise ConfigError(f"The metric {metric.name} gave {len(values)} values for {len(prompts)} prompts.")
     bad = next((row for row, value in enumerate(values) if not math.isfinite(value)), None)
@@ -149,6 +146,34 @@ def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: 
             f"{prompts[bad].prompt.row}; mend it."
         )
     return values
+
+
+def call_checked(
+    function: Callable[..., ResultT], rows: Sequence[Prompt], completions: Sequence[str], name: str, returns: str
+) -> ResultT:
+    """Call a user's ``f(prompts, completions, **columns)``, its failure told in one sentence.
+
+    Args:
+        function: what is called, and what is made of its result.
+        rows: the prompts, one for each answer; their columns are handed over as lists.
+        completions: the answers.
+        name: opens the sentence.
+        returns: what the function should give, for the sentence.
+
+    Raises:
+        ConfigError: the function raises anything but an error of ours.
+    """
+    names = {column for prompt in rows for column in prompt.columns} - {"prompts", "completions"}
+    columns = {column: [prompt.columns.get(column) for prompt in rows] for column in sorted(names)}
+    try:
+        return function([prompt.text for prompt in rows], list(completions), **columns)
+    except CagsrError:
+        raise
+    except Exception as error:  # a user's code can raise anything; the cause stays attached
+        raise ConfigError(
+            f"{name} failed with {type(error).__name__}: {error}; it is called as f(prompts, completions, **columns) and "
+            f"returns {returns}."
+        ) from error
 
 
 def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cagsr.errors import CagsrError, ConfigError, ModelError
+from cagsr.errors import ConfigError, ModelError
 from cagsr.evaluation.follow_up import follow_up_nll, load_judge
+from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
@@ -150,18 +151,15 @@ class AnswerJudge:
 
     def _check(self, rows: Sequence[Prompt], completions: Sequence[str]) -> dict[str, Floats]:
         path = str(self.judges.checker)
-        names = {name for prompt in rows for name in prompt.columns} - {"prompts", "completions"}
-        columns = {name: [prompt.columns.get(name) for prompt in rows] for name in sorted(names)}
-        assert self._checker is not None
-        try:
-            values = list(self._checker([prompt.text for prompt in rows], list(completions), **columns))
-        except CagsrError:
-            raise
-        except Exception as error:  # a user's code can raise anything; the cause stays attached
-            raise ConfigError(
-                f"--checker {path}: failed with {type(error).__name__}: {error}; it is called as "
-                "f(prompts, completions, **columns) and returns a number, or a dict of numbers, for each answer."
-            ) from error
+        checker = self._checker
+        assert checker is not None
+        values = call_checked(
+            lambda *texts, **columns: list(checker(*texts, **columns)),
+            rows,
+            completions,
+            f"--checker {path}:",
+            "a number, or a dict of numbers, for each answer",
+        )
         if len(values) != len(completions):
             raise ConfigError(f"--checker {path}: gave {len(values)} values for {len(completions)} answers.")
         return _columns_of(values, path)
