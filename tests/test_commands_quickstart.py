@@ -12,9 +12,14 @@ import yaml
 from transformers import AutoTokenizer
 
 from cagsr.commands.main import main
+from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words
-from cagsr.quickstart.compare import MEASURES, Answered, Comparison
+from cagsr.models.load import load_model
+from cagsr.prompts.prepare import prepare_prompts
+from cagsr.quickstart.compare import BATCH, DRAWS, MEASURES, Answered, Comparison
 from cagsr.quickstart.show import remark, verdict
+from cagsr.quickstart.stages import MAX_NEW_TOKENS
 from cagsr.quickstart.task import facts_covered, facts_said_again, make_pairs, make_prompts, wrong_facts
 
 SMALL = ["--pairs", "64", "--sft_steps", "3", "--prompts", "12", "--held_out", "8", "--steps", "1", "--batch_size", "2"]
@@ -116,6 +121,22 @@ def test_before_is_the_start_and_after_the_trained_model(finished: tuple[Path, s
         assert [[row["completion"].strip()] for row in rows(output)] == [row[column] for row in answers]
 
 
+def test_as_peaked_means_what_it_means_in_compare(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    start, trained = (
+        load_model(ModelConfig(str(folder / name), device="cpu"), for_training=False) for name in ("start", "run/final")
+    )
+    data, uniform = DataConfig(str(folder / "held_out.jsonl")), SalienceConfig(weighting="uniform")
+    prompts = prepare_prompts(data, uniform, start.tokenizer, max_length=200).prompts
+    sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_generations=DRAWS)
+    target = float(answers_at(trained, prompts, sampling, 0, BATCH).entropy.mean())
+    temperature = matching_temperature(start, prompts, sampling, target, 0, BATCH)
+    columns = json.loads((folder / "results.json").read_text())["columns"]
+    (used,) = (value for name, value in columns.items() if name.startswith("before, T="))
+    assert used == pytest.approx(temperature, abs=0.01)
+    assert used != 1.0
+
+
 def test_again_uses_the_models_that_are_there_and_replaces_the_rest(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +169,7 @@ def test_sizes_that_can_not_be_used_are_refused(tmp_path: Path, capsys: pytest.C
 def answered(covered: float, wrong: float = 0.0, temperature: float = 1.0) -> Answered:
     values = {measure.key: np.full((20, 1), 0.1) for measure in MEASURES}
     values |= {"facts_covered": np.full((20, 1), covered), "wrong_facts": np.full((20, 1), wrong)}
-    return Answered(temperature, (("Mara is a baker.",),) * 20, values)
+    return Answered(temperature, (("Mara is a baker.",),) * 20, values, 1.0)
 
 
 def test_the_verdict_says_plainly_what_did_not_work() -> None:
@@ -163,7 +184,7 @@ def test_the_verdict_says_plainly_what_did_not_work() -> None:
 def test_perplexity_is_averaged_geometrically_and_leaves_empty_answers_out() -> None:
     one = answered(0.5)
     values = {**one.values, "perplexity": np.array([[1.0], [4.0], [np.nan]])}
-    assert Answered(1.0, one.answers, values).mean("perplexity") == pytest.approx(2.0)
+    assert Answered(1.0, one.answers, values, 1.0).mean("perplexity") == pytest.approx(2.0)
 
 
 def test_remarks_name_what_is_left_out_and_what_is_made_up() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from cagsr.commands.main import main
 from cagsr.config import AttentionConfig, CoverageConfig, ModelConfig, RewardConfig, SalienceConfig
-from cagsr.evaluation.scorer import Scorer, encode_response, standardized, weigh
+from cagsr.evaluation.scorer import Scorer, encode_response
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.split import split_at_space
@@ -80,7 +78,7 @@ def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.Captur
     assert sum(row["contributions"]["coverage"] for row in rows) == pytest.approx(0, abs=1e-6)
     said = capsys.readouterr().err
     assert "self_certainty" in said
-    assert "over these 3 pairs" in said
+    assert "on the scales of these 3 answers as a whole" in said
 
 
 def test_words_and_tokens_explain_the_coverage(model: Path, pairs: Path):
@@ -115,16 +113,6 @@ def test_raw_values_without_normalisation(model: Path, pairs: Path):
 def test_sampled_tokens_are_taken_as_they_are(model: Path, tmp_path: Path):
     row = {"prompt": "tell me about the cat", "completion": "cat", "completion_ids": [6, 6, 2]}
     assert scored(model, save(tmp_path / "ids.jsonl", [row]))[0]["tokens"] == 3
-
-
-def test_a_run_lends_its_idf_table(model: Path, pairs: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    run.mkdir()
-    counts = {"red": 1, "cat": 90, "tell": 100, "me": 100, "about": 100, "the": 100}
-    (run / "frequency.json").write_text(json.dumps({"documents": 100, "counts": counts}))
-    rows = scored(model, pairs, "--per_word", "--salience_from", str(run))
-    assert [one["word"] for one in rows[0]["per_word"]] == ["red"]
-    assert score(model, pairs, "--salience_from", str(tmp_path)) == 2
 
 
 def test_plain_texts_are_cut_in_two(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -197,21 +185,6 @@ def test_the_stop_token_is_never_doubled(loaded: LoadedModel):
     assert encode_response(loaded, prompt, "dog dog", limit=1) == encode_response(
         loaded, prompt, "dog dog", ended=False, limit=1
     )
-
-
-def test_standardized_by_hand():
-    values = torch.tensor([1.0, 3.0, 10.0, 10.0, math.nan])
-    group = torch.tensor([7, 7, 9, 9, 9])
-    # Within the groups: deviations -1, 1, 0, 0; squares sum to 2, with 4 - 2 degrees of freedom.
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(standardized(values, group=group), expected)
-    # Over all: mean 6, deviations -5, -3, 4, 4, mean square 66/4.
-    whole = torch.tensor([-5.0, -3.0, 4.0, 4.0, 0.0], dtype=torch.float64) / math.sqrt(16.5)
-    torch.testing.assert_close(standardized(values), whole)
-    assert standardized(values, clip=1.0).abs().max() == 1.0
-    assert standardized(torch.tensor([0.3, 0.3])).tolist() == [0.0, 0.0]
-    parts = weigh({"a": values}, {"a": -2.0}, normalize="none")
-    assert parts["a"].tolist() == [-2.0, -6.0, -20.0, -20.0, 0.0]
 
 
 @given(st.text(alphabet="ab \n", min_size=1, max_size=30), st.floats(0.01, 0.99))

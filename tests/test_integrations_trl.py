@@ -17,10 +17,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 import tiny
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError, RewardError
-from cagsr.evaluation.scorer import Response, Scorer, weigh
+from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.integrations.trl import STATE_KEY, AttentionReward
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import encode_texts
+from cagsr.reward.weigh import weigh
 
 TEXTS = [
     "tell me about the red cat near a house",
@@ -153,7 +154,8 @@ def test_the_values_are_those_of_the_scorer(start: Path, tmp_path: Path, kind: s
     reward = AttentionReward(replace(FOUR_TERMS, normalize="none"), micro_batch_size=3)
     trainer = made(start, tmp_path, reward, prompts=prompts, chat=chat)
     raw = expected(start, FOUR_TERMS, prompts, chat)
-    total = sum(weigh(raw, {name: reward._scorer.weights.get(name, 0.0) for name in raw}, normalize="none").values())
+    weights = {name: reward._scorer.weights.get(name, 0.0) for name in raw}
+    total = weigh(raw, weights, RewardConfig(normalize="none"), torch.zeros(16)).total
     assert reward(**given(trainer, prompts)) == pytest.approx(total.tolist(), abs=1e-5)
     assert len({round(value, 6) for value in total.tolist()}) > 10
 
@@ -167,16 +169,16 @@ def test_the_default_is_normalised_within_prompts_as_in_cagsr(start: Path, tmp_p
     group = torch.arange(len(TEXTS)).repeat_interleave(4)
     weights = reward._scorer.weights
     # On the first batch the running scale is that batch's own.
-    total = sum(weigh(raw, weights, normalize="within_prompt", clip=5.0, group=group).values())
+    total = weigh(raw, weights, RewardConfig(), group).total
     trainer.model.train()
     first = reward(**given(trainer))
     assert first == pytest.approx(total.tolist(), abs=1e-4)
     assert torch.tensor(first).view(4, 4).mean(dim=1).abs().max() < 1e-5
     trainer.model.eval()  # evaluation: raw sums, and the scale stays
-    count = reward._running.function.within["coverage"].count
+    count = reward._normalizer.within["coverage"].count
     raw_sum = sum(weights[name] * values for name, values in raw.items())
     assert reward(**given(trainer)) == pytest.approx(raw_sum.tolist(), abs=1e-5)
-    assert reward._running.function.within["coverage"].count == count == 12
+    assert reward._normalizer.within["coverage"].count == count == 12
 
 
 def test_the_prompts_are_the_tokens_that_trl_feeds(start: Path, tmp_path: Path) -> None:
@@ -304,12 +306,12 @@ def test_the_running_scale_is_kept_in_checkpoints(start: Path, tmp_path: Path) -
     settings = {"save_strategy": "steps", "save_steps": 1}
     made(start, tmp_path, reward, **settings).train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"][STATE_KEY] == reward._running.function.state_dict()
+    assert state["stateful_callbacks"][STATE_KEY] == reward._normalizer.state_dict()
     again = AttentionReward()
     trainer = made(start, tmp_path, again, **{**settings, "max_steps": 3})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    count = reward._running.function.within["coverage"].count
-    assert again._running.function.within["coverage"].count == pytest.approx(count * 3 / 2)
+    count = reward._normalizer.within["coverage"].count
+    assert again._normalizer.within["coverage"].count == pytest.approx(count * 3 / 2)
 
 
 def test_evaluation_logs_raw_sums(start: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     set_seed(config.run.seed + 1 + accelerator.process_index)
 
     # Everything that can be refused has been checked: only now is anything written.
-    record = RunRecord(config, accelerator, ppo, monitors, stream, associations)
+    record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
     try:
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))

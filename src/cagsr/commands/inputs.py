@@ -17,6 +17,7 @@ from cagsr.errors import ConfigError
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.association import Associations
 
 
@@ -32,24 +33,23 @@ def read_prompts(
     data: DataConfig,
     prompt: str | None,
     salience: SalienceConfig,
-    salience_from: str | None,
+    frequency: DocumentFrequency | None,
     loaded: LoadedModel,
     max_new_tokens: int,
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
     """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
 
+    ``frequency`` is a run's IDF table; None: words are counted in these prompts.
+
     Raises:
         ConfigError: neither or both of the two were given, or no room is left for a prompt.
         DataError: a prompt that can't be used.
-        RunError: ``salience_from`` is no run with an IDF table.
     """
-    from cagsr.prompts.frequency import read_frequency
     from cagsr.prompts.prepare import encode_texts, prepare_prompts
 
     if (prompt is None) == (data.path == ""):
         raise ConfigError("Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both."))
     limit = loaded.room_for_prompts(max_new_tokens)
-    frequency = read_frequency(salience_from)
     if prompt is not None:
         return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
     found = prepare_prompts(data, salience, loaded.tokenizer, max_length=limit, frequency=frequency)

@@ -41,8 +41,9 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
-    salience_from: str | None = None
-    """Folder of a cagsr train run whose IDF table is used; None: IDF over these prompts."""
+    reward_from: str | None = None
+    """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
+    reward given here; IDF and scales over these prompts as a whole."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     batch_size: int = 8
     """Prompts at once."""
@@ -61,11 +62,14 @@ def run(config: Config) -> None:
 
     import torch
 
-    from cagsr.evaluation.scorer import Scorer, weigh
+    from cagsr.evaluation.scorer import Scorer
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
+    from cagsr.reward.weigh import weigh
+    from cagsr.runs.reward import with_run_reward
 
+    config, learned = with_run_reward(config, config.sampling.temperature)
     check_reward_config(config.reward)
     given = config.candidates_column is not None
     if given and needs_associations(config.reward) and config.reward.associations.path is None:
@@ -78,11 +82,10 @@ def run(config: Config) -> None:
         config.data,
         config.prompt,
         config.salience,
-        config.salience_from,
+        None if learned is None else learned.frequency,
         loaded,
         0 if given else config.sampling.max_new_tokens,
     )
-    scale = "within the prompt, on the raw values" if config.reward.normalize == "none" else "in standard deviations"
     associations = None
     if needs_associations(config.reward):
         associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
@@ -94,7 +97,7 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *notes, f"Candidates of one prompt are compared with each other ({scale})."])
+    say([*loaded.notes, *notes])
     answers: list[Candidate] = []
     with progress("ranking", len(prompts)) as advance:
         found = _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts)
@@ -103,11 +106,10 @@ def run(config: Config) -> None:
             advance(done)
     group = torch.tensor([answer.prompt for answer in answers])
     raw = {name: torch.tensor([answer.terms[name] for answer in answers]) for name in scorer.weights}
-    normalize, clip = config.reward.normalize, config.reward.clip
-    parts = weigh(raw, scorer.weights, normalize=normalize, clip=clip, group=group)
-    reward = torch.stack([part for name, part in parts.items() if scorer.weights[name] != 0]).sum(dim=0)
+    weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)
+    say([weighed.note])
     own: list[list[tuple[float, Candidate]]] = [[] for _ in prompts]
-    for value, answer in zip(reward.tolist(), answers, strict=True):
+    for value, answer in zip(weighed.total.tolist(), answers, strict=True):
         own[answer.prompt].append((value, answer))
     rows = [_ranking(encoded, candidates) for encoded, candidates in zip(prompts, own, strict=True)]
     if config.output is not None or config.prompt is None:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response
     from cagsr.flow import EncodedPrompt, RewardBatch
     from cagsr.models.load import LoadedModel
+    from cagsr.prompts.salience import DocumentFrequency
 
 
 @dataclass(frozen=True)
 class Config:
-    """Score prompt-response pairs: all reward terms, raw, and the weighted ones on one scale over the file."""
+    """Score prompt-response pairs: all reward terms, raw, and the weighted ones on one scale."""
 
     model: ModelConfig
     data: DataConfig
@@ -36,8 +37,9 @@ class Config:
     """Cut responses to this many tokens (they then count as unfinished); None never cuts."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
-    salience_from: str | None = None
-    """Folder of a cagsr train run whose IDF table is used; None: IDF over the prompts of this file."""
+    reward_from: str | None = None
+    """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
+    reward given here; IDF and scales over this file as a whole."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     temperature: float = 1.0
     """Divides the logits for self-certainty, as sampling.temperature does in training."""
@@ -56,11 +58,14 @@ def run(config: Config) -> None:
 
     import torch
 
-    from cagsr.evaluation.scorer import Scorer, weigh
+    from cagsr.evaluation.scorer import Scorer
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
+    from cagsr.reward.weigh import weigh
+    from cagsr.runs.reward import with_run_reward
 
+    config, learned = with_run_reward(config, config.temperature)
     check_reward_config(config.reward)
     associations = named_associations(config.reward)
     if associations is None and needs_associations(config.reward):
@@ -78,14 +83,8 @@ def run(config: Config) -> None:
         micro_batch_size=config.batch_size,
         associations=associations,
     )
-    prompts, responses, notes = read_pairs(config, loaded)
-    scale = (
-        "Contributions: weight times the raw value (--reward.normalize none)."
-        if config.reward.normalize == "none"
-        else f"Contributions: weight times the term centred and divided by its standard deviation over these "
-        f"{len(prompts):,} pairs."
-    )
-    say([*loaded.notes, *notes, scale])
+    prompts, responses, notes = read_pairs(config, loaded, None if learned is None else learned.frequency)
+    say([*loaded.notes, *notes])
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     details: list[dict[str, Any]] = []
     with progress("scoring", len(prompts)) as advance:
@@ -96,9 +95,11 @@ def run(config: Config) -> None:
             details += _details(config, loaded, prompts[start : start + config.batch_size], batch)
             advance(len(batch.rollout.completions))
     terms = {name: torch.cat(values) for name, values in raw.items()}
-    parts = weigh(terms, scorer.weights, normalize=config.reward.normalize, clip=config.reward.clip)
-    active = {name: part for name, part in parts.items() if scorer.weights[name] != 0}
-    reward = torch.stack(list(active.values())).sum(dim=0)
+    number_of = {ids: number for number, ids in enumerate(dict.fromkeys(encoded.ids for encoded in prompts))}
+    group = torch.tensor([number_of[encoded.ids] for encoded in prompts])
+    weighed = weigh(terms, scorer.weights, config.reward, group, None if learned is None else learned.scales)
+    say([weighed.note])
+    reward = weighed.total
     rows = [
         {
             "row": encoded.prompt.row,
@@ -106,7 +107,7 @@ def run(config: Config) -> None:
             "completion": response.text,
             "reward": float(reward[number]),
             "terms": {name: float(values[number]) for name, values in terms.items()},
-            "contributions": {name: float(values[number]) for name, values in active.items()},
+            "contributions": {name: float(values[number]) for name, values in weighed.contributions.items()},
             "tokens": len(response.ids),
             "ended": response.ended,
             **details[number],
@@ -126,14 +127,15 @@ def _check(config: Config) -> None:
         raise ConfigError(f"--temperature {config.temperature:g}: must be above 0.")
 
 
-def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], list[Response], list[str]]:
+def read_pairs(
+    config: Config, loaded: LoadedModel, frequency: DocumentFrequency | None
+) -> tuple[list[EncodedPrompt], list[Response], list[str]]:
     """Read the file's prompts and responses, as tokens that fit the model's context together.
 
     Raises:
         DataError: a row without a response, with an empty one, or too long; the message names file and row.
     """
     from cagsr.evaluation.scorer import encode_response
-    from cagsr.prompts.frequency import read_frequency
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
     from cagsr.prompts.split import split_texts
@@ -148,7 +150,7 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
         config.salience,
         loaded.tokenizer,
         max_length=room,
-        frequency=read_frequency(config.salience_from),
+        frequency=frequency,
     )
     context = None if loaded.encoder_decoder else loaded.context_length()
     prompts: list[EncodedPrompt] = []
@@ -185,10 +187,8 @@ def read_pairs(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt]
     if not prompts:
         raise DataError(f"{config.data.path}: no pair fits the model's context; set --data.long_prompts truncate.")
     notes = list(found.notes)
-    if config.salience_from is not None:
-        notes.append(f"IDF: the table of the run {config.salience_from}.")
-    elif config.salience.weighting == "idf":
-        notes.append("IDF: counted on this file's prompts (--salience_from RUN takes a run's).")
+    if frequency is None and config.salience.weighting == "idf":
+        notes.append("IDF: counted on this file's prompts (--reward_from RUN takes a run's).")
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than the model's context and were dropped.")
     if cut:

@@ -48,8 +48,9 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
-    salience_from: str | None = None
-    """Folder of a cagsr train run whose IDF table is used; None: IDF over the prompts of --data."""
+    reward_from: str | None = None
+    """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
+    reward given here; IDF and scales over --data and the answers shown."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     seed: int = 0
     """Seeds the sampling."""
@@ -62,8 +63,10 @@ def run(config: Config) -> None:
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
+    from cagsr.runs.reward import with_run_reward
     from cagsr.view.notebook import view
 
+    config, learned = with_run_reward(config, config.sampling.temperature)
     check_reward_config(config.reward)
     learn = needs_associations(config.reward) and config.reward.associations.path is None
     if learn and (config.prompt is not None or not config.answers):
@@ -76,7 +79,7 @@ def run(config: Config) -> None:
         config.data,
         config.prompt,
         config.salience,
-        config.salience_from,
+        None if learned is None else learned.frequency,
         loaded,
         config.sampling.max_new_tokens if config.answers else 0,
     )
@@ -96,6 +99,7 @@ def run(config: Config) -> None:
             attention=config.attention,
             salience=config.salience,
             associations=associations,
+            scales=None if learned is None else learned.scales,
             sampling=replace(config.sampling, num_generations=max(1, config.answers)),
             seed=config.seed,
         )

@@ -21,11 +21,12 @@ from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfi
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
 from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.evaluation.scorer import Scorer, weigh
+from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.terms import needs_associations
+from cagsr.reward.weigh import weigh
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
@@ -147,30 +148,27 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     )
     sampling = dataclasses.replace(config.sampling, num_generations=method.num_generations)
     texts: list[str] = []
-    entropy: list[float] = []
-    tokens: list[int] = []
-    ended: list[bool] = []
-    for some, rollout in sample_in_batches(loaded, weighed, sampling, seed, max(1, BATCH // method.num_generations)):
+    raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
+    entropy: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    ended: list[torch.Tensor] = []
+    for _, rollout in sample_in_batches(loaded, weighed, sampling, seed, max(1, BATCH // method.num_generations)):
         batch = scorer.batch(rollout)
-        group = torch.arange(len(some)).repeat_interleave(method.num_generations)
-        parts = weigh(
-            scorer.values(batch),
-            scorer.weights,
-            normalize=config.reward.normalize,
-            clip=config.reward.clip,
-            group=group,
-        )
-        total = torch.stack([part for name, part in parts.items() if scorer.weights[name] != 0]).sum(dim=0)
-        best = total.view(len(some), -1).argmax(dim=1) + torch.arange(len(some)) * method.num_generations
+        for name, values in scorer.values(batch).items():
+            raw[name].append(values)
         mask = rollout.response_mask
-        mean_entropy = (batch.scores.entropy * mask).sum(dim=1) / mask.sum(dim=1)
-        for row in best.tolist():
-            texts.append(rollout.completions[row])
-            entropy.append(float(mean_entropy[row]))
-            tokens.append(int(mask[row].sum()))
-            ended.append(bool(rollout.ended[row]))
+        texts += rollout.completions
+        entropy.append((batch.scores.entropy * mask).sum(dim=1) / mask.sum(dim=1))
+        tokens.append(mask.sum(dim=1))
+        ended.append(rollout.ended)
+    # As ``cagsr rank`` does it: scales from the answers to all prompts, the winner of each prompt's own.
+    group = torch.arange(len(weighed)).repeat_interleave(method.num_generations)
+    terms = {name: torch.cat(values) for name, values in raw.items()}
+    total = weigh(terms, scorer.weights, config.reward, group).total
+    best = total.view(len(weighed), -1).argmax(dim=1) + torch.arange(len(weighed)) * method.num_generations
     return Answers(
-        tuple(texts), np.array(entropy), np.array(tokens, dtype=np.float64), np.array(ended, dtype=np.float64)
+        tuple(texts[row] for row in best.tolist()),
+        *(torch.cat(parts).cpu()[best].double().numpy() for parts in (entropy, tokens, ended)),
     )
 
 

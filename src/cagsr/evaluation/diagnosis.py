@@ -26,6 +26,7 @@ from cagsr.evaluation.recommend import (
     within_z,
 )
 from cagsr.reward.functions import import_dotted
+from cagsr.reward.normalize import Normalization
 
 Floats = NDArray[np.float64]
 
@@ -91,7 +92,7 @@ class Diagnosis:
 
 
 def diagnose(
-    signals: Signals, weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+    signals: Signals, weights: Mapping[str, float], normalize: Normalization = "within_prompt", clip: float = 5.0
 ) -> Diagnosis:
     """Analyse measured signals.
 

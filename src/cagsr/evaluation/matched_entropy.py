@@ -1,8 +1,9 @@
 """The sharpening control: another model sampled at the temperature at which it is as peaked as this one.
 
-A policy that only became more peaked looks better at temperature 1 for that reason alone (method.md, section 3). So a
-trained model is compared with its start at *matched entropy*: the temperature at which the start's own samples have the
-trained model's entropy.
+A policy that only became more peaked looks better at temperature 1 for that reason alone. So a trained model is compared
+with its start at *matched entropy*: the temperature at which the start's own samples have the trained model's entropy. The
+entropy is the mean over answers of each answer's mean token entropy: every answer counts alike, as it does in the measures
+that are compared, whatever its length. ``quickstart``, ``eval`` and ``compare`` all take it from here.
 """
 
 from __future__ import annotations

@@ -16,8 +16,10 @@ from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.evaluation.best_of_n import correlation, within_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
-from cagsr.evaluation.scorer import standardized
 from cagsr.reward.metrics import variance_share
+from cagsr.reward.normalize import Normalization, Normalizer
+from cagsr.reward.values import TermValues
+from cagsr.reward.weigh import weigh
 
 Floats = NDArray[np.float64]
 
@@ -59,8 +61,15 @@ def within_z(values: ArrayLike) -> Floats:
     ``(prompts, candidates)`` in and out; zeros where the values do not vary within any row.
     """
     x = np.asarray(values, dtype=np.float64)
-    group = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
-    return standardized(torch.from_numpy(x.ravel().copy()), group=group).numpy().reshape(x.shape)
+    given, group = TermValues.of(torch.from_numpy(x.ravel().copy())), _prompt_of_each(x)
+    normalizer = Normalizer(["x"], "within_prompt", clip=0.0)
+    normalizer.update({"x": given}, group)
+    return normalizer("x", given, group).numpy().reshape(x.shape)
+
+
+def _prompt_of_each(values: Floats) -> torch.Tensor:
+    """``(prompts * candidates,)`` int64, the number of each value's prompt."""
+    return torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
 
 
 def agreement_target(signals: Signals) -> Floats:
@@ -219,23 +228,24 @@ def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]
 
 
 def weighted_parts(
-    terms: Mapping[str, Floats], weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+    terms: Mapping[str, Floats],
+    weights: Mapping[str, float],
+    normalize: Normalization = "within_prompt",
+    clip: float = 5.0,
 ) -> dict[str, Floats]:
     """Normalise and weigh terms as training does: name -> ``(prompts, candidates)``, terms of weight 0 left out."""
-    parts = {}
-    for name, weight in weights.items():
-        if weight == 0 or name not in terms:
-            continue
-        values = terms[name]
-        group = torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
-        flat = torch.from_numpy(values.ravel().copy())
-        normalized = standardized(flat, normalize, clip, group if normalize == "within_prompt" else None)
-        parts[name] = weight * normalized.numpy().reshape(values.shape)
-    return parts
+    active = {name: weight for name, weight in weights.items() if weight != 0 and name in terms}
+    if not active:
+        return {}
+    raw = {name: torch.from_numpy(np.asarray(terms[name], dtype=np.float64).ravel().copy()) for name in active}
+    shape = terms[next(iter(active))].shape
+    config = RewardConfig(normalize=normalize, clip=clip)
+    found = weigh(raw, active, config, _prompt_of_each(terms[next(iter(active))]))
+    return {name: part.numpy().reshape(shape) for name, part in found.contributions.items()}
 
 
 def warnings_for(
-    signals: Signals, weights: Mapping[str, float], normalize: str = "within_prompt", clip: float = 5.0
+    signals: Signals, weights: Mapping[str, float], normalize: Normalization = "within_prompt", clip: float = 5.0
 ) -> list[str]:
     """Say in plain words what would go wrong with the configured reward on these prompts.
 

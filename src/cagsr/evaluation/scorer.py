@@ -7,7 +7,7 @@ are read micro-batch by micro-batch, and normalised once all of them are known.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -207,55 +207,3 @@ class Scorer:
             padding_side="right" if self.loaded.encoder_decoder else "left",
             device=self.loaded.device,
         )
-
-
-def weigh(
-    raw: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    *,
-    normalize: str = "within_prompt",
-    clip: float = 5.0,
-    group: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Bring the terms of a set of answers to one scale and weigh them.
-
-    Without ``group`` each term is centred and divided by its standard deviation over the set, which is what training's
-    ``running`` moments come to. With ``group`` it is centred within its group and divided by the standard deviation
-    within groups, as training's ``within_prompt``: the scale on which answers to one prompt compete.
-
-    Args:
-        raw: name -> ``(answers,)``, NaN where a term does not apply.
-        weights: name -> weight, for every name of ``raw``.
-        normalize: ``none`` takes raw values; anything else normalises, over the set or within ``group``.
-        clip: normalised values are clipped to plus or minus this; 0 does not clip.
-        group: ``(answers,)`` int64, equal for answers to one prompt; None: one scale for all.
-
-    Returns:
-        Name -> ``(answers,)`` float64, weight * value; 0 where a term does not apply or does not vary.
-    """
-    return {name: weights[name] * standardized(values, normalize, clip, group) for name, values in raw.items()}
-
-
-def standardized(
-    values: Tensor, normalize: str = "within_prompt", clip: float = 0.0, group: Tensor | None = None
-) -> Tensor:
-    """Normalise one term as :func:`weigh` does: ``(answers,)`` in and out, float64, 0 where it does not apply."""
-    known = torch.isfinite(values)
-    x = torch.where(known, values, 0.0).double()
-    if normalize == "none":
-        return x
-    index = torch.zeros_like(known, dtype=torch.int64)
-    if group is not None:
-        index = torch.unique(group, return_inverse=True)[1]
-    size = torch.zeros(int(index.max()) + 1 if len(index) else 0).double()
-    counts = size.scatter_add(0, index, known.double()).clamp(min=1)
-    means = size.scatter_add(0, index, x) / counts
-    centred = torch.where(known, x - means[index], 0.0)
-    # Degrees of freedom within groups, as in training: each group's mean was taken from its own values.
-    freedom = float(known.sum()) if group is None else float(known.sum() - torch.unique(index[known]).numel())
-    std = (float(centred.square().sum()) / max(freedom, 1.0)) ** 0.5
-    # Values equal up to float32 rounding do not vary.
-    if std <= 1e-6 * float(x.abs().max() if len(x) else 0.0) + 1e-8:
-        return torch.zeros_like(x)
-    z = centred / std
-    return z.clamp(-clip, clip) if clip > 0 else z

@@ -3,7 +3,8 @@
 verl and OpenRLHF call a reward function in a process, often on a machine, that has no policy. What it can read there is the
 attention of a frozen model, the one that training starts from (``attention.source`` ``reference``): a signal that the policy
 can't move by moving its attention, and that does not follow the policy either. And both hand over one answer at a time, so
-there is no mean of a prompt's answers to subtract: rewards are raw weighted sums, which these loops normalise themselves.
+there is no mean of a prompt's answers to subtract, which these loops do themselves: with the scales of a training run
+(``reward_from``) each term is set against its mean over that run, without them rewards are raw weighted sums.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
@@ -22,11 +24,11 @@ from cagsr.evaluation.scorer import Response, encode_response
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.integrations.live import LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
-from cagsr.integrations.weigh import weighted_sum
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
-from cagsr.prompts.frequency import read_frequency
 from cagsr.prompts.load import load_rows
+from cagsr.reward.weigh import weigh
+from cagsr.runs.reward import with_run_reward
 
 VARIABLE = "CAGSR_REWARD_CONFIG"
 """Environment variable with the path of the YAML file of settings."""
@@ -47,8 +49,8 @@ class FrozenConfig:
 
     model: ModelConfig
     data: _Data = field(default_factory=_Data)
-    salience_from: str | None = None
-    """Folder of a cagsr train run whose IDF table is used instead of counting in ``data``."""
+    reward_from: str | None = None
+    """Folder of a cagsr train run whose reward is used: settings, IDF table, associations and scales."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -63,21 +65,24 @@ class FrozenScorer:
         config: all settings.
 
     Raises:
-        ConfigError: ``reward.normalize`` is not ``none``, a setting of the data that has no effect here, or there is nothing to
-            count words in.
+        ConfigError: without a run ``reward.normalize`` is not ``none`` or there is nothing to count words in; a setting of the
+            data that has no effect here.
         ModelError, DataError, RunError: the model, the prompts or the run can't be read.
     """
 
     def __init__(self, config: FrozenConfig) -> None:
-        if config.reward.normalize != "none":
+        config, learned = with_run_reward(config, 1.0)
+        self.reward, self.scales = config.reward, None if learned is None else learned.scales
+        if config.reward.normalize != "none" and self.scales is None:
             raise ConfigError(
-                f"reward.normalize is {config.reward.normalize}, but verl and OpenRLHF hand over one answer at a time: set "
-                "reward.normalize: none, and let their estimator (grpo, rloo) scale."
+                f"reward.normalize is {config.reward.normalize}, but verl and OpenRLHF hand over one answer at a time: name a "
+                "cagsr train run whose scales are used with reward_from, or set reward.normalize: none and let their "
+                "estimator (grpo, rloo) scale."
             )
-        if config.salience.weighting == "idf" and not config.data.path and config.salience_from is None:
+        if config.salience.weighting == "idf" and not config.data.path and learned is None:
             raise ConfigError(
-                "salience.weighting idf counts words in the prompts: name them with data.path (or salience_from), or set "
-                "salience.weighting: uniform."
+                "salience.weighting idf counts words in the prompts: name them with data.path (or a run with reward_from), "
+                "or set salience.weighting: uniform."
             )
         for name in ("system_prompt", "split_text"):
             if getattr(config.data, name) != getattr(_Data(), name):
@@ -98,7 +103,7 @@ class FrozenScorer:
             self.loaded.tokenizer,
             config.salience,
             source=config.data.path or "prompts",
-            frequency=read_frequency(config.salience_from),
+            frequency=None if learned is None else learned.frequency,
         )
         self.known: dict[str, Prompt] = {}
         """The prompts of ``data`` by the text that the model reads; texts also as what the chat template makes of them."""
@@ -113,14 +118,17 @@ class FrozenScorer:
     def terms(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reward, ``(answers,)``, and the raw terms it is the weighted sum of; may be called from several threads.
+        """The reward, ``(answers,)`` float32, and the raw terms behind it; may be called from several threads.
+
+        Each answer stands alone, so that its reward does not depend on what is handed over with it.
 
         Raises:
             RewardError: a term fails or gives a number that is not finite.
         """
         with _one_at_a_time:
             raw = self.scorer.terms(prompts, responses)
-        return weighted_sum(raw, self.scorer.weights), raw
+        weighed = weigh(raw, self.scorer.weights, self.reward, torch.arange(len(responses)), self.scales)
+        return weighed.total.float(), raw
 
     def response(self, prompt: EncodedPrompt, text: str) -> Response:
         """An answer of which only the text is known: tokenised anew, and taken as one that ended by itself."""

@@ -27,11 +27,13 @@ from cagsr.evaluation.scorer import Response
 from cagsr.flow import EncodedPrompt
 from cagsr.integrations.live import FrozenModel, LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
-from cagsr.integrations.weigh import RunningWeights, weighted_sum
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.prompts.render import text_of
 from cagsr.reward.build import check_reward_config
+from cagsr.reward.normalize import Normalizer
+from cagsr.reward.values import TermValues
+from cagsr.reward.weigh import contributions
 
 STATE_KEY = "cagsr_attention_reward"
 """Under which the running scale lies in a checkpoint's ``trainer_state.json``."""
@@ -116,9 +118,9 @@ class AttentionReward:
             reference=_reference(trainer, loaded) if self.attention.source == "reference" else None,
         )
         self._encoder = encoder
-        self._running = RunningWeights(self._scorer.weights, self.reward.normalize, self.reward.clip)
+        self._normalizer = Normalizer(list(self._scorer.weights), self.reward.normalize, self.reward.clip)
         self._trainer = trainer
-        trainer.add_callback(_KeepScale(self._running))
+        trainer.add_callback(_KeepScale(self._normalizer))
         return self
 
     def __call__(
@@ -152,9 +154,12 @@ class AttentionReward:
                 if len(known):
                     log(f"{self.__name__}/{name}", float(known.mean()))
         if self._trainer.model.training and len(raw.group):
-            total = self._running(raw.everywhere, raw.group).total
+            self._normalizer.update({name: TermValues.of(values) for name, values in raw.everywhere.items()}, raw.group)
+            normalizer = self._normalizer
         else:
-            total = weighted_sum(raw.everywhere, self._scorer.weights)
+            normalizer = Normalizer(list(self._scorer.weights), "none")
+        parts = contributions(raw.everywhere, self._scorer.weights, normalizer, raw.group)
+        total = torch.stack(list(parts.values())).sum(dim=0)
         mine = iter(total[raw.mine].tolist())
         return [next(mine) if len(ids) else None for ids in completion_ids]
 
@@ -217,19 +222,19 @@ class _Gathered:
 class _KeepScale(TrainerCallback):
     """Keeps the moments of the running scale in the trainer's state, which every checkpoint holds as JSON."""
 
-    def __init__(self, running: RunningWeights) -> None:
-        self._function = running.function
+    def __init__(self, normalizer: Normalizer) -> None:
+        self._normalizer = normalizer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the moments of the checkpoint that training is resumed from."""
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
-            self._function.load_state_dict(saved)
+            self._normalizer.load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the moments where the next checkpoint takes them from."""
-        state.stateful_callbacks[STATE_KEY] = self._function.state_dict()
+        state.stateful_callbacks[STATE_KEY] = self._normalizer.state_dict()
 
 
 def _refuse(trainer: Any) -> None:

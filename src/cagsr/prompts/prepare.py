@@ -185,7 +185,7 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
     if frequency is None:
         first = islice(rows, FREQUENCY_ROWS)
         frequency = DocumentFrequency.fit(prompt for _, prompt in pipeline.render(first))
-        notes.append(f"IDF is estimated on the first {frequency.documents:,} rows.")
+        notes.append(f"IDF is estimated on the {frequency.documents:,} different prompts of the first rows.")
     fitted = frequency
 
     def reopen() -> Iterator[EncodedPrompt]:

@@ -32,19 +32,24 @@ class DocumentFrequency:
     """
 
     documents: int
-    """Number of prompts counted (N)."""
+    """Number of different prompts counted (N)."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Word (case-folded) -> number of prompts that hold it."""
 
     @classmethod
     def fit(cls, prompts: Iterable[Prompt]) -> DocumentFrequency:
-        """Count the words of ``prompts`` outside their templates."""
+        """Count the words of ``prompts`` outside their templates.
+
+        A prompt that stands several times counts once, so that a file with many answers to a prompt weighs words as a
+        file of the prompts does.
+        """
         counts: Counter[str] = Counter()
-        documents = 0
+        seen: set[str] = set()
         for prompt in prompts:
-            documents += 1
-            counts.update({word.key for word in find_words(prompt.text, prompt.template)})
-        return cls(documents, dict(counts))
+            if prompt.text not in seen:
+                seen.add(prompt.text)
+                counts.update({word.key for word in find_words(prompt.text, prompt.template)})
+        return cls(len(seen), dict(counts))
 
     def idf(self, word: str) -> float:
         """Inverse document frequency of ``word`` (its case-folded key), natural logarithm, > 0."""

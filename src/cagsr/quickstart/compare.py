@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cagsr.config import SamplingConfig
+from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
-from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
-from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.load import LoadedModel
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
-from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]
 
@@ -61,6 +59,8 @@ class Answered:
     """Each prompt's answers: ``DRAWS``, or one if greedy."""
     values: dict[str, Floats]
     """Key of a measure -> ``(prompts, draws)`` float64; ``perplexity`` is NaN for an empty answer."""
+    entropy: float
+    """Mean over the answers of each one's mean token entropy, nats."""
 
     def per_prompt(self, key: str) -> Floats:
         """Mean over each prompt's answers, ``(prompts,)``."""
@@ -79,7 +79,7 @@ class Comparison:
     before: Answered
     """The start, sampled at temperature 1."""
     peaked: Answered
-    """The start at the temperature at which its entropy is the trained model's (at most 1)."""
+    """The start at the temperature at which its entropy is the trained model's."""
     after: Answered
     """The trained model, sampled at temperature 1."""
     before_greedy: Answered
@@ -108,6 +108,9 @@ def compare(
 ) -> Comparison:
     """Let both models answer every prompt and measure the answers; the same seed gives the same numbers.
 
+    How peaked a model is, and which temperature matches it, is what ``cagsr compare`` means by it
+    (:mod:`cagsr.evaluation.matched_entropy`).
+
     Args:
         start: the model before.
         trained: the model after.
@@ -116,19 +119,30 @@ def compare(
         sampling: how long answers may be; the temperatures are set here.
         seed: of the sampling.
         advance: told 1 after each of ``STAGES`` pieces of work.
+
+    Raises:
+        ModelError: no temperature makes the start as peaked as the trained model.
     """
 
     def answered(loaded: LoadedModel, temperature: float) -> Answered:
-        texts = _answers(loaded, prompts, sampling, temperature, DRAWS if temperature > 0 else 1, seed)
+        draws = DRAWS if temperature > 0 else 1
+        found = answers_at(
+            loaded, prompts, replace(sampling, num_generations=draws, temperature=temperature), seed, BATCH
+        )
+        texts = [text.strip() for text in found.texts]
+        own = tuple(tuple(texts[first : first + draws]) for first in range(0, len(texts), draws))
         advance(1)
-        return Answered(temperature, texts, measure(judge, prompts, texts))
+        return Answered(temperature, own, measure(judge, prompts, own), float(found.entropy.mean()))
 
-    temperature = matched_temperature(start, trained, prompts, sampling, seed=seed)
+    before, after = answered(start, 1.0), answered(trained, 1.0)
+    several = replace(sampling, num_generations=DRAWS)
+    known = {1.0: before.entropy}
+    temperature = matching_temperature(start, prompts, several, after.entropy, seed, BATCH, known=known)
     advance(1)
     return Comparison(
-        before=answered(start, 1.0),
+        before=before,
         peaked=answered(start, temperature),
-        after=answered(trained, 1.0),
+        after=after,
         before_greedy=answered(start, 0.0),
         after_greedy=answered(trained, 0.0),
     )
@@ -154,59 +168,3 @@ def measure(
         "perplexity": perplexity(judge.model, judge.tokenizer, asked, texts),
     }
     return {key: np.asarray(value, dtype=np.float64).reshape(len(prompts), -1) for key, value in values.items()}
-
-
-def matched_temperature(
-    start: LoadedModel,
-    trained: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    lowest: float = 0.2,
-    steps: int = 6,
-) -> float:
-    """Find the temperature at which the start's own answers have the trained model's entropy, by bisection.
-
-    Returns:
-        A temperature in ``[lowest, 1]``; 1 where the trained model is no more peaked than the start.
-    """
-    target = _entropy(trained, prompts, sampling, 1.0, seed)
-    low, high = lowest, 1.0
-    if _entropy(start, prompts, sampling, high, seed) <= target:
-        return high
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _entropy(start, prompts, sampling, middle, seed) < target else (low, middle)
-    return (low + high) / 2
-
-
-def _answers(
-    loaded: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    sampling: SamplingConfig,
-    temperature: float,
-    draws: int,
-    seed: int,
-) -> tuple[tuple[str, ...], ...]:
-    settings = replace(sampling, num_generations=draws, temperature=temperature)
-    texts = [
-        text.strip()
-        for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH // draws)
-        for text in rollout.completions
-    ]
-    return tuple(tuple(texts[start : start + draws]) for start in range(0, len(texts), draws))
-
-
-def _entropy(
-    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, temperature: float, seed: int
-) -> float:
-    """Mean entropy of the sampled next-token distributions over all answers' tokens, nats."""
-    settings = replace(sampling, num_generations=1, temperature=temperature)
-    policy = ActorCritic(loaded)
-    total, tokens = 0.0, 0
-    for _, rollout in sample_in_batches(loaded, prompts, settings, seed, BATCH):
-        scores = score_policy(policy, loaded, rollout, settings, reader=None, micro_batch_size=BATCH)
-        total += float(scores.entropy[rollout.response_mask].sum())
-        tokens += int(rollout.response_mask.sum())
-    return total / max(1, tokens)

@@ -14,11 +14,17 @@ from cagsr.reward.protocol import Partial, RewardTerm
 
 @dataclass(frozen=True)
 class TermValues:
-    """What one term gave for a batch, finite and float32."""
+    """What one term gave for a batch, finite; float32 from a call of the term."""
 
     total: Tensor  # (batch,) value of each answer; 0 where the term does not apply
     tokens: Tensor | None  # (batch, response) gains of a dense term, 0 on masked tokens; None: sequence-level
     applies: Tensor  # (batch,) bool
+
+    @classmethod
+    def of(cls, raw: Tensor) -> TermValues:
+        """From values that were read before: ``(batch,)``, NaN where the term does not apply."""
+        applies = torch.isfinite(raw)
+        return cls(torch.where(applies, raw, 0.0), None, applies)
 
     @property
     def raw(self) -> Tensor:

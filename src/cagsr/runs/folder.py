@@ -8,6 +8,8 @@ held_out.jsonl   greedy answers to the same held-out prompts at each evaluation,
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
 associations.json  which words go together, where the reward needs it (learned before the first step)
+frequency.json   how many prompts hold each word, for the IDF weights
+scales.json      the scales of the reward's terms as learned so far (``runs/reward.py`` reads them for other commands)
 profile.md       where the time went, if asked for
 rollout-weights/  the policy on its way to a vLLM server, while a run goes on
 final/           the trained model in Hugging Face layout, with its card as README.md
@@ -38,10 +40,12 @@ from cagsr.runs.lines import append_lines, truncate_lines
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
+FREQUENCY = "frequency.json"
+SCALES = "scales.json"
 REPORT = "report.html"
 PROFILE = "profile.md"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", "frequency.json", PROFILE, ASSOCIATIONS, REPORT)
+RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
 
 MAY_DIFFER = (

@@ -25,13 +25,15 @@ from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import is_sharded, unsharded
 from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
-from cagsr.runs.folder import ASSOCIATIONS, PROFILE, RunFolder
+from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
+from cagsr.runs.reward import write_scales
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.tracker import start_tracker
 from cagsr.update.ppo import PPO
@@ -58,7 +60,8 @@ class RunRecord:
         ppo: policy, optimizer, KL controller and running moments.
         monitors: their first values and streaks.
         stream: the data position.
-        associations: kept in the folder, for a resumed run and for ``score`` and ``rank``.
+        frequency: the IDF table; kept in the folder, as the associations are, for what judges answers by this reward.
+        associations: also for a resumed run.
 
     Raises:
         RunError: the folder holds another run, is in use, or can't be written or resumed.
@@ -71,6 +74,7 @@ class RunRecord:
         ppo: PPO,
         monitors: Monitors,
         stream: PromptStream,
+        frequency: DocumentFrequency,
         associations: Associations | None = None,
     ) -> None:
         self._config = config
@@ -94,6 +98,7 @@ class RunRecord:
                     config.output_dir, to_yaml(stored), resume=run.resume, overwrite=run.overwrite
                 )
                 found = [self._folder.checkpoint, self._folder.step, None]
+                write_text_atomically(self._folder.path / FREQUENCY, json.dumps(frequency.to_json()))
                 if associations is not None:
                     write_text_atomically(self._folder.path / ASSOCIATIONS, json.dumps(associations.to_json()))
                 self.notes = self._folder.notes
@@ -158,6 +163,7 @@ class RunRecord:
         if self._folder is not None:
             keep = max(1, self._config.run.save_total_limit)
             self._folder.save_checkpoint(step, state, keep, states, collected)
+            write_scales(self._folder.path, self._ppo.reward.state_dict())
         self._accelerator.wait_for_everyone()
 
     def where_to_resume(self) -> str:
@@ -185,7 +191,7 @@ class RunRecord:
         after: Mapping[str, float],
         held_out: int,
     ) -> None:
-        """Write the final model with its card, the IDF table and the curves, and close the folder.
+        """Write the final model with its card and the curves, and close the folder.
 
         Every process calls it: each may hold a part of the model.
         """
@@ -210,7 +216,6 @@ class RunRecord:
                 versions={name: version(name) for name in ("cagsr", "torch", "transformers", "peft")},
             )
             save_final(self._folder.path, model, loaded.tokenizer, model_card(facts))
-            write_text_atomically(self._folder.path / "frequency.json", json.dumps(train_set.frequency.to_json()))
             plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
         self._tracker.finish()
         self.close()

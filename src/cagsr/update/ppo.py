@@ -348,7 +348,7 @@ class PPO:
         if not self._first_means:
             self._first_means = means
         metrics["objective/raw_scores"] = sum(
-            weight * self.reward.scale(name) * (means[name] - self._first_means[name])
+            weight * self.reward.normalizer.scale(name) * (means[name] - self._first_means[name])
             for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
         )
         return metrics

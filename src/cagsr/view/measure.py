@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cagsr.attention.probe import find_attention_layers
-from cagsr.evaluation.scorer import Response, Scorer, weigh
+from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.explain import explain_salience
 from cagsr.reward.coverage import coverage_gains
 from cagsr.reward.focus import focus
 from cagsr.reward.repetition import repeated_ngrams, without_stop_token
+from cagsr.reward.weigh import Scales, weigh
 from cagsr.view.pieces import token_pieces
 from cagsr.view.planes import REWARD, Plane, planes_with_room, read_planes
 
@@ -73,27 +74,32 @@ class Measured:
     pooling: str
     entropy_floor: float
     ngram: int
-    normalized: bool
-    """Contributions are normalised among these answers; False: weight times the raw value."""
+    scale: str
+    """What the contributions are, in a sentence."""
     model: str
 
 
-def measure(loaded: LoadedModel, prompt: EncodedPrompt, responses: Sequence[Response], scorer: Scorer) -> Measured:
+def measure(
+    loaded: LoadedModel,
+    prompt: EncodedPrompt,
+    responses: Sequence[Response],
+    scorer: Scorer,
+    scales: Scales | None = None,
+) -> Measured:
     """Score answers to one prompt and read what they looked at.
-
-    Several answers are normalised among themselves, as ``cagsr rank`` does it; of a single one a contribution is the
-    weight times the raw value.
 
     Args:
         loaded: the model.
         prompt: the prompt.
         responses: one answer or more, each with a token or more.
         scorer: the reward's terms and settings.
+        scales: those of a run; None: those of these answers (see :func:`cagsr.reward.weigh.weigh`).
 
     Raises:
         DataError: an answer of zero tokens.
         AttentionError: the model's attention can't be read.
         RewardError: a term fails.
+        RunError: the run's scales are those of other terms.
     """
     config = scorer.config
     found = find_attention_layers(loaded.model)
@@ -103,16 +109,7 @@ def measure(loaded: LoadedModel, prompt: EncodedPrompt, responses: Sequence[Resp
     for batch, values in scorer.score_texts([prompt] * len(responses), responses):
         batches.append((batch, values, read_planes(loaded, batch.rollout, found, planes)))
     raw = {name: torch.cat([values[name] for _, values, _ in batches]) for name in scorer.weights}
-    normalized = len(responses) > 1 and config.normalize != "none"
-    parts = weigh(
-        raw,
-        scorer.weights,
-        normalize=config.normalize if normalized else "none",
-        clip=config.clip,
-        group=torch.zeros(len(responses), dtype=torch.int64),
-    )
-    active = {name: part for name, part in parts.items() if scorer.weights[name] != 0}
-    reward = torch.stack(list(active.values())).sum(dim=0).tolist()
+    weighed = weigh(raw, scorer.weights, config, torch.zeros(len(responses), dtype=torch.int64), scales)
     answers: list[Answer] = []
     for batch, _, read in batches:
         for row in range(len(batch.rollout.completions)):
@@ -127,9 +124,9 @@ def measure(loaded: LoadedModel, prompt: EncodedPrompt, responses: Sequence[Resp
                     text=responses[number].text,
                     tokens=tuple(token_pieces(loaded.tokenizer, responses[number].ids)),
                     ended=responses[number].ended,
-                    reward=reward[number],
+                    reward=float(weighed.total[number]),
                     terms={name: float(values[number]) for name, values in raw.items()},
-                    contributions={name: float(values[number]) for name, values in active.items()},
+                    contributions={name: float(values[number]) for name, values in weighed.contributions.items()},
                     planes={plane: _array(attention[row, :length]) for plane, attention in looked.items()},
                     **details,
                 )
@@ -149,7 +146,7 @@ def measure(loaded: LoadedModel, prompt: EncodedPrompt, responses: Sequence[Resp
         pooling=scorer.salience.pooling,
         entropy_floor=config.focus.entropy_floor,
         ngram=config.repetition.n,
-        normalized=normalized,
+        scale=weighed.note,
         model=loaded.path,
     )
 

@@ -19,6 +19,7 @@ from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.association import Associations
 from cagsr.reward.build import check_reward_config
+from cagsr.reward.weigh import Scales
 from cagsr.view.measure import Measured, measure
 from cagsr.view.page import render_page
 from cagsr.view.picture import save_picture
@@ -75,6 +76,7 @@ def view(
     salience: SalienceConfig | None = None,
     frequency: DocumentFrequency | None = None,
     associations: Associations | None = None,
+    scales: Scales | None = None,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
 ) -> View:
@@ -90,6 +92,7 @@ def view(
         frequency: document frequencies of a run or a prompt set; None: counted on this prompt alone, so that all words
             weigh alike.
         associations: what the association terms read; without them these terms are left out.
+        scales: those of a run; None: those of these answers.
         sampling: how answers are sampled; its temperature also divides the logits for self-certainty.
         seed: of the sampling.
 
@@ -130,7 +133,7 @@ def view(
         responses = sampled(loaded, prompt, replace(sampling, num_generations=answers), seed)
     else:
         responses = typed(loaded, prompt, answers)
-    return View(measure(loaded, prompt, responses, scorer))
+    return View(measure(loaded, prompt, responses, scorer, scales))
 
 
 def sampled(loaded: LoadedModel, prompt: EncodedPrompt, sampling: SamplingConfig, seed: int) -> list[Response]:

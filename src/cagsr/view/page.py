@@ -167,14 +167,7 @@ def _shown(answer: Answer, measured: Measured, left_out: bool) -> dict[str, Any]
 
 def _notes(measured: Measured, data: dict[str, Any]) -> list[str]:
     """What is worth saying about what is, and is not, on the page."""
-    notes = []
-    if measured.normalized:
-        notes.append(
-            f"Contributions compare these {len(measured.answers)} answers with each other: weight times the term, centred "
-            "and divided by its standard deviation among them."
-        )
-    else:
-        notes.append("Contributions are the weight times the raw value.")
+    notes = [measured.scale]
     shown = [Plane(layer, head) for layer, head in data["planes"]]
     if len(shown) == 1:
         notes.append("Single layers and heads are left out, because the page would grow too large with them.")

@@ -83,8 +83,7 @@ def _bars(axes: Axes, measured: Measured, answer: Answer, height: float) -> None
     axes.axvline(0, color="#777777", linewidth=1)
     most = max((abs(value) for one in measured.answers for value in one.contributions.values()), default=0.0) or 1.0
     axes.set_xlim(-1.1 * most, 1.1 * most)
-    how = "normalised among the answers" if measured.normalized else "weight × raw value"
-    axes.set_xlabel(f"contribution ({how})", fontsize=8)
+    axes.set_xlabel("contribution", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

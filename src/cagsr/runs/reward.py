@@ -1,0 +1,125 @@
+"""The reward that a training run used, with what it learned: settings, IDF table, associations, scales."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from cagsr.atomic import write_text_atomically
+from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
+from cagsr.configfile import flatten
+from cagsr.errors import ConfigError, RunError
+from cagsr.parse import from_yaml
+from cagsr.prompts.salience import DocumentFrequency
+from cagsr.reward.terms import needs_associations
+from cagsr.reward.weigh import Scales
+from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
+
+
+class Judging(Protocol):
+    """The settings of a command that judges answers by a reward: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def reward_from(self) -> str | None: ...  # noqa: D102
+    @property
+    def reward(self) -> RewardConfig: ...  # noqa: D102
+    @property
+    def attention(self) -> AttentionConfig: ...  # noqa: D102
+    @property
+    def salience(self) -> SalienceConfig: ...  # noqa: D102
+
+
+JudgingT = TypeVar("JudgingT", bound=Judging)
+
+
+@dataclass(frozen=True)
+class RunReward:
+    """What everything needs that judges answers by a run's reward."""
+
+    reward: RewardConfig
+    """With the path of the run's associations, where it has some."""
+    attention: AttentionConfig
+    salience: SalienceConfig
+    temperature: float
+    """That the logits were divided by, for self-certainty."""
+    frequency: DocumentFrequency
+    scales: Scales | None
+    """None: the reward takes raw values (``reward.normalize none``)."""
+
+
+def read_run_reward(run: str) -> RunReward:
+    """Read the reward of a training run, finished or not.
+
+    Raises:
+        RunError: no such folder, or something is missing in it or can't be read.
+        ConfigError: its settings can't be read.
+    """
+    folder = Path(run)
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
+    config: TrainConfig = from_yaml(TrainConfig, folder / CONFIG)
+    reward = config.reward
+    if needs_associations(reward) and reward.associations.path is None:
+        path = str(folder / ASSOCIATIONS)
+        reward = dataclasses.replace(reward, associations=dataclasses.replace(reward.associations, path=path))
+    try:
+        frequency = DocumentFrequency.from_json(_read(folder, FREQUENCY))
+        scales = None if reward.normalize == "none" else Scales(run, _read(folder, SCALES))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"--reward_from {run}: {FREQUENCY} or {SCALES} is missing or can't be read; a run has them from its first "
+            "checkpoint on (runs of cagsr 0.1 before December 2026 have no scales: train again)."
+        ) from error
+    return RunReward(reward, config.attention, config.salience, config.sampling.temperature, frequency, scales)
+
+
+def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, RunReward | None]:
+    """Put the reward of the run that ``--reward_from`` names into a command's settings; unchanged without one.
+
+    Args:
+        config: has ``reward_from``, ``reward``, ``attention`` and ``salience``.
+        temperature: that the command divides logits by.
+
+    Raises:
+        RunError: no run, or one that has learned no scales yet.
+        ConfigError: settings were given that are neither the defaults nor the run's, or another temperature where
+            self-certainty is paid.
+    """
+    if config.reward_from is None:
+        return config, None
+    learned = read_run_reward(config.reward_from)
+    for section in ("reward", "attention", "salience"):
+        given, run = flatten(getattr(config, section)), flatten(getattr(learned, section))
+        default = flatten(type(getattr(config, section))())
+        for key, value in given.items():
+            if value not in (default[key], run[key]):
+                raise ConfigError(
+                    f"--{section}.{key} {value}: the reward is that of the run {config.reward_from}, where it is {run[key]}; "
+                    "leave one of the two flags out."
+                )
+    if learned.reward.self_certainty.weight != 0 and temperature != learned.temperature:
+        raise ConfigError(
+            f"The run {config.reward_from} pays self-certainty at temperature {learned.temperature:g} and this is "
+            f"{temperature:g}: give the run's temperature."
+        )
+    settings = {name: getattr(learned, name) for name in ("reward", "attention", "salience")}
+    return dataclasses.replace(config, **settings), learned
+
+
+def write_scales(folder: Path, moments: Mapping[str, Mapping[str, float]]) -> None:
+    """Keep the scales that a run's reward has learned so far.
+
+    Raises:
+        RunError: the disk is full or the file can't be written.
+    """
+    write_text_atomically(folder / SCALES, json.dumps(moments, indent=1))
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
