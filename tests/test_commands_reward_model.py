@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples.e2e.accuracy import accuracy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import cagsr.preferences.reward_trainer as module
@@ -19,7 +20,7 @@ from cagsr.config import DataConfig, LoraConfig, ModelConfig, RewardModelConfig
 from cagsr.errors import ConfigError, DataError, ModelError, RunError
 from cagsr.flow import Prompt
 from cagsr.preferences.pairs import PreferencePair, read_preferences
-from cagsr.preferences.reward_trainer import measure_reward_model, pair_accuracy, train_reward_model
+from cagsr.preferences.reward_trainer import pair_accuracy, train_reward_model
 from cagsr.quickstart.start import build_tokenizer
 from cagsr.reward.model import encode_answered, join_answer, load_reward_model
 
@@ -164,7 +165,7 @@ def test_what_was_measured_is_what_the_saved_folder_gives(config: RewardModelCon
     other = write_rows(tmp_path / "other.jsonl", ROWS[::2])
     folder = train_reward_model(replace(config, steps=2, eval_data=str(other)), quiet=True)
     found = metrics(folder)["held_out"]
-    again = measure_reward_model(str(folder), str(other))
+    again = accuracy(str(folder), str(other))
     assert (again.pairs, again.prompts) == (found["pairs"], found["prompts"]) == (10, 10)
     assert again.margin == pytest.approx(found["margin"], abs=1e-6)
     assert again.pair_accuracy == found["pair_accuracy"]
@@ -246,14 +247,14 @@ def test_lora_leaves_a_merged_reward_model(config: RewardModelConfig, start: Pat
     moved = {name for name, value in body.items() if not torch.equal(value, after[f"model.{name}"])}
     assert moved
     assert all("_proj" in name for name in moved)
-    assert measure_reward_model(str(folder), config.data.path).pair_accuracy == 1.0
+    assert accuracy(str(folder), config.data.path).pair_accuracy == 1.0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_other_families(config: RewardModelConfig, tmp_path: Path, kind: str) -> None:
     start = tiny.save_model(tmp_path / kind, kind, scale=1.0)
     folder = train_reward_model(replace(config, model=ModelConfig(str(start), device="cpu")), quiet=True)
-    assert measure_reward_model(str(folder), config.data.path).pair_accuracy > 0.9
+    assert accuracy(str(folder), config.data.path).pair_accuracy > 0.9
 
 
 @pytest.mark.parametrize("saved", [2, 6])  # within the first epoch, and within the second

@@ -24,14 +24,25 @@ def file(tmp_path: Path, *prompts: object, **settings: object) -> DataConfig:
 
 
 def test_idf_over_the_set_drops_boilerplate_and_says_so(tmp_path: Path) -> None:
-    data = file(tmp_path, *[f"name dog {animal}" for animal in ("cat", "mat", "small", "brown") * 5])
+    animals = ("cat", "mat", "small", "brown")
+    data = file(tmp_path, *[f"name dog {' the' * number} {animal}" for number in range(5) for animal in animals])
     found = prepare_prompts(data, SalienceConfig(), word_level(), max_length=10)
     # 20 prompts: idf(name) = ln(21/20) = 0.049, idf(cat) = ln(21/5) = 1.435
     assert found.prompts[0].words == (-1, -1, 0)
     assert found.prompts[0].salience == (pytest.approx(1.4350845),)
     assert found.prompts[0].prompt.columns == {"n": 0}
-    assert found.notes[0] == f"20 prompts (4 different) from {data.path}."
+    assert found.notes[0] == f"20 prompts from {data.path}."
     assert "2 common words weigh nothing: dog, name (--salience.idf_floor 0.1)" in found.notes[1]
+
+
+def test_a_prompt_that_stands_several_times_counts_once(tmp_path: Path) -> None:
+    once = prepare_prompts(file(tmp_path, "name cat", "name dog"), SalienceConfig(), word_level(), max_length=10)
+    often = prepare_prompts(
+        file(tmp_path, *["name cat"] * 7, "name dog"), SalienceConfig(), word_level(), max_length=10
+    )
+    assert often.notes[0].startswith("8 prompts (2 different) from")
+    assert often.frequency == once.frequency
+    assert {one.salience for one in often.prompts} == {one.salience for one in once.prompts}
 
 
 def test_a_table_of_another_run_is_used_as_it_is(tmp_path: Path) -> None:
@@ -142,7 +153,7 @@ def test_a_streamed_set_is_read_as_needed(tmp_path: Path, monkeypatch: pytest.Mo
     found = prepare_prompts(data, UNIFORM, byte_bpe(), max_length=20)
     assert len(found.prompts) == 5  # only the head is held
     assert found.frequency.documents == 10
-    assert "IDF is estimated on the first 10 rows." in found.notes
+    assert "IDF is estimated on the 10 different prompts of the first rows." in found.notes
     assert found.reopen is not None
     assert len(list(found.reopen())) == 49
     training, held = found.split(3, seed=0)

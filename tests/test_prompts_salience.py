@@ -293,7 +293,8 @@ def test_the_table_shows_brackets_as_they_are() -> None:
 
 
 def test_idf_power_flattens_the_weights_but_keeps_the_words() -> None:
-    prompts = [Prompt(1, "rare common"), Prompt(2, "common other"), Prompt(3, "common other"), Prompt(4, "plain")]
+    prompts = [Prompt(1, "rare common"), Prompt(2, "common other"), Prompt(3, "common more"), Prompt(4, "plain")]
+    prompts += prompts[:2]  # once more: they count once
     frequency = DocumentFrequency.fit(prompts)
     plain = salient_words(prompts[0], SalienceConfig(), frequency, "here")
     flat = salient_words(prompts[0], SalienceConfig(idf_power=0.0), frequency, "here")

@@ -20,6 +20,7 @@ from cagsr.compare.judging import BATCH, best_of_n
 from cagsr.compare.plan import Files, Method, Plan
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, TrainConfig
 from cagsr.errors import RunError
+from cagsr.integrations.verl import compute_score
 from cagsr.models.load import load_model
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.values import TermValues
@@ -280,3 +281,17 @@ def test_what_a_run_can_t_lend_is_one_sentence(
     # The run's own settings may be given again.
     assert main([*base, "--reward_from", str(made["run"]), "--reward.focus.weight", "0.7"]) == 0
     assert f"on the scales of the run {made['run']}" in capsys.readouterr().err
+
+
+def test_verl_s_answers_differ_as_rank_s(made: dict[str, Path], tmp_path: Path) -> None:
+    """verl hands over one answer at a time: on a run's scales two of them differ by what they do side by side."""
+    ranked = rewards(made, tmp_path / "a.jsonl", [0, 1, 2], "--reward_from", str(made["run"]))
+    file = tmp_path / "reward.yaml"
+    file.write_text(f"model: {{path: {made['start']}, device: cpu}}\nreward_from: {made['run']}\n")
+    for prompt, own in zip(PROMPTS, ANSWERS, strict=True):
+        found = [
+            compute_score("tiny", text, None, {"prompt": prompt, "num_turns": None}, config=str(file))["score"]
+            for text in own
+        ]
+        for text, value in zip(own, found, strict=True):
+            assert value - found[0] == pytest.approx(ranked[prompt, text] - ranked[prompt, own[0]], abs=1e-4)

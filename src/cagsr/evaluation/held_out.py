@@ -179,7 +179,7 @@ def call_checked(
 def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
     """What is logged of an evaluation: sampled at the training temperature, and greedy.
 
-    A policy that only became more peaked gains when sampled and gains nothing greedy (method.md, section 3), so both
+    A policy that only became more peaked gains when sampled and gains nothing greedy, so both
     are logged.
     """
     return {

@@ -1,6 +1,6 @@
 """Early warnings: a run that leaves the path is told from its metrics, step by step, before its reward looks good.
 
-What goes wrong first in practice (``method.md`` section 3; trl#417, trl#6350, Intuitor#23): the KL explodes, answers
+What goes wrong first in practice (trl#417, trl#6350, Intuitor#23): the KL explodes, answers
 get ever shorter or longer, repeat themselves or all become the same, one term takes over, and the reward rises while
 the answers get worse. Each monitor compares one metric with its threshold or with the run's own first step, waits for
 ``patience`` observations in a row, and speaks once for each excursion.
@@ -13,12 +13,11 @@ better) and ``objective/raw_scores`` or ``objective/scores`` (mean reward before
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cagsr.config import Action, MonitorConfig
-from cagsr.errors import MonitorStop
 
 NEGATIVE_KL = -0.5
 """Mean KL per sequence (nats) below which sampled and scored policy can't be the same: a KL is never negative."""
@@ -207,16 +206,3 @@ class Monitors:
                 "checkpoint."
             )
         return "metric_drop", sentence, self._config.metric_drop_action
-
-
-def stop_if_asked(alerts: Iterable[Alert]) -> None:
-    """Raise where an alert's action is ``stop``; call it after the alerts are written and the state is saved.
-
-    Raises:
-        MonitorStop: with the sentences of the alerts that stop the run.
-    """
-    stopping = [alert for alert in alerts if alert.action == "stop"]
-    if stopping:
-        said = " ".join(alert.sentence for alert in stopping)
-        names = ", ".join(f"monitors.{alert.name}" for alert in stopping)
-        raise MonitorStop(f"Stopped at step {stopping[0].step} ({names} says stop): {said}")

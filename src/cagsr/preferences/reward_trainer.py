@@ -33,7 +33,7 @@ from cagsr.preferences.pairs import (
     within_limit,
 )
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
-from cagsr.reward.model import RewardModel, encode_answered, load_reward_model
+from cagsr.reward.model import RewardModel, encode_answered
 from cagsr.runs.trainer_folder import (
     check_trainer_config,
     drop_checkpoints,
@@ -170,19 +170,6 @@ def pair_accuracy(model: RewardModel, pairs: Sequence[PreferencePair]) -> PairAc
         pairs=len(pairs),
         prompts=len(by_prompt),
     )
-
-
-def measure_reward_model(path: str, data: str, *, device: str = "cpu") -> PairAccuracy:
-    """Measure the accuracy of a saved reward model on a file of preference pairs with the usual columns.
-
-    Raises:
-        CagsrError: a model or file that can't be used.
-    """
-    from cagsr.config import DataConfig, ModelConfig
-
-    model = load_reward_model(path, device)
-    config = RewardModelConfig(model=ModelConfig(path), data=DataConfig(data), output_dir="")
-    return pair_accuracy(model, read_preferences(config, model.tokenizer))
 
 
 def _divide(config: RewardModelConfig, tokenizer: Any) -> tuple[list[PreferencePair], list[PreferencePair]]:

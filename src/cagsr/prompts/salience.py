@@ -1,4 +1,4 @@
-"""Salience: how much each word of a prompt matters (method.md, section 2).
+"""Salience: how much each word of a prompt matters.
 
 Template markers are excluded by :func:`cagsr.prompts.words.find_words`; special tokens, padding and the attention sink
 by :mod:`cagsr.prompts.pool`, where words meet tokens.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def focus(word_attention: Tensor, salience: Tensor, mask: Tensor, entropy_floor: float = 0.0) -> Tensor:
-    """Focus ``F = mean_t (1 - max(floor, H(A[t, S] renormalised) / log |S|))`` (method.md, section 2).
+    """Focus ``F = mean_t (1 - max(floor, H(A[t, S] renormalised) / log |S|))``.
 
     S are the words with salience > 0. The normalised entropy is 0 where a token looks at one word only and 1 where it
     looks at all alike; clamping it from below keeps attention from being paid for collapse (arXiv 2506.11108). A token

@@ -27,7 +27,7 @@ def repeated_ngrams(ids: Tensor, mask: Tensor, n: int) -> Tensor:
     """Price each token: a repeated n-gram costs ``1 / (number of n-grams)`` at its last token.
 
     An n-gram is repeated where the same n tokens occur earlier in the same answer; the prices of an answer sum to
-    ``P = 1 - distinct n-grams / n-grams`` (method.md, section 2).
+    ``P = 1 - distinct n-grams / n-grams``.
 
     Args:
         ids: ``(batch, response)`` int64.

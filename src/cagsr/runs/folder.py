@@ -217,14 +217,6 @@ class RunFolder:
             self.path / "warnings.jsonl", [{"step": step, "name": name, "sentence": sentence, "action": action}]
         )
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the lines of all logs that belong to later steps, and half-written ones; ``open`` does it on resume.
-
-        Returns:
-            How many lines were dropped.
-        """
-        return sum(truncate_lines(self.path / name, step) for name in LOGS)
-
     def save_checkpoint(
         self,
         step: int,

@@ -1,7 +1,7 @@
 """PPO's losses as pure functions of one (micro-)batch.
 
 Every loss is a sum over response tokens divided by ``tokens``, the number of response tokens of the whole mini-batch
-over all processes: then gradient accumulation and the number of processes change nothing (peers.md, section 5, 13).
+over all processes: then gradient accumulation and the number of processes change nothing.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     Args:
         logits: ``(batch, response, vocabulary)``, any float dtype.
         ids: ``(batch, response)`` int64.
-        temperature: > 0; the one the answers were sampled at (method.md, section 5).
+        temperature: > 0; the one the answers were sampled at.
 
     Returns:
         ``(batch, response)`` float32, differentiable.
