@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cagsr.attention import AttentionRegion, PromptAttentionReader
+from cagsr.attention import PromptAttentionReader
 from cagsr.attention.select import parse_layers
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.evaluation.metrics import repetition
@@ -28,6 +28,7 @@ from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS
 from cagsr.reward.values import term_values
 from cagsr.reward.words import pool_words
+from cagsr.update.reading import batch_attention, regions
 from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]
@@ -140,15 +141,14 @@ def attention_by_layer(
 ) -> dict[int, Tensor]:
     """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
     inputs = PassInputs.of(rollout)
-    region = (
-        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)
-        if loaded.encoder_decoder
-        else AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask)
-    )
+    (region,) = regions(loaded.model, inputs, loaded.encoder_decoder)
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
         readings = {number: stack.enter_context(reader.read(region)) for number, reader in readers.items()}
         teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
-    return {number: reading.attention for number, reading in readings.items()}
+    return {
+        number: batch_attention(loaded.model, inputs, loaded.encoder_decoder, [reading.attention])
+        for number, reading in readings.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
     size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
     result = np.zeros(len(rollout.completions))
     with loaded.autocast():
-        share = shares_prompts(loaded)
+        share = shares_prompts(loaded, rollout)
         for index in length_sorted_chunks(rollout, size, share=share):
             inputs = PassInputs.of(rollout_rows(rollout, index), share=share)
             logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import ModelError
+from cagsr.models.lengths import length_borders
 
 Floats = NDArray[np.float64]
 
@@ -69,6 +70,7 @@ def mean_nll(
     size = max(1, min(batch_size, _LOGITS_AT_ONCE // max(1, longest * model.config.get_text_config().vocab_size)))
     was_training = model.training
     model.eval()
+    length_borders(model)
     try:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]

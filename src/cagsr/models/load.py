@@ -20,6 +20,7 @@ from transformers import (
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
+from cagsr.models.lengths import length_borders
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -143,6 +144,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
     policy.to(device)
     policy.eval()
+    length_borders(policy)
     if config.gradient_checkpointing and for_training:
         checkpoint_without_dropout(policy)
     return LoadedModel(

@@ -20,6 +20,7 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.models.lengths import length_borders
 from cagsr.reward.values import quote_prompt
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
@@ -181,6 +182,7 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
     # Decoder classifiers read their score at the last token that is not PAD: both must mean the same token.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.to(device).eval().requires_grad_(False)
+    length_borders(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return RewardModel(

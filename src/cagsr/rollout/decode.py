@@ -17,7 +17,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from cagsr.models.cache import rows_can_be_picked
+from cagsr.errors import ModelError
+from cagsr.models.cache import put_rows, rows_can_be_picked
+from cagsr.models.lengths import length_borders, read_as_long_as
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""
@@ -35,6 +37,9 @@ def decode(
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
+
+    Where a row passes a length beyond which all its keys are others (``models/lengths.py``), it is read again as a long one:
+    transformers' loop does that for Phi-3 alone, and for the whole batch at its longest row.
 
     Where the model's cache can't be picked apart by rows (state-space layers, caches of a fixed size), every row stays to
     the end; the tokens are the same.
@@ -68,6 +73,7 @@ def decode(
     result = rows
     going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
     finished = False
+    borders = () if encoder_decoder else length_borders(model)
     with model._optimize_model_for_decode():
         while True:
             if not finished:
@@ -88,6 +94,8 @@ def decode(
             if not model._has_unfinished_sequences(finished, together, device=input_ids.device):
                 return result
             step = 1 if model_kwargs.get("use_cache") else None
+            if borders and step:
+                _read_again_across(borders, model, rows, model_kwargs)
             inputs = model.prepare_inputs_for_generation(rows, next_sequence_length=step, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(
@@ -95,6 +103,30 @@ def decode(
             )
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
             del outputs
+
+
+def _read_again_across(
+    borders: tuple[int, ...], model: PreTrainedModel, rows: Tensor, model_kwargs: dict[str, Any]
+) -> None:
+    """Make the cached keys of the rows anew whose newest token passes a border; it is not cached yet itself."""
+    mask, cache = model_kwargs["attention_mask"], model_kwargs["past_key_values"]
+    lengths = mask.sum(dim=1)
+    passed = torch.isin(lengths, torch.tensor(borders, device=lengths.device) + 1).nonzero()[:, 0]
+    if not len(passed):
+        return
+    if not rows_can_be_picked(cache):
+        raise ModelError(
+            f"{max(borders) + 1} tokens: the keys of this {model.config.model_type} model change with its length, and its "
+            f"{type(cache).__name__} can't be made anew row by row; ask for prompts and answers of at most {borders[0]} tokens."
+        )
+    seen = mask[passed, :-1]
+    positions = (seen.cumsum(dim=1) - 1).clamp(min=0)
+    last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    with read_as_long_as(lengths[passed]):
+        read = model(
+            input_ids=rows[passed, :-1], attention_mask=seen, position_ids=positions, use_cache=True, **last_logits
+        )
+    put_rows(cache, passed, read.past_key_values)
 
 
 def _choose(scores: Tensor, held: Tensor, total: int) -> Tensor:

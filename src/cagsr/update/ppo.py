@@ -224,7 +224,7 @@ class PPO:
         sums: dict[str, Tensor] = {}
         ratio_error = torch.zeros((), device=self.loaded.device)
         # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
-        share = shares_prompts(self.loaded) and not self.accelerator.is_fsdp2
+        share = not self.accelerator.is_fsdp2 and shares_prompts(self.loaded, rollout)
         chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
         for number, chunk in enumerate(chunks):
             inputs = PassInputs.of(rollout_rows(rollout, chunk), share=share)

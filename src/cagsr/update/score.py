@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading, ReadingsInTurn
+from cagsr.attention import PromptAttentionReader
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptAttention, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
@@ -19,6 +18,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
 from cagsr.rollout.rows import rollout_rows
+from cagsr.update.reading import attention_of, reading
 from cagsr.update.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
 
 
@@ -94,14 +94,14 @@ def score_policy(
     keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     temperature = sampling.temperature or 1.0
     with torch.no_grad(), loaded.autocast(), without_checkpointing(actor_critic):
-        share = shares_prompts(loaded)
+        share = shares_prompts(loaded, rollout)
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+            with reading(reader, loaded.model, inputs, loaded.encoder_decoder) as read:
                 logits, values = actor_critic(inputs)
-            if keeper is not None and reading is not None:
-                keeper.add(index, part, _attention_of(reading, inputs))
+            if keeper is not None and read is not None:
+                keeper.add(index, part, attention_of(read, loaded.model, inputs, loaded.encoder_decoder))
             ids, mask = inputs.response_ids, inputs.response_mask
             logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, ids, temperature)
             found = {
@@ -153,40 +153,14 @@ def score_reference(
     logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model):
-        share = shares_prompts(loaded)
+        share = shares_prompts(loaded, rollout)
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+            with reading(reader, model, inputs, loaded.encoder_decoder) as read:
                 logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
-            if keeper is not None and reading is not None:
-                keeper.add(index, part, _attention_of(reading, inputs))
+            if keeper is not None and read is not None:
+                keeper.add(index, part, attention_of(read, model, inputs, loaded.encoder_decoder))
             found = token_logprobs(logits, inputs.response_ids, temperature)
             logprobs[index, : found.shape[1]] = found.masked_fill(~inputs.response_mask, 0.0)
     return logprobs, None if keeper is None else keeper.kept
-
-
-def _reading(
-    reader: PromptAttentionReader | None, inputs: PassInputs, encoder_decoder: bool
-) -> AbstractContextManager[Reading | ReadingsInTurn | None]:
-    """What listens to the forward, or to the two forwards where prompts are read apart from their answers."""
-    if reader is None:
-        return nullcontext()
-    prompt, response = inputs.prompt_mask, inputs.response_mask
-    if encoder_decoder:
-        return reader.read(AttentionRegion.encoder_decoder(prompt, response))
-    if inputs.shared is None:
-        return reader.read(AttentionRegion.left_padded(prompt, response))
-    prompts = prompt[inputs.shared.first]
-    regions = [AttentionRegion.left_padded(prompts, torch.ones_like(prompts[:, :1]))]
-    if response.shape[1] > 1:
-        regions.append(AttentionRegion.after_prefix(prompt, response[:, 1:]))
-    return ReadingsInTurn(reader, regions)
-
-
-def _attention_of(reading: Reading | ReadingsInTurn, inputs: PassInputs) -> Tensor:
-    if isinstance(reading, Reading):
-        return reading.attention
-    assert inputs.shared is not None
-    first, *rest = reading.attention
-    return torch.cat([first.index_select(0, inputs.shared.of_row), *rest], dim=1)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cagsr.attention import AttentionRegion, Reading
+from cagsr.attention import Reading
 from cagsr.attention.probe import AttentionLayers
 from cagsr.flow import Rollout
 from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel
+from cagsr.update.reading import batch_attention, regions
 
 MOST_ELEMENTS = 4_000_000
 """Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
@@ -59,11 +60,7 @@ def read_planes(
     if not planes:
         return {}
     inputs = PassInputs.of(rollout)
-    region = (
-        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)
-        if loaded.encoder_decoder
-        else AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask)
-    )
+    (region,) = regions(loaded.model, inputs, loaded.encoder_decoder)
     layers = {layer.number: layer for layer in found.layers}
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
         readings = {}
@@ -74,4 +71,7 @@ def read_planes(
             reading = Reading({layer.module: layer}, heads, region, False, found.model_type)
             readings[plane] = stack.enter_context(reading)
         teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
-    return {plane: reading.attention.cpu() for plane, reading in readings.items()}
+    return {
+        plane: batch_attention(loaded.model, inputs, loaded.encoder_decoder, [reading.attention]).cpu()
+        for plane, reading in readings.items()
+    }
