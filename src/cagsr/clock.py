@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-PARTS = ("rollout", "scoring", "reference", "reward", "forward", "backward", "optimizer", "evaluation")
+PARTS = ("rollout", "scoring", "comparison", "reference", "reward", "forward", "backward", "optimizer", "evaluation")
 """The parts of a training step, in their order."""
 OPERATORS = 10
 """Operators named in a profile."""

@@ -68,6 +68,7 @@ class Rollout:
     ended: Tensor  # (batch,) bool: the answer stopped by itself (not cut at the length limit)
     completions: tuple[str, ...]  # the answers as text, special tokens removed
     sampler_logprobs: Tensor | None = None  # (batch, response) under the distribution an engine drew from, as it says
+    decoded_logprobs: Tensor | None = None  # (batch, response) the same of our own decoding; None: greedy, or an engine
 
 
 @dataclass(frozen=True)
@@ -131,4 +132,6 @@ class Experience:
     reference_logprobs: Tensor  # (batch, response)
     reward: Reward
     advantages: Advantages
-    sampler_metrics: Mapping[str, float] = field(default_factory=dict)  # how far an engine's numbers are from ours
+    sampler_metrics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # how far decoding, an engine and the plain pass are from it

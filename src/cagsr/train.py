@@ -24,7 +24,7 @@ from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig
 from cagsr.errors import ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
-from cagsr.evaluation.monitors import Monitors
+from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
@@ -265,6 +265,7 @@ def _step(
     record.keep_answers(step, answered)
     progress.step(step, metrics)
     alerts = monitors.observe(step, metrics)
+    alerts += [Alert("shared_prompts", step, sentence, "warn") for sentence in ppo.take_warnings()]
     record.warn(alerts)
     for alert in alerts:
         if alert.action == "warn":  # one that stops the run is said by the error

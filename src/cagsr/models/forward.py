@@ -102,6 +102,11 @@ def stop_sharing(model: nn.Module) -> None:
     _KNOWN[model] = (False, 0)
 
 
+def sharing_stopped(model: nn.Module) -> bool:
+    """Whether ``shares_prompts`` has said no of this model; False where it was not asked yet."""
+    return not _KNOWN.get(model, (True, 0))[0]
+
+
 def fed_rows(model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
     """The rows that a decoder-only model is fed: those of the batch, but once for each side of a border they cross.
 

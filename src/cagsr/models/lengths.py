@@ -104,7 +104,7 @@ def _rope_kinds(module: nn.Module) -> dict[str | None, str]:
 
 
 def _border(module: nn.Module, layer_type: str | None) -> int:
-    parameters = module.config.rope_parameters  # type: ignore[union-attr]
+    parameters = module.config.rope_parameters
     return int((parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"])
 
 
@@ -151,7 +151,7 @@ def _refuse_long_dynamic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     arguments = _call(module, args, kwargs)
     if "dynamic" not in _rope_kinds(module)[arguments.get("layer_type")]:
         return
-    limit, length = int(module.original_max_seq_len), int(arguments["position_ids"].max()) + 1  # type: ignore[arg-type]
+    limit, length = int(module.original_max_seq_len), int(arguments["position_ids"].max()) + 1
     if length > limit:
         raise ModelError(
             f"{length} tokens: with rope type dynamic this {_kind(module)} model is another for every length beyond its "
@@ -180,7 +180,7 @@ def _refuse_padding(limit: int, module: nn.Module, args: tuple[Any, ...], kwargs
 
 
 def _refuse_full_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    ids, capacity = kwargs.get("input_ids"), int(module.config.expert_capacity)  # type: ignore[union-attr, arg-type]
+    ids, capacity = kwargs.get("input_ids"), int(module.config.expert_capacity)
     if isinstance(ids, Tensor) and ids.shape[1] > capacity:
         raise ModelError(
             f"Answers of {ids.shape[1]} tokens: the experts of this switch_transformers model take at most expert_capacity "
@@ -193,11 +193,11 @@ def _warm_from(module: nn.Module) -> list[int]:
     """From how many tokens on an attention module scales by positions that count the padding, if it does."""
     config = getattr(module, "config", None)
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
-        return [int(module.floor_scale)]  # type: ignore[arg-type]
+        return [int(module.floor_scale)]
     if type(module).__name__ == "InklingAttention" and not module.is_sliding and config.log_scaling_n_floor is not None:  # type: ignore[union-attr]
         return [int(config.log_scaling_n_floor) + 1]  # type: ignore[union-attr]
     return []
 
 
 def _kind(module: nn.Module) -> str:
-    return str(getattr(module.config, "model_type", type(module).__name__))  # type: ignore[union-attr]
+    return str(getattr(module.config, "model_type", type(module).__name__))

@@ -34,6 +34,7 @@ def decode(
     generation_config: GenerationConfig,
     answers_per_prompt: int = 1,
     together: bool = False,
+    drawn: list[Tensor] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
@@ -52,6 +53,8 @@ def decode(
         generation_config: prepared by ``generate``.
         answers_per_prompt: rows made of each prompt.
         together: go on until every process is done (each forward gathers weights that are sharded over processes).
+        drawn: is given the log-probability of each token drawn, under the distribution it was drawn from, ``(rows,)``
+            float32 a step; 0 for rows that have left. None: not wanted. Nothing is drawn without ``do_sample``.
         model_kwargs: what the forward takes, as ``generate`` prepares it.
 
     Returns:
@@ -78,7 +81,14 @@ def decode(
         while True:
             if not finished:
                 scores = logits_processor(rows, logits)
-                tokens = _choose(scores, held, total) if generation_config.do_sample else scores.argmax(dim=-1)
+                if generation_config.do_sample:
+                    probabilities = torch.softmax(scores, dim=-1)
+                    tokens = _choose(probabilities, held, total)
+                    if drawn is not None:
+                        chosen = probabilities.gather(1, tokens[:, None])[:, 0].log()
+                        drawn.append(chosen.new_zeros(total).index_copy(0, held, chosen))
+                else:
+                    tokens = scores.argmax(dim=-1)
                 tokens = torch.where(going, tokens, pad)
                 rows = torch.cat([rows, tokens[:, None]], dim=-1)
                 column = torch.full_like(result[:, :1], int(pad))
@@ -129,11 +139,11 @@ def _read_again_across(
     put_rows(cache, passed, read.past_key_values)
 
 
-def _choose(scores: Tensor, held: Tensor, total: int) -> Tensor:
-    """``(rows,)`` int64: a token of each row, drawn from ``softmax(scores)``, ``(rows, vocabulary)``."""
+def _choose(probabilities: Tensor, held: Tensor, total: int) -> Tensor:
+    """``(rows,)`` int64: a token of each row, drawn from its ``(rows, vocabulary)`` probabilities."""
     # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
-    variates = torch.empty(total, scores.shape[1], device=scores.device).exponential_()
-    return (torch.softmax(scores, dim=-1) / variates[held]).argmax(dim=-1)
+    variates = torch.empty(total, probabilities.shape[1], device=probabilities.device).exponential_()
+    return (probabilities / variates[held]).argmax(dim=-1)
 
 
 def _pickable(model_kwargs: dict[str, Any]) -> bool:

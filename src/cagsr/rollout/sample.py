@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,23 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     many = _answers_per_prompt(prompts)
     start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
     settings = _only_these_settings(loaded.model, _settings(loaded, sampling))
+    drawn: list[Tensor] = []
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
         ids = loaded.model.generate(
             input_ids=prompts.ids[::many],
             attention_mask=prompts.mask[::many].long(),
             custom_generate=decode,
             answers_per_prompt=many,
+            drawn=drawn,
             stopping_criteria=StoppingCriteriaList(
                 [SaysStopString(loaded.tokenizer, sampling.stop_strings, start)] if sampling.stop_strings else []
             ),
         )
-    return cut_responses(ids[:, start:], prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+    rollout = cut_responses(ids[:, start:], prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+    if not drawn:
+        return rollout
+    mask = rollout.response_mask
+    return replace(rollout, decoded_logprobs=torch.stack(drawn, dim=1)[:, : mask.shape[1]].masked_fill(~mask, 0.0))
 
 
 class SaysStopString(StoppingCriteria):

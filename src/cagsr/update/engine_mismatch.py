@@ -1,9 +1,12 @@
-"""How far an engine's log-probabilities are from the scoring pass's, and what the loss makes of it.
+"""How far the log-probabilities of whoever sampled are from the scoring pass's, and what the loss makes of it.
 
 An engine computes with other kernels, often in another precision, so it samples from a slightly other distribution than
 the policy that is scored. The difference is measured at every step; the loss can weigh each token by
 ``min(policy / engine, cap)`` (truncated importance sampling; Yao et al., "Your Efficient RL Framework Secretly Brings You
 Off-Policy RL Training", 2025), as TRL's ``vllm_importance_sampling_correction`` does.
+
+Our own decoding is the same model, but token by token with a key-value cache. Where that is another policy than one pass
+over the answer, nothing corrects it: a run says so and stops.
 """
 
 from __future__ import annotations
@@ -67,6 +70,43 @@ def account_for_engine(
         return scores, metrics
     corrected = importance_ratio(scores.logprobs, engine, mask, config.importance_sampling_cap).log()
     return dataclasses.replace(scores, sampling_correction=corrected), metrics
+
+
+def decoding_metrics(
+    scores: Scores, rollout: Rollout, config: RolloutConfig, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Measure how far our own decoding is from the scoring pass.
+
+    Args:
+        scores: of the scoring pass, ``(batch, response)``.
+        rollout: with ``decoded_logprobs`` where we sampled.
+        config: the largest mean difference borne.
+        gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
+
+    Returns:
+        Mean and largest difference, nats a token, under the names that an engine's have; empty where an engine sampled.
+
+    Raises:
+        RolloutError: the mean is above ``config.max_logp_difference``.
+    """
+    if rollout.decoded_logprobs is None:
+        return {}
+    mask = rollout.response_mask
+    difference = (scores.logprobs - scores.sampling_correction - rollout.decoded_logprobs).abs()[mask]
+    own = torch.stack([difference.sum(), difference.max(), mask.sum().to(difference.dtype)])
+    total, largest, tokens = gather(own).view(-1, len(own)).unbind(dim=1)
+    mean = float(total.sum() / tokens.sum())
+    if config.max_logp_difference and not mean <= config.max_logp_difference:
+        raise RolloutError(
+            f"The answers were drawn at log-probabilities {mean:.2g} nats a token away from those of the scoring pass, above "
+            f"--rollout.max_logp_difference {config.max_logp_difference:g}: token by token with a key-value cache this model "
+            "is another than in one pass over prompt and answer, so it can't be trained on its own answers; sample through "
+            "--rollout.engine vllm, which corrects for it."
+        )
+    return {
+        "sampling/sampling_logp_difference/mean": mean,
+        "sampling/sampling_logp_difference/max": float(largest.max()),
+    }
 
 
 def importance_ratio(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:

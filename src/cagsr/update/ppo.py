@@ -23,9 +23,9 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout
+from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
-from cagsr.models.forward import PassInputs, shares_prompts
+from cagsr.models.forward import PassInputs, shares_prompts, sharing_stopped, stop_sharing
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, shard, whole
@@ -37,7 +37,8 @@ from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.rollout.build import build_sampler
 from cagsr.rollout.rows import rollout_rows
-from cagsr.update.engine_mismatch import account_for_engine
+from cagsr.update.compared import compare_with_plain
+from cagsr.update.engine_mismatch import account_for_engine, decoding_metrics
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.schedule import learning_rate_factor
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
@@ -73,6 +74,7 @@ class PPO:
         self.attention_terms = attention_terms(reward.terms)
         self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
+        self._warnings: list[str] = []
         self.optimizer = self._build_optimizer()
         self._learning_rate_factor = partial(learning_rate_factor, ppo=config.ppo, steps=config.run.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
@@ -107,18 +109,9 @@ class PPO:
         with whole(self.actor_critic):
             with self.clock.part("rollout"):
                 rollout = self.sampler.sample(batch, config.sampling)
-            with self.clock.part("scoring"):
-                scores = score_policy(
-                    self.actor_critic,
-                    loaded,
-                    rollout,
-                    config.sampling,
-                    reader=reader if from_policy else None,
-                    micro_batch_size=micro,
-                    terms=terms,
-                    pooling=pooling,
-                )
-        scores, sampler_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
+            scores, pass_metrics = self._score(rollout, reader if from_policy else None)
+        pass_metrics |= decoding_metrics(scores, rollout, config.rollout, self.accelerator.gather)
+        scores, engine_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
                 reference,
@@ -136,7 +129,7 @@ class PPO:
             advantages = estimate_advantages(
                 config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
             )
-        return Experience(rollout, scores, reference_logprobs, reward, advantages, sampler_metrics)
+        return Experience(rollout, scores, reference_logprobs, reward, advantages, pass_metrics | engine_metrics)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Train on one batch of experience.
@@ -202,6 +195,7 @@ class PPO:
             "kl_controller": self.kl_controller.state_dict(),
             "reward": self.reward.state_dict(),
             "first_means": self._first_means,
+            "stopped_sharing": sharing_stopped(self.loaded.model),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,11 +203,45 @@ class PPO:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.reward.load_state_dict(state["reward"])
         self._first_means = dict(state["first_means"])
+        if state.get("stopped_sharing", False):  # older checkpoints don't say
+            stop_sharing(self.loaded.model)
         self.scheduler.last_epoch = int(state["scheduler_step"])
         factor = self._learning_rate_factor(self.scheduler.last_epoch)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * factor
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def take_warnings(self) -> list[str]:
+        """What the user should know, a sentence each, since the last call."""
+        taken, self._warnings = self._warnings, []
+        return taken
+
+    def _score(self, rollout: Rollout, reader: PromptAttentionReader | None) -> tuple[Scores, dict[str, float]]:
+        """The scoring pass, compared with the plain one; where they differ, the plain one from now on."""
+        config, loaded, micro = self.config, self.loaded, self.config.ppo.micro_batch_size
+
+        def scored() -> Scores:
+            with self.clock.part("scoring"):
+                return score_policy(
+                    self.actor_critic,
+                    loaded,
+                    rollout,
+                    config.sampling,
+                    reader=reader,
+                    micro_batch_size=micro,
+                    terms=self.attention_terms,
+                    pooling=config.salience.pooling,
+                )
+
+        scores = scored()
+        with self.clock.part("comparison"):
+            metrics, warning = compare_with_plain(
+                scores, loaded, rollout, config.sampling.temperature, micro, self.accelerator.gather
+            )
+        if warning is not None:
+            self._warnings.append(warning)
+            scores = scored()
+        return scores, metrics
 
     def _gradient_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
         """One optimizer step on the sequences ``index``, in micro-batches."""
