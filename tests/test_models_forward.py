@@ -41,9 +41,9 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logits_hidden_states_and_gradients_are_those_of_the_plain_pass(kind: str, rank: int, tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"), LoraConfig(r=rank))
-    assert shares_prompts(loaded)
     # Rows of one prompt need not lie side by side; the Mistral's window of 6 is shorter than prompt and answer.
     rollout = made_up(loaded, [1, 5, 3, 4, 5, 1], [4, 7], [0, 1, 0, 0, 1, 1])
+    assert shares_prompts(loaded, rollout)
     mask = rollout.response_mask
     everyone = torch.arange(6)
     seen = []
@@ -85,12 +85,13 @@ def test_one_answer_a_prompt_is_one_forward():
 
 def test_not_under_gradient_checkpointing_and_not_without_a_cache_of_rows(tmp_path: Path):
     config = ModelConfig(str(tiny.save_model(tmp_path)), device="cpu", gradient_checkpointing=True)
-    assert not shares_prompts(load_model(config))
     loaded = load_model(ModelConfig(str(tmp_path), device="cpu"))
+    rollout = made_up(loaded, [2, 3], [3], [0, 0])
+    assert not shares_prompts(load_model(config), rollout)
     state_space = MambaForCausalLM(
         MambaConfig(vocab_size=28, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0)
     ).eval()
-    assert not shares_prompts(dataclasses.replace(loaded, model=state_space))
+    assert not shares_prompts(dataclasses.replace(loaded, model=state_space), rollout)
 
 
 def test_not_where_the_logits_come_out_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -105,7 +106,7 @@ def test_not_where_the_logits_come_out_different(tmp_path: Path, monkeypatch: py
 
     forgetful.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(loaded.model), "forward", forgetful)
-    assert not shares_prompts(loaded)
+    assert not shares_prompts(loaded, made_up(loaded, [2, 3], [3], [0, 0]))
 
 
 def test_micro_batches_take_the_order_that_feeds_fewer_positions(tmp_path: Path):

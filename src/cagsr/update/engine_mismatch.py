@@ -22,6 +22,9 @@ from cagsr.config import RolloutConfig
 from cagsr.errors import RolloutError
 from cagsr.flow import Rollout, Scores
 
+OWN_LIMIT = {torch.float32: 0.05, torch.bfloat16: 0.5}
+"""Mean difference, nats a token, above which our own decoding is no rounding error away from the scoring pass."""
+
 
 def account_for_engine(
     scores: Scores, rollout: Rollout, config: RolloutConfig, gather: Callable[[Tensor], Tensor]
@@ -73,21 +76,21 @@ def account_for_engine(
 
 
 def decoding_metrics(
-    scores: Scores, rollout: Rollout, config: RolloutConfig, gather: Callable[[Tensor], Tensor]
+    scores: Scores, rollout: Rollout, limit: float, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """Measure how far our own decoding is from the scoring pass.
 
     Args:
         scores: of the scoring pass, ``(batch, response)``.
         rollout: with ``decoded_logprobs`` where we sampled.
-        config: the largest mean difference borne.
+        limit: the largest mean difference borne, nats a token; 0: any.
         gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
 
     Returns:
         Mean and largest difference, nats a token, under the names that an engine's have; empty where an engine sampled.
 
     Raises:
-        RolloutError: the mean is above ``config.max_logp_difference``.
+        RolloutError: the mean is above ``limit``.
     """
     if rollout.decoded_logprobs is None:
         return {}
@@ -96,12 +99,12 @@ def decoding_metrics(
     own = torch.stack([difference.sum(), difference.max(), mask.sum().to(difference.dtype)])
     total, largest, tokens = gather(own).view(-1, len(own)).unbind(dim=1)
     mean = float(total.sum() / tokens.sum())
-    if config.max_logp_difference and not mean <= config.max_logp_difference:
+    if limit and not mean <= limit:
         raise RolloutError(
-            f"The answers were drawn at log-probabilities {mean:.2g} nats a token away from those of the scoring pass, above "
-            f"--rollout.max_logp_difference {config.max_logp_difference:g}: token by token with a key-value cache this model "
-            "is another than in one pass over prompt and answer, so it can't be trained on its own answers; sample through "
-            "--rollout.engine vllm, which corrects for it."
+            f"The answers were drawn at log-probabilities {mean:.2g} nats a token away from those of the scoring pass (limit "
+            f"{limit:g}): token by token with a key-value cache this model is another than in one pass over prompt and "
+            "answer, so it would learn from answers that are not its own; sample through --rollout.engine vllm, which corrects "
+            "for it, or go on all the same with --rollout.max_logp_difference 0."
         )
     return {
         "sampling/sampling_logp_difference/mean": mean,

@@ -38,7 +38,7 @@ from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.rollout.build import build_sampler
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.compared import compare_with_plain
-from cagsr.update.engine_mismatch import account_for_engine, decoding_metrics
+from cagsr.update.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 from cagsr.update.schedule import learning_rate_factor
 from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
@@ -110,7 +110,8 @@ class PPO:
             with self.clock.part("rollout"):
                 rollout = self.sampler.sample(batch, config.sampling)
             scores, pass_metrics = self._score(rollout, reader if from_policy else None)
-        pass_metrics |= decoding_metrics(scores, rollout, config.rollout, self.accelerator.gather)
+        limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
+        pass_metrics |= decoding_metrics(scores, rollout, limit, self.accelerator.gather)
         scores, engine_metrics = account_for_engine(scores, rollout, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"), self.reference.model() as reference:
             reference_logprobs, reference_attention = score_reference(
