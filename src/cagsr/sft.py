@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from cagsr import __version__
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
+from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import encode_pairs
 from cagsr.runs.trainer_folder import (
@@ -102,6 +103,7 @@ def _load(config: SftConfig) -> LoadedModel:
 @contextmanager
 def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     """Yield a temporary folder with a random model of ``config``'s architecture and its tokenizer."""
+    check_files(config.path, f"--model {config.path}", weights=False)
     try:
         model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,6 +21,7 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.models.files import adapter_base, check_files, weights_problem
 from cagsr.reward.values import quote_prompt
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
@@ -143,6 +145,12 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
     looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise ModelError(f"reward.models: {path}: no such folder; give a folder in Hugging Face layout or a Hub id")
+    check_files(path, f"reward.models: {path}")
+    if adapter_base(path) is not None:
+        raise ModelError(
+            f"reward.models: {path} is a PEFT adapter; give the folder of the merged reward model (cagsr reward-model writes it "
+            "beside its adapter)"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if any(file for pattern in PICKLES for file in folder.glob(pattern)):
             raise ModelError(
@@ -159,19 +167,16 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
                 "(num_labels=1)"
             )
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True
+            path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"reward.models: {path} can't be loaded as a sequence-classification model ({reason})"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[0]
-        raise ModelError(
-            f"reward.models: {path} has no weights for {missing!r}, so its scores would be random: "
-            "give a trained reward model"
-        )
+    problem = weights_problem(info)
+    if problem is not None:
+        raise ModelError(f"reward.models: {path} is no trained reward model: {problem}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
