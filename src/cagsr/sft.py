@@ -58,8 +58,9 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     check_trainer_config(config, COMMAND)
     loaded = _load(config)
     limit = length_limit(config, loaded)
-    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit)
-    notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}."]
+    read: list[str] = []
+    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
+    notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     checkpoint = open_trainer_folder(config, COMMAND)

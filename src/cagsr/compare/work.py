@@ -69,10 +69,13 @@ def human_labels(plan: Plan, job: Job) -> int:
     if spec.num_pairs is not None:
         return max(before, spec.num_pairs)
     if method.kind == "dpo":
-        from cagsr.config import DataConfig
-        from cagsr.prompts.load import load_rows
+        from cagsr.preferences.pairs import count_pairs
 
-        return max(before, sum(1 for _ in load_rows(DataConfig(path=plan.fill(spec.data)))))
+        columns = (
+            str(method.set.get(name, default))
+            for name, default in (("chosen_column", "chosen"), ("rejected_column", "rejected"))
+        )
+        return max(before, count_pairs(plan.fill(spec.data), *columns))
     import json
 
     assert job.seed is not None

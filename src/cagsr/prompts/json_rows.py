@@ -88,14 +88,11 @@ def _row(value: Any, written: str, path: Path, number: int, text_columns: Collec
         raise DataError(f'{path}, row {number}: each row must be a JSON object such as {{"prompt": "..."}}.')
     if r"\ud" in written.lower():  # the only way that JSON has to write half a pair
         _check_surrogates(value, f"{path}, row {number}")
-    if any(name in text_columns and _holds_number(entry) for name, entry in value.items()):
+    numbers = [name for name in value if name in text_columns and number_as_text(value[name]) is not value[name]]
+    if numbers:
         as_written = _AS_WRITTEN.decode(written.strip())
-        value = {name: as_written[name] if name in text_columns and _holds_number(entry) else entry for name, entry in value.items()}
+        value |= {name: as_written[name] for name in numbers}
     return Row(number, str(path), value)
-
-
-def _holds_number(entry: Any) -> bool:
-    return number_as_text(entry) is not entry
 
 
 def _check_surrogates(value: Any, where: str, column: str | None = None) -> None:

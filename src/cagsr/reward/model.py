@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +21,9 @@ from transformers import (
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.models.files import adapter_base, check_files, weights_problem
+from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.chat import apply_template
+from cagsr.prompts.encode import once_special
 from cagsr.reward.values import quote_prompt
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
@@ -98,17 +100,12 @@ def encode_answered(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerB
     answer comes as text, without the token that ended it.
     """
     if prompt.messages is None:
-        return list(tokenizer(join_answer(prompt.text, answer), verbose=False)["input_ids"])
-    text = tokenizer.apply_chat_template(answered_chat(prompt.messages, answer), tokenize=False)
+        text = join_answer(prompt.text, answer)
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        return ids[once_special(text, ids, tokenizer)]
+    chat = answered_messages(prompt.messages, [{"role": "assistant", "content": answer}])
+    text = apply_template(chat, tokenizer, prompt.columns, f"row {prompt.row}", opened=False)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # the template wrote them
-
-
-def answered_chat(messages: Sequence[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
-    """A conversation with its answer: the assistant's next message, or the rest of the one that the prompt begins."""
-    chat = [dict(message) for message in messages]
-    if chat[-1]["role"] == "assistant":
-        return [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + answer}]
-    return [*chat, {"role": "assistant", "content": answer}]
 
 
 def join_answer(prompt: str, answer: str) -> str:
