@@ -68,7 +68,6 @@ def test_columns_and_files_can_be_named(config: RewardModelConfig, tmp_path: Pat
         ({**GOOD, "rejected": "  "}, "the answer in column 'rejected' is empty"),
         ({**GOOD, "chosen": None}, "the answer in column 'chosen' is empty"),
         ({**GOOD, "chosen": True}, "must hold text"),
-        ({**GOOD, "rejected": "Mara is  a baker. "}, "the same in all 1 pairs"),
         ({**GOOD, "chosen": [{"role": "assistant", "content": "x"}]}, "must be text too"),
         (
             {**GOOD, "prompt": [{"role": "user", "content": "x"}], "chosen": [{"role": "user", "content": "x"}]},

@@ -63,7 +63,7 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = SFTTrainer(
         model=loaded.model,
         args=_arguments(config, loaded, limit),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from cagsr.errors import ModelError
@@ -120,16 +121,19 @@ def weights_note(info: Mapping[str, Any]) -> str | None:
     return f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
 
 
-def adapter_base(path: str) -> str | None:
-    """The base model that the PEFT adapter in a local folder names; None where the folder is no adapter.
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter and no model of its own."""
+    return (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The folder or Hub id of the base model that the adapter in a folder names.
 
     Raises:
-        ModelError: an adapter that names no base, or whose config can't be read.
+        ModelError: it names none, or its config can't be read.
     """
-    file = Path(path) / ADAPTER
-    if not file.is_file() or (Path(path) / "config.json").is_file():
-        return None
     try:
+        file = Path(path) / ADAPTER
         settings = json.loads(file.read_text(encoding="utf-8"))
         base = settings.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
@@ -142,31 +146,28 @@ def adapter_base(path: str) -> str | None:
     return base
 
 
-def fingerprint_model(path: str, commit: str | None = None) -> str | None:
+def fingerprint_model(path: str) -> str | None:
     """A hash of a model's config, tokenizer and weights; None where nothing is known of it.
 
     Small files are read whole. Of each tensor its name, type and shape count, and ``BLOCK`` bytes at its start, in its
     middle and at its end: a training or a merge changes every number of the matrices it touches, and reading all of a large
-    model would take minutes. An adapter counts together with its base.
-
-    Args:
-        path: a folder, or a Hub id.
-        commit: the Hub's commit, for a Hub id.
+    model would take minutes. An adapter counts together with its base, a Hub id by the commit that is cached here.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return commit
+        cached = try_to_load_from_cache(path, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else None
     digest = hashlib.sha256()
-    for name in TEXTS:
-        if (folder / name).is_file():
-            digest.update(f"{name}\0".encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    for file in (*(folder / name for name in TEXTS), *sorted(folder.glob("*.py"))):
+        if file.is_file():
+            digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     for file in weight_files(folder):
         if file.is_file():
             digest.update(f"{file.name}\0".encode())
             for block in _sampled(file):
                 digest.update(block)
-    base = adapter_base(path)
-    if base is not None:
+    if is_adapter(path):
+        base = adapter_base(path)
         digest.update((fingerprint_model(base) or base).encode())
     return digest.hexdigest()
 

@@ -21,7 +21,7 @@ from transformers import (
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
-from cagsr.models.files import adapter_base, check_files, weights_note, weights_problem
+from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -188,9 +188,8 @@ def _load_pair(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; of a PEFT adapter, its base with the adapter merged into the weights."""
     check_files(config.path, f"--model.path {config.path}")
-    base = adapter_base(config.path)
-    if base is not None:
-        return _load_adapter(config, base, dtype, notes)
+    if is_adapter(config.path):
+        return _load_adapter(config, dtype, notes)
     model_config = _load_config(config)
     _check_weights(config.path)
     tokenizer = _load_tokenizer(config)
@@ -198,10 +197,11 @@ def _load_pair(
 
 
 def _load_adapter(
-    config: ModelConfig, base: str, dtype: torch.dtype, notes: list[str]
+    config: ModelConfig, dtype: torch.dtype, notes: list[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from peft import PeftModel
 
+    base = adapter_base(config.path)
     what = f"--model.path {config.path}: is a PEFT adapter for {base}, and"
     if not (Path(config.path) / "adapter_model.safetensors").is_file():
         raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")

@@ -69,7 +69,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = _Trainer(
         model=loaded.model,
         # With LoRA TRL switches the adapter off instead; without, it would read the start from its folder once more.

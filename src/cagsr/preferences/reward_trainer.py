@@ -122,7 +122,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     if seen:
         notes.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
     classifier = _classifier(loaded, config)
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = _Trainer(
         model=classifier,
         args=_arguments(config, loaded, len(encoded)),

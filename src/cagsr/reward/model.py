@@ -20,7 +20,7 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.models.files import adapter_base, check_files, weights_problem
+from cagsr.models.files import check_files, is_adapter, weights_problem
 from cagsr.prompts.answered import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import once_special
@@ -143,7 +143,7 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
     if looks_local and not folder.is_dir():
         raise ModelError(f"reward.models: {path}: no such folder; give a folder in Hugging Face layout or a Hub id")
     check_files(path, f"reward.models: {path}")
-    if adapter_base(path) is not None:
+    if is_adapter(path):
         raise ModelError(
             f"reward.models: {path} is a PEFT adapter; give the folder of the merged reward model (cagsr reward-model writes it "
             "beside its adapter)"
