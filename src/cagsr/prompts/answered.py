@@ -13,17 +13,24 @@ from cagsr.prompts.chat import apply_template
 from cagsr.prompts.render import content_of
 
 _HOLDER = "\ue000answer\ue001"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Where a message has its thoughts beside its content."""
 _OPEN_TAG = re.compile(r"<([^<>/\s]+)>\s*\Z")
 
 
 def answered_messages(prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The whole conversation: the answer behind the prompt, or as the rest of the message that the prompt begins."""
-    before, after = [dict(message) for message in prompt], [dict(message) for message in answer]
+    before, after = [dict(message) for message in prompt], [_with_text(message) for message in answer]
     if before and after and before[-1]["role"] == after[0].get("role") == "assistant":
         begun, rest = before.pop(), after[0]
-        content = (begun["content"] or "") + (content_of(rest.get("content")) or "")
-        after[0] = {**begun, **rest, "content": content}
+        after[0] = {**begun, **rest, "content": (begun["content"] or "") + (rest.get("content") or "")}
     return [*before, *after]
+
+
+def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with parts of text joined, as those of a prompt are."""
+    content = content_of(message.get("content"))
+    return dict(message) if content is None else {**message, "content": content}
 
 
 def text_after(prompt: Prompt, answer: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> str:
@@ -67,13 +74,13 @@ def text_after(prompt: Prompt, answer: Sequence[Mapping[str, Any]], tokenizer: A
 def _behind(begun: str, content: str, message: Mapping[str, Any]) -> str:
     """The content as it goes on from what only a rollout's prompt has: the beginning of the answer."""
     block = _OPEN_TAG.search(begun)
-    thoughts = message.get("reasoning_content")
+    thoughts = next((message[name] for name in _THOUGHTS if message.get(name)), "")
     if begun.strip() and content.lstrip().startswith(begun.strip()):
         rest = content.lstrip()[len(begun.strip()) :]
         return rest.lstrip() if begun[-1].isspace() else rest
     if block is None or f"</{block[1]}>" in content:
         return content
-    return f"{thoughts.strip() if isinstance(thoughts, str) else ''}\n</{block[1]}>\n\n{content}"
+    return f"{str(thoughts).strip()}\n</{block[1]}>\n\n{content}"
 
 
 def _letters(text: str) -> str:

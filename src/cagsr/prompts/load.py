@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -128,7 +129,15 @@ def _not_empty(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _csv(path: Path, columns: Collection[str]) -> Iterator[Row]:
     # Text stays text: pandas would turn columns of numbers into numbers, and the words NA and None into nothing.
-    return _local("csv", path, converters=dict.fromkeys(columns, str), keep_default_na=False, na_values=[""])
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    return _local(
+        "csv",
+        path,
+        converters={name: str for name in header if name in columns},
+        keep_default_na=False,
+        na_values={name: [""] for name in header if name not in columns},
+    )
 
 
 def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
