@@ -40,7 +40,8 @@ def read_prompts(
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
     """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
 
-    ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual ones (``load_rows``).
+    ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
+    ones (``load_rows``).
 
     Raises:
         ConfigError: neither or both of the two were given, or no room is left for a prompt.
