@@ -132,7 +132,7 @@ def test_bad_rows_are_named_and_nothing_is_written(model: Path, tmp_path: Path, 
     cases = {
         "row 2: a response of zero tokens": [PAIRS[0], {**PAIRS[1], "completion": ""}],
         "row 2: no response in column": [PAIRS[0], {"prompt": "the cat"}],
-        "row 2: column 'completion': Expected text": [PAIRS[0], {**PAIRS[1], "completion": 3}],
+        "row 2: column 'completion': Expected text": [PAIRS[0], {**PAIRS[1], "completion": True}],
         "row 1: prompt and response have 68 tokens, more than the model's context of 64": [
             {"prompt": "tell me about the cat", "completion": "dog " * 61}
         ],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cagsr.compare.jobs import Job, method_folder, plan_jobs, start_folder
+from cagsr.compare.jobs import Job, contents, method_folder, plan_jobs, start_folder
 from cagsr.compare.judging import _base_config
 from cagsr.compare.plan import START, Files, Method, Plan, RewardModelPlan
 from cagsr.compare.policies import make_policy, make_start
@@ -159,3 +160,50 @@ def test_best_of_n_alone_says_how_the_start_is_sampled_and_costs_no_training(tmp
     run.mkdir(parents=True)
     (run / "timings.jsonl").write_text('{"step": 1, "collect_seconds": 9.0, "update_seconds": 9.0}\n')
     assert Results(plan, [])._trained("best", 0) == {}
+
+
+def test_other_prompts_under_the_same_name_make_another_policy(tmp_path: Path, trained: list[Any]) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "held_out", "test", "pairs")}
+    for file in files.values():
+        file.write_text("one\n")
+    plan = dataclasses.replace(
+        plan_of(tmp_path, {"ours": Method(), "after": Method(after="ours")}),
+        files=Files(*(str(files[name]) for name in ("train", "held_out", "test"))),
+    )
+
+    def do(name: str) -> None:
+        job = job_of(plan, name)
+        inputs = contents([*job.reads, *job.judged_on])
+        make_policy(plan, job)
+        job.mark_done(plan, inputs=inputs)
+
+    def done() -> dict[str, bool]:
+        return {name: job_of(plan, name).is_done(plan) for name in names}
+
+    names = ("method-ours-seed0", "method-after-seed0")
+    for name in names:
+        do(name)
+    assert (done(), len(trained)) == (dict.fromkeys(names, True), 2)
+    files["test"].write_text("two\n")  # judged anew, not trained anew
+    assert done() == dict.fromkeys(names, False)
+    for name in names:
+        do(name)
+    assert (done(), len(trained)) == (dict.fromkeys(names, True), 2)
+    files["train"].write_text("two\n")
+    assert done() == dict.fromkeys(names, False)
+    for name in names:
+        do(name)
+    assert (done(), len(trained)) == (dict.fromkeys(names, True), 4)
+    files["train"].unlink()  # what is gone can't be compared
+    assert done() == dict.fromkeys(names, True)
+
+
+def test_work_of_older_comparisons_without_hashes_is_kept(tmp_path: Path, trained: list[Any]) -> None:
+    plan = plan_of(tmp_path)
+    job = job_of(plan, "method-ours-seed0")
+    make_policy(plan, job)
+    (plan.folder / "begun" / f"{job.name}.txt").write_text(job.training)
+    make_policy(plan, job)
+    assert len(trained) == 1
+    job.mark_done(plan)
+    assert job.is_done(plan)

@@ -12,7 +12,7 @@ import pytest
 
 from cagsr.config import DataConfig, ModelConfig, RewardModelConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.preferences.pairs import read_preferences
+from cagsr.preferences.pairs import count_pairs, read_preferences
 from cagsr.quickstart.start import build_tokenizer
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{{ '[assistant]' if add_generation_prompt }}"
@@ -67,8 +67,7 @@ def test_columns_and_files_can_be_named(config: RewardModelConfig, tmp_path: Pat
         ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),
         ({**GOOD, "rejected": "  "}, "the answer in column 'rejected' is empty"),
         ({**GOOD, "chosen": None}, "the answer in column 'chosen' is empty"),
-        ({**GOOD, "chosen": 3}, "must hold text"),
-        ({**GOOD, "rejected": "Mara is  a baker. "}, "are the same"),
+        ({**GOOD, "chosen": True}, "must hold text"),
         ({**GOOD, "chosen": [{"role": "assistant", "content": "x"}]}, "must be text too"),
         (
             {**GOOD, "prompt": [{"role": "user", "content": "x"}], "chosen": [{"role": "user", "content": "x"}]},
@@ -84,6 +83,34 @@ def test_rows_that_are_no_preferences(config: RewardModelConfig, row: dict[str, 
         read_preferences(config, tokenizer)
     assert "prefs.jsonl, row 2: " in str(caught.value)
     assert part in str(caught.value)
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted(config: RewardModelConfig) -> None:
+    equal = {**GOOD, "rejected": "Mara is  a baker. "}
+    write_rows(Path(config.data.path), [equal, GOOD, equal])
+    notes: list[str] = []
+    [pair] = read_preferences(config, build_tokenizer(), notes=notes)
+    assert pair.where.endswith("row 2")
+    assert notes == [f"2 pairs have two equal answers and were left out of {config.data.path}."]
+    assert count_pairs(config.data.path) == 1
+    write_rows(Path(config.data.path), [equal, equal])
+    with pytest.raises(DataError, match="are the same in all 2 pairs"):
+        read_preferences(config, build_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}, "only calls tools"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, "is not text"),
+    ],
+)
+def test_an_answer_without_text_is_named(config: RewardModelConfig, message: dict[str, Any], part: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT
+    write_rows(Path(config.data.path), [{**GOOD, "prompt": [{"role": "user", "content": "x"}], "chosen": [message]}])
+    with pytest.raises(DataError, match=rf"row 1: .*'chosen'.*{part}|row 1: .*{part}.*'chosen'"):
+        read_preferences(config, tokenizer)
 
 
 def test_settings_that_preferences_can_not_have(config: RewardModelConfig) -> None:

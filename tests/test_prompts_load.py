@@ -153,3 +153,113 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_sentence(monkeypatch: pytes
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"no/such: neither a file.*Couldn't reach 'no/such' on the Hub.*network\.$"):
         values(DataConfig(path="no/such"))
+
+
+# ---- text is text ----
+
+
+def test_text_columns_of_a_csv_are_as_written_and_others_keep_their_types(tmp_path: Path) -> None:
+    config = write(
+        tmp_path / "a.csv", "prompt,completion,reference,mine,score\nWhat is 12+30?,42,042,7,7\nand now?,1.50,,NA,8\n"
+    )
+    assert [dict(row.values) for row in load_rows(config, ["mine"])] == [
+        {"prompt": "What is 12+30?", "completion": "42", "reference": "042", "mine": "7", "score": 7},
+        {"prompt": "and now?", "completion": "1.50", "reference": "", "mine": "NA", "score": 8},
+    ]
+
+
+def test_numbers_in_text_columns_of_json_and_parquet_are_their_digits(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = '{"prompt": 7, "completion": 1.50, "references": [42, "x", -0.10], "score": 1.50, "chosen": true}'
+    expected = {"prompt": "7", "completion": "1.50", "references": ["42", "x", "-0.10"], "score": 1.5, "chosen": True}
+    assert values(write(tmp_path / "a.jsonl", text + "\n")) == [expected]
+    assert values(write(tmp_path / "a.json", f"[{text}]")) == [expected]
+    pq.write_table(pa.table({"prompt": ["p", "q"], "completion": [42, None], "score": [1, 2]}), tmp_path / "a.parquet")
+    assert values(DataConfig(path=str(tmp_path / "a.parquet"))) == [
+        {"prompt": "p", "completion": "42", "score": 1},
+        {"prompt": "q", "completion": None, "score": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        (r'{"prompt": "a \ud83d b"}', "column 'prompt'"),
+        (r'{"prompt": "a", "mine": {"deep": ["x", "\uDE00"]}}', "column 'mine'"),
+        (r'{"prompt": [{"role": "user", "content": "\ud83d"}]}', "column 'prompt'"),
+        (r'{"prompt": "a", "k\ud83d": 1}', "a column's name"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_and_a_whole_one_is_a_character(tmp_path: Path, row: str, place: str) -> None:
+    whole = r'{"prompt": "a \ud83d\ude00", "completion": "\\ud83d"}'
+    assert values(write(tmp_path / "a.jsonl", whole)) == [{"prompt": "a 😀", "completion": r"\ud83d"}]
+    for name, text in (("a.jsonl", f"{whole}\n{row}\n"), ("a.json", f"[{whole},{row}]")):
+        with pytest.raises(DataError, match=rf"{name}, row 2: {place} holds half a surrogate pair \(\\ud") as caught:
+            values(write(tmp_path / name, text))
+        str(caught.value).encode()  # the message itself can be printed
+
+
+# ---- other forms ----
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(DataError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
+        values(write(tmp_path / name, pointer))
+
+
+def test_objects_over_several_lines_are_rows(tmp_path: Path) -> None:
+    for name in ("a.json", "a.jsonl"):
+        assert values(write(tmp_path / name, json.dumps(ROWS[0], indent=2))) == ROWS[:1]
+        assert values(write(tmp_path / name, "\n".join(json.dumps(row, indent=2) for row in ROWS))) == ROWS
+        assert values(write(tmp_path / name, json.dumps(ROWS, indent=2))) == ROWS
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1: malformed JSON.*line 2"):
+        values(write(tmp_path / "a.jsonl", '{"prompt": "a"\n{"prompt": "b"}\n'))
+
+
+def test_a_dataset_saved_to_disk_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one, two = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:1])
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict(train=one, dev=two).save_to_disk(tmp_path / "both")
+    assert values(DataConfig(path=str(tmp_path / "one"))) == ROWS
+    assert values(DataConfig(path=str(tmp_path / "both"))) == ROWS
+    assert values(DataConfig(path=str(tmp_path / "both"), split="validation")) == ROWS[:1]
+    with pytest.raises(DataError, match=r"no split 'test' \(found: train, dev\); set --data\.split"):
+        values(DataConfig(path=str(tmp_path / "both"), split="test"))
+
+
+def test_files_about_a_dataset_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "train.jsonl").write_text(jsonl(ROWS))
+    assert values(DataConfig(path=str(tmp_path))) == ROWS
+
+
+def test_openai_messages_are_a_prompt_and_the_assistants_last_turn(tmp_path: Path) -> None:
+    user, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    found = {"role": "tool", "content": "12"}
+    config = write(
+        tmp_path / "a.jsonl",
+        jsonl(
+            [
+                {"messages": [user, said, user, said], "mine": 1},
+                {"messages": [user, call, found, said]},
+                {"messages": [user]},
+                {"messages": [user, said], "prompt": "given"},
+            ]
+        ),
+    )
+    assert values(config) == [
+        {"prompt": [user, said, user], "completion": [said], "mine": 1},
+        {"prompt": [user], "completion": [call, found, said]},
+        {"prompt": [user]},
+        {"messages": [user, said], "prompt": "given"},
+    ]
+    assert [row.from_messages for row in load_rows(config)] == [True, True, True, False]
+    named = DataConfig(path=config.path, prompt_column="messages")
+    assert [len(row["messages"]) for row in values(named)] == [4, 4, 1, 2]

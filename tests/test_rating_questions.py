@@ -67,12 +67,12 @@ def test_pairs_and_gold_questions(tmp_path: Path) -> None:
         ({"completion": "x"}, r"a\.jsonl, row 1: no prompt in column 'prompt' \(columns here: completion\)"),
         ({"prompt": " ", "completion": "x"}, "row 1: no prompt"),
         ({"prompt": [], "completion": "x"}, "row 1: column 'prompt' must hold"),
-        ({"prompt": 7, "completion": "x"}, "row 1: column 'prompt' must hold"),
+        ({"prompt": True, "completion": "x"}, "row 1: column 'prompt' must hold"),
         ({"prompt": [{"role": "user"}], "completion": "x"}, "row 1: message 1 of the prompt needs"),
         ({"prompt": ["hello"], "completion": "x"}, "row 1: message 1 of the prompt needs"),
         ({"prompt": "p"}, r"row 1: no answer in column 'completion' \(columns here: prompt\).*--response_column"),
-        ({"prompt": "p", "completion": 3}, "row 1: column 'completion': Expected text"),
-        ({"prompt": "p", "completion": "\ud800x"}, "row 1: character 1 is half a surrogate pair"),
+        ({"prompt": "p", "completion": True}, "row 1: column 'completion': Expected text"),
+        ({"prompt": "p", "completion": "\ud800x"}, "row 1: column 'completion' holds half a surrogate pair"),
         ({"prompt": "other", "completion": "x"}, r"row 1: its prompt is not answered in .*b\.jsonl"),
     ],
 )
@@ -82,13 +82,14 @@ def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], sentence: str) 
         questions_from_answers(a, b)
 
 
-def test_a_prompt_that_only_b_answers_and_equal_gold_answers_are_refused(tmp_path: Path) -> None:
+def test_a_prompt_that_only_b_answers_is_refused_and_equal_gold_answers_are_left_out(tmp_path: Path) -> None:
     a, b = answers(tmp_path / "a.jsonl", ("p", "x")), answers(tmp_path / "b.jsonl", ("p", "y"), ("q", "y"))
     with pytest.raises(DataError, match=r"b\.jsonl, row 2: its prompt is not answered in .*a\.jsonl"):
         questions_from_answers(a, b)
-    gold = write(tmp_path / "g.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x "}])
-    with pytest.raises(DataError, match=r"g\.jsonl, row 1: the two answers of this gold question are equal"):
-        questions_from_pairs(gold, "chosen", "rejected", gold=True)
+    rows = [{"prompt": "p", "chosen": "x", "rejected": "x "}, {"prompt": "p", "chosen": "x", "rejected": "y"}]
+    found = questions_from_pairs(write(tmp_path / "g.jsonl", rows), "chosen", "rejected", gold=True)
+    assert found.questions == (Question("p", "x", "y", gold=True),)
+    assert found.notes() == ["1 pairs have two equal answers: they are not asked and count nowhere."]
 
 
 def test_the_order_is_a_draw_by_seed_rater_and_question() -> None:

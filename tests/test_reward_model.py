@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.prompts.answered import answered_messages
 from cagsr.reward.build import build_reward
-from cagsr.reward.model import answered_chat, encode_answered, load_reward_model
+from cagsr.reward.model import encode_answered, load_reward_model
 
 MakeBatch = Callable[..., RewardBatch]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
@@ -88,8 +89,14 @@ def test_chat_goes_through_its_own_template(tmp_path: Path, make_reward_batch: M
 def test_a_begun_answer_is_gone_on_with(tmp_path: Path) -> None:
     """A conversation that ends with the assistant is continued, so its answer is no second message."""
     messages = ({"role": "user", "content": "say it"}, {"role": "assistant", "content": "the red"})
-    assert answered_chat(messages, " cat") == [messages[0], {"role": "assistant", "content": "the red cat"}]
-    assert answered_chat(messages[:1], "cat") == [messages[0], {"role": "assistant", "content": "cat"}]
+    assert answered_messages(messages, [{"role": "assistant", "content": " cat"}]) == [
+        messages[0],
+        {"role": "assistant", "content": "the red cat"},
+    ]
+    assert answered_messages(messages[:1], [{"role": "assistant", "content": "cat"}]) == [
+        messages[0],
+        {"role": "assistant", "content": "cat"},
+    ]
     assert messages[1]["content"] == "the red"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(save(tmp_path / "rm", template=TEMPLATE, pad=False))
     prompt = Prompt(1, "", messages=messages)

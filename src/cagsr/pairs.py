@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from jinja2 import TemplateError
 
 from cagsr.config import SalienceConfig, SftConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.prompts.answered import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
+from cagsr.prompts.notes import about_form, about_messages
 from cagsr.prompts.render import render_prompt
 
 IGNORED = -100
 """Label of a token that is not learnt."""
 
 
-def encode_pairs(config: SftConfig, tokenizer: Any, max_length: int | None) -> tuple[list[dict[str, list[int]]], int]:
+def encode_pairs(
+    config: SftConfig, tokenizer: Any, max_length: int | None, notes: list[str] | None = None
+) -> tuple[list[dict[str, list[int]]], int]:
     """Read the pairs and encode each as ``{"input_ids", "labels"}``; prompt tokens have the label ``IGNORED``.
 
     Prompt and completion are tokenised apart, because in a rollout the prompt stands alone and the answer is written
     token by token after it. A plain completion gets the end token; a conversation gets what its chat template writes.
+
+    Args:
+        config: where the pairs are.
+        tokenizer: a fast one.
+        max_length: longest pair in tokens; None: no limit.
+        notes: what is worth saying about the rows is added to it.
 
     Returns:
         The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens.
@@ -37,7 +45,13 @@ def encode_pairs(config: SftConfig, tokenizer: Any, max_length: int | None) -> t
             "--data.streaming: sft shuffles its pairs and reads them all; use --data.limit for large sets."
         )
     encoder, encoded, dropped = TextEncoder(tokenizer), list[dict[str, list[int]]](), 0
-    for where, prompt in _prompts(config, tokenizer):
+    prompts: list[Prompt] = []
+    from_messages = False
+    for row in load_rows(config.data, [config.completion_column]):
+        where = f"{row.source}, row {row.number}"
+        prompt = render_prompt(row.values, row.number, config.data, SalienceConfig(), tokenizer, source=row.source)
+        prompts.append(prompt)
+        from_messages |= row.from_messages
         prompt_ids = list(encode_prompt(prompt, encoder).ids)
         answer_ids = encode_answer(prompt, config.completion_column, encoder, where)
         length = len(prompt_ids) + len(answer_ids)
@@ -54,16 +68,9 @@ def encode_pairs(config: SftConfig, tokenizer: Any, max_length: int | None) -> t
         raise DataError(
             f"{config.data.path}: all {dropped} pairs are longer than {max_length} tokens and were dropped."
         )
+    if notes is not None:
+        notes += [about_messages(config.data)] * from_messages + about_form(prompts, tokenizer)
     return encoded, dropped
-
-
-def _prompts(config: SftConfig, tokenizer: Any) -> Iterator[tuple[str, Prompt]]:
-    """Yield each row's place (file and row, for messages) and its prompt."""
-    for row in load_rows(config.data):
-        yield (
-            f"{row.source}, row {row.number}",
-            render_prompt(row.values, row.number, config.data, SalienceConfig(), tokenizer, source=row.source),
-        )
 
 
 def encode_answer(
@@ -86,7 +93,7 @@ def encode_answer(
 def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
     """Give the text that follows the prompt's text.
 
-    For a conversation it is what the chat template adds when the answer's messages are put behind the prompt's.
+    For a conversation it is what the chat template adds when it is answered (:func:`cagsr.prompts.answered.text_after`).
     """
     if column not in prompt.columns:
         present = ", ".join(prompt.columns) or "none"
@@ -105,14 +112,4 @@ def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, fl
         answer = [{"role": "assistant", "content": answer}]
     if not isinstance(answer, list) or not all(isinstance(message, Mapping) for message in answer):
         raise DataError(f"{where}: column '{column}' must hold text or a list of chat messages.")
-    messages = [dict(message) for message in (*prompt.messages, *answer)]
-    try:
-        whole = str(tokenizer.apply_chat_template(messages, tools=prompt.columns.get("tools") or None, tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
-    if not whole.startswith(prompt.text):
-        raise DataError(
-            f"{where}: the chat template writes the prompt differently once an answer follows, so the answer can't be "
-            "told apart; use a template that keeps the prompt as it is (see TRL's training chat templates)."
-        )
-    return whole[len(prompt.text) :]
+    return text_after(prompt, answer, tokenizer, where)

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from cagsr import __version__
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
+from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import encode_pairs
 from cagsr.runs.trainer_folder import (
@@ -57,11 +58,12 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     check_trainer_config(config, COMMAND)
     loaded = _load(config)
     limit = length_limit(config, loaded)
-    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit)
-    notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}."]
+    read: list[str] = []
+    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
+    notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = SFTTrainer(
         model=loaded.model,
         args=_arguments(config, loaded, limit),
@@ -102,6 +104,7 @@ def _load(config: SftConfig) -> LoadedModel:
 @contextmanager
 def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     """Yield a temporary folder with a random model of ``config``'s architecture and its tokenizer."""
+    check_files(config.path, f"--model {config.path}", weights=False)
     try:
         model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)

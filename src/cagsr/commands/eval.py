@@ -158,10 +158,11 @@ def _from_answers(config: Config) -> EvalReport:
     from cagsr.evaluation.judge_answers import AnswerJudge
 
     data = config.data if config.data.path else None
-    given = read_answers(str(config.answers), data)
+    columns = [config.follow_up_column] if config.follow_up_column is not None else []
+    given = read_answers(str(config.answers), data, columns)
     other = None
     if config.against_answers is not None:
-        other = in_order_of(read_answers(config.against_answers, data), given.prompts, config.against_answers)
+        other = in_order_of(read_answers(config.against_answers, data, columns), given.prompts, config.against_answers)
     name = config.model.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -235,7 +236,8 @@ def _from_model(config: Config) -> EvalReport:
 def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
     # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
     salience = SalienceConfig(weighting="uniform", skip_sink=False)
-    return read_prompts(config.data, None, salience, None, loaded, config.sampling.max_new_tokens)
+    columns = [config.follow_up_column] if config.follow_up_column is not None else []
+    return read_prompts(config.data, None, salience, None, loaded, config.sampling.max_new_tokens, columns)
 
 
 def _load_other(config: Config) -> LoadedModel:

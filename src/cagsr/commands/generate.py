@@ -56,6 +56,7 @@ def run(config: Config) -> None:
 
     from cagsr.evaluation.sampling import sample_in_batches
     from cagsr.models.load import load_model
+    from cagsr.prompts.chat import TEMPLATE_COLUMNS
 
     loaded = load_model(config.model, for_training=False)
     # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
@@ -74,7 +75,8 @@ def run(config: Config) -> None:
             for row, text in enumerate(rollout.completions):
                 encoded = some[row // config.sampling.num_generations]
                 ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
-                kept = dict(encoded.prompt.columns) if config.keep_columns else {}
+                columns = encoded.prompt.columns
+                kept = {name: columns[name] for name in columns if config.keep_columns or name in TEMPLATE_COLUMNS}
                 made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
                 made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
                 rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})

@@ -36,10 +36,12 @@ def read_prompts(
     frequency: DocumentFrequency | None,
     loaded: LoadedModel,
     max_new_tokens: int,
+    text_columns: Sequence[str] = (),
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
     """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
 
-    ``frequency`` is a run's IDF table; None: words are counted in these prompts.
+    ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
+    ones (``load_rows``).
 
     Raises:
         ConfigError: neither or both of the two were given, or no room is left for a prompt.
@@ -52,7 +54,9 @@ def read_prompts(
     limit = loaded.room_for_prompts(max_new_tokens)
     if prompt is not None:
         return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
-    found = prepare_prompts(data, salience, loaded.tokenizer, max_length=limit, frequency=frequency)
+    found = prepare_prompts(
+        data, salience, loaded.tokenizer, max_length=limit, frequency=frequency, text_columns=text_columns
+    )
     return list(found.prompts if found.reopen is None else found.reopen()), found.notes
 
 

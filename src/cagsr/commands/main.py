@@ -174,6 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cagsr {__version__}")
         return 0
     name, *flags = words
+    for word in words:
+        if any(
+            "\ud800" <= character <= "\udfff" for character in word
+        ):  # bytes that are no UTF-8, as Python hands them over
+            shown = word.encode(errors="replace").decode()
+            return _refuse("cagsr", f"the argument '{shown}' is not UTF-8 text; write it (or rename the file) in UTF-8")
     if name not in COMMANDS:
         what = "flag before the command" if name.startswith("-") else "command"
         return _refuse(

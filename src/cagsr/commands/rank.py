@@ -85,6 +85,7 @@ def run(config: Config) -> None:
         None if learned is None else learned.frequency,
         loaded,
         0 if given else config.sampling.max_new_tokens,
+        [config.candidates_column] if config.candidates_column is not None else [],
     )
     associations = None
     if needs_associations(config.reward):

@@ -140,7 +140,7 @@ def read_pairs(
     from cagsr.prompts.prepare import prepare_prompts
     from cagsr.prompts.split import split_texts
 
-    rows = split_texts(load_rows(config.data), config.data)
+    rows = split_texts(load_rows(config.data, [config.response_column]), config.data)
     first = next(iter(rows))
     _text(first.values.get(config.response_column), config, f"{first.source}, row {first.number}")
     truncate = config.data.long_prompts == "truncate"
@@ -151,6 +151,7 @@ def read_pairs(
         loaded.tokenizer,
         max_length=room,
         frequency=frequency,
+        text_columns=[config.response_column],
     )
     context = None if loaded.encoder_decoder else loaded.context_length()
     prompts: list[EncodedPrompt] = []

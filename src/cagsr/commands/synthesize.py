@@ -46,6 +46,7 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
     """
     from cagsr.errors import ConfigError, DataError
     from cagsr.preferences.corrupt import SupervisedPair
+    from cagsr.prompts.chat import TEMPLATE_COLUMNS
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.render import text_of
     from cagsr.prompts.split import split_texts
@@ -54,7 +55,7 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
         raise ConfigError("--data.streaming: facts are taken from other rows, so all are read; use --data.limit.")
     flags = {config.data.prompt_column: "--data.prompt_column", config.completion_column: "--completion_column"}
     pairs = []
-    for row in split_texts(load_rows(config.data), config.data):
+    for row in split_texts(load_rows(config.data, [config.completion_column]), config.data):
         where = f"{row.source}, row {row.number}"
         for column, flag in flags.items():
             if column not in row.values:
@@ -66,5 +67,7 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
                 raise DataError(f"{where}: column '{column}': {error}") from error
             if not text.strip():
                 raise DataError(f"{where}: column '{column}' is empty; fill it or remove the row.")
-        pairs.append(SupervisedPair(row.values[config.data.prompt_column], row.values[config.completion_column]))
+        kept = {name: row.values[name] for name in TEMPLATE_COLUMNS if row.values.get(name)}
+        prompt, answer = row.values[config.data.prompt_column], row.values[config.completion_column]
+        pairs.append(SupervisedPair(prompt, answer, columns=kept))
     return pairs

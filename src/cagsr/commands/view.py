@@ -82,6 +82,7 @@ def run(config: Config) -> None:
         None if learned is None else learned.frequency,
         loaded,
         config.sampling.max_new_tokens if config.answers else 0,
+        [config.response_column],
     )
     prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
     answers: int | Sequence[str | Response]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from cagsr.atomic import write_text_atomically
 from cagsr.compare.plan import START, Plan
 from cagsr.errors import ConfigError
+from cagsr.runs.fingerprint import fingerprint_path
 
 Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
 
@@ -30,6 +32,10 @@ class Job:
     """Hash of everything that its result depends on; a result with another one is out of date."""
     training: str = ""
     """Hash of what it makes depends on, however that is judged."""
+    reads: tuple[str, ...] = ()
+    """Files that what it makes depends on, those of the jobs it needs included. What lies there may change under one name."""
+    judged_on: tuple[str, ...] = ()
+    """Files and models that it is judged with."""
 
     @property
     def name(self) -> str:
@@ -44,8 +50,9 @@ class Job:
         return (plan.results_folder if judged else plan.folder) / "done" / f"{self.name}.json"
 
     def is_done(self, plan: Plan) -> bool:
-        """Whether it was done with the plan as it is now."""
-        return bool(self.facts(plan).get("fingerprint") == self.fingerprint)
+        """Whether it was done with the plan and the files as they are now."""
+        facts = self.facts(plan)
+        return bool(facts.get("fingerprint") == self.fingerprint) and not changed(facts.get("inputs", {}))
 
     def facts(self, plan: Plan) -> dict[str, Any]:
         """What :meth:`mark_done` kept; empty where it was never done."""
@@ -60,6 +67,18 @@ class Job:
         file = self.done_file(plan)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps({"fingerprint": self.fingerprint, **facts}))
+
+
+def contents(paths: Sequence[str]) -> dict[str, str]:
+    """A hash of what lies at each path, where something does."""
+    found = {path: fingerprint_path(path) for path in paths}
+    return {path: value for path, value in found.items() if value is not None}
+
+
+def changed(before: Mapping[str, str]) -> bool:
+    """Whether something else lies at a path than when :func:`contents` looked. What is gone can't be compared."""
+    now = contents(list(before))
+    return any(now.get(path, value) != value for path, value in before.items())
 
 
 def result_file(plan: Plan, method: str, seed: int) -> Path:
@@ -100,12 +119,23 @@ def plan_jobs(plan: Plan) -> list[Job]:
     """
     jobs: dict[str, Job] = {}
 
-    def add(kind: Kind, target: str, seed: int | None, needs: list[Job], *facts: Any, judged: Any = None) -> Job:
+    def add(
+        kind: Kind,
+        target: str,
+        seed: int | None,
+        needs: list[Job],
+        *facts: Any,
+        judged: Any = None,
+        reads: Sequence[str | None] = (),
+    ) -> Job:
         # A method that starts from another's policy does not depend on how that one was judged.
         training = _hash(kind, target, seed, facts, [job.training for job in needs])
-        judges = [jobs["judges"]] if judged is not None and "judges" in jobs else []
-        names = tuple(dict.fromkeys(job.name for job in (*needs, *judges)))
-        job = Job(kind, target, seed, names, _hash(training, judged, [job.fingerprint for job in judges]), training)
+        made = [jobs["judges"]] if judged is not None and "judges" in jobs else []
+        names = tuple(dict.fromkeys(job.name for job in (*needs, *made)))
+        own = [plan.fill(path) for path in reads if path is not None]
+        files = tuple(dict.fromkeys((*(path for job in needs for path in job.reads), *own)))
+        fingerprint = _hash(training, judged, [job.fingerprint for job in made])
+        job = Job(kind, target, seed, names, fingerprint, training, files, () if judged is None else judges_files)
         jobs[job.name] = job
         return job
 
@@ -114,6 +144,9 @@ def plan_jobs(plan: Plan) -> list[Job]:
         add("judges", "", None, prepare, plan.prepare_judges)
     trained = (plan.files.train, plan.files.held_out, _texts(plan.configs), plan.set)
     judged = (dataclasses.asdict(plan.files), dataclasses.asdict(plan.judges))
+    judges = (plan.judges.judge_model, plan.judges.embedding_model, plan.judges.reward_model)
+    judges_files = tuple(plan.fill(path) for path in (plan.files.test, *judges) if path is not None)
+    prompts = (plan.files.train, plan.files.held_out)
     starts: dict[int, Job] = {}
     models: dict[tuple[str, int], Job] = {}
     for seed in plan.seeds:
@@ -125,7 +158,12 @@ def plan_jobs(plan: Plan) -> list[Job]:
                 spec = plan.reward_models[method.reward_model]
                 # DPO needs the pairs only, but its reward model's accuracy belongs beside it.
                 models[method.reward_model, seed] = add(
-                    "reward_model", method.reward_model, seed, [starts[seed]], dataclasses.asdict(spec)
+                    "reward_model",
+                    method.reward_model,
+                    seed,
+                    [starts[seed]],
+                    dataclasses.asdict(spec),
+                    reads=(spec.data, spec.held_out),
                 )
     remaining = dict(plan.methods)
     while remaining:
@@ -141,12 +179,13 @@ def plan_jobs(plan: Plan) -> list[Job]:
                     needs.append(models[method.reward_model, seed])
                 if method.after not in (None, START):
                     needs.append(jobs[f"method-{method.after}-seed{seed}"])
-                add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged)
+                read = () if method.kind == "dpo" else prompts
+                add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged, reads=read)
     if plan.validity is not None:
         for seed in plan.seeds[: plan.validity.seeds]:
             base = plan.methods[plan.settings_method]
             facts = (dataclasses.asdict(plan.validity), dataclasses.asdict(base), *trained)
-            add("validity", "", seed, [starts[seed]], *facts)
+            add("validity", "", seed, [starts[seed]], *facts, reads=(*prompts, plan.validity.file))
     return _in_order_of_weight(plan, list(jobs.values()))
 
 

@@ -109,7 +109,10 @@ def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[E
     data = dataclasses.replace(
         config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit, streaming=False
     )
-    return list(prepare_prompts(data, SalienceConfig(weighting="uniform"), loaded.tokenizer, max_length=room).prompts)
+    uniform = SalienceConfig(weighting="uniform")
+    column = plan.judges.follow_up_column
+    columns = [] if column is None else [column]
+    return list(prepare_prompts(data, uniform, loaded.tokenizer, max_length=room, text_columns=columns).prompts)
 
 
 def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from cagsr.atomic import remove_folder, write_text_atomically
-from cagsr.compare.jobs import Job, method_folder, model_folder, reward_model_folder, start_folder
+from cagsr.compare.jobs import Job, changed, contents, method_folder, model_folder, reward_model_folder, start_folder
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError, RunError
@@ -91,7 +92,7 @@ def make_policy(plan: Plan, job: Job) -> Path:
     assert job.seed is not None
     method = plan.methods[job.target]
     model = model_folder(plan, job.target, job.seed)
-    same = _read(_begun(plan, job)) == job.training
+    same = _is_same(plan, job)
     if method.kind == "dpo":
         return _dpo(plan, job, same)
     run = method_folder(plan.folder, job.target, job.seed)
@@ -120,11 +121,20 @@ def _begin_anew(plan: Plan, job: Job, folder: Path) -> None:
     In this order: a kill between the two must not make the old result pass for the new one.
     """
     _clear(folder)
-    _write(_begun(plan, job), job.training)
+    _write(_begun(plan, job), f"{job.training}\n{json.dumps(contents(job.reads))}")
+
+
+def _is_same(plan: Plan, job: Job) -> bool:
+    """Whether a job's folder holds, or is to hold, what the job makes with the plan and the files as they are now.
+
+    Comparisons of older versions kept no hashes of the files.
+    """
+    training, _, inputs = (_read(_begun(plan, job)) or "").partition("\n")
+    return training == job.training and not changed(json.loads(inputs or "{}"))
 
 
 def _begun(plan: Plan, job: Job) -> Path:
-    """The file that says by its training hash what a job's folder holds or is to hold."""
+    """The file that says by its training hash, and hashes of the files read, what a job's folder holds or is to hold."""
     return plan.folder / "begun" / f"{job.name}.txt"
 
 

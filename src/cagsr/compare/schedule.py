@@ -59,7 +59,7 @@ def run_jobs(
         work.mkdir(parents=True, exist_ok=True)
     with _lock(work):
         open_jobs = {job.name: job for job in jobs if not job.is_done(plan)}
-        # What needs something that is out of date is out of date itself: its fingerprint holds theirs.
+        # What needs something that is out of date is out of date itself: its fingerprint and its files hold theirs.
         console.print(f"{len(jobs) - len(open_jobs)} of {len(jobs)} jobs are done already; {parallel} at a time.")
         return _Run(plan, plan_file, fast, parallel, console, len(jobs)).all(open_jobs)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from cagsr.compare.jobs import Job, plan_jobs, reward_model_folder
+from cagsr.compare.jobs import Job, contents, plan_jobs, reward_model_folder
 from cagsr.compare.plan import START, Plan, read_plan
 from cagsr.errors import CagsrError, ConfigError
 
@@ -24,6 +24,7 @@ def do_job(plan: Plan, job: Job) -> None:
     from cagsr.compare import policies
 
     began = time.perf_counter()
+    inputs = contents([*job.reads, *job.judged_on])  # as they are when the work begins
     facts: dict[str, float] = {}
     if job.kind in ("prepare", "judges"):
         for command in plan.prepare if job.kind == "prepare" else plan.prepare_judges:
@@ -39,7 +40,7 @@ def do_job(plan: Plan, job: Job) -> None:
 
         measure_validity(plan, job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    job.mark_done(plan, seconds=time.perf_counter() - began, peak_memory_bytes=peak, **facts)
+    job.mark_done(plan, inputs=inputs, seconds=time.perf_counter() - began, peak_memory_bytes=peak, **facts)
 
 
 def _method(plan: Plan, job: Job) -> dict[str, float]:
@@ -69,10 +70,13 @@ def human_labels(plan: Plan, job: Job) -> int:
     if spec.num_pairs is not None:
         return max(before, spec.num_pairs)
     if method.kind == "dpo":
-        from cagsr.config import DataConfig
-        from cagsr.prompts.load import load_rows
+        from cagsr.preferences.pairs import count_pairs
 
-        return max(before, sum(1 for _ in load_rows(DataConfig(path=plan.fill(spec.data)))))
+        columns = (
+            str(method.set.get(name, default))
+            for name, default in (("chosen_column", "chosen"), ("rejected_column", "rejected"))
+        )
+        return max(before, count_pairs(plan.fill(spec.data), *columns))
     import json
 
     assert job.seed is not None

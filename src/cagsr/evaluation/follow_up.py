@@ -18,7 +18,9 @@ from cagsr.errors import ModelError
 from cagsr.evaluation.perplexity import mean_nll
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.reward.model import answered_chat, join_answer
+from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.chat import apply_template
+from cagsr.reward.model import join_answer
 
 Floats = NDArray[np.float64]
 
@@ -64,9 +66,10 @@ def follow_up_nll(
 def _context(judge: LoadedModel, prompt: Prompt, answer: str, follow_up: str) -> tuple[str, str]:
     """What the judge reads and what it is measured on."""
     if prompt.messages is not None and judge.tokenizer.chat_template is not None:
-        chat = [*answered_chat(prompt.messages, answer), {"role": "user", "content": follow_up}]
+        answered = answered_messages(prompt.messages, [{"role": "assistant", "content": answer}])
+        chat = [*answered, {"role": "user", "content": follow_up}]
         try:
-            text = str(judge.tokenizer.apply_chat_template(chat, tokenize=False))
+            text = apply_template(chat, judge.tokenizer, prompt.columns, f"row {prompt.row}", opened=False)
         except Exception as error:  # a template is a program and can raise anything
             raise ModelError(
                 f"--judge_model {judge.path}: its chat template can't render row {prompt.row} with answer and follow-up "
@@ -75,7 +78,7 @@ def _context(judge: LoadedModel, prompt: Prompt, answer: str, follow_up: str) ->
         start = text.rfind(follow_up)
         if start >= 0:
             return text[:start], follow_up
-    words = prompt.text if prompt.messages is None else "\n".join(one["content"] for one in prompt.messages)
+    words = prompt.text if prompt.messages is None else "\n".join(one["content"] or "" for one in prompt.messages)
     context = join_answer(words, answer).rstrip() or answer
     return context, join_answer(context, follow_up)[len(context) :]
 

@@ -35,24 +35,27 @@ class GivenAnswers:
     """tokens and ended of every answer where all rows have them, ``(all answers,)``."""
 
 
-def read_answers(path: str, data: DataConfig | None = None) -> GivenAnswers:
+def read_answers(path: str, data: DataConfig | None = None, text_columns: Sequence[str] = ()) -> GivenAnswers:
     """Read a file of answers: rows of ``prompt`` and ``completion``, several rows of one prompt being its samples.
 
     Args:
         path: JSONL, JSON, CSV or Parquet file.
         data: the prompts' own file, for their references and other columns; None: the columns beside the answers.
+        text_columns: columns that are text beside the usual ones (``load_rows``).
 
     Raises:
         DataError: a row without prompt or completion, or whose prompt is not in ``data``; file and row are named.
     """
     asked = (
-        None if data is None else {_key(row, data): row for row in reversed(list(split_texts(load_rows(data), data)))}
+        None
+        if data is None
+        else {_key(row, data): row for row in reversed(list(split_texts(load_rows(data, text_columns), data)))}
     )
     config = DataConfig(path=path)
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[str]] = {}
     recorded: dict[str, list[tuple[Any, ...]]] = {}
-    for row in load_rows(config):
+    for row in load_rows(config, text_columns):
         key = _key(row, config)
         if key not in prompts:
             if asked is None or data is None:
@@ -99,7 +102,7 @@ def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prom
     if messages is not None:
         # No model, so no chat template: the contents as they are.
         columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
-        text = "\n".join(message["content"] for message in messages)
+        text = "\n".join(message["content"] or "" for message in messages)
         return Prompt(row=row.number, text=text, messages=messages, columns=columns)
     return render_prompt(values, row.number, config, SalienceConfig(), None, source=row.source)
 

@@ -38,7 +38,9 @@ def column_texts(prompts: Sequence[Prompt], column: str | None) -> list[list[str
 
 def prompt_words(prompt: Prompt) -> str:
     """What a person wrote of a prompt: its text, or the contents of its chat messages without the template's marks."""
-    return prompt.text if prompt.messages is None else "\n".join(message["content"] for message in prompt.messages)
+    return (
+        prompt.text if prompt.messages is None else "\n".join(message["content"] or "" for message in prompt.messages)
+    )
 
 
 def texts_of(value: Any) -> list[str]:

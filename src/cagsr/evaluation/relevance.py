@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from cagsr.errors import ConfigError, ModelError
+from cagsr.models.files import check_files
 
 Floats = NDArray[np.float64]
 
@@ -60,9 +62,10 @@ def load_encoder(path: str, device: torch.device | str) -> Encoder:
         raise ConfigError(
             "--embedding_model needs sentence-transformers, which is not installed: pip install cagsr[embeddings]."
         ) from error
+    check_files(path, f"--embedding_model {path}")
     try:
         return SentenceTransformer(path, device=str(device), model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"--embedding_model {path}: can't be loaded as a sentence-transformers model ({reason})"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
+from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 from cagsr.models.lengths import length_borders
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -119,18 +121,17 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         The model in eval mode (dropout is off in every pass), weights in float32 where they are trained.
 
     Raises:
-        ModelError: the path does not exist, holds no safetensors weights, has no tokenizer or no usable PAD token.
+        ModelError: the path does not exist, holds no safetensors weights, or weights that do not make this model; it has no
+            tokenizer or no usable PAD token.
         ConfigError: a device that is not there.
     """
     notes: list[str] = []
     device = _choose_device(config.device, notes)
     compute_dtype = _choose_dtype(config.dtype, device, notes)
-    model_config = _load_config(config)
-    _check_weights(config.path)
-    tokenizer = _load_tokenizer(config)
     use_lora = lora is not None and lora.r > 0
     frozen = use_lora or not for_training
-    model = _load_weights(config, model_config, torch.float32 if not frozen else compute_dtype)
+    dtype = torch.float32 if not frozen else compute_dtype
+    model, tokenizer = _load_pair(config, dtype, notes)
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
@@ -184,6 +185,45 @@ def _choose_dtype(name: str, device: torch.device, notes: list[str]) -> torch.dt
     return torch.float32
 
 
+def _load_pair(
+    config: ModelConfig, dtype: torch.dtype, notes: list[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; of a PEFT adapter, its base with the adapter merged into the weights."""
+    check_files(config.path, f"--model.path {config.path}")
+    if is_adapter(config.path):
+        return _load_adapter(config, dtype, notes)
+    model_config = _load_config(config)
+    _check_weights(config.path)
+    tokenizer = _load_tokenizer(config)
+    return _load_weights(config, model_config, dtype, notes), tokenizer
+
+
+def _load_adapter(
+    config: ModelConfig, dtype: torch.dtype, notes: list[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from peft import PeftModel
+
+    base = adapter_base(config.path)
+    what = f"--model.path {config.path}: is a PEFT adapter for {base}, and"
+    if not (Path(config.path) / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")
+    try:
+        model, tokenizer = _load_pair(replace(config, path=base), dtype, notes)
+    except ModelError as error:
+        raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
+    if (Path(config.path) / "tokenizer_config.json").is_file():
+        tokenizer = _load_tokenizer(config)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
+    try:
+        merged = PeftModel.from_pretrained(model, config.path).merge_and_unload(safe_merge=True)
+    except (ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
+    notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
+    return merged, tokenizer
+
+
 def _load_config(config: ModelConfig) -> PretrainedConfig:
     folder = Path(config.path)
     looks_local = folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
@@ -232,23 +272,34 @@ def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype, notes: list[str]
+) -> PreTrainedModel:
     auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     arguments = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
-        return auto.from_pretrained(
+        model, info = auto.from_pretrained(
             config.path,
             config=model_config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"--model.path {config.path}: the {model_config.model_type} model can't be loaded as a language model ({reason})"
         ) from error
+    problem = weights_problem(info)
+    if problem is not None:
+        raise ModelError(f"--model.path {config.path}: {problem}.")
+    unused = weights_note(info)
+    if unused is not None:
+        notes.append(unused)
+    return model
 
 
 def _choose_pad(

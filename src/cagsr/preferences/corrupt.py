@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -35,6 +35,8 @@ class SupervisedPair:
     completion: Any
     where: str = ""
     """File and row, for messages."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to the prompt beside it: its tools, what its chat template is told."""
 
     @property
     def question(self) -> str:
@@ -111,6 +113,7 @@ def _corrupted(
             if key not in seen:
                 seen.add(key)
                 return {
+                    **pair.columns,
                     "prompt": pair.prompt,
                     "chosen": pair.completion,
                     "rejected": _in_form_of(pair.completion, rejected),

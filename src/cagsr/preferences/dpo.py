@@ -62,13 +62,14 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     if loaded.tokenizer.eos_token_id is None:
         raise ModelError(f"--model {config.model.path}: the tokenizer names no EOS token, so no answer could ever end.")
     limit = length_limit(config, loaded)
-    pairs = subset(read_preferences(config, loaded.tokenizer), config.num_pairs, config.seed)
+    read: list[str] = []
+    pairs = subset(read_preferences(config, loaded.tokenizer, notes=read), config.num_pairs, config.seed)
     encoder = TextEncoder(loaded.tokenizer)
     encoded, dropped = encode_all(pairs, lambda pair: _encode(pair, encoder, config), _length, config, limit)
-    notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}."]
+    notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = _Trainer(
         model=loaded.model,
         # With LoRA TRL switches the adapter off instead; without, it would read the start from its folder once more.

@@ -13,7 +13,8 @@ from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfi
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.load import load_rows
-from cagsr.prompts.render import render_prompt
+from cagsr.prompts.notes import about_form
+from cagsr.prompts.render import content_of, only_calls, render_prompt, text_of
 
 PreferenceConfig = RewardModelConfig | DpoConfig
 
@@ -31,21 +32,25 @@ class PreferencePair:
     """File and row, for messages."""
 
 
-def read_preferences(config: PreferenceConfig, tokenizer: Any, path: str | None = None) -> list[PreferencePair]:
+def read_preferences(
+    config: PreferenceConfig, tokenizer: Any, path: str | None = None, notes: list[str] | None = None
+) -> list[PreferencePair]:
     """Read all pairs of ``config.data``, or of the file ``path`` with the same columns.
 
     An answer is text, or a list with one message of the assistant; a prompt is text or chat messages, which go through
-    the tokenizer's chat template.
+    the tokenizer's chat template. Pairs of two equal answers, which say nothing, are left out; how many is added to
+    ``notes``, with what else is worth saying about the rows.
 
     Raises:
-        DataError: a row without one of the columns, with an empty answer, with two equal answers, or in another format;
-            the message names file and row.
+        DataError: a row without one of the columns, with an empty answer, or in another format (the message names file and
+            row); the answers of every pair are equal.
         ConfigError: settings of ``data`` that preference pairs can't have.
     """
     data = config.data if path is None else replace(config.data, path=path)
     _check(data)
-    pairs = []
-    for row in load_rows(data):
+    pairs: list[PreferencePair] = []
+    equal = 0
+    for row in load_rows(data, [config.chosen_column, config.rejected_column]):
         where = f"{row.source}, row {row.number}"
         prompt = render_prompt(row.values, row.number, data, SalienceConfig(), tokenizer, source=row.source)
         chosen, rejected = (
@@ -55,10 +60,41 @@ def read_preferences(config: PreferenceConfig, tokenizer: Any, path: str | None 
                 (config.rejected_column, "--rejected_column"),
             )
         )
-        if chosen.split() == rejected.split():
-            raise DataError(f"{where}: the chosen and the rejected answer are the same; remove the row.")
-        pairs.append(PreferencePair(prompt, chosen, rejected, where))
+        if _equal(chosen, rejected):
+            equal += 1
+        else:
+            pairs.append(PreferencePair(prompt, chosen, rejected, where))
+    if not pairs:
+        raise DataError(
+            f"{data.path}: the chosen and the rejected answer are the same in all {equal:,} pairs; give pairs that differ."
+        )
+    if notes is not None:
+        if equal:
+            verb = "pair has two equal answers and was" if equal == 1 else "pairs have two equal answers and were"
+            notes.append(f"{equal:,} {verb} left out of {data.path}.")
+        notes += about_form([pair.prompt for pair in pairs], tokenizer)
     return pairs
+
+
+def count_pairs(path: str, chosen_column: str = "chosen", rejected_column: str = "rejected") -> int:
+    """How many pairs of a file are trained on: those whose answers differ.
+
+    Raises:
+        DataError: the file can't be read, or a row lacks an answer.
+    """
+    count = 0
+    for row in load_rows(DataConfig(path=path), [chosen_column, rejected_column]):
+        try:
+            chosen, rejected = (text_of(row.values.get(column)) for column in (chosen_column, rejected_column))
+        except DataError as error:
+            raise DataError(f"{row.source}, row {row.number}: {error}") from error
+        count += not _equal(chosen, rejected)
+    return count
+
+
+def _equal(chosen: str, rejected: str) -> bool:
+    """Whether nobody could prefer one: white space is not what is judged."""
+    return chosen.split() == rejected.split()
 
 
 def encode_all(
@@ -194,4 +230,9 @@ def _message(value: Sequence[Any], prompt: Prompt, column: str, where: str) -> s
         raise DataError(
             f"{where}: column '{column}' must hold one message of the assistant (the earlier messages belong to the prompt)."
         )
-    return str(value[0].get("content") or "")
+    if only_calls(value[0]):
+        raise DataError(f"{where}: the answer in column '{column}' only calls tools; preferences are read of texts.")
+    content = content_of(value[0].get("content"))
+    if content is None:
+        raise DataError(f"{where}: the message in column '{column}' is not text (images are not supported).")
+    return content

@@ -91,7 +91,8 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
             f"--model {config.model.path} is an encoder-decoder model; a reward model is made from a decoder-only one."
         )
     limit = length_limit(config, loaded)
-    training, held_out = _divide(config, loaded.tokenizer)
+    read: list[str] = []
+    training, held_out = _divide(config, loaded.tokenizer, read)
     encoded, dropped = encode_all(
         training,
         lambda pair: _encode(pair, loaded.tokenizer),
@@ -109,7 +110,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     )
     unmeasured, held_out = len(held_out) - len(measurable), measurable
     seen = len({prompt_key(pair) for pair in training} & {prompt_key(pair) for pair in held_out})
-    notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}."]
+    notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     if unmeasured:
@@ -121,7 +122,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     if seen:
         notes.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
     classifier = _classifier(loaded, config)
-    checkpoint = open_trainer_folder(config, COMMAND)
+    checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = _Trainer(
         model=classifier,
         args=_arguments(config, loaded, len(encoded)),
@@ -172,11 +173,13 @@ def pair_accuracy(model: RewardModel, pairs: Sequence[PreferencePair]) -> PairAc
     )
 
 
-def _divide(config: RewardModelConfig, tokenizer: Any) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def _divide(
+    config: RewardModelConfig, tokenizer: Any, notes: list[str] | None = None
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """The pairs to train on, in random order, and those to measure on."""
-    pairs = read_preferences(config, tokenizer)
+    pairs = read_preferences(config, tokenizer, notes=notes)
     if config.eval_data is not None:
-        held_out = read_preferences(config, tokenizer, config.eval_data)
+        held_out = read_preferences(config, tokenizer, config.eval_data, notes)
     else:
         pairs, held_out = split_by_prompt(pairs, config.held_out, config.seed)
     return subset(pairs, config.num_pairs, config.seed), held_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from jinja2 import TemplateError
 
 from cagsr.errors import DataError
 from cagsr.prompts.ranges import Range, outside
+
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of a row that its chat template reads: they belong to the prompt, and go where it goes."""
 
 
 class Place(NamedTuple):
@@ -36,60 +40,108 @@ class Rendered:
 
 
 def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, columns: Mapping[str, Any], where: str
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], where: str
 ) -> Rendered:
     """Apply the tokenizer's chat template to ``messages`` and find each message's content in the text.
 
-    Columns ``tools`` and ``chat_template_kwargs`` go to the template, as in TRL. The contents are found by rendering
+    The row's ``tools`` and ``chat_template_kwargs`` go to the template, as in TRL. The contents are found by rendering
     the conversation a second time with placeholders: what stands between the placeholders is the template's, and
     putting the contents back must give the very text. Where it does not (a template that rewrites contents), they are
     searched for in order. ``where`` (file and row) opens the messages.
 
     Raises:
-        DataError: the tokenizer has no chat template, or the template refuses the conversation.
+        DataError: the tokenizer has no chat template, or :func:`apply_template` fails.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
             f"{where}: the prompt is a list of chat messages, but the tokenizer has no chat template; use an "
             "instruction-tuned model, add a chat_template.jinja to the model's folder, or give the prompt as text."
         )
-    try:
-        text = _apply(messages, tokenizer, columns)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
+    text = apply_template(messages, tokenizer, columns, where, opened=True)
     return Rendered(text, _by_placeholders(messages, tokenizer, columns, text) or _by_search(messages, text))
 
 
-def _apply(messages: Sequence[Mapping[str, str]], tokenizer: Any, columns: Mapping[str, Any]) -> str:
-    extra = columns.get("chat_template_kwargs")
-    continued = messages[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tools=columns.get("tools") or None,
-        tokenize=False,
-        add_generation_prompt=not continued,
-        continue_final_message=continued,
-        **(extra if isinstance(extra, Mapping) else {}),
-    )
+def apply_template(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], where: str, *, opened: bool
+) -> str:
+    """The conversation as the tokenizer's chat template writes it, with a row's own ``tools`` and ``chat_template_kwargs``.
+
+    Args:
+        messages: the conversation.
+        tokenizer: has a chat template.
+        columns: the row's columns; the two may be text, as JSON (a table has no other way to hold them).
+        where: opens the message.
+        opened: with the opening of the next answer, or with the assistant's last message left open; else as it stands.
+
+    Raises:
+        DataError: the template refuses the conversation, or one of the two columns holds something else.
+    """
+    arguments = template_arguments(columns, where)
+    continued = opened and messages[-1]["role"] == "assistant"
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=opened and not continued,
+            continue_final_message=continued,
+            **arguments,
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
     return str(text)
 
 
-def _by_placeholders(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, columns: Mapping[str, Any], text: str
-) -> tuple[Place | None, ...] | None:
-    # Private-use characters: no template looks for them, no strip() removes them.
-    holders = [f"\ue000{index}\ue001" for index in range(len(messages))]
+def template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row says to the chat template beside its messages: ``tools``, and each of its ``chat_template_kwargs``.
+
+    Raises:
+        DataError: ``tools`` is no list of objects, or ``chat_template_kwargs`` no object, nor JSON text of one.
+    """
+    tools = _from_json(columns.get("tools"))
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"{where}: column 'tools' must hold a list of tools as JSON schemas, or JSON text of one.")
+    extra = _from_json(columns.get("chat_template_kwargs"))
+    if extra and not isinstance(extra, Mapping):
+        raise DataError(f"{where}: column 'chat_template_kwargs' must hold an object, or JSON text of one.")
+    # Arrow gives every row the keys of all, None where it has none.
+    return {"tools": tools or None, **{name: value for name, value in (extra or {}).items() if value is not None}}
+
+
+def _from_json(value: Any) -> Any:
+    """Text as what it says in JSON; text that says nothing in JSON stays text."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
     try:
-        skeleton = _apply(
-            [{**message, "content": holder} for message, holder in zip(messages, holders, strict=True)],
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _by_placeholders(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], text: str
+) -> tuple[Place | None, ...] | None:
+    # Private-use characters: no template looks for them, no strip() removes them. A message without a content (one that
+    # calls tools) stays as it is.
+    holders = [None if message["content"] is None else f"\ue000{index}\ue001" for index, message in enumerate(messages)]
+    try:
+        skeleton = apply_template(
+            [
+                message if holder is None else {**message, "content": holder}
+                for message, holder in zip(messages, holders, strict=True)
+            ],
             tokenizer,
             columns,
+            "",
+            opened=True,
         )
-    except (TemplateError, ValueError, TypeError, KeyError):
+    except DataError:
         return None  # the template looks into the contents: search for them instead
-    places: list[Place] = []
+    places: list[Place | None] = []
     cursor_skeleton = cursor = 0
     for message, holder in zip(messages, holders, strict=True):
+        if holder is None:
+            places.append(None)
+            continue
         found = skeleton.find(holder, cursor_skeleton)
         if found < 0:
             return None
@@ -111,11 +163,12 @@ def _by_placeholders(
     return tuple(places) if text[cursor:] == skeleton[cursor_skeleton:] else None
 
 
-def _by_search(messages: Sequence[Mapping[str, str]], text: str) -> tuple[Place | None, ...]:
+def _by_search(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Place | None, ...]:
     places: list[Place | None] = []
     cursor = 0
     for message in messages:
-        content, stripped = message["content"], message["content"].strip()
+        content = message["content"] or ""
+        stripped = content.strip()
         place = None
         for candidate, skipped in ((content, 0), (stripped, len(content) - len(content.lstrip()))):
             found = text.find(candidate, cursor) if candidate else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,12 +41,16 @@ class TextEncoder:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
+        added = self.tokenizer.added_tokens_decoder  # chat markers are often in no list of special tokens
+        return frozenset(self.tokenizer.all_special_ids) | {number for number, one in added.items() if one.special}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Tokens:
         """Token ids of ``text`` and where each lies in it."""
         ids, offsets = self._call(text, add_special_tokens)
         offsets = self._mend(text, ids, offsets, add_special_tokens)
+        if add_special_tokens:
+            kept = once_special(text, ids, self.tokenizer)
+            ids, offsets = ids[kept], offsets[kept]
         surfaces = self.tokenizer.convert_ids_to_tokens(ids)
         return Tokens(
             ids=tuple(ids),
@@ -90,11 +95,20 @@ class TextEncoder:
         return self._lost[character]
 
 
+def once_special(text: str, ids: Sequence[int], tokenizer: Any) -> slice:
+    """The part of ``ids`` without a BOS (EOS) that the tokenizer put beside one that ``text`` begins (ends) with."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    first = bool(bos) and text.startswith(bos) and list(ids[:2]) == [tokenizer.bos_token_id] * 2
+    last = bool(eos) and text.endswith(eos) and list(ids[-2:]) == [tokenizer.eos_token_id] * 2 and len(ids) > 2
+    return slice(int(first), len(ids) - int(last))
+
+
 def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
     """Encode a prompt as tokens.
 
-    Plain text gets the special tokens the tokenizer adds by itself (BOS for Llama, EOS for T5, none for GPT-2); text
-    that a chat template rendered holds its special tokens already and gets none again.
+    Plain text gets the special tokens the tokenizer adds by itself (BOS for Llama, EOS for T5, none for GPT-2), none of
+    them a second time where the text has it already; text that a chat template rendered holds its special tokens already
+    and gets none again.
     """
     return encoder.encode(prompt.text, add_special_tokens=prompt.messages is None)
 

@@ -1,34 +1,30 @@
-"""Rows from JSONL, JSON, CSV and Parquet files, folders of them, and the Hugging Face Hub."""
+"""Rows from JSONL, JSON, CSV and Parquet files, folders of them, datasets saved to disk, and the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import json
+import csv
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cagsr.config import DataConfig
 from cagsr.errors import DataError
+from cagsr.models.files import is_lfs_pointer
+from cagsr.prompts.json_rows import read_document, read_lines
+from cagsr.prompts.row import TEXT_COLUMNS, Row, with_text, without_messages
+
+__all__ = ["Row", "Rows", "load_rows"]
 
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-
-
-class Row(NamedTuple):
-    """One row of the data."""
-
-    number: int
-    """1-based position in its file (the line of a JSONL file; a CSV's header does not count)."""
-    source: str
-    """The file or Hub dataset it comes from, for messages."""
-    values: Mapping[str, Any]
-    """Column name -> value."""
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files that ``datasets`` puts beside data: they describe it and hold no rows."""
 
 
 @dataclass(frozen=True)
@@ -45,41 +41,54 @@ class Rows:
         return islice(self.open(), self.limit)
 
 
-def load_rows(config: DataConfig) -> Rows:
+def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
     """Find the data that ``config`` names; rows are read when the result is iterated.
 
-    ``config.path`` is a ``.jsonl`` (or ``.ndjson``), ``.json`` (a list of objects, or JSON lines under that name),
+    ``config.path`` is a ``.jsonl`` (or ``.ndjson``), ``.json`` (a list of objects, or objects one after another),
     ``.csv`` or ``.parquet`` file, a folder of such files (those whose names say ``config.split``, all when no name
-    says a split), or the id of a dataset on the Hugging Face Hub. Local files are read in place: no cache is written.
-    JSON files are read whole, all others row by row.
+    says a split), a folder that ``datasets`` saved with ``save_to_disk``, or the id of a dataset on the Hugging Face Hub.
+    Local files are read in place: no cache is written. JSON files are read whole, all others row by row.
+
+    Text columns are text: a CSV's cells are taken as they are written (``042``, ``1.50``, nothing), numbers of other files
+    become their digits. They are the prompt column, those named in ``TEXT_COLUMNS`` and ``text_columns``; all others keep
+    their types. A row of OpenAI's ``messages`` without a prompt becomes prompt and completion (``without_messages``).
 
     Raises:
         DataError: no such file or dataset, an unknown file type, a folder without data; while iterating: an empty
-            file, malformed content (with the row's number), a Hub dataset that can't be reached.
+            file, malformed content (with the row's number), a Git LFS pointer, a Hub dataset that can't be reached.
     """
     if config.limit is not None and config.limit < 1:
         raise DataError(f"--data.limit must be 1 or more, not {config.limit}.")
+    columns = frozenset((config.prompt_column, *TEXT_COLUMNS, *text_columns))
+
+    def rows(readers: list[Callable[[], Iterator[Row]]], source: str) -> Rows:
+        def opened() -> Iterator[Row]:
+            for row in _not_empty((row for reader in readers for row in reader()), source):
+                yield without_messages(with_text(row, columns), config.prompt_column)
+
+        return Rows(config.path, opened, config.limit)
+
     path = Path(config.path).expanduser()
     if path.is_file():
-        reader = _reader(path, config)
-        return Rows(config.path, lambda: _not_empty(reader(), str(path)), config.limit)
+        return rows([_reader(path, columns)], str(path))
+    if path.is_dir() and _is_saved_dataset(path):
+        return rows([lambda: _saved(path, config)], str(path))
     if path.is_dir():
-        readers = [_reader(file, config) for file in _files(path, config.split)]
-        return Rows(
-            config.path, lambda: _not_empty((row for reader in readers for row in reader()), str(path)), config.limit
-        )
+        return rows([_reader(file, columns) for file in _files(path, config.split)], str(path))
     if path.suffix.lower() in _READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path):
         raise DataError(f"No such file or folder: {config.path}; check --data.path.")
-    return Rows(config.path, lambda: _not_empty(_hub(config), config.path), config.limit)
+    return rows([lambda: _hub(config)], config.path)
 
 
-def _reader(path: Path, config: DataConfig) -> Callable[[], Iterator[Row]]:
+def _reader(path: Path, columns: frozenset[str]) -> Callable[[], Iterator[Row]]:
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(
             f"{path}: unknown file type '{path.suffix}'; prompts are read from .jsonl, .json, .csv and .parquet files."
         )
-    return lambda: read(path, config)
+    if is_lfs_pointer(path):
+        raise DataError(f"{path}: is a Git LFS pointer, not the data itself; run 'git lfs pull' there, or download it.")
+    return lambda: read(path, columns)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -88,6 +97,7 @@ def _files(folder: Path, split: str) -> list[Path]:
         for file in folder.rglob("*")
         if file.is_file()
         and file.suffix.lower() in _READERS
+        and file.name not in _ABOUT
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not files:
@@ -117,67 +127,20 @@ def _not_empty(rows: Iterator[Row], source: str) -> Iterator[Row]:
     yield from rows
 
 
-def _jsonl(path: Path, config: DataConfig) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _object(_parse(line, path, number), path, number)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+def _csv(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    # Text stays text: pandas would turn columns of numbers into numbers, and the words NA and None into nothing.
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    return _local(
+        "csv",
+        path,
+        converters={name: str for name in header if name in columns},
+        keep_default_na=False,
+        na_values={name: [""] for name in header if name not in columns},
+    )
 
 
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, row {number}: malformed JSON ({error.msg} at character {error.colno}); mend or remove that line."
-        ) from error
-
-
-def _object(value: Any, path: Path, number: int) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f'{path}, row {number}: each row must be a JSON object such as {{"prompt": "..."}}.')
-    return Row(number, str(path), value)
-
-
-def _json(path: Path, config: DataConfig) -> Iterator[Row]:
-    """Read a list of objects, one by one so that a mistake has a row number."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    cursor = space.match(text).end()  # type: ignore[union-attr]
-    if text[cursor : cursor + 1] != "[":
-        yield from _jsonl(path, config)
-        return
-    cursor = space.match(text, cursor + 1).end()  # type: ignore[union-attr]
-    number = 0
-    while text[cursor : cursor + 1] != "]" or number > 0:
-        number += 1
-        try:
-            value, cursor = decoder.raw_decode(text, cursor)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: malformed JSON ({error.msg} at line {error.lineno}, character {error.colno})."
-            ) from error
-        yield _object(value, path, number)
-        cursor = space.match(text, cursor).end()  # type: ignore[union-attr]
-        if text[cursor : cursor + 1] == "]":
-            return
-        if text[cursor : cursor + 1] != ",":
-            raise DataError(f"{path}, row {number}: malformed JSON (a comma or ] must follow the row).")
-        cursor = space.match(text, cursor + 1).end()  # type: ignore[union-attr]
-
-
-def _csv(path: Path, config: DataConfig) -> Iterator[Row]:
-    # Text stays text: pandas would turn a prompt column of numbers into numbers, and the words NA and None into nothing.
-    return _local("csv", path, converters={config.prompt_column: str}, keep_default_na=False, na_values=[""])
-
-
-def _parquet(path: Path, config: DataConfig) -> Iterator[Row]:
+def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
     return _local("parquet", path)
 
 
@@ -195,6 +158,33 @@ def _local(kind: str, path: Path, **options: Any) -> Iterator[Row]:
             yield Row(number, str(path), values)
     except (ValueError, TypeError, OSError, RuntimeError, DatasetsError) as error:
         raise DataError(f"{path}: not a readable {kind.upper()} file after row {number} ({_reason(error)}).") from error
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether ``datasets`` saved this folder with ``save_to_disk``: one set, or one for each split."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _saved(folder: Path, config: DataConfig) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        data = load_from_disk(str(folder))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, DatasetsError) as error:
+        raise DataError(f"{folder}: the dataset saved there can't be read ({_reason(error)}).") from error
+    if isinstance(data, DatasetDict):
+        wanted = next((names for names in _SPLITS.values() if config.split in names), {config.split})
+        name = config.split if config.split in data else next((name for name in data if name in wanted), None)
+        if name is None:
+            raise DataError(
+                f"{folder}: no split '{config.split}' (found: {', '.join(map(str, data))}); set --data.split."
+            )
+        data = data[name]
+    for number, values in enumerate(data, start=1):
+        yield Row(number, str(folder), values)
 
 
 def _hub(config: DataConfig) -> Iterator[Row]:
@@ -221,10 +211,10 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
-_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Row]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
+_READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
+    ".jsonl": read_lines,
+    ".ndjson": read_lines,
+    ".json": read_document,
     ".csv": _csv,
     ".parquet": _parquet,
 }

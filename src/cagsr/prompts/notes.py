@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.flow import Prompt
 from cagsr.prompts.salience import DocumentFrequency
+from cagsr.prompts.written import is_rendered
 
 
 def describe(
-    data: DataConfig, salience: SalienceConfig, tokenizer: Any, example: Prompt, frequency: DocumentFrequency
+    data: DataConfig,
+    salience: SalienceConfig,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    frequency: DocumentFrequency,
 ) -> list[str]:
-    """Sentences about the salience and about settings that have no effect on these prompts.
+    """Sentences about what the prompts are, about the salience and about settings that have no effect on them.
 
-    ``example`` is one prompt of the set: whether it is a conversation decides what is said.
+    Whether the first of ``prompts`` is a conversation decides what is said of the settings.
     """
-    notes = []
+    notes = about_form(prompts, tokenizer)
+    example = prompts[0]
     if salience.weighting == "idf":
         notes.append(_about_idf(salience, frequency))
     elif salience.weighting == "uniform":
@@ -26,7 +33,7 @@ def describe(
     if salience.weighting != "spans" and (salience.markers is not None or data.spans_column is not None):
         notes.append(f"Marked passages are read but not used: --salience.weighting is {salience.weighting}, not spans.")
     if example.messages is None:
-        if getattr(tokenizer, "chat_template", None) is not None:
+        if getattr(tokenizer, "chat_template", None) is not None and not is_rendered(example.text, tokenizer):
             notes.append(
                 "The prompts are plain text, so the tokenizer's chat template is not applied; give prompts as lists of "
                 "chat messages to apply it."
@@ -34,6 +41,36 @@ def describe(
         if data.system_prompt is not None:
             notes.append("--data.system_prompt has no effect: the prompts are plain text, not conversations.")
     return notes
+
+
+def about_form(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
+    """Sentences about prompts that are not what they seem: rendered before they were written, or begun answers."""
+    notes = []
+    rendered = sum(prompt.messages is None and is_rendered(prompt.text, tokenizer) for prompt in prompts)
+    if rendered:
+        notes.append(
+            f"{_of(rendered, prompts)} hold a chat template's marks (or the BOS token) as text: the marks are no words that "
+            "matter, and no second BOS is put before them; to have the template applied give lists of chat messages."
+        )
+    begun = sum(prompt.messages is not None and prompt.messages[-1]["role"] == "assistant" for prompt in prompts)
+    if begun:
+        notes.append(
+            f"{_of(begun, prompts)} end with a message of the assistant: answers go on from its text (a prefill). To read that "
+            "message as the answer, name the column 'messages' and leave --data.prompt_column out."
+        )
+    return notes
+
+
+def about_messages(data: DataConfig) -> str:
+    """Say how rows of OpenAI's form were read."""
+    return (
+        f"The rows of {data.path} have 'messages' and no prompt: the assistant's last turn is the completion, what comes before "
+        "it the prompt."
+    )
+
+
+def _of(count: int, prompts: Sequence[Prompt]) -> str:
+    return f"All {count:,} prompts" if count == len(prompts) else f"{count:,} of {len(prompts):,} prompts"
 
 
 def _about_idf(salience: SalienceConfig, frequency: DocumentFrequency) -> str:

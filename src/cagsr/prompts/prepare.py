@@ -13,7 +13,7 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
 from cagsr.prompts.explain import explain_salience, salience_table
 from cagsr.prompts.load import Row, Rows, load_rows
-from cagsr.prompts.notes import describe
+from cagsr.prompts.notes import about_messages, describe
 from cagsr.prompts.pool import pool_words
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.render import render_prompt
@@ -35,6 +35,7 @@ def prepare_prompts(
     *,
     max_length: int,
     frequency: DocumentFrequency | None = None,
+    text_columns: Sequence[str] = (),
 ) -> PromptSet:
     """Read the prompts that ``data`` names and encode them with their salience.
 
@@ -47,6 +48,7 @@ def prepare_prompts(
             answer. ``data.max_prompt_length`` lowers it further.
         frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
+        text_columns: columns that are text beside the usual ones (``load_rows``).
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
@@ -55,7 +57,7 @@ def prepare_prompts(
         ModelError: the tokenizer has no offsets.
     """
     pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
-    rows = split_texts(load_rows(data), data)
+    rows = split_texts(load_rows(data, text_columns), data)
     if data.streaming:
         return _prepare_stream(rows, pipeline, frequency)
     located = list(pipeline.render(rows))
@@ -81,7 +83,9 @@ def prepare_prompts(
             f"{long:,} of {len(results):,} prompts were longer than {pipeline.limit:,} tokens; their earliest turns "
             "or text were cut, the end kept (--data.long_prompts truncate)."
         )
-    notes += describe(data, salience, tokenizer, located[0][1], fitted)
+    if located[0][0].from_messages:
+        notes.append(about_messages(data))
+    notes += describe(data, salience, tokenizer, [prompt for _, prompt in located], fitted)
     return PromptSet(encoded, fitted, tuple(notes))
 
 
@@ -203,7 +207,9 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
     if data.long_prompts != "error":
         done = "dropped" if data.long_prompts == "drop" else "cut at their front"
         notes.append(f"Prompts longer than {pipeline.limit:,} tokens are {done} as they are read, uncounted.")
-    notes += describe(data, pipeline.salience, pipeline.encoder.tokenizer, head[0].prompt, fitted)
+    if next(iter(rows)).from_messages:
+        notes.append(about_messages(data))
+    notes += describe(data, pipeline.salience, pipeline.encoder.tokenizer, [one.prompt for one in head], fitted)
     return PromptSet(head, fitted, tuple(notes), reopen)
 
 

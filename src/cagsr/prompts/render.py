@@ -11,6 +11,7 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.chat import Rendered, render_chat
 from cagsr.prompts.ranges import Range, cut
+from cagsr.prompts.written import written_marks
 
 
 def render_prompt(
@@ -60,7 +61,8 @@ def render_prompt(
         text, marked = _take_markers(value, salience, where)
         if given is not None:
             _check_spans(given, len(text), where)
-        return Prompt(row=number, text=text, spans=given or marked or None, columns=columns)
+        template = written_marks(text, tokenizer)
+        return Prompt(row=number, text=text, template=template, spans=given or marked or None, columns=columns)
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
         return _conversation(value, number, columns, given, config, salience, tokenizer, where)
     if value is None or value in ([], ()):
@@ -79,8 +81,11 @@ def text_of(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, Sequence) and all(isinstance(entry, Mapping) and "content" in entry for entry in value):
-        contents = [content_of(entry["content"]) for entry in value]
+    if isinstance(value, Sequence) and all(isinstance(entry, Mapping) for entry in value):
+        spoken = [entry for entry in value if not only_calls(entry)]
+        contents = [content_of(entry.get("content")) for entry in spoken]
+        if value and not spoken:
+            raise DataError("The messages only call tools, and there is no text to read.")
         if all(content is not None for content in contents):
             return "\n".join(content for content in contents if content is not None)
         raise DataError("A message's content is not text (images are not supported).")
@@ -108,16 +113,19 @@ def _conversation(
     marked: list[tuple[Range, ...]] = []
     for position, entry in enumerate(value, start=1):
         message = _message(entry, position, where)
-        content, ranges = _take_markers(message["content"], salience, where)
-        messages.append(message | {"content": content})
+        ranges: tuple[Range, ...] = ()
+        if message["content"] is not None:
+            content, ranges = _take_markers(message["content"], salience, where)
+            message |= {"content": content}
+        messages.append(message)
         marked.append(ranges)
-    if not any(message["content"].strip() for message in messages):
+    if not any((message["content"] or "").strip() for message in messages):
         raise _empty(where, config)
     if given is not None:
         last_user = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=None)
         if last_user is None:
             raise DataError(f"{where}: spans count in the last user message, but the conversation has none.")
-        _check_spans(given, len(messages[last_user]["content"]), where)
+        _check_spans(given, len(messages[last_user]["content"] or ""), where)
         marked[last_user] = given
     added = config.system_prompt is not None and messages[0]["role"] != "system"
     if added:
@@ -153,15 +161,23 @@ def _move_spans(marked: Sequence[tuple[Range, ...]], rendered: Rendered, where: 
 
 
 def _message(entry: Mapping[str, Any], position: int, where: str) -> dict[str, Any]:
-    """A message with its content as text; whatever else the template may write (tool calls, a name) stays."""
+    """A message with its content as text; whatever else the template may write (tool calls, a name) stays.
+
+    The content of a message that only calls tools is None, as in OpenAI's format: templates ask for that.
+    """
     content = content_of(entry.get("content"))
-    if not isinstance(entry.get("role"), str) or content is None:
+    if not isinstance(entry.get("role"), str) or (content is None and not only_calls(entry)):
         raise DataError(
             f"{where}: message {position} needs a role and a content that are text (images are not supported); "
             f"it has {', '.join(f'{name}: {_kind(part)}' for name, part in entry.items()) or 'nothing'}."
         )
     # Arrow gives every message the fields of all, None where it has none.
     return {name: part for name, part in entry.items() if part is not None} | {"content": content}
+
+
+def only_calls(message: Mapping[str, Any]) -> bool:
+    """Whether a message calls tools and says nothing."""
+    return message.get("content") is None and bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], ...]:

@@ -92,17 +92,12 @@ def questions_from_pairs(
     """Read a file whose rows have a prompt and both answers.
 
     Raises:
-        DataError: a row without one of the columns, or a gold row whose two answers are equal.
+        DataError: a row without one of the columns.
     """
     pairs = []
-    for row in load_rows(_config(path, prompt_column)):
+    for row in load_rows(_config(path, prompt_column), [a_column, b_column]):
         prompt = prompt_of(row, prompt_column)
-        one = Question(prompt, _text(row, a_column), _text(row, b_column), gold)
-        if gold and _equal(one):
-            raise DataError(
-                f"{path}, row {row.number}: the two answers of this gold question are equal; remove the row."
-            )
-        pairs.append(one)
+        pairs.append(Question(prompt, _text(row, a_column), _text(row, b_column), gold))
     return _kept(pairs, 0)
 
 
@@ -125,7 +120,7 @@ def prompt_of(row: Row, column: str = "prompt") -> PromptText:
     where = f"{row.source}, row {row.number}"
     value = row.values.get(column)
     if isinstance(value, str) and value.strip():
-        return _whole(value, where)
+        return value
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return [_message(entry, position, where) for position, entry in enumerate(value, start=1)]
     if value is None or value == "" or isinstance(value, str):
@@ -146,7 +141,7 @@ class _Answer:
 def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[_Answer]]:
     """Answers of a file under their prompts, in the order of the prompts' first mention."""
     found: dict[str, list[_Answer]] = {}
-    for row in load_rows(_config(path, prompt_column)):
+    for row in load_rows(_config(path, prompt_column), [response_column]):
         prompt = prompt_of(row, prompt_column)
         found.setdefault(json.dumps(prompt, sort_keys=True), []).append(
             _Answer(row.number, prompt, _text(row, response_column, "--response_column"))
@@ -171,19 +166,9 @@ def _text(row: Row, column: str, flag: str | None = None) -> str:
             + (f"; name the column with {flag}." if flag else "; each row needs a prompt and both answers.")
         )
     try:
-        text = text_of(value)
+        return text_of(value)
     except DataError as error:
         raise DataError(f"{where}: column '{column}': {error}") from error
-    return _whole(text, where)
-
-
-def _whole(text: str, where: str) -> str:
-    """Refuse what is no text in any encoding, and so can't be stored or shown."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: character {error.start + 1} is half a surrogate pair; mend the row.") from error
-    return text
 
 
 def _message(entry: Any, position: int, where: str) -> dict[str, str]:
@@ -193,7 +178,7 @@ def _message(entry: Any, position: int, where: str) -> dict[str, str]:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{where}: message {position} of the prompt needs a role and a content that are text.")
-    return {"role": _whole(role, where), "content": _whole(content, where)}
+    return {"role": role, "content": content}
 
 
 def _equal(question: Question) -> bool:

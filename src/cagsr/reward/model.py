@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,7 +20,11 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.models.files import check_files, is_adapter, weights_problem
 from cagsr.models.lengths import length_borders
+from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.chat import apply_template
+from cagsr.prompts.encode import once_special
 from cagsr.reward.values import quote_prompt
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
@@ -97,17 +101,12 @@ def encode_answered(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerB
     answer comes as text, without the token that ended it.
     """
     if prompt.messages is None:
-        return list(tokenizer(join_answer(prompt.text, answer), verbose=False)["input_ids"])
-    text = tokenizer.apply_chat_template(answered_chat(prompt.messages, answer), tokenize=False)
+        text = join_answer(prompt.text, answer)
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        return ids[once_special(text, ids, tokenizer)]
+    chat = answered_messages(prompt.messages, [{"role": "assistant", "content": answer}])
+    text = apply_template(chat, tokenizer, prompt.columns, f"row {prompt.row}", opened=False)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # the template wrote them
-
-
-def answered_chat(messages: Sequence[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
-    """A conversation with its answer: the assistant's next message, or the rest of the one that the prompt begins."""
-    chat = [dict(message) for message in messages]
-    if chat[-1]["role"] == "assistant":
-        return [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + answer}]
-    return [*chat, {"role": "assistant", "content": answer}]
 
 
 def join_answer(prompt: str, answer: str) -> str:
@@ -144,6 +143,12 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
     looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise ModelError(f"reward.models: {path}: no such folder; give a folder in Hugging Face layout or a Hub id")
+    check_files(path, f"reward.models: {path}")
+    if is_adapter(path):
+        raise ModelError(
+            f"reward.models: {path} is a PEFT adapter; give the folder of the merged reward model (cagsr reward-model writes it "
+            "beside its adapter)"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if any(file for pattern in PICKLES for file in folder.glob(pattern)):
             raise ModelError(
@@ -160,19 +165,16 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
                 "(num_labels=1)"
             )
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True
+            path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"reward.models: {path} can't be loaded as a sequence-classification model ({reason})"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[0]
-        raise ModelError(
-            f"reward.models: {path} has no weights for {missing!r}, so its scores would be random: "
-            "give a trained reward model"
-        )
+    problem = weights_problem(info)
+    if problem is not None:
+        raise ModelError(f"reward.models: {path} is no trained reward model: {problem}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(

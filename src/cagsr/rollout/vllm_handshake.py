@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from cagsr.config import ModelConfig, RolloutConfig
 from cagsr.errors import ConfigError, RolloutError
+from cagsr.models.files import adapter_base, is_adapter
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
 
@@ -94,7 +95,8 @@ def _check_tokenizer(server: VLLMServer, served: ServedModel, tokenizer: PreTrai
 
 
 def _check_vocabulary(model: ModelConfig, loaded: LoadedModel) -> None:
-    stored = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    path = adapter_base(model.path) if is_adapter(model.path) else model.path
+    stored = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
     rows = vocabulary_size(loaded)
     if rows != stored.vocab_size:
         raise ConfigError(

@@ -7,6 +7,7 @@ samples.jsonl    answers with their reward breakdown
 held_out.jsonl   greedy answers to the same held-out prompts at each evaluation, step 0 being the start's
 warnings.jsonl   what the monitors said
 checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
+fingerprint.json hashes of the data and the models that the run reads, compared when it is resumed
 associations.json  which words go together, where the reward needs it (learned before the first step)
 frequency.json   how many prompts hold each word, for the IDF weights
 scales.json      the scales of the reward's terms as learned so far (``runs/reward.py`` reads them for other commands)
@@ -35,6 +36,7 @@ from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.checkpoint import CheckpointState, Collected, latest_checkpoint, save_checkpoint
+from cagsr.runs.fingerprint import FINGERPRINT, check_fingerprint, write_fingerprint
 from cagsr.runs.lines import append_lines, truncate_lines
 
 CONFIG = "config.yaml"
@@ -45,7 +47,7 @@ SCALES = "scales.json"
 REPORT = "report.html"
 PROFILE = "profile.md"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT)
+RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT, FINGERPRINT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
 
 MAY_DIFFER = (
@@ -127,7 +129,15 @@ class RunFolder:
     _lock: TextIO = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, config_yaml: str, *, resume: bool, overwrite: bool) -> RunFolder:
+    def open(
+        cls,
+        path: str | Path,
+        config_yaml: str,
+        *,
+        resume: bool,
+        overwrite: bool,
+        fingerprint: Mapping[str, str | None] | None = None,
+    ) -> RunFolder:
         """Make, resume or overwrite a run folder, lock it and store the config.
 
         On ``resume`` the newest valid checkpoint is looked up and the logs are cut back to its step. Call it once
@@ -138,11 +148,12 @@ class RunFolder:
             config_yaml: the resolved settings, as YAML.
             resume: go on from the last checkpoint of the run in this folder, if there is one.
             overwrite: remove the run in this folder first.
+            fingerprint: what the run reads (``cagsr.runs.fingerprint``), kept, and on ``resume`` compared first; None: neither.
 
         Raises:
             ConfigError: both ``resume`` and ``overwrite``.
             RunError: the folder holds another run and neither flag is set; it holds files that are no run; it is in
-                use; the config differs in something that matters; it can't be written.
+                use; the config differs in something that matters, or what the run reads has changed; it can't be written.
         """
         path = Path(path)
         if resume and overwrite:
@@ -172,8 +183,10 @@ class RunFolder:
             if overwrite:
                 _remove_run(path)
             elif resume:
-                checkpoint, step, notes = _resume(path, config_yaml)
+                checkpoint, step, notes = _resume(path, config_yaml, fingerprint)
             write_text_atomically(path / CONFIG, config_yaml)
+            if fingerprint is not None:
+                write_fingerprint(path, fingerprint)
             for name in LOGS:
                 append_lines(path / name, [])
         except BaseException:
@@ -306,7 +319,9 @@ def _remove_run(path: Path) -> None:
             (path / name).unlink(missing_ok=True)
 
 
-def _resume(path: Path, config_yaml: str) -> tuple[Path | None, int, list[str]]:
+def _resume(
+    path: Path, config_yaml: str, fingerprint: Mapping[str, str | None] | None
+) -> tuple[Path | None, int, list[str]]:
     """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
     config = path / CONFIG
     if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:
@@ -327,6 +342,8 @@ def _resume(path: Path, config_yaml: str) -> tuple[Path | None, int, list[str]]:
         )
     latest = latest_checkpoint(path / "checkpoints")
     notes = list(latest.notes)
+    if fingerprint is not None:
+        notes += check_fingerprint(path, fingerprint, f"The run in {path}")
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(config_yaml))
     decays = after.get("ppo.lr_scheduler", "constant") != "constant"
     if decays and before.get("run.steps") != after.get("run.steps"):

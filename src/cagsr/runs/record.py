@@ -31,6 +31,7 @@ from cagsr.reward.association import Associations
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
 from cagsr.runs.curves import plot_training_curves
+from cagsr.runs.fingerprint import fingerprint_run
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
@@ -95,7 +96,11 @@ class RunRecord:
                     config, run=dataclasses.replace(run, resume=False, overwrite=False, profile=False)
                 )
                 self._folder = RunFolder.open(
-                    config.output_dir, to_yaml(stored), resume=run.resume, overwrite=run.overwrite
+                    config.output_dir,
+                    to_yaml(stored),
+                    resume=run.resume,
+                    overwrite=run.overwrite,
+                    fingerprint=fingerprint_run(config),
                 )
                 found = [self._folder.checkpoint, self._folder.step, None]
                 write_text_atomically(self._folder.path / FREQUENCY, json.dumps(frequency.to_json()))

@@ -21,6 +21,7 @@ from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel
+from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.progress import TrainingProgress
 
@@ -101,9 +102,19 @@ def settings_file(command: str) -> str:
     return f"{command}.yaml"
 
 
-def open_trainer_folder(config: TrainerConfig, command: str) -> str | None:
-    """Make or clear the output folder and write the settings into it; give the checkpoint to go on from."""
+def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -> str | None:
+    """Make or clear the output folder and write the settings into it; give the checkpoint to go on from.
+
+    Args:
+        config: the settings.
+        command: as ``sft``.
+        notes: what can't be compared on a resume is added to it.
+
+    Raises:
+        RunError: what the training reads has changed since it began; the folder can't be written.
+    """
     folder = Path(config.output_dir)
+    found = fingerprint_trainer(config) if config.save_every > 0 else None
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
@@ -115,6 +126,12 @@ def open_trainer_folder(config: TrainerConfig, command: str) -> str | None:
         checkpoint = None
         if config.resume and (folder / CHECKPOINTS).is_dir():
             checkpoint = _last_checkpoint(folder / CHECKPOINTS)
+        if found is not None:
+            # Beside the checkpoints: what it is there for goes when they go.
+            if checkpoint is not None:
+                notes += check_fingerprint(folder / CHECKPOINTS, found, f"The {command} in {folder}")
+            (folder / CHECKPOINTS).mkdir(exist_ok=True)
+            write_fingerprint(folder / CHECKPOINTS, found)
         write_text_atomically(folder / settings_file(command), to_yaml(config))
     return checkpoint
 

@@ -1,0 +1,199 @@
+"""What a model's folder holds, before any library opens it: whole files, an adapter, and a fingerprint of it all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+
+from cagsr.errors import ModelError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS left in place of the real one."""
+TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
+"""Files beside the weights that make a model and its tokenizer."""
+ADAPTER = "adapter_config.json"
+BLOCK = 4096
+"""Bytes read at the start, in the middle and at the end of each tensor for its fingerprint."""
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer: a few lines that stand for the real one."""
+    with open(path, "rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
+
+
+def check_files(path: str, what: str, *, weights: bool = True) -> None:
+    """Refuse a local folder whose files are no whole files. Of a Hub id nothing is known here.
+
+    Args:
+        path: the folder.
+        what: opens the message: the flag and the folder.
+        weights: look at the weights too.
+
+    Raises:
+        ModelError: a Git LFS pointer in place of a file, weights that were cut short, or a part of them missing.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for file in (*(folder / name for name in TEXTS), *(weight_files(folder) if weights else ())):
+        if not file.is_file():
+            if file.suffix == ".safetensors":
+                raise ModelError(f"{what}: {file.name} is missing, a part of the weights; copy the whole folder.")
+            continue
+        if is_lfs_pointer(file):
+            raise ModelError(
+                f"{what}: {file.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in that folder, or "
+                "download the file."
+            )
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="np"):  # checks the header against the file's size
+                    pass
+            except SafetensorError as error:
+                raise ModelError(
+                    f"{what}: {file.name} is damaged or was cut short ({_first_line(error)}); copy or download it again."
+                ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's weights are read from, whether they are there or not."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        try:
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / name for name in sorted(set(parts))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # a pointer or a broken index: whoever opens it says so
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weights_problem(info: Mapping[str, Any]) -> str | None:
+    """What is wrong with weights that transformers has loaded (``output_loading_info``); None where nothing is.
+
+    Weights that the file lacks, or has in another size, are random numbers in the loaded model.
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        return (
+            f"its weights have other sizes than its config.json says ({name}: {_size(stored)} in the file, "
+            f"{_size(wanted)} by the config{_and_more(mismatched)}); put the right config.json and weights together"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        return (
+            f"it has no weights for {missing[0]!r}{_and_more(missing)}, which would be random; give the folder of a whole "
+            "model whose config.json fits its weights"
+        )
+    return None
+
+
+def weights_note(info: Mapping[str, Any]) -> str | None:
+    """Say which weights of the file the model has no place for; None where it took all."""
+    unused = sorted(info["unexpected_keys"])
+    if not unused:
+        return None
+    return f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter and no model of its own."""
+    return (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The folder or Hub id of the base model that the adapter in a folder names.
+
+    Raises:
+        ModelError: it names none, or its config can't be read.
+    """
+    try:
+        file = Path(path) / ADAPTER
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"--model.path {path}: its {ADAPTER} can't be read as JSON; copy it again.") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"--model.path {path}: is a PEFT adapter that names no base model; write the base's folder or Hub id as "
+            f"base_model_name_or_path into its {ADAPTER}, or give a merged model."
+        )
+    return base
+
+
+def fingerprint_model(path: str) -> str | None:
+    """A hash of a model's config, tokenizer and weights; None where nothing is known of it.
+
+    Small files are read whole. Of each tensor its name, type and shape count, and ``BLOCK`` bytes at its start, in its
+    middle and at its end: a training or a merge changes every number of the matrices it touches, and reading all of a large
+    model would take minutes. An adapter counts together with its base, a Hub id by the commit that is cached here.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(path, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    digest = hashlib.sha256()
+    for file in (*(folder / name for name in TEXTS), *sorted(folder.glob("*.py"))):
+        if file.is_file():
+            digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for file in weight_files(folder):
+        if file.is_file():
+            digest.update(f"{file.name}\0".encode())
+            for block in _sampled(file):
+                digest.update(block)
+    if is_adapter(path):
+        base = adapter_base(path)
+        digest.update((fingerprint_model(base) or base).encode())
+    return digest.hexdigest()
+
+
+def _sampled(file: Path) -> Iterator[bytes]:
+    """The header of a safetensors file and a few blocks of each tensor."""
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        header = stream.read(int.from_bytes(start, "little"))
+        yield header
+        first = len(start) + len(header)
+        tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
+        for _, value in sorted(tensors.items()):
+            begin, end = value["data_offsets"]
+            for offset in sorted({begin, max(begin, (begin + end - BLOCK) // 2), max(begin, end - BLOCK)}):
+                stream.seek(first + offset)
+                yield stream.read(min(BLOCK, end - offset))
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _and_more(names: Sequence[Any]) -> str:
+    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,139 @@
+"""What a training reads under its paths, as hashes: a resumed one must go on with the same data and the same models.
+
+Settings name paths; what lies there can change between a stop and a resume. A run that went on with other prompts would
+train on some that it has held out, and mix two experiments in one curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from cagsr.atomic import write_text_atomically
+from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SftConfig, TrainConfig
+from cagsr.errors import RunError
+from cagsr.models.files import fingerprint_model
+from cagsr.prompts.load import load_rows
+from cagsr.prompts.prepare import HEAD_ROWS
+
+FINGERPRINT = "fingerprint.json"
+
+Fingerprint = dict[str, str | None]
+"""Setting with its value, as ``data.path prompts.jsonl`` -> hash of what lies there; None: it can't be told."""
+
+
+def fingerprint_rows(data: DataConfig) -> str:
+    """A hash of the rows that ``data`` gives, of a streamed set of its first ``HEAD_ROWS``.
+
+    Rows and not files: what lies behind ``data.limit`` or in another split may change.
+
+    Raises:
+        DataError: they can't be read.
+    """
+    digest = hashlib.sha256()
+    for row in islice(load_rows(data), HEAD_ROWS if data.streaming else None):
+        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def fingerprint_run(config: TrainConfig) -> Fingerprint:
+    """What ``cagsr train`` reads: prompts, held-out prompts, the start, reward models, associations.
+
+    Raises:
+        DataError: data that can't be read.
+    """
+    part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if config.data.streaming else ""
+    found: Fingerprint = {
+        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
+        f"model.path {config.model.path}": fingerprint_model(config.model.path),
+    }
+    path = config.evaluation.path
+    if path is not None:
+        held_out = dataclasses.replace(config.data, path=path, limit=config.evaluation.held_out, streaming=False)
+        found[f"evaluation.path {path}"] = fingerprint_rows(held_out)
+    found |= {f"reward.models {model}": fingerprint_model(model) for model in config.reward.models}
+    path = config.reward.associations.path
+    if path is not None:
+        found[f"reward.associations.path {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
+
+
+def fingerprint_trainer(config: SftConfig | RewardModelConfig | DpoConfig) -> Fingerprint:
+    """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start.
+
+    Raises:
+        DataError: data that can't be read.
+    """
+    found: Fingerprint = {
+        f"data.path {config.data.path}": fingerprint_rows(config.data),
+        f"model.path {config.model.path}": fingerprint_model(config.model.path),
+    }
+    if isinstance(config, RewardModelConfig) and config.eval_data is not None:
+        found[f"eval_data {config.eval_data}"] = fingerprint_rows(
+            dataclasses.replace(config.data, path=config.eval_data)
+        )
+    return found
+
+
+def fingerprint_path(path: str) -> str | None:
+    """A hash of what lies at a path: a file, a model's folder, a folder of files; None where nothing does (a Hub id)."""
+    place = Path(path).expanduser()
+    if (place / "config.json").is_file():
+        return fingerprint_model(str(place))
+    if not place.is_dir():
+        return _of_file(place) if place.is_file() else None
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(f"{file}\0{_of_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    state = path.stat()
+    return _read_file(str(path), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _read_file(path: str, modified: int, size: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_fingerprint(folder: Path, found: Mapping[str, str | None]) -> None:
+    """Keep a fingerprint in a folder."""
+    write_text_atomically(folder / FINGERPRINT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_fingerprint(folder: Path, found: Mapping[str, str | None], what: str) -> list[str]:
+    """Compare what is read now with what a stopped training has read.
+
+    Args:
+        folder: where :func:`write_fingerprint` has left it.
+        found: as it is now.
+        what: opens the message: what can't be resumed.
+
+    Returns:
+        Sentences about what can't be compared.
+
+    Raises:
+        RunError: something has changed; it is named.
+    """
+    try:
+        before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ["Whether data and models are those it began with can't be told: it was begun by an older version."]
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder / FINGERPRINT} can't be read ({error}): delete it to go on without a check."
+        ) from error
+    changed = [name for name, value in found.items() if None not in (value, before.get(name)) and before[name] != value]
+    if changed:
+        raise RunError(
+            f"{what} can't be resumed because other contents than when it began lie at {', '.join(changed)}; put the old ones "
+            "back, start anew or choose another folder."
+        )
+    unknown = [name for name, value in found.items() if value is None or before.get(name) is None]
+    return [f"Whether {name} is what it was when the run began can't be told." for name in unknown]
