@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import pytest
 
-SECONDS = 180.0
+SECONDS = 240.0
 """Patience with a process: less than a test has in all (pyproject.toml), so that the process can still be asked where it is."""
 _IMPORTED = ("cagsr.commands.main", "cagsr.train", "cagsr.run_page.serve", "cagsr.rating.server", "http.server")
 _FORKED = multiprocessing.get_context("forkserver")
@@ -46,7 +46,7 @@ class Process:
     """
 
     def __init__(self, work: Callable[..., Any], *given: Any, environment: Mapping[str, str] | None = None) -> None:
-        self._mark = f"CAGSR_TEST_{uuid.uuid4().hex}"
+        self.mark = f"CAGSR_TEST_{uuid.uuid4().hex}"  # a variable that all it starts inherit
         own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
         handle, path = tempfile.mkstemp(prefix="cagsr-test-")
         os.close(handle)
@@ -55,7 +55,7 @@ class Process:
             for name, value in own.items():
                 patch.setenv(name, value)
             forkserver.ensure_running()  # its libraries read these when they are loaded
-        everything = {**os.environ, **own, **(environment or {}), self._mark: "1"}
+        everything = {**os.environ, **own, **(environment or {}), self.mark: "1"}
         asked = pickle.dumps((work, given))  # unpickled where an import that fails is seen
         self._process = _FORKED.Process(target=_begin, args=(path, os.getcwd(), everything, asked))
         self._process.start()
@@ -127,7 +127,7 @@ class Process:
 
     def _family(self) -> set[psutil.Process]:
         """It, its process group, and those of its descendants that have left it."""
-        found = set(marked(self._mark, group=self.pid))
+        found = set(marked(self.mark, group=self.pid))
         if self.status is None:  # where it has not yet come to lead a group
             with suppress(psutil.Error):
                 found.add(psutil.Process(self.pid))

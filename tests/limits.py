@@ -27,9 +27,9 @@ _STDERR = pytest.StashKey[int]()
 
 
 @contextmanager
-def last_resort(config: pytest.Config) -> Generator[None]:
-    """End this process, with its stacks, where the block takes as long as a test must not."""
-    seconds = float(config.getini("faulthandler_timeout"))
+def last_resort(config: pytest.Config, more: float = 0.0) -> Generator[None]:
+    """End this process, with its stacks, where the block takes as long as a test must not, and ``more`` seconds."""
+    seconds = float(config.getini("faulthandler_timeout")) + more
     faulthandler.dump_traceback_later(seconds, exit=True, file=config.stash[_STDERR])
     try:
         yield
@@ -44,10 +44,16 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    own = item.get_closest_marker("timeout")  # a test that is allowed more
+    more = max(0.0, own.args[0] - float(item.config.getini("timeout"))) if own is not None else 0.0
+    with last_resort(item.config, more):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    with last_resort(
-        item.config
-    ):  # both clocks stop when a test fails, for a debugger's sake; its fixtures are still there
+    with last_resort(item.config):  # both clocks stop when a test fails, for a debugger's sake; its fixtures are still there
         return (yield)
 
 
@@ -87,5 +93,11 @@ def _left_behind(patience: float = 10.0) -> list[str]:
 
 
 def _of_multiprocessing(process: psutil.Process) -> bool:
-    """Whether it is this process's own forkserver or resource tracker, which end with it."""
-    return process.ppid() == os.getpid() and "multiprocessing" in " ".join(process.cmdline())
+    """Whether it is a forkserver or a resource tracker, which end with the process that they serve.
+
+    What is forked from a forkserver has its command line, but leads a session (tests/apart.py).
+    """
+    try:
+        return "multiprocessing" in " ".join(process.cmdline()) and os.getsid(process.pid) != process.pid
+    except (psutil.Error, OSError):
+        return True  # it has ended
