@@ -3,6 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BEAT ?= 30
+
+# Install with pip, $(1) said first. On a terminal pip shows its own progress; anywhere else it would say nothing for the minutes
+# that torch takes, so a line every BEAT seconds says that it goes on. That loop ends with its shell, however that ends.
+define install
+@echo '$(1)'
+@pip="$(BIN)/python -m pip install --disable-pip-version-check"; \
+if [ -t 1 ]; then exec $$pip $(2); fi; \
+(n=0; while sleep $(BEAT) >/dev/null 2>&1; kill -0 $$$$ 2>/dev/null; do n=$$((n + $(BEAT))); echo "... still installing ($$n s)"; done) & \
+$$pip --quiet $(2); status=$$?; kill $$!; exit $$status
+endef
 
 .PHONY: quickstart test browser lint bench install clean
 
@@ -24,15 +35,15 @@ bench: $(STAMP) benchmarks/.trl  ## benchmarks: ratios measured alternately in o
 	$(BIN)/python -m benchmarks
 
 benchmarks/.trl: $(STAMP)  ## the last TRL with a PPOTrainer, beside the one that is used: only to compare with
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ trl==1.12.0
+	$(call install,Installing an older TRL into $@.,--no-deps --upgrade --target $@ trl==1.12.0)
 	touch $@
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(call install,Installing PyTorch into $(VENV): a large download that takes minutes.,--constraint constraints.txt torch)
+	$(call install,Installing cagsr and the other packages it needs: a minute or two.,--constraint constraints.txt --editable '.[dev]')
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ CHROMIUM = Path("/usr/bin/chromium")
 PACKAGES = ("chromium", "fonts-dejavu-core")
 LIMIT = 240
 """Seconds for all of it."""
+BEAT = 30
+"""Seconds after which a line says that it goes on."""
 
 
 def setup() -> str | None:
@@ -27,6 +30,7 @@ def setup() -> str | None:
         return f"no {CHROMIUM}, and this is no Debian to install it on: the browser tests will be skipped."
     if os.geteuid() != 0:
         return f"no {CHROMIUM}: the browser tests will be skipped (as root: apt-get install {' '.join(PACKAGES)})."
+    _say(f"installing {' '.join(PACKAGES)} with apt-get, which may take {LIMIT // 60} minutes.")
     end = time.monotonic() + LIMIT
     for words in (("update",), ("install", "--yes", "--no-install-recommends", *PACKAGES)):
         problem = _apt(words, end - time.monotonic())
@@ -48,27 +52,40 @@ def _apt(words: tuple[str, ...], seconds: float) -> str | None:
         "DPkg::Lock::Timeout=60",
         *words,
     ]
+    end = time.monotonic() + seconds
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=max(1.0, seconds),
-            check=False,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"was not done after {LIMIT} seconds"
     except OSError as error:
         return f"can't be run ({error.strerror})"
-    if done.returncode == 0:
+    while True:
+        try:
+            out, complaints = process.communicate(timeout=max(0.1, min(BEAT, end - time.monotonic())))
+            break
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                os.killpg(process.pid, signal.SIGKILL)  # and what apt-get has started
+                process.communicate()
+                return f"was not done after {LIMIT} seconds"
+            _say(f"still at apt-get {words[0]}.")
+    if process.returncode == 0:
         return None
-    last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+    last = (complaints.strip() or out.strip() or "no message").splitlines()[-1]
     return f"failed ({last})"
+
+
+def _say(sentence: str) -> None:
+    print(f"setup_browser: {sentence}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     said = setup()
     if said is not None:
-        print(f"setup_browser: {said}", file=sys.stderr)
+        _say(said)

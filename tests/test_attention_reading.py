@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+import apart
 from cagsr.attention import AttentionRegion, PromptAttentionReader, intercept
 from cagsr.errors import AttentionError, ConfigError
 from test_attention_models import CONFIGS, captured_attention, decoder_batch, eager_attention, tiny_model
@@ -128,7 +129,7 @@ def test_threads_read_their_own_models():
                 models[i](**batch.inputs)
             results[i] = reading.attention
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -252,19 +253,21 @@ def test_the_probe_leaves_training_flags_and_random_numbers_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_distributed_data_parallel(tmp_path):
+def test_distributed_data_parallel():
+    apart.together(1, reads_through_ddp)
+
+
+def reads_through_ddp():
     model = tiny_model("llama")
     batch = decoder_batch(model)
     expected = captured_attention(model, batch)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        reader = PromptAttentionReader(wrapped, "all")
-        with reader.read(batch.region) as reading:
-            wrapped(**batch.inputs).logits.sum().backward()
-        assert torch.equal(reading.attention, expected)
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    reader = PromptAttentionReader(wrapped, "all")
+    with reader.read(batch.region) as reading:
+        wrapped(**batch.inputs).logits.sum().backward()
+    assert torch.equal(reading.attention, expected)
+    torch.distributed.destroy_process_group()
 
 
 def test_a_module_around_the_model_is_seen_through():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import apart
 from cagsr.commands.main import COMMANDS, main
 from cagsr.config import (
     AttentionConfig,
@@ -313,9 +313,7 @@ def test_help_and_mistakes_need_no_torch() -> None:
         "assert main(['--help']) == 0 and main(['train', '--help']) == 0 and main(['sft', '--modle', 'x']) == 2\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "did you mean '--model'?" in done.stderr
+    assert "did you mean '--model'?" in apart.finish(apart.python("-c", code))
 
 
 def test_the_config_of_a_training_run_serves_other_commands(tmp_path, capsys):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import apart
 import tiny
 from cagsr.commands.main import main
 from cagsr.rating.questions import Question
@@ -104,20 +101,12 @@ def test_the_document_s_loop_runs_through(tmp_path: Path, monkeypatch: pytest.Mo
 
 def _serve_once(flags: list[str]) -> None:
     """Start the server, see its link, interrupt it as Ctrl-C does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "cagsr.commands.main", "rate", "serve", *flags, "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if "Ctrl-C" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    said += process.stderr.read()
-    assert process.wait() == 0, said
+    port = apart.free_port()
+    with apart.python("-m", "cagsr.commands.main", "rate", "serve", *flags, "--port", port) as process:
+        process.wait_for("Ctrl-C")
+        process.kill(signal.SIGINT)
+        assert process.wait() == 0, process.said
+        said = process.said
     assert f"http://127.0.0.1:{port}/?token=" in said
     assert "Stopped. 0 ratings" in said
     assert "Traceback" not in said

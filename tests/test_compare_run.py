@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import apart
 import tiny
 
 COLOURS = ("red", "blue", "green", "big", "small")
@@ -73,36 +71,31 @@ def plan(tmp_path: Path) -> Path:
     return file
 
 
-def start(plan: Path, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(plan.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cagsr.commands.main", "compare", str(plan), *more]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+def start(plan: Path, *more: str) -> apart.Process:
+    """As a user starts it; its jobs are processes that it starts itself."""
+    path = os.pathsep.join([str(plan.parent), os.environ.get("PYTHONPATH", "")])
+    return apart.python("-m", "cagsr.commands.main", "compare", plan, *more, environment={"PYTHONPATH": path})
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said
-    return said
-
-
+@pytest.mark.timeout(900)  # some twenty processes one after the other, half of which import torch
 def test_killed_gone_on_with_and_reported(plan: Path, tmp_path: Path):
     work = tmp_path / "work"
-    process = start(plan, "--jobs", "1")
-    deadline = time.monotonic() + 120
-    # A job looks every second whether its comparison is still there: 40 steps take longer.
-    while not list((work / "methods" / "ours-seed0" / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)  # the comparison alone: its job must notice
-    process.communicate()
+    with start(plan, "--jobs", "1") as process:
+        deadline = time.monotonic() + apart.SECONDS
+        # A job looks every second whether its comparison is still there: 40 steps take longer.
+        while not list((work / "methods" / "ours-seed0" / "checkpoints").glob("step-*")):
+            assert process.status is None, process.said
+            assert time.monotonic() < deadline, process.stacks()
+            time.sleep(0.05)
+        process.kill()  # the comparison alone: its job must notice
+        while apart.marked(process.mark):
+            assert time.monotonic() < deadline, process.stacks()
+            time.sleep(0.05)
     done = {file.name for file in work.rglob("done/*.json")}
     assert {"prepare.json", "start-seed0.json", "method-start-seed0.json"} <= done
     assert "method-ours-seed0.json" not in done
 
-    said = finish(start(plan, "--jobs", "2"))
+    said = apart.finish(start(plan, "--jobs", "2"), 600)
     assert "3 of 7 jobs are done already" in said
     # the commands that were done were not done again, and the killed run went on from its checkpoint
     assert (work / "prepared").read_text() == "once "
@@ -135,7 +128,7 @@ def test_killed_gone_on_with_and_reported(plan: Path, tmp_path: Path):
     assert values == [float(len(text.split())) for text in result["texts"]["sampled"]]
     assert f"{sum(values) / len(values):.3f}" in report
 
-    again = finish(start(plan, "--report_only"))
+    again = apart.finish(start(plan, "--report_only"))
     assert "jobs are done already" not in again
     assert (work / "report.md").read_text() == report
 
@@ -143,9 +136,9 @@ def test_killed_gone_on_with_and_reported(plan: Path, tmp_path: Path):
     content = yaml.safe_load(plan.read_text())
     content["methods"]["broken"] = {"set": {"ppo.learning_rate": -1.0}}
     plan.write_text(yaml.safe_dump(content, sort_keys=False))
-    process = start(plan)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 2
+    with start(plan) as process:
+        assert process.wait(600) == 2, process.said
+        said = process.said
     assert "7 of 8 jobs are done already" in said
     assert "method-broken-seed0" in said
     assert "must be greater than 0" in said

@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import apart
 import cagsr
 import tiny
 from cagsr.commands.main import COMMANDS, main, with_positional
@@ -318,8 +318,7 @@ def test_the_table_of_settings_has_the_real_defaults() -> None:
 
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, cagsr; dir(cagsr); cagsr.TrainConfig; print('torch' in sys.modules or 'transformers' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    assert apart.finish(apart.python("-c", code)).strip() == "False"
 
 
 def test_every_public_name_is_there() -> None:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +13,11 @@ from typing import Any
 
 import pytest
 
+import apart
 from cagsr.rating.questions import Question
 from cagsr.rating.store import SCALES, Settings, Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM} here (make browser, as root)")
 
 PATIENCE = 90_000
 """Milliseconds: the machine may be busy with other things."""
@@ -35,9 +29,7 @@ class Served:
 
     def __init__(self, folder: Path, questions: int, *, scales: bool = False, odd: bool = False) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = apart.free_port()
         asked = []
         for number in range(questions):
             text = f"prompt {number} {ODD * odd}"
@@ -48,22 +40,11 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "cagsr.commands.main", "rate", "serve", "--db", str(self.folder / "r.sqlite")]
-        self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        said = ""
-        for line in self.process.stderr:
-            said += line
-            if found := re.search(r"Open (http://\S+)", line):
-                self.url = found[1]
-                return
-        raise AssertionError(said)
+        self.process = apart.cagsr("rate", "serve", "--db", self.folder / "r.sqlite", "--port", self.port)
+        self.url = self.process.wait_for(r"Open (http://\S+)\s")[1]
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self.process.end()
 
     def rows(self, what: str) -> list[tuple[Any, ...]]:
         with sqlite3.connect(self.folder / "r.sqlite") as database:
@@ -80,16 +61,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
     yield start
     for one in made:
-        if one.process.poll() is None:
-            one.kill()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
+        one.kill()
 
 
 @pytest.fixture
@@ -155,10 +127,10 @@ def test_200_judgements_with_the_server_killed_twice(serve: Any, show: Any) -> N
         served.start()
         restarted.append(time.monotonic())
 
-    threads = []
+    threads: list[threading.Thread] = []
     for number in range(200):
         if number in (60, 130):
-            thread = threading.Thread(target=kill_and_start, args=(random_choice.uniform(0, 0.05),))
+            thread = threading.Thread(target=kill_and_start, args=(random_choice.uniform(0, 0.05),), daemon=True)
             thread.start()
             threads.append(thread)
         question, left, right = asked(page)

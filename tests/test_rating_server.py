@@ -6,21 +6,21 @@ import http.client
 import json
 import socket
 import sqlite3
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
+from starlette.testclient import TestClient
 
+import apart
 from cagsr.errors import ConfigError
 from cagsr.localhost import listen
 from cagsr.rating.questions import Question
 from cagsr.rating.server import LARGEST, link, rating_app
 from cagsr.rating.store import SCALES, Settings, Store
+from page_server import serve_ratings
 
 QUESTIONS = [Question(f"prompt {number}", f"a {number}", f"b {number}") for number in range(3)]
 READ, WRITE = ("GET", "/api/state?rater=Ada&database="), ("POST", "/api/rate")
@@ -63,16 +63,8 @@ class Live:
 def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
     store = Store.create(tmp_path / "r.sqlite", QUESTIONS, Settings("a", "b", request.param, 0))
     store.join("Ada")
-    taken = listen(0)
-    port = taken.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(rating_app(store, port), log_level="warning", lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Live(store, port)
-    server.should_exit = True
-    thread.join()
+    with apart.served(serve_ratings, tmp_path / "r.sqlite") as address:
+        yield Live(store, int(address.rstrip("/").rpartition(":")[2]))
     store.close()
 
 
@@ -252,13 +244,28 @@ def test_scales_are_asked_for_in_full_except_of_a_skip(live: Live) -> None:
     assert [one.marks is None for one in live.store.judgements()] == [False, True]
 
 
-def test_a_refusing_disk_is_said_and_nothing_is_confirmed(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusing_disk_is_said_and_nothing_is_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(live.store, "rate", full)
-    status, answer = live.post("/api/rate", **rating(live))
-    assert (status, answer["error"]) == (503, "The ratings file refuses: database or disk is full.")
+    store = Store.create(tmp_path / "r.sqlite", QUESTIONS, Settings("a", "b", (), 0))
+    asked = store.join("Ada").question
+    assert asked is not None
+    monkeypatch.setattr(store, "rate", full)
+    message = {
+        "database": store.database,
+        "rater": "Ada",
+        "question": asked.id,
+        "choice": "left",
+        "client_id": "message-1",
+    }
+    own = "http://127.0.0.1:8000"
+    headers = {"Origin": own, "Cookie": f"cagsr_rate_8000={store.token}"}
+    with TestClient(rating_app(store, 8000), base_url=own) as client:  # no server: the failure is in this process
+        answer = client.post("/api/rate", json=message, headers=headers)
+    assert answer.status_code == 503
+    assert answer.json()["error"] == "The ratings file refuses: database or disk is full."
+    store.close()
 
 
 def test_a_taken_port_is_one_sentence(live: Live) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import apart
 from cagsr.errors import DataError, RunError
 from cagsr.rating.database import open_database, was_created
 from cagsr.rating.questions import Question
@@ -164,11 +163,9 @@ def test_what_was_confirmed_survives_a_kill(tmp_path: Path) -> None:
     )
     confirmed = []
     for number in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(path), str(number)], capture_output=True, text=True, check=False
-        )
-        assert run.returncode == -9, run.stderr
-        confirmed.append(run.stdout.split())
+        with apart.python("-c", code, path, number) as run:
+            assert run.wait() == -9, run.said
+            confirmed.append(run.said.split())
     store = Store(path)
     assert [[one.question.id, "done"] for one in store.judgements()] == confirmed
     store.close()

@@ -218,7 +218,8 @@ def test_processes_share_their_moments(make_reward_batch: MakeBatch) -> None:
 
         parts[rank] = build_reward(EVERYTHING, device="cpu", reduce=reduce)(pick(batch, rows))
 
-    threads = [Thread(target=process, args=(0, torch.arange(4))), Thread(target=process, args=(1, torch.arange(4, 16)))]
+    shares = (torch.arange(4), torch.arange(4, 16))
+    threads = [Thread(target=process, args=(rank, rows), daemon=True) for rank, rows in enumerate(shares)]
     for thread in threads:
         thread.start()
     for thread in threads:

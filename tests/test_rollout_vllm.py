@@ -36,7 +36,7 @@ from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
 from cagsr.update.ppo import PPO
 from cagsr.update.score import score_policy
-from vllm_server import FakeVLLM, serving
+from vllm_server import Served, serving
 
 TEXTS = ["a cat", "tell me about the small red bird near a house", "the dog sees a tree"]
 
@@ -47,14 +47,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path) -> FakeVLLM:
-    return FakeVLLM(folder)
-
-
-@pytest.fixture
-def url(engine: FakeVLLM) -> Iterator[str]:
-    with serving(engine) as address:
-        yield address
+def engine(folder: Path) -> Iterator[Served]:
+    with serving(folder) as served:
+        yield served
 
 
 def config_for(folder: Path, url: str, **changes: Any) -> TrainConfig:
@@ -101,9 +96,9 @@ def scored(ppo: PPO, rollout: Rollout, sampling: SamplingConfig) -> tuple[Tensor
     return found.logprobs, found.sampling_correction
 
 
-def served_differs(engine: FakeVLLM, loaded: LoadedModel) -> set[str]:
+def served_differs(engine: Served, loaded: LoadedModel) -> set[str]:
     """Names of weights that the server has otherwise than the policy."""
-    served = dict(engine.model.named_parameters())
+    served = engine.weights
     policy = {weight.name: weight.tensor() for weight in policy_weights(loaded)}
     assert served.keys() == policy.keys()
     return {name for name, value in policy.items() if not torch.equal(value, served[name])}
@@ -116,8 +111,8 @@ def served_differs(engine: FakeVLLM, loaded: LoadedModel) -> set[str]:
 def test_the_engines_logprobs_are_the_scoring_passs(kind: str, filters: dict[str, Any], tmp_path: Path):
     """Left padding, positions, temperature, filters: the server knows none of our batches and agrees on every token."""
     sampling = SamplingConfig(num_generations=3, max_new_tokens=8, **filters)
-    with serving(FakeVLLM(tiny.save_model(tmp_path / "model", kind))) as url:
-        ppo, _ = ppo_for(config_for(tmp_path / "model", url, sampling=sampling))
+    with serving(tiny.save_model(tmp_path / "model", kind)) as engine:
+        ppo, _ = ppo_for(config_for(tmp_path / "model", engine.url, sampling=sampling))
         rollout = sampled(ppo.sampler, ppo.loaded, sampling)
     logprobs, correction = scored(ppo, rollout, sampling)
     mask = rollout.response_mask
@@ -128,9 +123,9 @@ def test_the_engines_logprobs_are_the_scoring_passs(kind: str, filters: dict[str
     assert int(mask.sum()) > len(mask)
 
 
-def test_candidates_and_prompts_keep_their_order(engine: FakeVLLM, url: str, folder: Path):
+def test_candidates_and_prompts_keep_their_order(engine: Served, folder: Path):
     sampling = SamplingConfig(num_generations=4, max_new_tokens=6)
-    sampler, loaded = sampler_for(config_for(folder, url))
+    sampler, loaded = sampler_for(config_for(folder, engine.url))
     rollout = sampled(sampler, loaded, sampling)
     assert len(engine.given) == 12
     for row, given in enumerate(engine.given):
@@ -149,23 +144,23 @@ def test_answers_end_at_every_stop_token_and_at_the_length_limit(folder: Path):
     loaded.model.generation_config.eos_token_id = [2, cat]
     loaded.model.generation_config.save_pretrained(folder)
     sampling = SamplingConfig(num_generations=16, max_new_tokens=5, temperature=4.0)
-    engine = FakeVLLM(folder)
-    with serving(engine) as url:
-        rollout = sampled(*sampler_for(config_for(folder, url)), sampling)
+    with serving(folder) as engine:
+        rollout = sampled(*sampler_for(config_for(folder, engine.url)), sampling)
+        sent = [len(given["token_ids"]) for given in engine.given]
     lengths = rollout.response_mask.sum(1)
     last = rollout.response_ids.gather(1, lengths[:, None] - 1)[:, 0]
     assert rollout.ended.tolist() == [token in (2, cat) for token in last.tolist()]
     assert {2, cat} <= set(last.tolist())
     assert lengths[~rollout.ended].unique().tolist() == [5]
     assert int(lengths[rollout.ended].min()) < 5
-    assert [len(given["token_ids"]) for given in engine.given] == lengths.tolist()  # the server stopped, not only we
+    assert sent == lengths.tolist()  # the server stopped, not only we
     assert all("cat" not in text for text, token in zip(rollout.completions, last, strict=True) if token == 2)
 
 
-def test_answers_end_at_a_stop_string(engine: FakeVLLM, url: str, folder: Path):
+def test_answers_end_at_a_stop_string(engine: Served, folder: Path):
     sampling = SamplingConfig(num_generations=16, max_new_tokens=8, temperature=4.0, stop_strings=["dog"])
-    rollout = sampled(*sampler_for(config_for(folder, url)), sampling)
-    dog = engine.tokenizer.convert_tokens_to_ids("dog")
+    rollout = sampled(*sampler_for(config_for(folder, engine.url)), sampling)
+    dog = tiny.tokenizer().convert_tokens_to_ids("dog")
     with_dog = (rollout.response_ids == dog).any(1)
     assert with_dog.any()
     assert rollout.ended[with_dog].all()
@@ -175,13 +170,10 @@ def test_answers_end_at_a_stop_string(engine: FakeVLLM, url: str, folder: Path):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_server_has_the_policys_weights_after_every_update(
-    rank: int, engine: FakeVLLM, url: str, folder: Path
-) -> None:
-    ppo, prompts = ppo_for(config_for(folder, url, lora=LoraConfig(r=rank)))
+def test_the_server_has_the_policys_weights_after_every_update(rank: int, engine: Served, folder: Path) -> None:
+    ppo, prompts = ppo_for(config_for(folder, engine.url, lora=LoraConfig(r=rank)))
     base = {name: value.clone() for name, value in ppo.loaded.model.named_parameters() if not value.requires_grad}
-    with torch.no_grad():
-        engine.model.lm_head.weight.mul_(3)  # what another run left on the server
+    engine.change(scale=["lm_head.weight", 3.0])  # what another run left on the server
     assert served_differs(engine, ppo.loaded) == {"lm_head.weight"}
     for _ in range(2):
         experience = ppo.collect(prompts)
@@ -197,12 +189,12 @@ def test_the_server_has_the_policys_weights_after_every_update(
     assert all(torch.equal(value, dict(ppo.loaded.model.named_parameters())[name]) for name, value in base.items())
 
 
-def test_weights_go_once_an_update_and_the_prefix_cache_goes_with_them(engine: FakeVLLM, url: str, folder: Path):
-    config = config_for(folder, url)
+def test_weights_go_once_an_update_and_the_prefix_cache_goes_with_them(engine: Served, folder: Path):
+    config = config_for(folder, engine.url)
     left = Path(config.output_dir) / "rollout-weights" / "policy-000007"  # by a run that was killed
     left.mkdir(parents=True)
     sampler, loaded = sampler_for(config)
-    engine.asked.clear()
+    engine.change(asked=[])
     for changed in (False, False, True):
         if changed:
             sampler.policy_changed()
@@ -214,11 +206,10 @@ def test_weights_go_once_an_update_and_the_prefix_cache_goes_with_them(engine: F
     assert not left.parent.exists()
 
 
-def test_a_server_with_other_weights_stops_the_run(engine: FakeVLLM, url: str, folder: Path):
-    ppo, prompts = ppo_for(config_for(folder, url))
+def test_a_server_with_other_weights_stops_the_run(engine: Served, folder: Path):
+    ppo, prompts = ppo_for(config_for(folder, engine.url))
     ppo.collect(prompts)
-    with torch.no_grad():
-        engine.model.lm_head.weight.neg_()
+    engine.change(scale=["lm_head.weight", -1.0])
     with pytest.raises(RolloutError, match=r"nats a token.*max_logp_difference 0\.5.*another model"):
         ppo.collect(prompts)
     ppo.config = dataclasses.replace(
@@ -230,37 +221,6 @@ def test_a_server_with_other_weights_stops_the_run(engine: FakeVLLM, url: str, f
     assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(2.0)  # truncated
     mask = experience.rollout.response_mask
     assert float(experience.scores.sampling_correction[mask].max()) == pytest.approx(torch.tensor(2.0).log())
-
-
-def spoiled(name: str, reply: dict[str, Any]) -> Any:
-    first = reply["choices"][0]
-    match name:
-        case "an answer too few":
-            reply["choices"].pop()
-        case "numbers":
-            first["index"] = 1
-        case "no ids":
-            first["token_ids"] = None
-        case "other prompt":
-            first["prompt_token_ids"] = [1, 2]
-        case "too many tokens":
-            first["token_ids"] = first["token_ids"] + [3] * 9
-            first["logprobs"]["token_logprobs"] = [-1.0] * len(first["token_ids"])
-        case "a logprob too few":
-            first["logprobs"]["token_logprobs"].pop()
-        case "outside":
-            first["token_ids"][0] = 999
-        case "nan":
-            first["logprobs"]["token_logprobs"][0] = None
-        case "cut":
-            first["token_ids"], first["finish_reason"] = first["token_ids"][:1], "length"
-            first["logprobs"]["token_logprobs"] = [-1.0]
-        case "other stop":
-            first["token_ids"], first["finish_reason"] = [5], "stop"
-            first["logprobs"]["token_logprobs"] = [-1.0]
-        case "no json":
-            return b"<html>"
-    return reply
 
 
 @pytest.mark.parametrize(
@@ -279,11 +239,9 @@ def spoiled(name: str, reply: dict[str, Any]) -> Any:
         ("no json", "no vLLM server"),
     ],
 )
-def test_a_faulty_reply_is_refused_in_one_sentence(
-    name: str, says: str, engine: FakeVLLM, url: str, folder: Path
-) -> None:
-    sampler, loaded = sampler_for(config_for(folder, url))
-    engine.spoil = lambda reply: spoiled(name, reply)
+def test_a_faulty_reply_is_refused_in_one_sentence(name: str, says: str, engine: Served, folder: Path) -> None:
+    sampler, loaded = sampler_for(config_for(folder, engine.url))
+    engine.change(fault=name)
     with pytest.raises(RolloutError, match=says) as refusal:
         sampled(sampler, loaded, SamplingConfig(num_generations=4, max_new_tokens=6, min_new_tokens=2))
     assert "\n" not in str(refusal.value)
@@ -296,46 +254,50 @@ def refused(config: TrainConfig, kind: type[CagsrError]) -> str:
     return str(refusal.value)
 
 
-def test_a_server_that_is_not_fit_is_refused_before_anything_is_sampled(engine: FakeVLLM, url: str, folder: Path):
-    config = config_for(folder, url)
-    engine.dev_mode = False
+def test_a_server_that_is_not_fit_is_refused_before_anything_is_sampled(engine: Served, folder: Path, tmp_path: Path):
+    config = config_for(folder, engine.url)
+    engine.change(dev_mode=False)
     assert "VLLM_SERVER_DEV_MODE=1" in refused(config, RolloutError)
-    engine.dev_mode = True
-    engine.settings["model_config"]["logprobs_mode"] = "raw_logprobs"
+    fit = {
+        "model_config": {"model": str(folder), "logprobs_mode": "processed_logprobs"},
+        "weight_transfer_config": None,
+    }
+    engine.change(
+        dev_mode=True, settings=fit | {"model_config": {"model": str(folder), "logprobs_mode": "raw_logprobs"}}
+    )
     assert "--logprobs-mode processed_logprobs" in refused(config, RolloutError)
-    engine.settings["model_config"]["logprobs_mode"] = "processed_logprobs"
+    engine.change(settings=fit)
     nccl = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, weights="nccl"))
     assert "weight-transfer engine" in refused(nccl, RolloutError)
-    engine.settings["weight_transfer_config"] = {"backend": "nccl"}
+    engine.change(settings=fit | {"weight_transfer_config": {"backend": "nccl"}})
     assert "the policy is on cpu" in refused(nccl, ConfigError)
-    engine.tokenizer = tiny.tokenizer(bos=False)
+    tiny.tokenizer(bos=False).save_pretrained(tmp_path / "other")
+    engine.change(tokenizer=str(tmp_path / "other"))
     assert "tokenizer reads a text otherwise" in refused(config, RolloutError)
 
 
 def test_a_vocabulary_that_has_grown_is_refused(tmp_path: Path):
     folder = tiny.save_model(tmp_path / "model", pad=None)
     config = config_for(folder, "", model=ModelConfig(str(folder), device="cpu", pad_token="<new>"))
-    with serving(FakeVLLM(folder)) as url:
-        rollout = dataclasses.replace(config.rollout, url=url)
+    with serving(folder) as engine:
+        rollout = dataclasses.replace(config.rollout, url=engine.url)
         assert "grow from 28 to 29" in refused(dataclasses.replace(config, rollout=rollout), ConfigError)
 
 
 def test_a_server_with_another_architecture_is_refused_at_the_first_weights(folder: Path, tmp_path: Path):
-    other = FakeVLLM(tiny.save_model(tmp_path / "other", "qwen3"))
-    with serving(other) as url:
-        sampler, loaded = sampler_for(config_for(folder, url))
-        other.model = FakeVLLM(tiny.save_model(tmp_path / "gpt2", "gpt2")).model
+    with serving(tiny.save_model(tmp_path / "other", "qwen3")) as other:
+        sampler, loaded = sampler_for(config_for(folder, other.url))
+        other.change(model=str(tiny.save_model(tmp_path / "gpt2", "gpt2")))
         with pytest.raises(RolloutError, match=r"can't load the weights in .*policy-000001 \(status 500\)"):
             sampled(sampler, loaded, SamplingConfig(num_generations=2, max_new_tokens=3))
 
 
-def test_no_room_for_a_prompt_names_its_row(engine: FakeVLLM, folder: Path):
-    engine.context = 15
-    with serving(engine) as url:
-        sampler, loaded = sampler_for(config_for(folder, url))
-        with pytest.raises(RolloutError, match=r"row 2: its 11 tokens and 6 new ones exceed the 15 tokens"):
-            sampled(sampler, loaded, SamplingConfig(num_generations=2, max_new_tokens=6))
-        sampled(sampler, loaded, SamplingConfig(num_generations=2, max_new_tokens=4))  # just fits
+def test_no_room_for_a_prompt_names_its_row(engine: Served, folder: Path):
+    engine.change(context=15)
+    sampler, loaded = sampler_for(config_for(folder, engine.url))
+    with pytest.raises(RolloutError, match=r"row 2: its 11 tokens and 6 new ones exceed the 15 tokens"):
+        sampled(sampler, loaded, SamplingConfig(num_generations=2, max_new_tokens=6))
+    sampled(sampler, loaded, SamplingConfig(num_generations=2, max_new_tokens=4))  # just fits
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path: Path):

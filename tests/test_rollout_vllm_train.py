@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import apart
 import tiny
 from cagsr.commands.main import main
-from test_train_processes import launch
-from vllm_server import FakeVLLM, serving
+from vllm_server import serve, serving
 
 
 @pytest.fixture
@@ -25,19 +19,6 @@ def folder(tmp_path: Path) -> Path:
     tiny.save_model(tmp_path / "start")
     tiny.save_prompts(tmp_path / "prompts.jsonl")
     return tmp_path
-
-
-@contextmanager
-def server_process(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, str(Path(__file__).parent / "vllm_server.py"), str(model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            assert address.startswith("http://")
-            yield process, address
-        finally:
-            process.kill()
 
 
 def arguments(folder: Path, url: str, *more: str) -> list[str]:
@@ -68,18 +49,16 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def test_a_server_that_is_killed_ends_the_run_in_one_sentence_and_the_run_resumes(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with server_process(folder / "start") as (server, url):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "cagsr.commands.main", *arguments(folder, url, "--steps", "400")]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as run:
-            deadline = time.monotonic() + 180
+    with apart.Process(serve, str(folder / "start")) as server:
+        url = server.wait_for(r"http://\S+(?=\n)").group()
+        with apart.cagsr(*arguments(folder, url, "--steps", "400")) as run:
+            deadline = time.monotonic() + apart.SECONDS
             while not (folder / "run" / "checkpoints" / "step-000002").is_dir() and time.monotonic() < deadline:
-                assert run.poll() is None
+                assert run.status is None, run.said
                 time.sleep(0.05)
             server.kill()
-            assert run.stderr is not None
-            said = run.stderr.read().decode()
             assert run.wait(60) == 2
+            said = run.said
     errors = [line for line in said.splitlines() if "error:" in line]
     assert len(errors) == 1
     assert "Traceback" not in said
@@ -89,9 +68,8 @@ def test_a_server_that_is_killed_ends_the_run_in_one_sentence_and_the_run_resume
     done = rows(folder)[-1]["step"]
 
     # Another server, which starts from the untrained model; the folder's run goes on where it was.
-    engine = FakeVLLM(folder / "start")
-    with serving(engine) as url:
-        assert main(arguments(folder, url, "--steps", str(int(done) + 2), "--resume")) == 0
+    with serving(folder / "start") as engine:
+        assert main(arguments(folder, engine.url, "--steps", str(int(done) + 2), "--resume")) == 0
     found = rows(folder)
     assert [row["step"] for row in found] == list(range(int(done) + 3))
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-5 for row in found[1:])
@@ -111,20 +89,11 @@ def test_a_server_that_is_not_there_is_refused_before_anything_is_written(
 
 def test_two_processes_share_one_server_and_its_failure(folder: Path) -> None:
     """Two steps go well; then the server's reply is unusable, which only the main process sees."""
-    engine = FakeVLLM(folder / "start")
-    requests: list[dict[str, Any]] = []
-
-    def third_fails(reply: dict[str, Any]) -> dict[str, Any]:
-        requests.append(reply)
-        return reply if len(requests) < 3 else {"choices": []}
-
-    engine.spoil = third_fails
-    with (
-        serving(engine) as url,
-        pytest.raises(AssertionError, match="step 3: The vLLM server gave 0 answers instead of 12") as failure,
-    ):
-        launch(2, "-m", "cagsr.commands.main", *arguments(folder, url, "--steps", "3", "--run.batch_size", "4"))
-    # The launcher ends the others when one has left; the main process has said all and cleaned up by then.
+    with serving(folder / "start", fault="nothing from the third on") as engine:
+        given = arguments(folder, engine.url, "--steps", "3", "--run.batch_size", "4")
+        with pytest.raises(AssertionError, match="step 3: The vLLM server gave 0 answers instead of 12") as failure:
+            apart.together(2, apart.command, *given)
+        asked, answers = engine.asked, engine.given
     said = str(failure.value).replace("\n", " ")
     assert f"The checkpoint {folder / 'run' / 'checkpoints' / 'step-000002'} is intact" in said
     assert "go on from it with --resume" in said
@@ -132,12 +101,12 @@ def test_two_processes_share_one_server_and_its_failure(folder: Path) -> None:
     found = rows(folder)
     assert [row["step"] for row in found] == [0, 1, 2]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in found[1:])
-    prompts = [len(body["prompt"]) for path, body in engine.asked if path == "/v1/completions"]
+    prompts = [len(body["prompt"]) for path, body in asked if path == "/v1/completions"]
     assert prompts == [4, 4, 4]  # both processes' prompts in one request a step
-    assert len([path for path, _ in engine.asked if path == "/collective_rpc"]) == 3
+    assert len([path for path, _ in asked if path == "/collective_rpc"]) == 3
     # Each process got the answers to its own prompts: those of its samples are answers given to that very prompt.
-    given = {(tuple(one["prompt_token_ids"]), one["text"]) for one in engine.given}
+    given = {(tuple(one["prompt_token_ids"]), one["text"]) for one in answers}
     samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
     assert samples
     for sample in samples:
-        assert (tuple(engine.tokenizer(sample["prompt"]).input_ids), sample["completion"]) in given
+        assert (tuple(tiny.tokenizer()(sample["prompt"]).input_ids), sample["completion"]) in given

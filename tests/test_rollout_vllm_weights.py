@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -16,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
+import apart
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, RolloutError
@@ -23,8 +22,7 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout import vllm_weights
 from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_weights import DiskWeights, NcclWeights, PolicyWeight, policy_weights
-from test_train_processes import launch
-from vllm_server import FakeVLLM, serving
+from vllm_server import serving
 
 
 def adapted(folder: Path, rank: int, dtype: str = "float32") -> LoadedModel:
@@ -64,17 +62,16 @@ def test_a_bfloat16_policy_is_sent_in_bfloat16(rank: int, tmp_path: Path):
 def test_on_the_disk_they_are_a_checkpoint_that_transformers_loads(tmp_path: Path):
     """What vLLM's loader reads: checkpoint names, a config, safetensors and nothing else."""
     loaded = adapted(tiny.save_model(tmp_path / "model"), 2)
-    engine = FakeVLLM(tmp_path / "model")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "elsewhere")  # where the server runs it may be the folder itself
-    with serving(engine) as url:
-        DiskWeights(VLLMServer(url, 10), loaded.model, tmp_path / "weights").send(policy_weights(loaded))
+    with serving(tmp_path / "model") as engine:
+        DiskWeights(VLLMServer(engine.url, 10), loaded.model, tmp_path / "weights").send(policy_weights(loaded))
+        (sent,) = [body for path, body in engine.asked if path == "/collective_rpc"]
     (folder,) = (tmp_path / "elsewhere").iterdir()
     assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == ["model.safetensors"]
     assert load_file(folder / "model.safetensors").keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
     reread = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     assert all(torch.equal(reread[weight.name], weight.tensor()) for weight in policy_weights(loaded))
-    (sent,) = [body for path, body in engine.asked if path == "/collective_rpc"]
     assert sent == {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "weights" / folder.name)}}
     assert folder.is_absolute()
 
@@ -87,13 +84,12 @@ def test_nccl_speaks_to_trls_client_as_it_wants_to_be_spoken_to(tmp_path: Path, 
     monkeypatch.setattr(vllm_weights, "trl_client", lambda url, port, timeout: client)
     monkeypatch.setattr(vllm_weights, "_on", lambda device, weights: ((one.name, one.tensor()) for one in weights))
     loaded = adapted(tiny.save_model(tmp_path / "model"), 2)
-    engine = FakeVLLM(tmp_path / "model")
-    with serving(engine) as url:
-        channel = NcclWeights(VLLMServer(url, 10), torch.device("cuda:0"), 51216, 1.0)
+    with serving(tmp_path / "model") as engine:
+        channel = NcclWeights(VLLMServer(engine.url, 10), torch.device("cuda:0"), 51216, 1.0)
         for _ in range(2):
             channel.prepare()
             channel.send(policy_weights(loaded))
-    assert [path for path, _ in engine.asked] == ["/reset_prefix_cache"] * 2
+        assert [path for path, _ in engine.asked] == ["/reset_prefix_cache"] * 2
     client.init_communicator.assert_called_once_with(device=torch.device("cuda:0"))
     metadata = client.update_named_params.call_args.args[0]
     assert len(sent) == 2 * len(metadata)
@@ -114,7 +110,15 @@ def test_nccl_without_vllm_or_without_a_gpu_is_refused():
 
 
 def test_shards_of_two_processes_are_sent_whole(tmp_path: Path):
-    launch(2, str(Path(__file__).resolve()), str(tiny.save_model(tmp_path / "model")))
+    apart.together(2, shards_are_sent_whole, tiny.save_model(tmp_path / "model"))
+
+
+def shards_are_sent_whole(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    for rank in (0, 2):
+        sharded_equals_whole(folder, rank)
+    torch.distributed.barrier()  # as in test_train_processes.py
+    torch.distributed.destroy_process_group()
 
 
 def sharded_equals_whole(folder: Path, rank: int) -> None:
@@ -131,13 +135,3 @@ def sharded_equals_whole(folder: Path, rank: int) -> None:
     for weight in weights:
         torch.testing.assert_close(weight.tensor(), whole[weight.name], atol=1e-6, rtol=1e-6)
         assert list(weight.tensor().shape) == list(weight.parameter.shape)
-
-
-if __name__ == "__main__":
-    assert os.environ["WORLD_SIZE"] == "2"
-    torch.distributed.init_process_group("gloo")
-    for each in (0, 2):
-        sharded_equals_whole(Path(sys.argv[1]), each)
-    # gloo's threads may abort a process that is taken down while the other one still sends.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

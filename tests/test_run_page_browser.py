@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
+import apart
 import tiny
-from cagsr.localhost import listen
 from cagsr.run_page.page import render_page
 from cagsr.run_page.read import read_run
-from cagsr.run_page.serve import application
+from page_server import serve_runs
 from run_pages import HOSTILE, WARNING, make_run, metrics, sample, write
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM} here (apt-get install chromium)")
 
 LONG = 120_000
 """Milliseconds: others' work may hold all cores."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -258,21 +243,9 @@ def test_the_page_fits_the_window(show: Any, run: Path, tmp_path: Path, width: i
 
 @pytest.fixture
 def served() -> Iterator[Any]:
-    """Serve folders from a thread; give the address."""
-    servers = []
-
-    def begin(*folders: Path) -> str:
-        bound = listen(0)
-        server = uvicorn.Server(uvicorn.Config(application(folders), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{bound.getsockname()[1]}/"
-
-    yield begin
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join(timeout=30)
+    """Serve folders from a process of its own; give the address."""
+    with ExitStack() as servers:
+        yield lambda *folders: servers.enter_context(apart.served(serve_runs, *folders))
 
 
 def get(address: str, path: str, **headers: str) -> tuple[int, str]:
@@ -326,29 +299,17 @@ def test_news_come_without_losing_place_or_choices(show: Any, served: Any, tmp_p
 def test_a_killed_training_is_said(show: Any, tmp_path: Path) -> None:
     """The real thing: a page that waits, a training that begins, SIGKILL, and a training that goes on to its end."""
     start, prompts, run = tiny.save_model(tmp_path / "start"), tiny.save_prompts(tmp_path / "p.jsonl"), tmp_path / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cagsr.commands.main"]
-    training = [*command, "train", "--model", str(start), "--data", str(prompts), "--output_dir", str(run),
+    training = ["train", "--model", start, "--data", prompts, "--output_dir", run,
                 "--run.batch_size", "2", "--sampling.num_generations", "2", "--sampling.max_new_tokens", "4",
                 "--evaluation.held_out", "2", "--evaluation.every", "0", "--model.device", "cpu",
                 "--run.save_every", "1"]  # fmt: skip
-
-    def begin(argv: list[str], **pipes: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(argv, env=environment, text=True, **pipes)
-
-    page_server = begin([*command, "report", str(run), "--serve"], stderr=subprocess.PIPE)
-    trained = begin([*training, "--steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        assert page_server.stderr is not None
-        said = page_server.stderr.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/", said)
-        assert address, said
-        page = show(address.group())
+    with apart.cagsr("report", run, "--serve") as page_server, apart.cagsr(*training, "--steps", "100000") as trained:
+        page = show(page_server.wait_for(r"http://127\.0\.0\.1:\d+/").group())
         badge = page.locator("#state .badge")
         page.wait_for_selector("#state li[data-state='running']")
         page.wait_for_function("() => Number(document.getElementById('cursor').max) >= 3")
         assert "Training goes on" in page.locator("#state").inner_text()
-        trained.send_signal(signal.SIGKILL)
+        trained.kill()
         trained.wait()
         page.wait_for_selector("#state li[data-state='stopped']")
         last = len((run / "metrics.jsonl").read_bytes().split(b"\n")) - 2  # step 0, and what follows the last newline
@@ -359,17 +320,10 @@ def test_a_killed_training_is_said(show: Any, tmp_path: Path) -> None:
         assert badge.inner_text() == "stopped"
         assert page.title().startswith("stopped")
         page.wait_for_function(f"() => document.getElementById('cursor').max === '{last}'")
-        subprocess.run(
-            [*training, "--steps", str(last + 1), "--resume"], env=environment, check=True, capture_output=True
-        )
+        apart.finish(apart.cagsr(*training, "--steps", last + 1, "--resume"))
         page.wait_for_selector("#state li[data-state='finished']")
         show.expected.append("ERR_CONNECTION_REFUSED")
-        page_server.send_signal(signal.SIGINT)
-        assert page_server.wait(timeout=60) in (0, 130)
+        page_server.kill(signal.SIGINT)
+        assert page_server.wait(60) in (0, 130)
         # Now the page says that nobody answers; the browser's own complaint about that is the one expected.
         page.wait_for_function("() => document.getElementById('contact').textContent.includes('not answering')")
-    finally:
-        for process in (page_server, trained):
-            if process.poll() is None:
-                process.kill()
-            process.wait()

@@ -53,10 +53,21 @@ def test_a_failing_apt_is_said(debian: Path) -> None:
 @needs_debian
 def test_it_does_not_wait_for_ever(debian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_browser, "LIMIT", 1)
-    (debian / "script").write_text("exec sleep 60\n")
+    (debian / "script").write_text("sleep 60\n")  # a process of apt-get's own
     start = time.monotonic()
     assert "was not done after 1 seconds" in str(setup_browser.setup())
     assert time.monotonic() - start < 30
+
+
+@needs_debian
+def test_it_is_not_silent(debian: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(setup_browser, "BEAT", 0.2)
+    (debian / "script").write_text("sleep 1\n")
+    setup_browser.setup()
+    said = capsys.readouterr().err.splitlines()
+    assert "installing chromium fonts-dejavu-core with apt-get" in said[0]
+    assert said.count("setup_browser: still at apt-get update.") >= 2
+    assert "setup_browser: still at apt-get install." in said
 
 
 @needs_debian

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import apart
 import tiny
 from cagsr.commands.main import main
 
@@ -123,30 +121,23 @@ def test_killed_at_random_moments_and_resumed(start: Path, prompts: Path, tmp_pa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = ["--steps", "8", "--run.save_every", "1"]
     assert main(arguments(start, prompts, whole, *common)) == 0
-    command = [sys.executable, "-m", "cagsr.commands.main", *arguments(start, prompts, killed, *common)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     moments = random.Random(0)
     kills = 0
     for attempt in range(12):
-        process = subprocess.Popen(
-            command + (["--resume"] if attempt else []),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        target = 1 + 2 * kills  # let it get past another step or two, then kill it soon after
-        while process.poll() is None and kills < 3:
-            written = (killed / "metrics.jsonl").read_bytes().count(b"\n") if (killed / "metrics.jsonl").exists() else 0
-            if written > target:
-                time.sleep(moments.random() * 0.15)
-                process.send_signal(signal.SIGKILL)
+        resume = ["--resume"] if attempt else []
+        with apart.cagsr(*arguments(start, prompts, killed, *common), *resume) as process:
+            target = 1 + 2 * kills  # let it get past another step or two, then kill it soon after
+            while process.status is None and kills < 3:
+                metrics = killed / "metrics.jsonl"
+                if metrics.exists() and metrics.read_bytes().count(b"\n") > target:
+                    time.sleep(moments.random() * 0.15)
+                    process.kill()
+                    break
+                time.sleep(0.01)
+            if (status := process.wait()) == 0:
                 break
-            time.sleep(0.01)
-        _, said = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, said.decode()
-        kills += 1
+            assert status == -signal.SIGKILL, process.said
+            kills += 1
     assert kills == 3
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 

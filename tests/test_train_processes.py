@@ -1,6 +1,6 @@
 """Several gloo processes on the CPU, DDP and FSDP2: a run ends as one run, and the update gives what one process gives.
 
-This file is also what the processes of the equality test run.
+The processes are forked (tests/apart.py), and once started by torchrun, as users start them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 
+import apart
 import tiny
 from cagsr.config import (
     DataConfig,
@@ -45,24 +43,6 @@ from cagsr.update.ppo import PPO
 
 PROMPTS, GENERATIONS = 4, 4
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-
-
-def launch(processes: int, *command: str, environment: dict[str, str] | None = None) -> str:
-    """Run ``python -m torch.distributed.run`` on the CPU with this interpreter; what it said. Fail where it fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rendezvous = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *rendezvous, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -100,8 +80,8 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
         "--run.save_total_limit": 9,
         "--run.sample_rows": 100,
     }
-    command = ["-m", "cagsr.commands.main", "train", *(str(part) for pair in flags.items() for part in pair)]
-    launch(2, *command, "--steps", "2", environment=FSDP2)
+    command = ["train", *(str(part) for pair in flags.items() for part in pair)]
+    apart.together(2, apart.command, *command, "--steps", "2", **FSDP2)
     run = folder / "run"
     rows = logged(run)
     assert [row["step"] for row in rows] == [0, 1, 2]  # one writer
@@ -118,7 +98,9 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
     assert_restored_whole(config, first, folder / "again")
 
     train(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=3, resume=True)))
-    said = launch(2, *command, "--steps", "4", "--resume")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    launcher += ["--master_port", str(apart.free_port()), "-m", "cagsr.commands.main"]
+    said = apart.finish(apart.python(*launcher, *command, "--steps", "4", "--resume"))
     assert "written with 1 process(es) and there are 2" in said.replace("\n", " ")
     assert [row["step"] for row in logged(run)] == [0, 1, 2, 3, 4]
 
@@ -211,14 +193,48 @@ def test_micro_batches_change_nothing_given_the_same_experience(folder: Path, es
 
 
 CASES = ("gae", "grpo", "gae-fsdp2", "lora-fsdp2")
+ESTIMATORS = ("gae", "rloo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes make of all cases, one after the other."""
+    return make_cases(tmp_path_factory.mktemp("two"), 2, (*(f"{one}-collect" for one in ESTIMATORS), *CASES))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cases(tmp_path_factory.mktemp("four"), 4, CASES[:2])
+
+
+def make_cases(folder: Path, processes: int, cases: tuple[str, ...]) -> Path:
+    """A folder with a model, prompts, and a file for each case and process."""
+    tiny.save_model(folder / "start")
+    tiny.save_prompts(folder / "prompts.jsonl")
+    apart.together(processes, work_of_a_process, folder, cases)
+    return folder
+
+
+def work_of_a_process(folder: Path, cases: tuple[str, ...]) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for case in cases:  # FSDP2 last: nothing takes it back
+        if case.endswith("fsdp2"):
+            os.environ.update(FSDP2)
+        if case.endswith("collect"):
+            tensors = collected(folder, case.partition("-")[0], rank, world)
+        else:
+            tensors = updated(folder, case, 8 // world, rank, world)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{case}-{rank}.safetensors")
+    # gloo's threads may abort a process that is taken down while the other one still sends.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_update_as_one(folder: Path, processes: int) -> None:
+def test_several_processes_update_as_one(request: pytest.FixtureRequest, processes: int) -> None:
     """The same experience as a whole in one process, and in parts in 2 and 4: 1 x 8 = 2 x 4 = 4 x 2 micro-batches."""
-    cases = CASES if processes == 2 else CASES[:2]
-    launch(processes, str(Path(__file__).resolve()), str(folder), *cases)
-    for case in cases:
+    folder = request.getfixturevalue("of_two" if processes == 2 else "of_four")
+    for case in CASES if processes == 2 else CASES[:2]:
         found = load_file(folder / f"{case}-0.safetensors")
         for rank in range(1, processes):  # the processes stay together
             other = load_file(folder / f"{case}-{rank}.safetensors")
@@ -226,12 +242,11 @@ def test_several_processes_update_as_one(folder: Path, processes: int) -> None:
         assert_same(found, updated(folder, case, micro=8))
 
 
-@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
-def test_several_processes_collect_as_one(folder: Path, estimator: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_several_processes_collect_as_one(of_two: Path, estimator: str) -> None:
     """The same answers to the same prompts, in one process and halved: rewards, advantages and metrics are the same."""
-    launch(2, str(Path(__file__).resolve()), str(folder), f"{estimator}-collect")
-    parts = [load_file(folder / f"{estimator}-collect-{rank}.safetensors") for rank in (0, 1)]
-    whole = collected(folder, estimator)
+    parts = [load_file(of_two / f"{estimator}-collect-{rank}.safetensors") for rank in (0, 1)]
+    whole = collected(of_two, estimator)
     for step in (0, 1):
         halves = whole[f"answer/{step}/reward"].view(2, -1)
         assert abs(float(halves[0].std() - halves[1].std())) > 0.01, (
@@ -350,21 +365,3 @@ def rows_of(value: Any, part: slice) -> Any:
     if isinstance(value, dict):
         return {name: rows_of(one, part) for name, one in value.items()}
     return value[part] if isinstance(value, torch.Tensor | tuple) else value
-
-
-if __name__ == "__main__":
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for each in sys.argv[2:]:
-        if each.endswith("fsdp2"):
-            os.environ.update(FSDP2)
-        if each.endswith("collect"):
-            tensors = collected(Path(sys.argv[1]), each.partition("-")[0], rank, world)
-        else:
-            tensors = updated(Path(sys.argv[1]), each, 8 // world, rank, world)
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()},
-            Path(sys.argv[1]) / f"{each}-{rank}.safetensors",
-        )
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # as in test_rollout_vllm_weights.py
-        torch.distributed.destroy_process_group()

@@ -21,8 +21,6 @@ from cagsr.view import View, view
 from cagsr.view.planes import REWARD
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM} here (apt-get install chromium)")
 
 ODD = ["<script>", "</script>", '"', "'", "&amp;", "🐱", "</textarea>", "<!--", "{{", "$"]
 UNIFORM = SalienceConfig(weighting="uniform")
@@ -38,14 +36,6 @@ def small(loaded: LoadedModel) -> View:
     answers = ["the red cat likes the red cat .", "a small dog", "the big house near the tree"]
     prompt = "tell me about the red cat near a big house ."
     return view(loaded, prompt, answers, reward=RewardConfig(focus=FocusConfig(weight=0.5)), salience=UNIFORM)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

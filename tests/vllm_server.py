@@ -5,6 +5,7 @@ Paths, fields and replies are vLLM's (``vllm/entrypoints/openai/completion/proto
 ``serve/rpc``, ``serve/cache``, ``serve/instrumentator/server_info.py``); unknown fields are refused, so that a client that
 invents one fails. What it is not: vLLM's engine, its kernels, its precision, its loading of weights.
 
+It is a process of its own (``serving``); a test looks into it and changes it through the path ``/test``.
 As a program: ``python tests/vllm_server.py MODEL [PORT]`` prints its address and serves until it is killed.
 """
 
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import apart
 
 COMPLETION_FIELDS = {
     *("model", "prompt", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty"),
@@ -53,12 +57,12 @@ class Refused(Exception):
 class FakeVLLM:
     """The engine behind the HTTP: a model, how the server was started, and what it was asked."""
 
-    def __init__(self, path: Path | str, *, dev_mode: bool = True, context: int | None = None) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = str(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.dev_mode = dev_mode
-        self.context = context or self.model.config.max_position_embeddings
+        self.dev_mode = True
+        self.context = self.model.config.max_position_embeddings
         self.settings: dict[str, Any] = {
             "model_config": {"model": self.path, "logprobs_mode": "processed_logprobs"},
             "weight_transfer_config": None,
@@ -67,8 +71,8 @@ class FakeVLLM:
         """Path and body of every request."""
         self.given: list[dict[str, Any]] = []
         """Every choice sent, in order."""
-        self.spoil: Any = None
-        """Changes a completion reply before it is sent, to play a faulty server."""
+        self.fault: str | None = None
+        """What is wrong with the completion replies, to play a faulty server."""
 
     def get(self, path: str) -> Any:
         if path == "/health":
@@ -84,7 +88,7 @@ class FakeVLLM:
         if path == "/v1/completions":
             reply = self.complete(body)
             self.given += reply["choices"]
-            return self.spoil(reply) if self.spoil else reply
+            return self._spoiled(reply) if self.fault else reply
         if path == "/tokenize":
             tokens = self.tokenizer(body["prompt"]).input_ids
             return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
@@ -96,6 +100,60 @@ class FakeVLLM:
             self.reload(Path(body["kwargs"]["weights_path"]))
             return {"results": [None]}
         raise Refused(404, "Not Found")
+
+    def _spoiled(self, reply: dict[str, Any]) -> Any:
+        first = reply["choices"][0]
+        match self.fault:
+            case "an answer too few":
+                reply["choices"].pop()
+            case "numbers":
+                first["index"] = 1
+            case "no ids":
+                first["token_ids"] = None
+            case "other prompt":
+                first["prompt_token_ids"] = [1, 2]
+            case "too many tokens":
+                first["token_ids"] = first["token_ids"] + [3] * 9
+                first["logprobs"]["token_logprobs"] = [-1.0] * len(first["token_ids"])
+            case "a logprob too few":
+                first["logprobs"]["token_logprobs"].pop()
+            case "outside":
+                first["token_ids"][0] = 999
+            case "nan":
+                first["logprobs"]["token_logprobs"][0] = None
+            case "cut":
+                first["token_ids"], first["finish_reason"] = first["token_ids"][:1], "length"
+                first["logprobs"]["token_logprobs"] = [-1.0]
+            case "other stop":
+                first["token_ids"], first["finish_reason"] = [5], "stop"
+                first["logprobs"]["token_logprobs"] = [-1.0]
+            case "no json":
+                return b"<html>"
+            case "nothing from the third on":
+                return reply if [path for path, _ in self.asked].count("/v1/completions") < 3 else {"choices": []}
+            case _:
+                raise Refused(500, f"no such fault: {self.fault}")
+        return reply
+
+    def change(self, name: str, value: Any) -> None:
+        """What a test does to it."""
+        if name == "scale":
+            with torch.no_grad():
+                self.model.get_parameter(value[0]).mul_(value[1])
+        elif name == "model":
+            self.model = AutoModelForCausalLM.from_pretrained(value, dtype=torch.float32).eval()
+        elif name == "tokenizer":
+            self.tokenizer = AutoTokenizer.from_pretrained(value)
+        elif name in vars(self):
+            setattr(self, name, value)
+        else:
+            raise Refused(404, name)
+
+    def look(self, path: str) -> Any:
+        """What a test sees of it."""
+        if path == "/test/weights":
+            return save({name: value.detach() for name, value in self.model.named_parameters()})
+        return {"asked": self.asked, "given": self.given}
 
     def reload(self, folder: Path) -> None:
         """As ``reload_weights``: every tensor of a checkpoint into the model; names and shapes must be known."""
@@ -167,14 +225,19 @@ class FakeVLLM:
 def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._reply(lambda: engine.get(self.path), None)
+            if self.path.startswith("/test"):
+                return self._reply(lambda: engine.look(self.path))
+            engine.asked.append((self.path, None))
+            return self._reply(lambda: engine.get(self.path))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._reply(lambda: engine.post(self.path, body), body)
-
-        def _reply(self, work: Any, body: Any) -> None:
+            if self.path == "/test":
+                return self._reply(lambda: [engine.change(name, value) for name, value in body.items()])
             engine.asked.append((self.path, body))
+            return self._reply(lambda: engine.post(self.path, body))
+
+        def _reply(self, work: Any) -> None:
             try:
                 status, content = 200, work()
             except Refused as error:
@@ -194,22 +257,53 @@ def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Served:
+    """A server in another process, as a test sees it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def change(self, **changes: Any) -> None:
+        """Change the engine: an attribute; ``scale`` a weight; another ``model`` or ``tokenizer`` from a folder."""
+        self._ask("/test", changes)
+
+    @property
+    def asked(self) -> list[list[Any]]:
+        """Path and body of every request, in order."""
+        return json.loads(self._ask("/test"))["asked"]
+
+    @property
+    def given(self) -> list[dict[str, Any]]:
+        """Every choice sent, in order."""
+        return json.loads(self._ask("/test"))["given"]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return load(self._ask("/test/weights"))
+
+    def _ask(self, path: str, body: Any = None) -> bytes:
+        with urlopen(
+            Request(self.url + path, None if body is None else json.dumps(body).encode()), timeout=60
+        ) as reply:
+            return reply.read()
+
+
 @contextmanager
-def serving(engine: FakeVLLM, port: int = 0) -> Iterator[str]:
-    """Serve in threads of this process; gives the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(engine))
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serving(model: Path | str, **changes: Any) -> Iterator[Served]:
+    """Serve a model in a process of its own, the engine ``changes``d."""
+    with apart.served(serve, str(model)) as url:
+        served = Served(url)
+        served.change(**changes)
+        yield served
+
+
+def serve(model: str, port: int = 0) -> None:
+    """Serve until killed."""
+    torch.set_num_threads(1)
+    with ThreadingHTTPServer(("127.0.0.1", port), _handler(FakeVLLM(model))) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+        server.serve_forever()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with serving(FakeVLLM(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0) as address:
-        print(address, flush=True)
-        threading.Event().wait()
+    serve(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)

@@ -16,6 +16,8 @@ from cagsr.errors import ConfigError
 from cagsr.runs.fingerprint import fingerprint_path
 
 Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
+SAMPLED, GREEDY, MATCHED = "sampled", "greedy", "start_matched"
+"""Names of the settings in a result: the policy at the sampling temperature, greedy, its start at matched entropy."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ def changed(before: Mapping[str, str]) -> bool:
 def result_file(plan: Plan, method: str, seed: int) -> Path:
     """Where a judged method leaves its numbers."""
     return plan.results_folder / f"{method}-seed{seed}.json"
+
+
+def validity_file(plan: Plan, seed: int) -> Path:
+    """Where the measurement of a seed's start lies."""
+    return plan.results_folder / f"validity-seed{seed}.json"
 
 
 def start_folder(work: Path, seed: int) -> Path:

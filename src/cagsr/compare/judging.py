@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
 from cagsr.atomic import write_text_atomically
-from cagsr.compare.jobs import Job, result_file, start_folder
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
 from cagsr.compare.plan import START, Plan
 from cagsr.compare.policies import reward_settings
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfig
@@ -31,8 +31,6 @@ from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
 
-SAMPLED, GREEDY, MATCHED = "sampled", "greedy", "start_matched"
-"""Names of the settings in a result: the policy at the sampling temperature, greedy, its start at matched entropy."""
 KEPT_TEXTS = 40
 BATCH = 256
 SAMPLING_SEED = 7

@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import Job, method_folder, result_file, reward_model_folder
-from cagsr.compare.judging import GREEDY, MATCHED, SAMPLED
+from cagsr.compare.jobs import (
+    GREEDY,
+    MATCHED,
+    SAMPLED,
+    Job,
+    method_folder,
+    result_file,
+    reward_model_folder,
+    validity_file,
+)
 from cagsr.compare.plan import START, Plan
-from cagsr.compare.validity import validity_file
 from cagsr.run_page.speed import step_seconds
 from cagsr.runs.lines import read_lines
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
 from cagsr.atomic import write_text_atomically
-from cagsr.compare.jobs import Job, start_folder
+from cagsr.compare.jobs import Job, start_folder, validity_file
 from cagsr.compare.plan import Plan
 from cagsr.compare.policies import reward_settings
 from cagsr.config import ModelConfig
@@ -36,11 +35,6 @@ SUMS: tuple[tuple[str, ...], ...] = (
     ("associated_coverage", "grounded_coverage", "unsupported", "self_certainty"),
 )
 """Sums of z-scores within a prompt that are measured besides the single terms; a penalty counts half, with a minus."""
-
-
-def validity_file(plan: Plan, seed: int) -> Path:
-    """Where the measurement of a seed's start lies."""
-    return plan.results_folder / f"validity-seed{seed}.json"
 
 
 def measure_validity(plan: Plan, job: Job) -> None:

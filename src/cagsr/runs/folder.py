@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -35,9 +35,11 @@ from cagsr.atomic import clean_leftovers, disk_errors, remove_folder, sync, writ
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs.checkpoint import CheckpointState, Collected, latest_checkpoint, save_checkpoint
 from cagsr.runs.fingerprint import FINGERPRINT, check_fingerprint, write_fingerprint
 from cagsr.runs.lines import append_lines, truncate_lines
+
+if TYPE_CHECKING:  # who only reads a folder (cagsr report) does not wait for torch
+    from cagsr.runs.checkpoint import CheckpointState, Collected
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -242,6 +244,8 @@ class RunFolder:
         with disk_errors(self.path):
             for name in LOGS:
                 sync(self.path / name)
+        from cagsr.runs.checkpoint import save_checkpoint
+
         return save_checkpoint(self.checkpoints, step, state, keep, rng, collected)
 
     def close(self) -> None:
@@ -323,6 +327,8 @@ def _resume(
     path: Path, config_yaml: str, fingerprint: Mapping[str, str | None] | None
 ) -> tuple[Path | None, int, list[str]]:
     """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
+    from cagsr.runs.checkpoint import latest_checkpoint
+
     config = path / CONFIG
     if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:
         raise RunError(f"{config} is missing, so the run can't be resumed: put it back or choose another folder.")
