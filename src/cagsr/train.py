@@ -140,6 +140,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         config.reward,
         device=loaded.device,
         associations=associations,
+        text_ids=loaded.text_ids,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)
