@@ -23,7 +23,7 @@ from cagsr.rollout.rows import rollout_rows
 
 LENGTHS = (256, 1024, 4096, 16384)
 ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
-TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, dense=False))
+TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, False, torch.arange(1000)))
 
 
 def measure(prompt: int) -> dict[str, float]:

@@ -21,15 +21,14 @@ from cagsr.evaluation.collect import Setting, Signals, collect_signals, layer_ch
 from cagsr.evaluation.diagnosis import diagnose
 from cagsr.evaluation.recommend import (
     Recommendation,
-    best_setting,
     fit_weights,
     training_weights,
-    warnings_for,
     weighted_parts,
     within_z,
     yaml_of,
 )
 from cagsr.evaluation.scorer import Scorer
+from cagsr.evaluation.warn import warnings_for
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
@@ -152,12 +151,6 @@ def test_training_weights_give_the_reward_a_deviation_of_one_within_a_prompt():
 # ---- advice ----
 
 
-def test_the_configured_setting_wins_unless_another_is_clearly_better():
-    other = Setting("0", "sum", 0.1)
-    assert best_setting({HERE: 0.40, other: 0.41}, HERE) == HERE
-    assert best_setting({HERE: 0.30, other: 0.41}, HERE) == other
-
-
 def test_a_recommendation_with_a_checker_finds_both_signals():
     found = diagnose(make_signals(), WEIGHTS)
     weights = found.recommendation.weights
@@ -199,6 +192,7 @@ def test_without_a_checker_the_recommendation_says_what_it_rests_on():
         ({"same": 1}, WEIGHTS, "mostly the same (12% differ)"),
         ({"truth": 0}, WEIGHTS, "hardly sees judge"),
         ({"truth": 1}, WEIGHTS, "judge says the same of all answers"),
+        ({"truth": 2}, WEIGHTS, "judge is the length of an answer and nothing else"),
         ({"repeats": 1}, {"coverage": 1.0}, "pays for repetition"),
     ],
 )
@@ -219,7 +213,9 @@ def test_warnings_in_plain_words(changes: dict, weights: dict, sentence: str):
         case ("same", _):
             more["completions"] = tuple(("one",) * len(texts) for texts in signals.completions)
         case ("truth", 0):
-            more["truth"] = signals.terms["length"]
+            more["truth"] = np.random.default_rng(5).normal(size=coverage.shape)
+        case ("truth", 2):
+            more["truth"] = 3 * signals.length
         case ("truth", _):
             more["truth"] = np.ones_like(coverage)
         case ("repeats", _):
@@ -271,15 +267,15 @@ def test_the_sweep_gives_what_the_scorer_gives(kind: str, tmp_path: Path):
 
 def test_a_report_a_config_and_all_numbers(model: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch):
     (tmp_path / "own_checker.py").write_text(
-        "def lengths(prompts, completions, **columns):\n    return [len(text.split()) for text in completions]\n"
+        "def letters(prompts, completions, **columns):\n    return [sum(map(ord, text)) % 7 for text in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     out, markdown = tmp_path / "diagnosis.json", tmp_path / "diagnosis.md"
-    flags = ["--checker", "own_checker.lengths", "--output", str(out), "--markdown", str(markdown)]
+    flags = ["--checker", "own_checker.letters", "--output", str(out), "--markdown", str(markdown)]
     assert run(model, prompts, *flags) == 0
     said = capsys.readouterr().out
-    assert "Truth: own_checker.lengths" in said
+    assert "Truth: own_checker.letters" in said
     assert "Recommendation:" in said
     numbers = json.loads(out.read_text())
     assert (numbers["prompts"], numbers["candidates"]) == (4, 3)
@@ -310,7 +306,8 @@ def test_the_recommendation_is_the_reward_that_was_measured():
 
 def test_where_nothing_helps_no_config_is_written(model: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "cagsr.evaluation.diagnosis.recommend", lambda signals: Recommendation(signals.configured, {}, ("why",))
+        "cagsr.evaluation.diagnosis.recommend",
+        lambda signals, configured, weights: Recommendation(signals.configured, {}, ("why",)),
     )
     out = tmp_path / "diagnosis.json"
     out.with_suffix(".yaml").write_text("reward: {}\n")  # of another diagnosis

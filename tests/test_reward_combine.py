@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Barrier, Thread
 
 import pytest
@@ -24,13 +25,16 @@ from cagsr.config import (
 )
 from cagsr.errors import ConfigError, RewardError, RunError
 from cagsr.flow import Reward, RewardBatch
-from cagsr.reward.build import attention_terms, build_reward, check_reward_config, reward_warnings
+from cagsr.reward import build
+from cagsr.reward.build import attention_terms, check_reward_config, reward_warnings
 from cagsr.reward.combine import RewardFunction, reward_metrics
 from cagsr.reward.metrics import variance_share, within_group_correlation
 from cagsr.reward.protocol import Partial, RewardTerm
 from cagsr.reward.terms import builtin_terms
 
 MakeBatch = Callable[..., RewardBatch]
+
+build_reward = partial(build.build_reward, text_ids=torch.arange(9))  # each token says something of its own
 
 EVERYTHING = RewardConfig(
     coverage=CoverageConfig(weight=1.0, dense=True),

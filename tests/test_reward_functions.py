@@ -59,7 +59,7 @@ def coverage(batch):
 def two_things(a, b):
     return 0
 
-async def coroutine(completions, **kwargs):
+async def coroutine(batch):
     return [1.0]
 
 class Term:
@@ -108,7 +108,8 @@ def test_a_trl_function_gets_what_trl_passes(module: Any, make_reward_batch: Mak
     seen = module().seen
     assert seen["prompts"] == ["prompt 1", "prompt 1", "prompt 2", "prompt 2"]
     assert seen["completions"] == ["answer 0", "answer 1", "answer 2", "answer 3"]
-    assert seen["columns"] == {"answer": [0, 0, 1, 1]}  # repeated for each candidate
+    assert seen["columns"].pop("answer") == [0, 0, 1, 1]  # repeated for each candidate
+    assert set(seen["columns"]) == {"trainer_state", "log_metric", "log_extra"}
     lengths = batch.rollout.response_mask.sum(1).tolist()
     assert seen["completion_ids"] == [
         ids[:n].tolist() for ids, n in zip(batch.rollout.response_ids, lengths, strict=True)

@@ -56,7 +56,8 @@ def setting(folder: Path, kind: str, **settings: object) -> tuple[PPO, list[Enco
     )
     loaded = load_model(config.model)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
-    return PPO(config, loaded, build_reward(config.reward, device="cpu"), Accelerator(cpu=True)), prompts.prompts[:4]
+    reward = build_reward(config.reward, device="cpu", text_ids=loaded.text_ids)
+    return PPO(config, loaded, reward, Accelerator(cpu=True)), prompts.prompts[:4]
 
 
 def collected(ppo: PPO, prompts: list[EncodedPrompt]) -> Experience:

@@ -64,7 +64,8 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
         turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5)))
     room = loaded.room_for_prompts(work.response)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room).prompts
-    ppo = cagsr.update.ppo.PPO(config, loaded, build_reward(config.reward, device=loaded.device), Accelerator(cpu=True))
+    reward = build_reward(config.reward, device=loaded.device, text_ids=loaded.text_ids)
+    ppo = cagsr.update.ppo.PPO(config, loaded, reward, Accelerator(cpu=True))
     scoring_begins = _moment_of("score_policy")
     torch.manual_seed(2)
     while True:

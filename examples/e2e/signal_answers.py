@@ -176,8 +176,9 @@ def calibrate(answers: Answers, scorer: Scorer, positions: int, common_share: fl
         positions: the longest answer that will be measured, in tokens.
         common_share: words that more than this share of the answers say are no content words.
     """
+    text_ids = scorer.loaded.text_ids
     rates = [
-        copying_rate(chunk.heads, r.response_ids, r.response_mask, r.prompts.ids, chunk.usable)
+        copying_rate(chunk.heads, text_ids[r.response_ids], r.response_mask, text_ids[r.prompts.ids], chunk.usable)
         for chunk, r in ((chunk, chunk.rollout) for chunk in answers.chunks)
     ]
     target = answers.terms["associated_coverage"]

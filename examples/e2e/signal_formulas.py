@@ -19,22 +19,22 @@ Floats = NDArray[np.float64]
 Expectation = Literal["mean", "linear", "log"]
 
 
-def copying_rate(heads: Tensor, response_ids: Tensor, mask: Tensor, prompt_ids: Tensor, usable: Tensor) -> Tensor:
+def copying_rate(heads: Tensor, said: Tensor, mask: Tensor, asked: Tensor, usable: Tensor) -> Tensor:
     """How often the prompt token that a head looks at hardest is the token being said.
 
     Only positions count whose token stands in the prompt at all; others no head can copy.
 
     Args:
         heads: ``(heads, batch, response, prompt)`` attention, rows predict the response token.
-        response_ids: ``(batch, response)`` int64.
+        said: ``(batch, response)`` int64, the text id of each response token.
         mask: ``(batch, response)`` bool, real response tokens.
-        prompt_ids: ``(batch, prompt)`` int64.
+        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
         usable: ``(batch, prompt)`` bool, prompt tokens that may be looked at (not padding, not the sink).
 
     Returns:
         ``(heads,)`` float64 in [0, 1]; zeros where no answer repeats a token of its prompt.
     """
-    same = (response_ids[:, :, None] == prompt_ids[:, None, :]) & usable[:, None, :]  # (batch, response, prompt)
+    same = (said[:, :, None] == asked[:, None, :]) & usable[:, None, :]  # (batch, response, prompt)
     possible = same.any(dim=2) & mask
     looked = heads.masked_fill(~usable[None, :, None, :], -1.0).argmax(dim=3)  # (heads, batch, response)
     hit = same.expand(len(heads), -1, -1, -1).gather(3, looked[..., None])[..., 0] & possible
@@ -154,7 +154,7 @@ def word_doubts(
 
     Args:
         attention: ``(response, prompt)``.
-        same: ``(response, prompt)`` bool, response and prompt token are equal and the latter may be looked at.
+        same: ``(response, prompt)`` bool, response and prompt token say the same and the latter may be looked at.
         salient: ``(prompt,)`` bool.
         logprobs: ``(response,)``.
         words: the tokens of each content word of the answer.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -91,6 +91,14 @@ class Scores:
     attention: PromptAttention | None = None  # the scored policy's; None: not read
 
 
+class Trainer(Protocol):
+    """Who calls a reward function, as TRL's functions ask for it."""
+
+    def arguments(self, function: str, answers: int) -> dict[str, Any]:
+        """``trainer_state``, ``log_metric`` and ``log_extra`` for a call of ``function`` that judges so many answers."""
+        ...
+
+
 @dataclass(frozen=True)
 class RewardBatch:
     """All that a reward term may look at."""
@@ -103,6 +111,7 @@ class RewardBatch:
     read: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # terms worked out while the attention was read, no map kept
+    trainer: Trainer | None = None  # None: nothing is trained
 
 
 @dataclass(frozen=True)

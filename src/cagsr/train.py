@@ -7,8 +7,10 @@ are in ``runs/``.
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.markdown import Markdown
+from transformers import TrainerState
 
 from cagsr.associate import associations_of
 from cagsr.clock import operators_of, peak_memory_bytes, profile_text
@@ -28,13 +31,15 @@ from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
-from cagsr.processes import check_precision, check_processes, from_main, start_accelerator
+from cagsr.processes import check_precision, check_processes, from_main, start_accelerator, together
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
+from cagsr.reward.functions import TextFunction
 from cagsr.reward.terms import needs_associations
+from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.progress import TrainingProgress
@@ -140,6 +145,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         config.reward,
         device=loaded.device,
         associations=associations,
+        text_ids=loaded.text_ids,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)
@@ -156,12 +162,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
     # Everything that can be refused has been checked: only now is anything written.
     record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
+    trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
     try:
         if main:
             _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
             start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
             record.log(0, start, {}, [])
+            trainer.state.log_history.append({"step": 0, **start})
             record.keep_answers(0, answered)
             monitors.observe(0, start)
         timings: list[dict[str, float]] = []
@@ -171,7 +179,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
             for step in range(record.first_step + 1, config.run.steps + 1):
                 with operators_of(operators, loaded.device) if step == recorded else nullcontext():
-                    taken = _step(step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress)
+                    taken = _step(
+                        step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress, trainer
+                    )
                 if step != recorded:
                     timings.append(taken)
         if config.run.profile and main:
@@ -225,6 +235,25 @@ def _associations(
     return found
 
 
+def _trainer_state(
+    config: TrainConfig, train_set: PromptSet, history: list[dict[str, Any]], accelerator: Accelerator
+) -> TrainerState:
+    """The run as transformers' trainers describe theirs, for reward functions written for them."""
+    run = config.run
+    epochs = math.ceil(run.steps * run.batch_size / len(train_set.prompts))
+    return TrainerState(
+        max_steps=run.steps,
+        num_train_epochs=epochs if train_set.reopen is None else sys.maxsize,  # as transformers says of a stream
+        train_batch_size=run.batch_size,
+        logging_steps=1,
+        eval_steps=config.evaluation.every,
+        save_steps=run.save_every,
+        log_history=history,
+        is_local_process_zero=accelerator.is_local_main_process,
+        is_world_process_zero=accelerator.is_main_process,
+    )
+
+
 def _step(
     step: int,
     config: TrainConfig,
@@ -236,11 +265,13 @@ def _step(
     monitors: Monitors,
     record: RunRecord,
     progress: TrainingProgress,
+    trainer: TrainerCalls,
 ) -> dict[str, float]:
     """One step: collect, update, evaluate now and then, write, watch, save; gives the timings."""
     started = time.perf_counter()
+    trainer.begin(step - 1, stream.epoch)
     try:
-        experience = ppo.collect(stream.next_batch())
+        experience = ppo.collect(stream.next_batch(), trainer)
     except RewardError as error:  # of this process's answers: the others may know nothing of it
         raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
     except RolloutError as error:
@@ -253,6 +284,12 @@ def _step(
     if last or _is_due(step, config.evaluation.every):
         found, answered = _evaluate(config, loaded, held_out.prompts, metric, ppo.accelerator)
         metrics |= found
+    if any(isinstance(term, TextFunction) for term in ppo.reward.terms):
+        try:
+            metrics |= trainer.averages(lambda items: together(items, ppo.accelerator), metrics)
+        except RewardError as error:
+            raise RewardError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
+    trainer.state.log_history.append({"step": step, **metrics})
     timings = {
         "collect_seconds": collected - started,
         "update_seconds": updated - collected,
@@ -261,7 +298,7 @@ def _step(
         **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
         "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
-    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows))
+    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows, trainer.extra))
     record.keep_answers(step, answered)
     progress.step(step, metrics)
     alerts = monitors.observe(step, metrics)
@@ -332,8 +369,8 @@ def _evaluate(
     return evaluation_metrics(sampled=sampled, greedy=greedy), rows
 
 
-def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:
-    """A few answers with their reward breakdown, one of each prompt first."""
+def _sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A few answers with their reward breakdown and what reward functions logged of them, one of each prompt first."""
     rollout, reward = experience.rollout, experience.reward
     generations = max(1, int((rollout.prompts.group == rollout.prompts.group[0]).sum()))
     count = len(rollout.completions)
@@ -347,6 +384,7 @@ def _sample_rows(experience: Experience, limit: int) -> list[dict[str, Any]]:
             "contributions": {name: float(value[row]) for name, value in reward.contributions.items()},
             "tokens": int(rollout.response_mask[row].sum()),
             "ended": bool(rollout.ended[row]),
+            **({"extra": {column: values[row] for column, values in extra.items()}} if extra else {}),
         }
         for row in order
     ]

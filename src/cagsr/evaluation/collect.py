@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +32,14 @@ from cagsr.update.reading import batch_attention, regions
 from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]
+_Key = TypeVar("_Key")
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Attention at which a word counts as covered, as tried by the diagnosis."""
 POOLINGS: tuple[Literal["sum", "max"], ...] = ("sum", "max")
 MOST_LAYERS = 12
-"""A deeper model is read at this many layers alone, evenly spread; last-N and all stay exact within them."""
+"""A deeper model is compared at this many layers alone: the first four, where words are looked at before they are mixed, and
+others evenly spread; last-N and all stay exact."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,26 @@ class Signals:
     truth: Floats | None = None
     """What a checker or a reference metric says, higher is better."""
     truth_name: str = ""
+
+
+def prompts_of(signals: Signals, index: NDArray[np.int64]) -> Signals:
+    """The same signals of some of the prompts."""
+
+    def rows(table: Mapping[_Key, Floats]) -> dict[_Key, Floats]:
+        return {name: values[index] for name, values in table.items()}
+
+    return replace(
+        signals,
+        terms=rows(signals.terms),
+        coverage=rows(signals.coverage),
+        by_layers={layers: rows(terms) for layers, terms in signals.by_layers.items()},
+        length=signals.length[index],
+        repetition=signals.repetition[index],
+        ended=signals.ended[index],
+        prompts=tuple(signals.prompts[number] for number in index),
+        completions=tuple(signals.completions[number] for number in index),
+        truth=None if signals.truth is None else signals.truth[index],
+    )
 
 
 def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[int, ...]]:
@@ -226,7 +248,9 @@ def _thinned(
     """Leave out single layers of a deep model, evenly, so that the table stays readable."""
     if len(available) <= MOST_LAYERS:
         return dict(choices)
-    spread = {available[round(i * (len(available) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)}
+    first, rest = available[:4], available[4:]
+    more = MOST_LAYERS - len(first)
+    spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
     return {
         name: layers
         for name, layers in choices.items()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cagsr.errors import ConfigError
 from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.evaluation.collect import Setting, Signals
+from cagsr.evaluation.cross_fit import held_fixed
 from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.metrics import Interval
 from cagsr.evaluation.recommend import (
@@ -21,10 +22,10 @@ from cagsr.evaluation.recommend import (
     Recommendation,
     recommend,
     term_columns,
-    warnings_for,
     weighted_parts,
     within_z,
 )
+from cagsr.evaluation.warn import warnings_for
 from cagsr.reward.functions import import_dotted
 from cagsr.reward.normalize import Normalization
 
@@ -55,6 +56,8 @@ class SignalReport:
     others: Mapping[str, float]
     """Correlation with each single term."""
     truth: float | None = None
+    truth_held_fixed: float | None = None
+    """The same with length held fixed."""
     best_of_n: float | None = None
     """Mean truth of the answers it picks."""
     gain: Interval | None = None
@@ -70,6 +73,8 @@ class SettingReport:
     mean: float
     length: float
     truth: float | None
+    truth_held_fixed: float | None
+    """The same with length held fixed; settings are chosen by it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,6 @@ def diagnose(
         normalize: as ``reward.normalize``.
         clip: as ``reward.clip``.
     """
-    recommendation = recommend(signals)
     truth = signals.truth
     named: dict[str, Floats] = dict(signals.terms)
     for names in COMBINATIONS:
@@ -114,9 +118,11 @@ def diagnose(
             parts = [sign * within_z(signals.terms[name]) for sign, name in zip(signs, names, strict=True)]
             named[label] = np.sum(parts, axis=0)
     nothing = np.zeros_like(signals.length)
-    named["configured reward"] = sum(weighted_parts(signals.terms, weights, normalize, clip).values(), nothing)
+    configured = sum(weighted_parts(signals.terms, weights, normalize, clip).values(), nothing)
+    recommendation = recommend(signals, configured, weights)
     recommended = weighted_parts(term_columns(signals, recommendation.setting), recommendation.weights, clip=clip)
-    named["recommended reward"] = sum(recommended.values(), nothing)
+    named["configured reward"] = configured
+    named["recommended reward"] = configured if recommendation.configured else sum(recommended.values(), nothing)
     return Diagnosis(
         prompts=signals.length.shape[0],
         candidates=signals.length.shape[1],
@@ -133,6 +139,7 @@ def diagnose(
                 float(values.mean()),
                 correlation(values, signals.length),
                 None if truth is None else correlation(values, truth),
+                None if truth is None else held_fixed(values, truth, signals.length),
             )
             for setting, values in signals.coverage.items()
         ),
@@ -176,6 +183,7 @@ def _signal(name: str, values: Floats, signals: Signals) -> SignalReport:
         repetition=correlation(values, signals.repetition),
         others={other: correlation(values, column) for other, column in signals.terms.items()},
         truth=None if truth is None else correlation(values, truth),
+        truth_held_fixed=None if truth is None else held_fixed(values, truth, signals.length),
         best_of_n=None if truth is None else float(picked(values, truth).mean()),
         gain=None if truth is None else best_of_n_gain(values, truth),
         oracle_share=None if truth is None else oracle_share(values, truth),

@@ -13,13 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from cagsr.config import AttentionConfig, RewardConfig
-from cagsr.evaluation.best_of_n import correlation, within_share
-from cagsr.evaluation.collect import Setting, Signals
+from cagsr.evaluation.best_of_n import correlation
+from cagsr.evaluation.choose import SettingChoice, choose_setting
+from cagsr.evaluation.collect import Setting, Signals, prompts_of
+from cagsr.evaluation.cross_fit import Comparison, Index, Products, compare, cross_fitted, held_fixed
+from cagsr.evaluation.intervals import Interval
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
-from cagsr.reward.metrics import variance_share
 from cagsr.reward.normalize import Normalization, Normalizer
 from cagsr.reward.values import TermValues
-from cagsr.reward.weigh import weigh
+from cagsr.reward.weigh import contributions, weigh
 
 Floats = NDArray[np.float64]
 
@@ -36,8 +38,6 @@ WEIGHED = (
 PENALTIES = frozenset({"unsupported"})
 """Those of them whose weight is negative."""
 ALL_WEIGHTS = (*WEIGHED, "repetition")
-CLOSE = 0.02
-"""Correlations nearer than this count as equal: the simpler or configured choice wins."""
 GUARD = -0.3
 """Weight of repetition in a recommendation whose other terms together have the standard deviation 1 within a prompt."""
 SMALL = 0.2
@@ -53,6 +53,10 @@ class Recommendation:
     """Term -> weight, for ``reward.normalize within_prompt``; terms not named: 0. Empty: no term helps."""
     reasons: tuple[str, ...]
     """What it rests on, one sentence each."""
+    configured: bool = False
+    """The configured reward as it is, ``reward.normalize``, functions and models included: nothing better was found."""
+    compared: Comparison | None = None
+    """Fitting weights, judged on prompts that they were not fitted on, against the configured reward; None: no truth."""
 
 
 def within_z(values: ArrayLike) -> Floats:
@@ -87,55 +91,25 @@ def agreement_target(signals: Signals) -> Floats:
     return within_z(within_z(signals.terms["self_certainty"]) + within_z(relevance))
 
 
-def setting_quality(signals: Signals, target: ArrayLike) -> dict[Setting, float]:
-    """Rate the choices of layers and threshold, under the configured pooling.
-
-    With a truth: the within-prompt correlation of the best weighted sum of terms under that choice. Without: the
-    agreement of the coverage with the target, less its correlation with length as far as that is above 0.2.
-    """
-    found = {}
-    for setting, values in signals.coverage.items():
-        if setting.pooling != signals.configured.pooling:
-            continue
-        if signals.truth is None:
-            short = max(0.0, abs(correlation(values, signals.length)) - 0.2)
-            found[setting] = correlation(values, target) - short
-        else:
-            columns = term_columns(signals, setting)
-            weights = fit_weights(_weighed(columns), target)
-            total = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(values))
-            found[setting] = correlation(total, target)
-    return found
-
-
-def best_setting(quality: Mapping[Setting, float], configured: Setting) -> Setting:
-    """Pick the best setting; of those as good the configured one, then one with its layers and a near threshold."""
-    best = max(quality.values())
-    close = [setting for setting, value in quality.items() if value >= best - CLOSE]
-    return max(
-        close,
-        key=lambda setting: (
-            setting == configured,
-            setting.layers == configured.layers,
-            -abs(setting.threshold - configured.threshold),
-            quality[setting],
-        ),
-    )
-
-
-def fit_weights(columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: float = 0.05) -> dict[str, float]:
+def fit_weights(
+    columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: float = 0.05, length: ArrayLike | None = None
+) -> dict[str, float]:
     """Ridge weights of within-prompt z-scores that predict the target best; small ones left out.
 
     ``min_w |target - sum_i w_i z_i|^2 / n + ridge |w|^2``, ``w >= 0`` (``<= 0`` for ``PENALTIES``), both sides as
     :func:`within_z`. Weights below ``SMALL`` of the largest are set aside and the rest is fitted again. Empty where no
-    column helps.
+    column helps. With ``length``, ``(prompts, candidates)``, what length explains of the target is left to it: a multiple
+    of it, of either sign and free of the penalty, is fitted beside the weights and thrown away.
     """
-    names = [name for name, values in columns.items() if np.any(within_z(values))]
+    scored = {name: _sign(name) * within_z(values).ravel() for name, values in columns.items()}
+    names = [name for name, values in scored.items() if np.any(values)]
     y = within_z(target).ravel()
+    z = np.zeros((len(y), 0)) if length is None else np.outer(within_z(length).ravel(), [1.0, -1.0])
     while names:
-        matrix = np.stack([_sign(name) * within_z(columns[name]).ravel() for name in names], axis=1)
-        penalty = np.sqrt(ridge * len(y)) * np.eye(len(names))
-        solution, _ = nnls(np.vstack([matrix, penalty]), np.concatenate([y, np.zeros(len(names))]))
+        matrix = np.stack([scored[name] for name in names], axis=1)
+        penalty = np.sqrt(ridge * len(y)) * np.eye(len(names), len(names) + z.shape[1])
+        system = np.vstack([np.hstack([matrix, z]), penalty])
+        solution = nnls(system, np.concatenate([y, np.zeros(len(names))]))[0][: len(names)]
         largest = solution.max()
         if largest <= 1e-6:
             return {}
@@ -174,41 +148,137 @@ def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
     return {**signals.terms, **signals.by_layers[setting.layers], "coverage": signals.coverage[setting]}
 
 
-def recommend(signals: Signals) -> Recommendation:
-    """Choose layers, threshold and weights.
+def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]) -> Recommendation:
+    """Choose layers, threshold and weights: never worse than the configured ones on these prompts.
 
-    With a truth by correlation within prompts; without one by agreement of the signals and low correlation with
-    length, which is said in the reasons.
+    With a truth by correlation within prompts, length held fixed, and judged on prompts that the choice was not made on:
+    what is not better there than the configured reward, beyond luck, does not replace it. Without a truth by agreement of
+    the signals and low correlation with length, which is said in the reasons.
+
+    Args:
+        signals: what was measured.
+        configured: ``(prompts, candidates)`` the configured reward.
+        weights: its weights, term -> weight.
     """
-    target = agreement_target(signals) if signals.truth is None else signals.truth
-    quality = setting_quality(signals, target)
-    setting = best_setting(quality, signals.configured)
+    if signals.truth is None:
+        return _without_truth(signals)
+    choice = choose_setting(signals, signals.truth)
+    setting, fitted = fit_reward(signals)
+    reasons = [_about_setting(signals, choice, signals.truth_name)]
+    compared = compare(
+        cross_fitted(signals.length.shape, lambda others, part: _fitted_elsewhere(signals, others, part)),
+        configured,
+        signals.truth,
+        signals.length,
+    )
+    reasons.append(
+        f"Weights fitted by least squares reach {_signed(compared.new)} with {signals.truth_name} on prompts they were not "
+        f"fitted on, length held fixed; the configured reward {_signed(compared.old)}: difference "
+        f"{_signed(compared.difference)}."
+    )
+    reward = sum(weighted_parts(term_columns(signals, setting), fitted).values(), np.zeros_like(signals.length))
+    if fitted and compared.difference.low > 0 and _no_worse(reward, configured, signals):
+        reasons += _about_length(reward, signals.length)
+        return Recommendation(setting, fitted, tuple(reasons), compared=compared)
+    if not fitted and compared.old.low <= 0:
+        return Recommendation(signals.configured, {}, tuple(reasons), compared=compared)
+    reasons.append(
+        "That is no better beyond luck, so the configured reward stays"
+        + (": more prompts (--num_prompts) tell smaller differences apart." if compared.difference.high > 0 else ".")
+    )
+    kept = {name: weight for name, weight in weights.items() if weight != 0}
+    return Recommendation(signals.configured, kept, tuple(reasons), True, compared)
+
+
+def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
+    """Fit a reward to the truth: under the chosen setting or under the configured one, whichever then sees more.
+
+    Returns:
+        The setting, and weights for training, the guard against repetition among them; empty where no term helps.
+    """
+    assert signals.truth is not None
+    found: list[tuple[float, Setting, dict[str, float]]] = []
+    for setting in dict.fromkeys((choose_setting(signals, signals.truth).setting, signals.configured)):
+        columns = term_columns(signals, setting)
+        weights = training_weights(fit_weights(_weighed(columns), signals.truth, length=signals.length), columns)
+        if weights:
+            weights = {**weights, "repetition": GUARD}
+        reward = sum(weighted_parts(columns, weights).values(), np.zeros_like(signals.length))
+        found.append((held_fixed(reward, signals.truth, signals.length), setting, weights))
+    _, setting, weights = max(found, key=lambda one: one[0])  # of equals the chosen setting, which comes first
+    return setting, weights
+
+
+def _fitted_elsewhere(signals: Signals, others: Index, part: Index) -> Floats:
+    """The reward of some prompts by weights, setting and scales that were fitted on the others."""
+    setting, weights = fit_reward(prompts_of(signals, others))
+    reward = np.zeros((len(part), signals.length.shape[1]))
+    if not weights:
+        return reward
     columns = term_columns(signals, setting)
-    judged = "signals that read no attention" if signals.truth is None else signals.truth_name
+    normalizer = Normalizer(list(weights), "within_prompt")
+    learned = {name: TermValues.of(torch.from_numpy(columns[name][others].ravel())) for name in weights}
+    normalizer.update(learned, _prompt_of_each(signals.length[others]))
+    raw = {name: torch.from_numpy(columns[name][part].ravel()) for name in weights}
+    parts = contributions(raw, weights, normalizer, _prompt_of_each(reward))
+    return np.sum([values.numpy().reshape(reward.shape) for values in parts.values()], axis=0)
+
+
+def _no_worse(reward: Floats, configured: Floats, signals: Signals) -> bool:
+    """Whether a reward sees the truth at least as well as the configured one, length held fixed or not."""
+    assert signals.truth is not None
+    products = Products.of([reward, configured], signals.truth, signals.length)
+    counts = np.ones((1, len(reward)))
+    found = [products.correlations(counts, hold_length=hold)[0] for hold in (True, False)]
+    return all(new >= old for new, old in found)
+
+
+def _without_truth(signals: Signals) -> Recommendation:
+    target = agreement_target(signals)
+    choice = choose_setting(signals, target)
+    columns = term_columns(signals, choice.setting)
+    weights = _agreeing(_weighed(columns), signals.length)
     reasons = [
-        f"Coverage at layers {setting.layers}, threshold {setting.threshold:g} correlates "
-        f"{correlation(columns['coverage'], target):+.2f} with {judged} within a prompt (as configured: "
-        f"{correlation(signals.coverage[signals.configured], target):+.2f})."
+        _about_setting(signals, choice, "signals that read no attention"),
+        "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
+        "with length, not on truth. Give --checker, or rows with references, to test it.",
     ]
-    usable = _weighed(columns)
-    if signals.truth is not None:
-        weights = fit_weights(usable, signals.truth)
-        reasons.append("The weights are a least-squares fit to it on z-scores within a prompt.")
-    else:
-        weights = _agreeing(usable, signals.length)
-        reasons.append(
-            "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
-            "with length, not on truth. Give --checker, or rows with references, to test it."
-        )
     paid = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(signals.length))
-    bias = correlation(paid, signals.length)
-    if abs(bias) > 0.3:
-        reasons.append(
-            f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
-            "prompt): watch the length in training."
-        )
     scaled = training_weights(weights, columns)
-    return Recommendation(setting, {**scaled, "repetition": GUARD} if scaled else {}, tuple(reasons))
+    reasons += _about_length(paid, signals.length)
+    return Recommendation(choice.setting, {**scaled, "repetition": GUARD} if scaled else {}, tuple(reasons))
+
+
+def _about_setting(signals: Signals, choice: SettingChoice, judged: str) -> str:
+    configured, best, compared = signals.configured, choice.best, choice.compared
+    if best == configured:
+        return (
+            f"Layers {configured.layers}, threshold {configured.threshold:g}, as configured: none of the {choice.candidates} "
+            f"choices has a coverage that sees more of {judged} ({_signed(compared.old)} within a prompt, length held fixed)."
+        )
+    said = (
+        f"layers {best.layers}, threshold {best.threshold:g}, of {choice.candidates} choices. Choosing like this gives "
+        f"{_signed(compared.new)} with {judged} within a prompt, length held fixed, on prompts that were not chosen on; as "
+        f"configured ({configured.layers}, {configured.threshold:g}) it is {_signed(compared.old)}: difference "
+        f"{_signed(compared.difference)}."
+    )
+    if choice.setting == configured:
+        return f"Layers {configured.layers}, threshold {configured.threshold:g} stay: the best coverage is at {said}"
+    return f"The best coverage is at {said}"
+
+
+def _about_length(reward: Floats, length: Floats) -> list[str]:
+    bias = correlation(reward, length)
+    if abs(bias) <= 0.3:
+        return []
+    return [
+        f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
+        "prompt): watch the length in training."
+    ]
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
@@ -244,89 +314,6 @@ def weighted_parts(
     return {name: part.numpy().reshape(shape) for name, part in found.contributions.items()}
 
 
-def warnings_for(
-    signals: Signals, weights: Mapping[str, float], normalize: Normalization = "within_prompt", clip: float = 5.0
-) -> list[str]:
-    """Say in plain words what would go wrong with the configured reward on these prompts.
-
-    Args:
-        signals: what was measured.
-        weights: term -> configured weight.
-        normalize: as ``reward.normalize``.
-        clip: as ``reward.clip``.
-    """
-    found = []
-    parts = weighted_parts(signals.terms, weights, normalize, clip)
-    reward = sum(parts.values(), np.zeros_like(signals.length))
-    bias = correlation(reward, signals.length)
-    if abs(bias) > 0.3:
-        found.append(
-            f"This reward pays for {'long' if bias > 0 else 'short'} answers: within a prompt it correlates {bias:+.2f} "
-            "with length; change the weights, or watch the length."
-        )
-    for name in parts:
-        share = within_share(signals.terms[name])
-        if share < 0.1 and name != "repetition":
-            found.append(
-                f"{name} hardly varies within a prompt ({share:.0%} of its variance lies there, the rest between prompts): "
-                + (
-                    "training follows that small part alone, magnified to a standard deviation of 1."
-                    if normalize == "within_prompt"
-                    else "its weight moves the reward little; use --reward.normalize within_prompt."
-                )
-            )
-    found += _about_coverage(signals) if "coverage" in parts else []
-    cut = 1.0 - float(signals.ended.mean())
-    if cut > 0.5:
-        found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
-    within = {name: torch.from_numpy(_centred(part).ravel()) for name, part in parts.items()}
-    for name, part in within.items():
-        share = variance_share(part, sum(within.values(), torch.zeros_like(part)))
-        if len(parts) > 1 and share > 0.9:
-            found.append(f"One term dominates: {name} holds {share:.0%} of the reward's variance within a prompt.")
-    repeated = correlation(reward, signals.repetition)
-    if repeated > 0.2:
-        found.append(
-            f"This reward pays for repetition (correlation {repeated:+.2f} within a prompt): penalise it more."
-        )
-    same = float(np.mean([len(set(texts)) / len(texts) for texts in signals.completions]))
-    if same < 0.5:
-        found.append(
-            f"The answers to a prompt are mostly the same ({same:.0%} differ): raise --sampling.temperature, or the "
-            "model has nothing left to choose from."
-        )
-    if signals.truth is not None:
-        found += _about_truth(signals, reward)
-    return found
-
-
-def _about_coverage(signals: Signals) -> list[str]:
-    mean = float(np.mean(signals.terms["coverage"]))
-    threshold = signals.configured.threshold
-    if mean > 0.9:
-        return [f"Coverage is saturated (mean {mean:.2f} at threshold {threshold:g}): raise the threshold."]
-    if mean < 0.1:
-        return [f"Nearly nothing is covered (mean {mean:.2f} at threshold {threshold:g}): lower the threshold."]
-    return []
-
-
-def _about_truth(signals: Signals, reward: Floats) -> list[str]:
-    assert signals.truth is not None
-    if not np.any(within_z(signals.truth)):
-        return [f"{signals.truth_name} says the same of all answers to a prompt: it can't judge a reward here."]
-    seen = correlation(reward, signals.truth)
-    if seen < 0.1:
-        return [
-            f"The configured reward hardly sees {signals.truth_name} (correlation {seen:+.2f} within a prompt): training "
-            "on it is unlikely to help."
-        ]
-    return []
-
-
-def _centred(values: Floats) -> Floats:
-    return np.asarray(values - values.mean(axis=1, keepdims=True))
-
-
 def flags_of(recommendation: Recommendation) -> list[str]:
     """Write the recommendation as flags of ``cagsr train``."""
     setting = recommendation.setting
@@ -339,6 +326,8 @@ def yaml_of(
 ) -> dict[str, dict[str, object]]:
     """Write the recommendation as the settings of a ``--config`` file, beside those that it was measured under."""
     chosen, given = recommendation.setting, _set(reward, RewardConfig())
+    if recommendation.configured:
+        return {"attention": _set(attention, AttentionConfig()), "reward": given}
     sections: dict[str, object] = {"normalize": "within_prompt"}
     for name in ALL_WEIGHTS:
         threshold = {"threshold": chosen.threshold} if name == "coverage" else {}

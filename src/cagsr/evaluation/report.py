@@ -24,13 +24,13 @@ def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
     """One row a signal: correlations within a prompt, and what picking by it gains."""
     header = ["signal", "length", "repetition", "within-prompt variance"]
     if found.truth_mean is not None:
-        header[1:1] = ["truth"]
+        header[1:1] = ["truth", "truth, length fixed"]
         header += [f"best of {found.candidates}", "gain [95 %]", "of the oracle's gain"]
     rows = []
     for signal in found.signals:
         row = [signal.name, _signed(signal.length), _signed(signal.repetition), f"{signal.within_share:.0%}"]
         if signal.truth is not None and signal.gain is not None and signal.oracle_share is not None:
-            row[1:1] = [_signed(signal.truth)]
+            row[1:1] = [_signed(signal.truth), _signed(signal.truth_held_fixed or 0.0)]
             share = signal.oracle_share
             row += [
                 f"{signal.best_of_n:.3f}",
@@ -49,7 +49,7 @@ def agreement_table(found: Diagnosis) -> tuple[list[str], Rows]:
 
 
 def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
-    """Coverage by layers and threshold: correlation with the truth (without one: with length) and mean."""
+    """Coverage by layers and threshold: correlation with the truth, length held fixed (without one: with length), and mean."""
     thresholds = sorted({one.setting.threshold for one in found.settings})
     layers = list(dict.fromkeys(one.setting.layers for one in found.settings))
     cells = {one.setting: one for one in found.settings}
@@ -58,7 +58,8 @@ def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
         row = [name]
         for threshold in thresholds:
             one = cells[Setting(name, pooling, threshold)]
-            row.append(f"{_signed(one.length if one.truth is None else one.truth)} ({one.mean:.2f})")
+            seen = one.length if one.truth_held_fixed is None else one.truth_held_fixed
+            row.append(f"{_signed(seen)} ({one.mean:.2f})")
         rows.append(row)
     return ["layers", *(f"tau {threshold:g}" for threshold in thresholds)], rows
 
@@ -97,6 +98,8 @@ def recommendation_lines(found: Diagnosis) -> list[str]:
     lines = ["Recommendation:", *(f"  {reason}" for reason in found.recommendation.reasons)]
     if not found.recommendation.weights:
         return [*lines, "  No term helps here: don't spend a training run on this reward."]
+    if found.recommendation.configured:
+        return [*lines, "  Train with the settings that were measured."]
     return [
         *lines,
         "  The weights are for --reward.normalize within_prompt (the default) and scaled so that the reward's standard "
@@ -115,7 +118,7 @@ def as_yaml(found: Diagnosis, model: str, attention: AttentionConfig, reward: Re
     """Return the recommendation, with the settings it was measured under, as a file for ``cagsr train --config``."""
     comment = f"# What cagsr diagnose recommends for {model} on {found.prompts} prompts.\n"
     reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
-    if reward.functions or reward.models:
+    if (reward.functions or reward.models) and not found.recommendation.configured:
         reasons += (
             "# Functions and reward models of the measured reward are not part of it: add them, if you want them.\n"
         )
@@ -138,7 +141,7 @@ def as_markdown(found: Diagnosis, configured: Setting) -> str:
 
 
 def _settings_title(found: Diagnosis, pooling: str) -> str:
-    against = "length" if found.truth_mean is None else found.truth_name
+    against = "length" if found.truth_mean is None else f"{found.truth_name}, length held fixed"
     return f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
 
 

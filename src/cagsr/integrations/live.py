@@ -6,6 +6,7 @@ was, and the attention may come from a second, frozen model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError
 from cagsr.evaluation.scorer import Response, Scorer
-from cagsr.flow import EncodedPrompt, RewardBatch, Rollout
+from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Trainer
 from cagsr.models.load import LoadedModel
 from cagsr.reward.build import check_reward_config
 from cagsr.reward.keep import reward_batch
@@ -93,11 +94,13 @@ class LiveScorer:
                 raise ConfigError("attention.source is reference, but there is no reference model: use policy.")
             self._reader = PromptAttentionReader(reference.module, layers=attention.layers, heads=attention.heads)
 
-    def terms(self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]) -> dict[str, Tensor]:
+    def terms(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response], trainer: Trainer | None = None
+    ) -> dict[str, Tensor]:
         """Raw values of every term with a weight, name -> ``(answers,)`` float32 on the CPU.
 
         Without gradients, in evaluation mode; each module's training flag is as before afterwards. NaN where a term does
-        not apply.
+        not apply. ``trainer`` is what TRL's reward functions may ask; None: nothing is trained.
 
         Raises:
             DataError: an answer without a token.
@@ -109,6 +112,7 @@ class LiveScorer:
             for start in range(0, len(prompts), size):
                 part = slice(start, start + size)
                 batch = self.batch(self.scorer.rollout(prompts[part], responses[part]))
+                batch = dataclasses.replace(batch, trainer=trainer)
                 for term in self._terms:
                     found[term.name].append(term_values(term, batch).raw.cpu())
         return {name: torch.cat(values) if values else torch.zeros(0) for name, values in found.items()}

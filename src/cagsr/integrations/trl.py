@@ -32,6 +32,7 @@ from cagsr.models.reference import Reference
 from cagsr.prompts.render import text_of
 from cagsr.reward.build import check_reward_config
 from cagsr.reward.normalize import Normalizer
+from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import contributions
 
@@ -147,12 +148,20 @@ class AttentionReward:
         """
         if self._trainer is None:
             raise ConfigError("AttentionReward has no policy yet: call reward.bind(trainer) before trainer.train().")
-        raw = self._raw_on_every_process(prompts, completions, completion_ids, kwargs)
+        calls = TrainerCalls(kwargs.get("trainer_state", self._trainer.state))
+        raw = self._raw_on_every_process(prompts, completions, completion_ids, kwargs, calls)
         if (log := kwargs.get("log_metric")) is not None:
+            for name, logged in calls.metrics.items():
+                for value in logged:
+                    log(name, value)
             for name, values in raw.everywhere.items():
                 known = values[torch.isfinite(values)]
                 if len(known):
                     log(f"{self.__name__}/{name}", float(known.mean()))
+        if (log_extra := kwargs.get("log_extra")) is not None:
+            for column, logged in calls.extra.items():
+                each = iter(logged)
+                log_extra(column, [next(each) if len(ids) else None for ids in completion_ids])
         if self._trainer.model.training and len(raw.group):
             self._normalizer.update({name: TermValues.of(values) for name, values in raw.everywhere.items()}, raw.group)
             normalizer = self._normalizer
@@ -169,6 +178,7 @@ class AttentionReward:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Any],
+        calls: TrainerCalls,
     ) -> _Gathered:
         keys: list[str] = []
         raw: dict[str, list[float]] = {}
@@ -177,7 +187,12 @@ class AttentionReward:
             answered = [row for row, ids in enumerate(completion_ids) if len(ids)]
             encoded = [self._encoded(prompts[row], row, columns, len(prompts)) for row in answered]
             responses = [self._response(completions[row], completion_ids[row]) for row in answered]
-            found = self._scorer.terms(encoded, responses)
+            found = self._scorer.terms(encoded, responses, calls)
+            for column, logged in calls.extra.items():
+                if len(logged) != len(answered):
+                    raise RewardError(
+                        f"log_extra({column!r}) was called for some of the answers only: call it each time"
+                    )
             keys = [PromptEncoder.key(prompts[row]) for row in answered]
             raw = {name: values.tolist() for name, values in found.items()}
         except CagsrError as error:

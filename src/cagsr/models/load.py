@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
 from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 from cagsr.models.lengths import length_borders
+from cagsr.models.text_ids import text_ids
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -58,6 +60,11 @@ class LoadedModel:
     def padding_side(self) -> str:
         """Prompts are padded on the left for decoder-only models and on the right for encoder-decoder models."""
         return "right" if self.encoder_decoder else "left"
+
+    @cached_property
+    def text_ids(self) -> Tensor:
+        """``(ids,)`` int64, equal for tokens that say the same (:func:`cagsr.models.text_ids.text_ids`); made once."""
+        return text_ids(self.tokenizer, int(self.model.config.get_text_config().vocab_size)).to(self.device)
 
     def autocast(self) -> torch.autocast:
         """The context in which every forward pass of this model runs."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from cagsr.errors import CagsrError, ConfigError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.protocol import Partial, RewardTerm
+from cagsr.reward.trainer_calls import TRAINER_ARGUMENTS, no_trainer
 from cagsr.reward.values import quote_prompt
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
@@ -58,14 +62,15 @@ def load_function(path: str, name: str | None = None) -> RewardTerm:
 
     Taken as they are: a :class:`RewardTerm` object or a class of them that needs no argument, a function of one
     RewardBatch, and TRL's ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, known by its
-    argument names.
+    argument names. It may ask for ``trainer_state``, ``log_metric`` and ``log_extra`` too, and be a coroutine function.
 
     Args:
         path: ``package.module.name``.
         name: name of a plain function's term; None: the last part of the path. Terms keep their own name.
 
     Raises:
-        ConfigError: it can't be imported, is not callable, is a coroutine, or takes neither form of arguments.
+        ConfigError: it can't be imported, is not callable, takes neither form of arguments, or is a coroutine function of
+            a RewardBatch.
     """
     found = import_dotted(path)
     name = name or path.rpartition(".")[2]
@@ -78,8 +83,6 @@ def load_function(path: str, name: str | None = None) -> RewardTerm:
             ) from error
     if not callable(found):
         raise ConfigError(f"reward.functions: {path!r} is {type(found).__name__}, not a function")
-    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
-        raise ConfigError(f"reward.functions: {path!r} is a coroutine; give a plain function")
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError) as error:
@@ -89,10 +92,20 @@ def load_function(path: str, name: str | None = None) -> RewardTerm:
     keywords = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    if keywords & TRL_ARGUMENTS or (takes_all and not required):
-        missing = frozenset(p.name for p in required) - TRL_ARGUMENTS
+    if keywords & (TRL_ARGUMENTS | TRAINER_ARGUMENTS) or (takes_all and not required):
+        missing = frozenset(p.name for p in required) - TRL_ARGUMENTS - TRAINER_ARGUMENTS
+        if "environments" in missing:
+            raise ConfigError(
+                f"reward.functions: {path!r} asks for environments, which TRL's trainers make of an environment_factory; "
+                "there are none here: give the argument a default"
+            )
         return TextFunction(name, found, None if takes_all else frozenset(keywords), missing)
     if len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY:
+        if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
+            raise ConfigError(
+                f"reward.functions: {path!r} is a coroutine function of a batch; give a plain function (TRL's forms may be "
+                "coroutines)"
+            )
         return found if isinstance(found, RewardTerm) and isinstance(found.name, str) else BatchFunction(name, found)
     raise ConfigError(
         f"reward.functions: {path!r} takes ({', '.join(p.name for p in parameters)}); write f(batch) or TRL's "
@@ -114,10 +127,10 @@ class BatchFunction:
 
 @dataclass(frozen=True)
 class TextFunction:
-    """A TRL reward function: texts and the data's columns in, one number or None for each answer out."""
+    """A TRL reward function: texts, the data's columns and the trainer in, one number or None for each answer out."""
 
     name: str
-    function: Callable[..., Iterable[float | None]]
+    function: Callable[..., Iterable[float | None] | Awaitable[Iterable[float | None]]]
     accepts: frozenset[str] | None
     """Names of its arguments; None: it takes any (``**kwargs``)."""
     needs: frozenset[str] = frozenset()
@@ -136,16 +149,19 @@ class TextFunction:
         arguments["completion_ids"] = [
             ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
         ]
+        arguments |= (batch.trainer or no_trainer()).arguments(self.name, len(prompts))
         missing = sorted(self.needs - set(arguments))
         if missing:
+            there = sorted(set(arguments) - TRL_ARGUMENTS - TRAINER_ARGUMENTS)
             raise RewardError(
                 f"reward function {self.name!r} asks for the column {missing[0]!r}, but the prompts have the columns "
-                f"{sorted(set(arguments) - TRL_ARGUMENTS)}: add the column to the data or give the argument a default"
+                f"{there}: add the column to the data or give the argument a default"
             )
         if self.accepts is not None:
             arguments = {key: value for key, value in arguments.items() if key in self.accepts}
         try:
-            given = list(self.function(**arguments))
+            returned = self.function(**arguments)
+            given = list(_finished(returned) if inspect.isawaitable(returned) else returned)
         except CagsrError:
             raise
         except Exception as error:  # a user's code can raise anything; the cause stays attached
@@ -171,6 +187,26 @@ class TextFunction:
             raise RewardError(
                 f"reward function {self.name!r} returned {value!r} for {quote_prompt(prompt)}; return a number or None"
             ) from error
+
+
+def _finished(coroutine: Awaitable[Iterable[float | None]]) -> Iterable[float | None]:
+    """Wait for what a coroutine function returns."""
+
+    async def whole() -> Iterable[float | None]:
+        return await coroutine
+
+    return asyncio.run_coroutine_threadsafe(whole(), _event_loop()).result()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls, in a thread of its own, as TRL has it: what a function opened stays usable in the next call.
+
+    A notebook's loop, which runs already, is left alone.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
+    return loop
 
 
 def text_arguments(prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Grounded coverage: was each important word looked at by the very token that says it?
 
 Plain coverage pays for looking at a word, whatever is said meanwhile: an answer that looks at a name and misspells it is
-paid in full. Here only attention from a response token to the same token in the prompt counts, so that the answer's
+paid in full. Here only attention from a response token to a prompt token of the same text counts, so that the answer's
 text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
+
+Tokens come as text ids (:func:`cagsr.models.text_ids.text_ids`): ``The`` after a bracket and ``▁The`` in a sentence say the
+same.
 
 Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E NLG its within-prompt correlation with the
 facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
@@ -17,44 +20,44 @@ from cagsr.reward.coverage import normalized_salience
 
 
 def grounded_attention(
-    attention: Tensor, response_ids: Tensor, mask: Tensor, prompt_ids: Tensor, words: Tensor
+    attention: Tensor, said: Tensor, mask: Tensor, asked: Tensor, words: Tensor
 ) -> Tensor:  # (batch, response, prompt)
-    """Keep the attention from each response token to salient prompt tokens that are the same token.
+    """Keep the attention from each response token to salient prompt tokens that say the same.
 
     Args:
         attention: ``(batch, response, prompt)`` attention probabilities.
-        response_ids: ``(batch, response)`` int64.
+        said: ``(batch, response)`` int64, the text id of each response token.
         mask: ``(batch, response)`` bool, real response tokens.
-        prompt_ids: ``(batch, prompt)`` int64.
+        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
         words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
 
     Returns:
-        ``(batch, response, prompt)`` float32, 0 where response and prompt token differ.
+        ``(batch, response, prompt)`` float32, 0 where response and prompt token say different things.
     """
-    same = response_ids[:, :, None] == prompt_ids[:, None, :]
+    same = said[:, :, None] == asked[:, None, :]
     return torch.where(same & mask[:, :, None] & (words >= 0)[:, None, :], attention.float(), 0.0)
 
 
 def grounded_coverage_gains(
     attention: Tensor,
-    response_ids: Tensor,
+    said: Tensor,
     mask: Tensor,
-    prompt_ids: Tensor,
+    asked: Tensor,
     words: Tensor,
     salience: Tensor,
     threshold: float,
 ) -> Tensor:
     """How much each response token adds to the grounded coverage.
 
-    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u = x_j] / tau)``: saturating coverage (method.md,
-    section 2) in which token u counts for prompt token j only if it is that token; the pieces of a word count alike. It
-    grows with t only, so the gains ``G_t - G_{t-1}`` sum to the coverage.
+    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u = x_j] / tau)``: saturating coverage
+    in which token u counts for prompt token j only if it says the same; the pieces of a word count alike. It grows with t
+    only, so the gains ``G_t - G_{t-1}`` sum to the coverage.
 
     Args:
         attention: ``(batch, response, prompt)`` attention probabilities.
-        response_ids: ``(batch, response)`` int64.
+        said: ``(batch, response)`` int64, the text id of each response token.
         mask: ``(batch, response)`` bool, real response tokens.
-        prompt_ids: ``(batch, prompt)`` int64.
+        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
         words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
         salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
         threshold: tau > 0, the attention at which a token counts as covered.
@@ -64,7 +67,7 @@ def grounded_coverage_gains(
     """
     if attention.shape[1] == 0 or salience.shape[1] == 0:
         return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    grounded = grounded_attention(attention, response_ids, mask, prompt_ids, words)
+    grounded = grounded_attention(attention, said, mask, asked, words)
     covered = (grounded.cummax(dim=1).values / threshold).clamp(max=1.0)
     before = torch.nn.functional.pad(covered[:, :-1], (0, 0, 1, 0))
     return torch.einsum("btp,bp->bt", covered - before, _token_weights(words, salience))
@@ -72,9 +75,9 @@ def grounded_coverage_gains(
 
 def grounded_coverage(
     attention: Tensor,
-    response_ids: Tensor,
+    said: Tensor,
     mask: Tensor,
-    prompt_ids: Tensor,
+    asked: Tensor,
     words: Tensor,
     salience: Tensor,
     threshold: float,
@@ -85,7 +88,7 @@ def grounded_coverage(
     """
     if attention.shape[1] == 0 or salience.shape[1] == 0:
         return torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
-    grounded = grounded_attention(attention, response_ids, mask, prompt_ids, words)
+    grounded = grounded_attention(attention, said, mask, asked, words)
     covered = (grounded.amax(dim=1) / threshold).clamp(max=1.0)
     return (covered * _token_weights(words, salience)).sum(dim=1)
 

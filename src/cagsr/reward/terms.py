@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_to
 
 ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus"})
 """Names of the terms that read the prompt attention."""
+TEXT_TERMS = frozenset({"copy_coverage", "grounded_coverage"})
+"""Those of them that ask whether the answer says what the prompt says, and need to know which tokens say the same."""
 ASSOCIATION_TERMS = frozenset({"associated_coverage", "unsupported"})
 """Names of the terms that need associations, learned from the model's own answers."""
 
@@ -48,6 +50,8 @@ class Coverage:
 class CopyCoverage:
     """Copy coverage; see :func:`cagsr.reward.coverage.copy_coverage`."""
 
+    text_ids: Tensor | None = field(repr=False, compare=False)
+    """As :attr:`cagsr.models.load.LoadedModel.text_ids`; None: the term can't be read."""
     name: str = "copy_coverage"
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -59,9 +63,9 @@ class CopyCoverage:
         return copy_coverage(
             word_attention,
             rollout.prompts.salience,
-            rollout.response_ids,
+            _texts(self, rollout.response_ids),
             rollout.response_mask,
-            rollout.prompts.ids,
+            _texts(self, rollout.prompts.ids),
             rollout.prompts.words,
         )
 
@@ -72,6 +76,8 @@ class GroundedCoverage:
 
     threshold: float
     dense: bool
+    text_ids: Tensor | None = field(repr=False, compare=False)
+    """As :attr:`cagsr.models.load.LoadedModel.text_ids`; None: the term can't be read."""
     name: str = "grounded_coverage"
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -83,9 +89,9 @@ class GroundedCoverage:
         formula = grounded_coverage_gains if self.dense else grounded_coverage
         return formula(
             attention,
-            rollout.response_ids,
+            _texts(self, rollout.response_ids),
             rollout.response_mask,
-            rollout.prompts.ids,
+            _texts(self, rollout.prompts.ids),
             rollout.prompts.words,
             rollout.prompts.salience,
             self.threshold,
@@ -156,7 +162,11 @@ class Focus:
 
 @dataclass(frozen=True)
 class Repetition:
-    """N-gram repetition without the stop token; see :func:`cagsr.reward.repetition.repetition`."""
+    """N-gram repetition without the stop token; see :func:`cagsr.reward.repetition.repetition`.
+
+    By token id, not by text: an answer that runs in circles says the very same tokens again, while ``Low prices. Low
+    ratings`` at the start of two sentences and ``low`` within one are no circle.
+    """
 
     n: int
     dense: bool
@@ -206,10 +216,20 @@ def _of_batch(term: AttentionTerm, batch: RewardBatch) -> Tensor:
     return term.read(batch.rollout, batch.attention, batch.word_attention)
 
 
-def builtin_terms(config: RewardConfig, associations: Associations | None = None) -> list[tuple[RewardTerm, float]]:
+def _texts(term: CopyCoverage | GroundedCoverage, ids: Tensor) -> Tensor:
+    """The text id of each token."""
+    if term.text_ids is None:
+        raise ValueError(f"{term.name} compares tokens by their text: give it the model's text_ids")
+    return term.text_ids.to(ids.device)[ids]
+
+
+def builtin_terms(
+    config: RewardConfig, associations: Associations | None = None, text_ids: Tensor | None = None
+) -> list[tuple[RewardTerm, float]]:
     """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all).
 
-    The terms of ``ASSOCIATION_TERMS`` are there only where ``associations`` are given.
+    The terms of ``ASSOCIATION_TERMS`` are there only where ``associations`` are given; those of ``TEXT_TERMS`` can be read
+    only where ``text_ids`` are.
     """
     associated: list[tuple[RewardTerm, float]] = []
     if associations is not None:
@@ -219,9 +239,9 @@ def builtin_terms(config: RewardConfig, associations: Associations | None = None
         ]
     return [
         (Coverage(config.coverage.threshold, config.coverage.dense), config.coverage.weight),
-        (CopyCoverage(), config.copy_coverage.weight),
+        (CopyCoverage(text_ids), config.copy_coverage.weight),
         (
-            GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense),
+            GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense, text_ids),
             config.grounded_coverage.weight,
         ),
         *associated,

@@ -180,12 +180,13 @@ class RunRecord:
             return f"No checkpoint was written yet in {self._folder.path}."
         return f"The checkpoint {latest.path} is intact; go on from it with --resume."
 
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of each step so far, oldest first; empty on all processes but the main one."""
+        return [] if self._folder is None else read_lines(self._folder.metrics)
+
     def evaluations(self) -> list[dict[str, float]]:
         """The held-out metrics of each evaluation so far, oldest first."""
-        if self._folder is None:
-            return []
-        rows = read_lines(self._folder.metrics)
-        found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
+        found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in self.history()]
         return [row for row in found if row]
 
     def finish(

@@ -7,6 +7,7 @@ Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout, Scores
+from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout, Scores, Trainer
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import PassInputs, shares_prompts, sharing_stopped, stop_sharing
 from cagsr.models.load import LoadedModel
@@ -80,11 +81,12 @@ class PPO:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.module: torch.nn.Module = self._distributed()
 
-    def collect(self, prompts: Sequence[EncodedPrompt]) -> Experience:
+    def collect(self, prompts: Sequence[EncodedPrompt], trainer: Trainer | None = None) -> Experience:
         """Sample, score and reward answers to a batch of prompts.
 
         Args:
             prompts: one process's share of the step's prompts.
+            trainer: what TRL's reward functions may ask; None: nothing is trained.
 
         Returns:
             Everything the update needs, fixed before its first gradient step.
@@ -126,7 +128,8 @@ class PPO:
             )
         attention = scores.attention if from_policy else reference_attention
         with self.clock.part("reward"):
-            reward = self.reward(reward_batch(rollout, scores, reference_logprobs, attention, pooling))
+            known = reward_batch(rollout, scores, reference_logprobs, attention, pooling)
+            reward = self.reward(dataclasses.replace(known, trainer=trainer))
             advantages = estimate_advantages(
                 config.ppo, reward, rollout, scores, reference_logprobs, self.kl_controller.kl_coef, reduce=self.reduce
             )
