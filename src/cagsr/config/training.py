@@ -249,6 +249,10 @@ class MonitorConfig:
     """Warn when repetition rises above the first step's by this much."""
     repetition_action: Action = "warn"
     """What to do then."""
+    ended: float = 0.1
+    """Warn when fewer of the answers than this share end by themselves."""
+    ended_action: Action = "warn"
+    """What to do then."""
     entropy: float = 0.3
     """Warn when the entropy falls below this share of the first step's."""
     entropy_action: Action = "warn"

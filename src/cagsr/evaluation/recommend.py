@@ -16,6 +16,7 @@ from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.evaluation.best_of_n import correlation, within_share
 from cagsr.evaluation.collect import Setting, Signals
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
+from cagsr.models.stops import HARDLY_ANY, hardly_any_end
 from cagsr.reward.metrics import variance_share
 from cagsr.reward.normalize import Normalization, Normalizer
 from cagsr.reward.values import TermValues
@@ -277,7 +278,9 @@ def warnings_for(
             )
     found += _about_coverage(signals) if "coverage" in parts else []
     cut = 1.0 - float(signals.ended.mean())
-    if cut > 0.5:
+    if 1.0 - cut < HARDLY_ANY:
+        found.append(hardly_any_end(1.0 - cut))
+    elif cut > 0.5:
         found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
     within = {name: torch.from_numpy(_centred(part).ravel()) for name, part in parts.items()}
     for name, part in within.items():
