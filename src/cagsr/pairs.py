@@ -88,7 +88,7 @@ def encode_answer(
     tokenizer = encoder.tokenizer
     text = _completion_text(prompt, column, tokenizer, where, flag)
     if prompt.messages is not None and (end := turn_end(tokenizer)) is not None:
-        text = end.cut(text, tokenizer)
+        text = end.cut(text)
     ids = encode_continuation(tokenizer, prompt.text, text)
     if prompt.messages is None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)

@@ -88,7 +88,7 @@ class SamplingConfig:
     min_new_tokens: int = 0
     """Shortest answer in tokens (the stop token is forbidden before). Corrected as top_p is."""
     stop_strings: list[str] = field(default_factory=list)
-    """Texts that end an answer, besides the model's stop token."""
+    """Texts that end an answer, besides the model's stop tokens; a special token alone is one too."""
 
 
 @dataclass(frozen=True)

@@ -37,22 +37,23 @@ class TurnEnd:
     """What stands between the answer and the token that ends it."""
     stop: int | None
     """The token that ends it; None: the template writes no token there."""
+    marker: str
+    """Its text."""
     behind_last: str
     """What the template writes behind the last answer of a conversation."""
     before_next: str
     """What it writes between an answer and what the user says next."""
 
-    def cut(self, text: str, tokenizer: Any) -> str:
+    def cut(self, text: str) -> str:
         """A conversation's end as a rollout would leave it: nothing behind the token that ends the answer."""
         if self.stop is None:
             return text
-        marker = _markers(tokenizer)[self.stop]
-        if marker not in self.behind_last:
+        if self.marker not in self.behind_last:
             # Written only before what follows (GLM): an answer that is the last one ends with it all the same.
-            return text + marker
+            return text + self.marker
         if not text.endswith(self.behind_last):
             return text
-        return text.removesuffix(self.behind_last) + self.gap + marker
+        return text.removesuffix(self.behind_last) + self.gap + self.marker
 
 
 def turn_end(tokenizer: Any) -> TurnEnd | None:
@@ -86,6 +87,8 @@ def split_stop_strings(tokenizer: Any, strings: Sequence[str]) -> tuple[tuple[in
     Raises:
         ConfigError: a string with a special token among other text.
     """
+    if not strings:
+        return (), ()
     special = {text: number for number, text in _special(tokenizer).items()}
     texts = tuple(text for text in strings if text not in special)
     for text in texts:
@@ -128,10 +131,11 @@ def _turn_end(tokenizer: Any, template: str) -> TurnEnd | None:
     lead = before[len(prompt) :] if prompt is not None and before.startswith(prompt) else ""
     following = _rendered(tokenizer, [*opening, *answered, {"role": "user", "content": _NEXT}])
     between = "" if following is None else following.rpartition(_ANSWER)[2].partition(_NEXT)[0]
-    stop, gap = _first_marker(tokenizer, last)
+    stop, marker = _first_marker(tokenizer, last)
+    gap = last.partition(marker)[0] if marker else ""
     if stop is None:
-        stop, gap = _first_marker(tokenizer, between)[0], ""
-    return TurnEnd("" if lead.strip() else lead, gap, stop, last, between)
+        stop, marker = _first_marker(tokenizer, between)
+    return TurnEnd("" if lead.strip() else lead, gap, stop, marker, last, between)
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **arguments: bool) -> str | None:
@@ -142,12 +146,12 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **arguments
 
 
 def _first_marker(tokenizer: Any, text: str) -> tuple[int | None, str]:
-    """The first special token that ``text`` writes out, and what stands before it."""
+    """The first special token that ``text`` writes out, and its text."""
     markers = _markers(tokenizer)
     for number in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
         # An unknown token is special too, but stands for a text that is not its own.
         if number in markers and markers[number] in text:
-            return int(number), text.partition(markers[number])[0]
+            return int(number), markers[number]
     return None, ""
 
 
