@@ -184,7 +184,7 @@ def test_without_a_checker_the_recommendation_says_what_it_rests_on():
     [
         ({"length": -1}, {"coverage": 1.0}, "pays for short answers"),
         ({"length": 1}, {"coverage": 1.0}, "pays for long answers"),
-        ({"ended": 0}, WEIGHTS, "hit the length limit (100%)"),
+        ({"ended": 0}, WEIGHTS, "0% of the answers end by themselves"),
         ({"coverage": 0.97}, WEIGHTS, "saturated (mean 0.97 at threshold 0.3): raise the threshold"),
         ({"coverage": 0.02}, WEIGHTS, "lower the threshold"),
         ({"between": 9.0}, {"coverage": 1.0}, "coverage hardly varies within a prompt (1%"),

@@ -98,8 +98,9 @@ class Letters:
 
     bos_token_id = 1
     eos_token_id = 0
+    unk_token_id = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: bool) -> dict[str, Any]:
         return {"input_ids": [1] * add_special_tokens + [ord(letter) - ord("a") + 2 for letter in text]}
 
 

@@ -34,6 +34,7 @@ def test_kl_needs_patience_and_fires_once_an_excursion() -> None:
         ("response/length", "length_drift", {"length_drift": 0.5}, 20, 29.9, 30.1),
         ("response/length", "length_drift", {"length_drift": 0.5}, 20, 10.1, 9.9),
         ("response/repetition", "repetition", {"repetition": 0.2}, 0.1, 0.29, 0.31),
+        ("response/ended", "ended", {}, 0.9, 0.11, 0.09),
         ("policy/entropy_avg", "entropy", {"entropy": 0.3}, 2.0, 0.61, 0.59),
         ("objective/kl", "kl", {"kl": 20.0}, 0, 19.9, 20.1),
         ("objective/kl", "negative_kl", {}, 0, -0.49, -0.51),

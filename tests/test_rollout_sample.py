@@ -38,7 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def test_cut_keeps_the_first_stop_token_and_nothing_after_it(llama: LoadedModel):
     cat, dog = llama.tokenizer.convert_tokens_to_ids(["cat", "dog"])
     ids = torch.tensor([[cat, 2, dog, 2], [cat, dog, dog, cat], [2, cat, cat, cat]])
-    rollout = cut_responses(ids, batch_of(llama, ["the cat"] * 3), llama.tokenizer, (2,))
+    rollout = cut_responses(ids, batch_of(llama, ["the cat"] * 3), llama, (2,))
     assert rollout.response_mask.sum(1).tolist() == [2, 4, 1]
     assert rollout.ended.tolist() == [True, False, True]
     assert rollout.completions == ("cat", "cat dog dog cat", "")
@@ -48,7 +48,7 @@ def test_cut_keeps_the_first_stop_token_and_nothing_after_it(llama: LoadedModel)
 def test_cut_at_a_stop_string_keeps_the_token_that_completes_it(llama: LoadedModel):
     cat, dog, dot = llama.tokenizer.convert_tokens_to_ids(["cat", "dog", "."])
     ids = torch.tensor([[cat, dot, dog, dot], [cat, dog, cat, dog]])
-    rollout = cut_responses(ids, batch_of(llama, ["the"] * 2), llama.tokenizer, (2,), ["."])
+    rollout = cut_responses(ids, batch_of(llama, ["the"] * 2), llama, (2,), ["."])
     assert rollout.response_mask.sum(1).tolist() == [2, 4]
     assert rollout.ended.tolist() == [True, False]
     assert rollout.completions[0].strip() == "cat"
@@ -110,7 +110,7 @@ def test_rows_that_leave_change_no_token(kind: str, filters: dict[str, float], t
     sampling = dataclasses.replace(SamplingConfig(max_new_tokens=24), **filters)
     prompts = _several(loaded, ["a cat", "tell me about the small red bird near a house", "the dog"], 6)
     torch.manual_seed(3)
-    expected = cut_responses(_transformers_own(loaded, prompts, sampling), prompts, loaded.tokenizer, loaded.stop_ids)
+    expected = cut_responses(_transformers_own(loaded, prompts, sampling), prompts, loaded, loaded.stop_ids)
     torch.manual_seed(3)
     found = sample_responses(loaded, prompts, sampling)
     assert found.response_ids.tolist() == expected.response_ids.tolist()

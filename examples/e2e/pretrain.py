@@ -19,6 +19,7 @@ import tyro
 from torch import Tensor
 
 from cagsr.atomic import replace_folder
+from cagsr.models.continuation import encode_continuation
 from examples.e2e.prepare import read_jsonl
 
 IGNORED = -100
@@ -71,7 +72,7 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], 
     encoded = []
     for row in rows:
         prompt = tokenizer(row["prompt"]).input_ids
-        answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        answer = encode_continuation(tokenizer, row["prompt"], row["completion"])
         encoded.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
     return encoded
 

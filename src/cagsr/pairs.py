@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cagsr.config import SalienceConfig, SftConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.models.continuation import encode_continuation
+from cagsr.models.stops import turn_end
 from cagsr.prompts.answered import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form, about_messages
-from cagsr.prompts.render import render_prompt
+from cagsr.prompts.render import is_parts, messages_of, render_prompt, text_of
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -23,8 +25,8 @@ def encode_pairs(
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Read the pairs and encode each as ``{"input_ids", "labels"}``; prompt tokens have the label ``IGNORED``.
 
-    Prompt and completion are tokenised apart, because in a rollout the prompt stands alone and the answer is written
-    token by token after it. A plain completion gets the end token; a conversation gets what its chat template writes.
+    The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``). A plain one gets
+    the end token; a conversation's gets what its chat template writes, up to the token that ends the answer.
 
     Args:
         config: where the pairs are.
@@ -83,11 +85,26 @@ def encode_answer(
     Raises:
         DataError: no such column, an empty answer, one that the chat template can't render; ``where`` opens the message.
     """
-    text = _completion_text(prompt, column, encoder.tokenizer, where, flag)
-    ids = list(encoder.encode(text, add_special_tokens=False).ids)
-    if prompt.messages is None and ids[-1:] != [encoder.tokenizer.eos_token_id]:
-        ids.append(encoder.tokenizer.eos_token_id)
+    tokenizer = encoder.tokenizer
+    text = _completion_text(prompt, column, tokenizer, where, flag)
+    if prompt.messages is not None and (end := turn_end(tokenizer)) is not None:
+        text = end.cut(text)
+    ids = encode_continuation(tokenizer, prompt.text, text)
+    if prompt.messages is None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
     return ids
+
+
+def unending(answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> tuple[str, ...]:
+    """A sentence if there are answers whose last token ends no generation: nobody learns to end from them."""
+    endless = sum(ids[-1] not in stop_ids for ids in answers)
+    if not endless:
+        return ()
+    return (
+        f"Careful: {endless:,} of {len(answers):,} answers end with no token that generation stops at, because the chat "
+        "template writes none there; a model that learns from them says no end. Use a template that ends each turn with an "
+        "end token (see TRL's training chat templates).",
+    )
 
 
 def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
@@ -102,14 +119,35 @@ def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, fl
             f"answer with {flag}."
         )
     answer = prompt.columns[column]
-    if not answer or (isinstance(answer, str) and not answer.strip()):
+    if prompt.messages is None and answer and not isinstance(answer, str) and not is_parts(answer):
+        raise DataError(f"{where}: the prompt is text, so column '{column}' must be text too.")
+    said = _said(answer, f"{where}: column '{column}'")
+    if not said:
         raise DataError(f"{where}: the completion (column '{column}') is empty; write one or remove the row.")
-    if prompt.messages is None:
-        if not isinstance(answer, str):
-            raise DataError(f"{where}: the prompt is text, so column '{column}' must be text too.")
-        return answer
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(said, str):
+        if prompt.messages is None:
+            return said
+        said = ({"role": "assistant", "content": said},)
+    return text_after(prompt, said, tokenizer, where)
+
+
+def _said(answer: Any, where: str) -> str | tuple[dict[str, Any], ...]:
+    """An answer as text, or as chat messages with their contents as text; empty if it says nothing.
+
+    Raises:
+        DataError: it is neither; ``where`` (file, row, column) opens the message.
+    """
+    if isinstance(answer, str) or is_parts(answer):
+        try:
+            text = text_of(answer)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return text if text.strip() else ""
+    if not answer:
+        return ""
     if not isinstance(answer, list) or not all(isinstance(message, Mapping) for message in answer):
-        raise DataError(f"{where}: column '{column}' must hold text or a list of chat messages.")
-    return text_after(prompt, answer, tokenizer, where)
+        raise DataError(f"{where} must hold text or a list of chat messages.")
+    messages = messages_of(answer, where)
+    # A message without text may hold something else that a template writes, as a tool call.
+    said = any((one["content"] or "").strip() or one.keys() - {"role", "content"} for one in messages)
+    return messages if said else ()

@@ -19,7 +19,7 @@ from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.pairs import encode_pairs
+from cagsr.pairs import encode_pairs, unending
 from cagsr.runs.trainer_folder import (
     check_trainer_config,
     drop_checkpoints,
@@ -40,7 +40,8 @@ SETTINGS = settings_file(COMMAND)
 def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     """Fine-tune a decoder-only model on prompt-completion pairs and save it in Hugging Face layout.
 
-    The loss is on the completions only, each ended by the end token; nothing is packed. With LoRA the saved model is the
+    The loss is on the completions only, each ended by the end token (a conversation's by what its chat template ends the
+    assistant's turn with); nothing is packed. With LoRA the saved model is the
     merged one and ``adapter/`` holds the adapter alone.
 
     Args:
@@ -61,6 +62,7 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     read: list[str] = []
     pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
     notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
+    notes += unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     checkpoint = open_trainer_folder(config, COMMAND, notes)

@@ -137,6 +137,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     set_seed(config.run.seed)
 
     loaded = load_model(config.model, config.lora)
+    loaded.stops(config.sampling)  # refuses stop strings that no answer could say
     check_precision(accelerator, loaded.compute_dtype)
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)

@@ -56,6 +56,7 @@ def run(config: Config) -> None:
 
     from cagsr.evaluation.sampling import sample_in_batches
     from cagsr.models.load import load_model
+    from cagsr.models.stops import endless
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
 
     loaded = load_model(config.model, for_training=False)
@@ -81,6 +82,7 @@ def run(config: Config) -> None:
                 made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
                 rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
             advance(len(some))
+    say(endless([one["ended"] for one in rows], config.sampling.max_new_tokens))
     if config.prompt is not None and config.output is None:
         for one in rows:
             print(one["completion"])

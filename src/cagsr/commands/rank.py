@@ -64,6 +64,7 @@ def run(config: Config) -> None:
 
     from cagsr.evaluation.scorer import Scorer
     from cagsr.models.load import load_model
+    from cagsr.models.stops import endless
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
     from cagsr.reward.weigh import weigh
@@ -105,6 +106,8 @@ def run(config: Config) -> None:
         for some, done in found:
             answers += some
             advance(done)
+    if not given:
+        say(endless([answer.ended for answer in answers], config.sampling.max_new_tokens))
     group = torch.tensor([answer.prompt for answer in answers])
     raw = {name: torch.tensor([answer.terms[name] for answer in answers]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)

@@ -198,11 +198,11 @@ def read_pairs(
 
 
 def _longest(config: Config, loaded: LoadedModel, rows: Any) -> int:
-    """Tokens of the file's longest response, its stop token included, as far as it will be read."""
+    """Tokens of the file's longest response, as far as it will be read, with room for what ends and surrounds it."""
     longest = 1
     for row in rows:
         text = _text(row.values.get(config.response_column), config, f"{row.source}, row {row.number}")
-        longest = max(longest, 2 + len(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+        longest = max(longest, 4 + len(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
     return min(longest, config.max_response_length or longest)
 
 

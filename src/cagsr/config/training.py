@@ -88,7 +88,7 @@ class SamplingConfig:
     min_new_tokens: int = 0
     """Shortest answer in tokens (the stop token is forbidden before). Corrected as top_p is."""
     stop_strings: list[str] = field(default_factory=list)
-    """Texts that end an answer, besides the model's stop token."""
+    """Texts that end an answer, besides the model's stop tokens; a special token alone is one too."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,10 @@ class MonitorConfig:
     repetition: float = 0.2
     """Warn when repetition rises above the first step's by this much."""
     repetition_action: Action = "warn"
+    """What to do then."""
+    ended: float = 0.1
+    """Warn when fewer of the answers than this share end by themselves."""
+    ended_action: Action = "warn"
     """What to do then."""
     entropy: float = 0.3
     """Warn when the entropy falls below this share of the first step's."""

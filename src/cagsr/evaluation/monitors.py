@@ -5,9 +5,9 @@ get ever shorter or longer, repeat themselves or all become the same, one term t
 the answers get worse. Each monitor compares one metric with its threshold or with the run's own first step, waits for
 ``patience`` observations in a row, and speaks once for each excursion.
 
-Metrics read: ``objective/kl`` (nats per sequence), ``response/length`` (tokens), ``response/repetition`` (share),
-``policy/entropy_avg`` (nats per token), ``rewards/<name>/share`` (of the reward's variance), ``eval/metric`` (higher is
-better) and ``objective/raw_scores`` or ``objective/scores`` (mean reward before the KL penalty).
+Metrics read: ``objective/kl`` (nats per sequence), ``response/length`` (tokens), ``response/repetition`` and
+``response/ended`` (shares), ``policy/entropy_avg`` (nats per token), ``rewards/<name>/share`` (of the reward's variance),
+``eval/metric`` (higher is better) and ``objective/raw_scores`` or ``objective/scores`` (mean reward before the KL penalty).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cagsr.config import Action, MonitorConfig
+from cagsr.models.stops import hardly_any_end
 
 NEGATIVE_KL = -0.5
 """Mean KL per sequence (nats) below which sampled and scored policy can't be the same: a KL is never negative."""
@@ -73,6 +74,7 @@ class Monitors:
             self._negative_kl(seen),
             self._length(seen),
             self._repetition(seen),
+            self._ended(seen),
             self._entropy(seen),
             self._dominance(seen),
             self._metric_drop(seen),
@@ -145,6 +147,13 @@ class Monitors:
                     "first step; give reward.repetition.weight a more negative value."
                 )
         return "repetition", sentence, self._config.repetition_action
+
+    def _ended(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
+        share = seen.get("response/ended")
+        sentence = None
+        if share is not None and self._fires("ended", share < self._config.ended):
+            sentence = hardly_any_end(share)
+        return "ended", sentence, self._config.ended_action
 
     def _entropy(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
         pair = self._with_first(seen, "policy/entropy_avg")

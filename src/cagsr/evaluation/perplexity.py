@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import ModelError
+from cagsr.models.continuation import encode_continuation
 from cagsr.models.lengths import length_borders
 
 Floats = NDArray[np.float64]
@@ -25,7 +26,7 @@ def perplexity(
 
     ``model`` is a decoder-only transformers model, used as it is but for the evaluation mode (restored afterwards).
     Returns ``(answers,)`` float64; NaN for an answer without tokens. Prompts and answers are put together as
-    tokens, so that answers of any kind share the prompt's tokens.
+    tokens (``models/continuation.py``), so that answers of any kind share the prompt's tokens.
 
     Raises ModelError for an encoder-decoder judge, a tokenizer that puts nothing before an empty prompt, or a text
     longer than the model's context.
@@ -60,7 +61,7 @@ def mean_nll(
             if tokenizer.bos_token_id is None:
                 raise ModelError("the judge's tokenizer gives no token for an empty prompt; give each answer a prompt.")
             context = [tokenizer.bos_token_id]
-        rows.append((context, list(tokenizer(answer, add_special_tokens=False)["input_ids"])))
+        rows.append((context, encode_continuation(tokenizer, prompt, answer)))
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max((len(context) + len(answer) for context, answer in rows), default=0)
     if limit is not None and longest > limit:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
-from cagsr.prompts.render import content_of
+from cagsr.prompts.render import content_of, is_parts
 
 REFERENCE_COLUMNS = ("references", "reference", "completion")
 FOLLOW_UP_COLUMNS = ("follow_up", *REFERENCE_COLUMNS)
@@ -54,7 +54,11 @@ def texts_of(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, Sequence):
-        if isinstance(value[-1], Mapping):
+        if is_parts(value):
+            content = content_of(value)
+            if content is not None:
+                return [content] if content.strip() else []
+        elif isinstance(value[-1], Mapping):
             content = content_of(value[-1].get("content"))
             if content is not None:
                 return [content]

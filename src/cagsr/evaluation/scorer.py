@@ -18,7 +18,9 @@ from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, Sampling
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, PromptBatch, RewardBatch, Rollout
 from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.continuation import encode_continuation
 from cagsr.models.load import LoadedModel
+from cagsr.models.stops import turn_end
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward
@@ -51,10 +53,9 @@ def encode_response(
 ) -> Response:
     """Turn an answer's text into the tokens the model would have had to say.
 
-    Where white space stands between prompt and answer the two are tokenised together, as in supervised training, if
-    that leaves the prompt's tokens as they are; otherwise the answer is tokenised alone, because a sampled answer may
-    come without the space that its first token holds. No special tokens are put in; the stop token is appended to an
-    answer that ended.
+    They are those that ``sft`` and ``dpo`` train on (``models/continuation.py``): what can be written behind the prompt's
+    own. The answer of an encoder-decoder is a text of its own. No special tokens are put in but the one that ends an
+    answer: EOS, in a conversation the one that the chat template writes behind the assistant's turn.
 
     Args:
         loaded: the model's tokenizer and stop tokens.
@@ -74,17 +75,18 @@ def encode_response(
 
 
 def _tokens(loaded: LoadedModel, prompt: EncodedPrompt, text: str, ended: bool) -> list[int]:
-    tokenizer = loaded.tokenizer
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not loaded.encoder_decoder and (text[:1].isspace() or prompt.prompt.text[-1:].isspace()):
-        add_special = prompt.prompt.messages is None
-        before = tokenizer(prompt.prompt.text, add_special_tokens=add_special, verbose=False)["input_ids"]
-        both = tokenizer(prompt.prompt.text + text, add_special_tokens=add_special, verbose=False)["input_ids"]
-        if both[: len(before)] == before and len(both) > len(before):
-            ids = both[len(before) :]
-    ids = _without_stop(ids, loaded)
+    tokenizer, messages = loaded.tokenizer, prompt.prompt.messages
+    end = None if messages is None else turn_end(tokenizer)
+    said = text
+    if end is not None and messages is not None and text:
+        if messages[-1]["role"] != "assistant" and not text.startswith(end.lead):
+            said = end.lead + said
+        if ended and not text.endswith(end.gap):
+            said += end.gap
+    before = "" if loaded.encoder_decoder else prompt.prompt.text
+    ids = _without_stop(encode_continuation(tokenizer, before, said), loaded)
     if text and ids and ended:
-        stop = tokenizer.eos_token_id
+        stop = tokenizer.eos_token_id if end is None or end.stop is None else end.stop
         ids = [*ids, loaded.stop_ids[0] if stop is None else int(stop)]
     return ids
 

@@ -12,6 +12,7 @@ from cagsr.evaluation.best_of_n import correlation, within_share
 from cagsr.evaluation.collect import Signals
 from cagsr.evaluation.cross_fit import held_fixed
 from cagsr.evaluation.recommend import weighted_parts, within_z
+from cagsr.models.stops import HARDLY_ANY, hardly_any_end
 from cagsr.reward.metrics import variance_share
 from cagsr.reward.normalize import Normalization
 
@@ -51,7 +52,9 @@ def warnings_for(
             )
     found += _about_coverage(signals) if "coverage" in parts else []
     cut = 1.0 - float(signals.ended.mean())
-    if cut > 0.5:
+    if 1.0 - cut < HARDLY_ANY:
+        found.append(hardly_any_end(1.0 - cut))
+    elif cut > 0.5:
         found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
     within = {name: torch.from_numpy(_centred(part).ravel()) for name, part in parts.items()}
     for name, part in within.items():

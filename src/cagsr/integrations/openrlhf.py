@@ -15,6 +15,7 @@ from cagsr.errors import DataError
 from cagsr.evaluation.scorer import Response
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.integrations.frozen import FrozenScorer, frozen_scorer
+from cagsr.models.continuation import encode_continuation
 
 
 def reward_func(
@@ -46,16 +47,11 @@ def reward_func(
 
 
 def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[EncodedPrompt, Response]:
-    """Prompt and answer as tokens: the prompt's own, then what the whole text has beyond them."""
+    """Prompt and answer as tokens: the prompt's own, then what the rest of the text adds to them."""
     # OpenRLHF puts no BOS before a prompt.
     encoded = scorer.encoder.encode_rendered(_known(scorer, row, prompt), add_special_tokens=False)
-    tokenizer, count = scorer.loaded.tokenizer, len(encoded.ids)
-    ids = tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"]
-    if tuple(ids[:count]) != encoded.ids:
-        ids = list(encoded.ids) + _apart(tokenizer, query, prompt, encoded)
-    answer = tuple(int(token) for token in ids[count:]) or scorer.loaded.stop_ids[:1]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    return encoded, Response(text, answer, answer[-1] in scorer.loaded.stop_ids)
+    answer = tuple(_answer(scorer.loaded.tokenizer, query, prompt, encoded)) or scorer.loaded.stop_ids[:1]
+    return encoded, Response(scorer.loaded.text_of(answer), answer, answer[-1] in scorer.loaded.stop_ids)
 
 
 def _known(scorer: FrozenScorer, row: int, prompt: str) -> Prompt:
@@ -72,11 +68,11 @@ def _known(scorer: FrozenScorer, row: int, prompt: str) -> Prompt:
     )
 
 
-def _apart(tokenizer: Any, query: str, prompt: str, encoded: EncodedPrompt) -> list[int]:
-    """The answer's tokens where its first one merges with the prompt's last: tokenised alone."""
-    for prefix in (prompt, tokenizer.decode(list(encoded.ids), skip_special_tokens=False)):
-        if query.startswith(prefix):
-            return list(tokenizer(query[len(prefix) :], add_special_tokens=False, verbose=False)["input_ids"])
+def _answer(tokenizer: Any, query: str, prompt: str, encoded: EncodedPrompt) -> list[int]:
+    """The answer's tokens."""
+    for before in (prompt, tokenizer.decode(list(encoded.ids), skip_special_tokens=False)):
+        if query.startswith(before):
+            return encode_continuation(tokenizer, before, query[len(before) :])
     raise DataError(
         f"the query {query[:60]!r} does not begin with its prompt {prompt[:60]!r}: was the prompt cut? Raise the longest "
         "prompt, or drop long ones."

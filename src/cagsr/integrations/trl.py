@@ -29,6 +29,7 @@ from cagsr.integrations.live import FrozenModel, LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
+from cagsr.models.stops import stop_tokens
 from cagsr.prompts.render import text_of
 from cagsr.reward.build import check_reward_config
 from cagsr.reward.normalize import Normalizer
@@ -297,10 +298,6 @@ def _loaded(trainer: Any) -> LoadedModel:
     """The trainer's policy as our scoring pass takes it; the very same module, not a copy."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = trainer.processing_class
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stops = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None:
-        stops.append(tokenizer.eos_token_id)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -308,7 +305,7 @@ def _loaded(trainer: Any) -> LoadedModel:
         device=trainer.accelerator.device,
         compute_dtype=torch.bfloat16 if next(model.parameters()).dtype == torch.bfloat16 else torch.float32,
         encoder_decoder=bool(model.config.is_encoder_decoder),
-        stop_ids=tuple(dict.fromkeys(int(token) for token in stops)),
+        stop_ids=stop_tokens(model.generation_config, tokenizer),
         lora=hasattr(model, "peft_config"),
         notes=(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cagsr.config import LoraConfig, ModelConfig
+from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
+from cagsr.models.continuation import continuation_text
 from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 from cagsr.models.lengths import length_borders
+from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.text_ids import text_ids
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -46,7 +49,7 @@ class LoadedModel:
     """float32, or bfloat16 under autocast (trained weights stay float32)."""
     encoder_decoder: bool
     stop_ids: tuple[int, ...]
-    """Token ids that end an answer."""
+    """Token ids that end an answer; the model's generation config names them too, so a saved model stops alike."""
     lora: bool
     notes: tuple[str, ...]
     """What was chosen and why, one sentence each."""
@@ -69,6 +72,21 @@ class LoadedModel:
     def autocast(self) -> torch.autocast:
         """The context in which every forward pass of this model runs."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def stops(self, sampling: SamplingConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What ends an answer under these settings: token ids, and texts that are looked for in it.
+
+        Raises:
+            ConfigError: a stop string that can't be found in any text.
+        """
+        ids, texts = split_stop_strings(self.tokenizer, sampling.stop_strings)
+        return tuple(dict.fromkeys((*self.stop_ids, *ids))), texts
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """An answer's tokens as text, special tokens left out; behind a prompt the first token's space is part of it."""
+        if self.encoder_decoder:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return continuation_text(self.tokenizer, ids)
 
     def context_length(self) -> int | None:
         """The longest prompt + response the model has positions for, None where it states no limit."""
@@ -144,7 +162,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         model.resize_token_embeddings(len(tokenizer))
     if added_pad:
         notes.append(f"PAD: {tokenizer.pad_token!r} was added to the vocabulary (id {tokenizer.pad_token_id}).")
-    stop_ids = _stop_ids(model, tokenizer, config.path)
+    stop_ids = _stop_ids(model, tokenizer, config.path, notes)
     policy: nn.Module = model
     if use_lora:
         assert lora is not None
@@ -339,15 +357,23 @@ def _choose_pad(
     return False
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:
-    """Stop tokens: those of the generation config (chat models have several) and the tokenizer's EOS."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+def _stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, notes: list[str]
+) -> tuple[int, ...]:
+    """The model's stop tokens, which its generation config then names too."""
+    generation = model.generation_config
+    ids = stop_tokens(generation, tokenizer)
     if not ids:
         raise ModelError(f"--model.path {path}: neither the tokenizer nor the generation config names an EOS token.")
-    return tuple(dict.fromkeys(int(number) for number in ids))
+    named = None if generation is None else generation.eos_token_id
+    known = {tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
+    for number in ids:
+        if number not in known:
+            token = tokenizer.convert_ids_to_tokens(number)
+            notes.append(f"Stop: {token!r} ends answers too, because the chat template ends them with it.")
+    if generation is not None:
+        generation.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
+    return ids
 
 
 def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:

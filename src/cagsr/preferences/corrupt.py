@@ -15,7 +15,7 @@ from typing import Any
 
 from cagsr.config import CorruptionConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.prompts.render import text_of
+from cagsr.prompts.render import is_parts, text_of
 from cagsr.prompts.words import find_words
 
 _TRIES = 40
@@ -128,9 +128,11 @@ def _plain(text: str) -> str:
 
 
 def _in_form_of(completion: Any, text: str) -> Any:
-    """Write ``text`` as ``completion`` is written: with its white space in front, or as the message it is."""
+    """Write ``text`` as ``completion`` is written: with its white space in front, in parts, or as the message it is."""
     if isinstance(completion, str):
         return completion[: len(completion) - len(completion.lstrip())] + text
+    if is_parts(completion):
+        return [{"type": "text", "text": text}]
     return [*completion[:-1], {**completion[-1], "content": text}]
 
 

@@ -16,7 +16,7 @@ from cagsr import __version__
 from cagsr.config import DpoConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.pairs import encode_answer
+from cagsr.pairs import encode_answer, unending
 from cagsr.preferences.pairs import BY_LENGTH, OrderByEpoch, PreferencePair, encode_all, read_preferences
 from cagsr.preferences.split import subset
 from cagsr.prompts.encode import TextEncoder, encode_prompt
@@ -67,6 +67,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     encoder = TextEncoder(loaded.tokenizer)
     encoded, dropped = encode_all(pairs, lambda pair: _encode(pair, encoder, config), _length, config, limit)
     notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
+    notes += unending([pair[name] for pair in encoded for name in ("chosen_ids", "rejected_ids")], loaded.stop_ids)
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     checkpoint = open_trainer_folder(config, COMMAND, notes)

@@ -14,7 +14,7 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
-from cagsr.prompts.render import content_of, only_calls, render_prompt, text_of
+from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
 
 PreferenceConfig = RewardModelConfig | DpoConfig
 
@@ -215,7 +215,12 @@ def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
         )
     value = prompt.columns[column]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        value = _message(value, prompt, column, where)
+        if not is_parts(value):
+            _check_message(value, prompt, column, where)
+        try:
+            value = text_of(value)
+        except DataError as error:
+            raise DataError(f"{where}: column '{column}': {error}") from error
     if not isinstance(value, str) and value is not None:
         raise DataError(f"{where}: column '{column}' must hold text or a list with one chat message.")
     if not value or not value.strip():
@@ -223,7 +228,7 @@ def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
     return value
 
 
-def _message(value: Sequence[Any], prompt: Prompt, column: str, where: str) -> str:
+def _check_message(value: Sequence[Any], prompt: Prompt, column: str, where: str) -> None:
     if prompt.messages is None:
         raise DataError(f"{where}: the prompt is text, so column '{column}' must be text too.")
     if len(value) != 1 or not isinstance(value[0], Mapping) or value[0].get("role") != "assistant":
@@ -232,7 +237,3 @@ def _message(value: Sequence[Any], prompt: Prompt, column: str, where: str) -> s
         )
     if only_calls(value[0]):
         raise DataError(f"{where}: the answer in column '{column}' only calls tools; preferences are read of texts.")
-    content = content_of(value[0].get("content"))
-    if content is None:
-        raise DataError(f"{where}: the message in column '{column}' is not text (images are not supported).")
-    return content

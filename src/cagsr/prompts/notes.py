@@ -7,6 +7,7 @@ from typing import Any
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.flow import Prompt
+from cagsr.models.stops import turn_end
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.written import is_rendered
 
@@ -40,6 +41,13 @@ def describe(
             )
         if data.system_prompt is not None:
             notes.append("--data.system_prompt has no effect: the prompts are plain text, not conversations.")
+    elif (end := turn_end(tokenizer)) is None or end.stop is None:
+        follows = end.before_next if end is not None else ""
+        named = f" (the template goes on with {follows.rstrip()!r})" if follows.strip() else ""
+        notes.append(
+            "Careful: the chat template writes no token that ends an answer, so answers may never stop; name what comes "
+            f"behind them with --sampling.stop_strings{named}."
+        )
     return notes
 
 

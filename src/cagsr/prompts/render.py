@@ -76,11 +76,17 @@ def render_prompt(
 def text_of(value: Any) -> str:
     """Return the text of a completion or reference column in either of TRL's formats: text, or chat messages.
 
+    Text may also come as the content of a message does, in parts ``{"type": "text", "text": ...}``.
+
     Raises:
         DataError: ``value`` is neither.
     """
     if isinstance(value, str):
         return value
+    if is_parts(value):
+        if (text := content_of(value)) is not None:
+            return text
+        raise DataError("A part of it is not text (images are not supported).")
     if isinstance(value, Sequence) and all(isinstance(entry, Mapping) for entry in value):
         spoken = [entry for entry in value if not only_calls(entry)]
         contents = [content_of(entry.get("content")) for entry in spoken]
@@ -90,6 +96,15 @@ def text_of(value: Any) -> str:
             return "\n".join(content for content in contents if content is not None)
         raise DataError("A message's content is not text (images are not supported).")
     raise DataError(f"Expected text or a list of chat messages, found {_kind(value)}.")
+
+
+def is_parts(value: Any) -> bool:
+    """Whether ``value`` is the content of a message in parts, and not a list of messages or texts."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and "type" in part and part.get("role") is None for part in value)
+    )
 
 
 def content_of(content: Any) -> str | None:

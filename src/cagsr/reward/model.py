@@ -98,7 +98,8 @@ def encode_answered(prompt: Prompt, answer: str, tokenizer: PreTrainedTokenizerB
 
     A conversation goes through the tokenizer's chat template, which writes its special tokens; a plain prompt is joined
     with its answer (``join_answer``) and gets the tokenizer's own. No end token is added to plain text: a sampled
-    answer comes as text, without the token that ended it.
+    answer comes as text, without the token that ended it. Prompt and answer are one text here, not tokens behind other
+    tokens as for a policy: nobody writes behind the prompt, and a classifier was made for texts.
     """
     if prompt.messages is None:
         text = join_answer(prompt.text, answer)

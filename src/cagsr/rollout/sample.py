@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
@@ -33,6 +33,7 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     """
     many = _answers_per_prompt(prompts)
     start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
+    stop_ids, stop_strings = loaded.stops(sampling)
     settings = _only_these_settings(loaded.model, _settings(loaded, sampling))
     drawn: list[Tensor] = []
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
@@ -43,10 +44,10 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
             answers_per_prompt=many,
             drawn=drawn,
             stopping_criteria=StoppingCriteriaList(
-                [SaysStopString(loaded.tokenizer, sampling.stop_strings, start)] if sampling.stop_strings else []
+                [SaysStopString(loaded.text_of, stop_strings, start)] if stop_strings else []
             ),
         )
-    rollout = cut_responses(ids[:, start:], prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+    rollout = cut_responses(ids[:, start:], prompts, loaded, stop_ids, stop_strings)
     if not drawn:
         return rollout
     mask = rollout.response_mask
@@ -59,13 +60,13 @@ class SaysStopString(StoppingCriteria):
     transformers' own criterion takes the vocabulary apart and fails on tokenizers of whole words.
 
     Args:
-        tokenizer: turns tokens into text.
+        text_of: turns an answer's tokens into text.
         stop_strings: what ends an answer.
         start: where answers begin: a prompt may say a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], start: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, text_of: Callable[[Sequence[int]], str], stop_strings: Sequence[str], start: int) -> None:
+        self._text_of = text_of
         self._stop_strings = tuple(stop_strings)
         self._start = start
         # A token is at least a character but for pieces of one, which come in fours at most.
@@ -74,7 +75,7 @@ class SaysStopString(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
         """``(rows,)`` bool: whether the text of each row's last tokens holds a stop string."""
         first = max(self._start, input_ids.shape[1] - self._tokens)
-        texts = self._tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
+        texts = [self._text_of(ids) for ids in input_ids[:, first:].tolist()]
         found = [any(stop in text for stop in self._stop_strings) for text in texts]
         return torch.tensor(found, device=input_ids.device)
 
@@ -93,7 +94,7 @@ def _answers_per_prompt(prompts: PromptBatch) -> int:
 def cut_responses(
     ids: Tensor,
     prompts: PromptBatch,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     stop_ids: Sequence[int],
     stop_strings: Sequence[str] = (),
 ) -> Rollout:
@@ -102,9 +103,9 @@ def cut_responses(
     Args:
         ids: ``(batch, length)`` int64, whatever follows a stop is ignored.
         prompts: the prompts, ``(batch, prompt)``.
-        tokenizer: turns the answers into text.
+        loaded: turns the answers into text.
         stop_ids: token ids that end an answer.
-        stop_strings: texts that end an answer; the text itself is left out of ``completions``.
+        stop_strings: texts that end an answer; the text itself is left out of ``completions``, as stop tokens are.
 
     Returns:
         The rollout, cut to the longest answer, at least one position wide.
@@ -120,10 +121,11 @@ def cut_responses(
     completions = []
     for row in range(batch):
         tokens = ids[row, : int(lengths[row])].tolist()
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        # A stop token need not be a special one, which decoding leaves out.
+        text = loaded.text_of(tokens[:-1] if ended[row] else tokens)
         cut = [text.find(stop) for stop in stop_strings if stop in text]
         if cut:
-            lengths[row] = _tokens_until(tokens, stop_strings, tokenizer)
+            lengths[row] = _tokens_until(tokens, stop_strings, loaded)
             ended[row] = True
             text = text[: min(cut)]
         completions.append(text)
@@ -131,16 +133,16 @@ def cut_responses(
     positions = torch.arange(width, device=ids.device)
     mask = positions[None, :] < lengths[:, None]
     padded = torch.nn.functional.pad(ids, (0, max(0, width - length)))[:, :width]
-    response = padded.masked_fill(~mask, int(tokenizer.pad_token_id or 0))
+    response = padded.masked_fill(~mask, loaded.pad_token_id)
     return Rollout(prompts, response, mask, ended, tuple(completions))
 
 
-def _tokens_until(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int:
+def _tokens_until(tokens: list[int], stop_strings: Sequence[str], loaded: LoadedModel) -> int:
     """How many tokens it takes until the decoded text holds a stop string (bisection: the text only grows)."""
     low, high = 1, len(tokens)
     while low < high:
         middle = (low + high) // 2
-        text = tokenizer.decode(tokens[:middle], skip_special_tokens=True)
+        text = loaded.text_of(tokens[:middle])
         if any(stop in text for stop in stop_strings):
             high = middle
         else:
@@ -153,7 +155,7 @@ def _settings(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig
     settings = {
         "max_new_tokens": sampling.max_new_tokens,
         "min_new_tokens": sampling.min_new_tokens or None,
-        "eos_token_id": list(loaded.stop_ids),
+        "eos_token_id": list(loaded.stops(sampling)[0]),
         "pad_token_id": loaded.pad_token_id,
         "bos_token_id": loaded.tokenizer.bos_token_id,
         "decoder_start_token_id": getattr(base, "decoder_start_token_id", None),

@@ -6,6 +6,7 @@ after every update.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -87,7 +88,8 @@ class VLLMSampler:
             self._channel.close()
 
     def _ask(self, questions: Sequence[Question], sampling: SamplingConfig) -> list[EngineAnswer]:
-        stop_ids = self._loaded.stop_ids
+        stop_ids, stop_strings = self._loaded.stops(sampling)
+        sampling = dataclasses.replace(sampling, stop_strings=list(stop_strings))
         check_room(questions, sampling, self._served.context, self._server.url)
         reply = self._server.post(
             "/v1/completions", completion_request(self._served.name, questions, sampling, stop_ids)
@@ -150,7 +152,7 @@ def assemble(
     for row, answer in enumerate(answers):
         ids[row, : len(answer.ids)] = torch.tensor(answer.ids)
         logprobs[row, : len(answer.ids)] = torch.tensor(answer.logprobs)
-    cut = cut_responses(ids.to(device), prompts, loaded.tokenizer, loaded.stop_ids, sampling.stop_strings)
+    cut = cut_responses(ids.to(device), prompts, loaded, *loaded.stops(sampling))
     # An answer may be over before its stop shows in our text (the engine's own idea of a stop string), and what comes
     # after it is filling, not tokens.
     width = cut.response_ids.shape[1]

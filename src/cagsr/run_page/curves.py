@@ -64,6 +64,7 @@ MARKED = {
     "negative_kl": ("objective/kl",),
     "length_drift": ("response/length",),
     "repetition": ("response/repetition",),
+    "ended": ("response/ended",),
     "entropy": ("policy/entropy_avg",),
     "metric_drop": ("eval/metric", "objective/raw_scores", "objective/scores"),
 }

@@ -17,6 +17,7 @@ MONITORS = {
     "negative_kl": "KL below zero",
     "length_drift": "Length drifts",
     "repetition": "Repetition",
+    "ended": "Answers don't end",
     "entropy": "Entropy collapses",
     "dominance": "One term dominates",
     "metric_drop": "Reward up, held-out metric down",

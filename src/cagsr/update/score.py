@@ -108,7 +108,7 @@ def score_policy(
                 "logprobs": logprobs,
                 "entropy": entropy,
                 "certainty": certainty,
-                "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
+                "correction": sampling_correction(logits, ids, sampling, loaded.stops(sampling)[0]),
             }
             if values is not None:
                 found["values"] = values
