@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from cagsr.config import SalienceConfig, SftConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.progress import working
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.render import render_prompt
@@ -18,6 +19,7 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 
 
+@working("reading the pairs")
 def encode_pairs(config: SftConfig, tokenizer: Any, max_length: int | None) -> tuple[list[dict[str, list[int]]], int]:
     """Read the pairs and encode each as ``{"input_ids", "labels"}``; prompt tokens have the label ``IGNORED``.
 

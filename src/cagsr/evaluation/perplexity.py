@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import ModelError
+from cagsr.progress import each
 
 Floats = NDArray[np.float64]
 
@@ -70,7 +71,7 @@ def mean_nll(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), size):
+        for start in each("judging by perplexity", range(0, len(order), size), "batches"):
             chosen = order[start : start + size]
             result[chosen] = _batch_nll(model, [rows[number] for number in chosen])
     finally:

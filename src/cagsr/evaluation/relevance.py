@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import ConfigError, ModelError
+from cagsr.progress import working
 
 Floats = NDArray[np.float64]
 
@@ -22,6 +23,7 @@ class Encoder(Protocol):
         """Embeddings ``(sentences, width)``."""
 
 
+@working("embedding the answers")
 def embedding_relevance(
     encoder: Encoder, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 64
 ) -> Floats:

@@ -20,6 +20,7 @@ from transformers import (
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
+from cagsr.progress import working
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -105,6 +106,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
+@working("loading the model")
 def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_training: bool = True) -> LoadedModel:
     """Load the model, its tokenizer and, if asked for, fresh LoRA adapters.
 

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.render import render_prompt
 
@@ -31,6 +32,7 @@ class PreferencePair:
     """File and row, for messages."""
 
 
+@working("reading the pairs")
 def read_preferences(config: PreferenceConfig, tokenizer: Any, path: str | None = None) -> list[PreferencePair]:
     """Read all pairs of ``config.data``, or of the file ``path`` with the same columns.
 
@@ -78,7 +80,7 @@ def encode_all(
     """
     encoded: list[dict[str, Any]] = []
     dropped = 0
-    for pair in pairs:
+    for pair in each("encoding", pairs, "pairs"):
         ids = encode(pair)
         tokens = length(ids)
         if _is_too_long(pair, tokens, config, limit):

@@ -20,6 +20,7 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.progress import each, working
 from cagsr.reward.values import quote_prompt
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
@@ -58,7 +59,7 @@ class RewardModel:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         scores = torch.zeros(len(ids), dtype=torch.float32)
         with torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
+            for start in each(f"scoring by {self.name}", range(0, len(order), self.batch_size), "batches"):
                 rows = order[start : start + self.batch_size]
                 width = max(len(ids[row]) for row in rows)
                 pad = int(self.tokenizer.pad_token_id)
@@ -127,6 +128,7 @@ def _is_wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in ("W", "F")
 
 
+@working("loading a reward model")
 def load_reward_model(path: str, device: torch.device | str, name: str | None = None) -> RewardModel:
     """Load a reward model and its tokenizer.
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from cagsr.models.cache import rows_can_be_picked
+from cagsr.progress import working
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""
@@ -68,7 +69,8 @@ def decode(
     result = rows
     going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
     finished = False
-    with model._optimize_model_for_decode():
+    most = generation_config.max_length - input_ids.shape[1]
+    with model._optimize_model_for_decode(), working("sampling", most, "tokens of the longest answer") as task:
         while True:
             if not finished:
                 scores = logits_processor(rows, logits)
@@ -78,6 +80,7 @@ def decode(
                 column = torch.full_like(result[:, :1], int(pad))
                 column[held, 0] = tokens
                 result = torch.cat([result, column], dim=-1)
+                task.advance()
                 going = going & ~stopping_criteria(rows, None)
                 alive = int(going.sum())
                 finished = alive == 0
