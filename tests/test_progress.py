@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny
 from cagsr import progress
@@ -24,6 +23,7 @@ from cagsr.commands.main import main
 from cagsr.compare import schedule
 from cagsr.compare.jobs import Job
 from cagsr.progress import Display, duration, each, resting, say, shown, working
+from slow import every_pass_is_long
 
 # ---- the mechanism ----
 
@@ -190,7 +190,7 @@ ROWS = [
 SHORT = "--sampling.num_generations 2 --sampling.max_new_tokens 4 --batch_size 4"
 ASSOCIATIONS = "--reward.associations.answers 30 --reward.associations.min_count 2"
 TRAINER = "--model start --data rows.jsonl --output_dir out --steps 2 --batch_size 4 --micro_batch_size 2"
-SAMPLING = r"> sampling \d/4 tokens of the longest answer \("
+SAMPLING = r"> sampling \d/4 tokens \("
 ANSWERING = r"answering \d+/25 prompts"
 
 
@@ -286,16 +286,6 @@ CASES = {
             r"^Held out, .*: sampled \d\.\d{3} -> \d\.\d{3}, greedy \d\.\d{3} -> \d\.\d{3}\.$",
         ),
     ),
-    "quickstart": Case(
-        "--output_dir quick --pairs 64 --sft_steps 2 --prompts 12 --held_out 4 --steps 1 --batch_size 2",
-        (
-            r"^step 1/2 .* loss",
-            r"^step 0/1 .*> sampling",
-            r"^answering and judging 0/5 columns .*> matching the entropy .*> scoring",
-            r"^answering and judging 4/5 columns .*> judging by perplexity",
-        ),
-        (r"^Done: the model is in quick/start\. 2 steps", r"^Facts covered", r"^Done in "),
-    ),
 }
 
 
@@ -310,19 +300,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every forward pass is long: the display's thread finds in each that a line is due."""
-    monkeypatch.setattr(progress, "FIRST", 0.0)
-    monkeypatch.setattr(progress, "EVERY", 1e-9)
-    monkeypatch.setattr(Display, "_watch", lambda self: None)
-    forward = LlamaMLP.forward
-
-    def slowly(self: LlamaMLP, x: Any) -> Any:
-        display = progress._CURRENT.get()
-        if display is not None:
-            display.tick()
-        return forward(self, x)
-
-    monkeypatch.setattr(LlamaMLP, "forward", slowly)
+    every_pass_is_long(monkeypatch)
 
 
 def run(name: str, words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

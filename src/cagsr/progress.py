@@ -170,7 +170,7 @@ class Display:
     def say(self, sentence: str) -> None:
         """Print a sentence, above the bars if there are any."""
         with self._lock:
-            self._console.print(sentence, markup=False)
+            self._console.print(sentence, markup=False, highlight=False)
 
     def tick(self) -> None:
         """Print where the work is, if it is time to."""

@@ -214,9 +214,9 @@ def _run(name: str, flags: Sequence[str]) -> None:
     config = parse_command(
         module.Config, with_positional(name, flags), prog=f"cagsr {name}", description=summary, epilog=epilog
     )
-    # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     with shown(f"cagsr {name}"):
+        # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
         module.run(config)
 
 

@@ -79,7 +79,7 @@ class _Running:
             stream.seek(max(self.log_began, size - 2000))
             lines = stream.read().decode("utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"{self.job.name} {duration(time.perf_counter() - self.began)}" + (f": {said[:120]}" if said else "")
+        return f"{self.job.name} {duration(time.perf_counter() - self.began)}" + (f": {said[:200]}" if said else "")
 
 
 class _Run:
@@ -132,6 +132,7 @@ class _Run:
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
         threads = str(max(1, (os.cpu_count() or 1) // self._parallel))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the log tells of the work; its last line is shown
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as stream:

@@ -70,7 +70,7 @@ def decode(
     going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
     finished = False
     most = generation_config.max_length - input_ids.shape[1]
-    with model._optimize_model_for_decode(), working("sampling", most, "tokens of the longest answer") as task:
+    with model._optimize_model_for_decode(), working("sampling", most, "tokens") as task:
         while True:
             if not finished:
                 scores = logits_processor(rows, logits)
