@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cagsr.quickstart.compare import BATCH, DRAWS, MEASURES, Answered, Compariso
 from cagsr.quickstart.show import remark, verdict
 from cagsr.quickstart.stages import MAX_NEW_TOKENS
 from cagsr.quickstart.task import facts_covered, facts_said_again, make_pairs, make_prompts, wrong_facts
+from slow import every_pass_is_long
 
 SMALL = ["--pairs", "64", "--sft_steps", "3", "--prompts", "12", "--held_out", "8", "--steps", "1", "--batch_size", "2"]
 MARA = "Introduce this person. name: Mara; job: baker; city: Lisbon; pet: parrot; hobby: chess."
@@ -42,10 +44,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         import io
         import sys
 
-        printed = io.StringIO()
+        printed, progress = io.StringIO(), io.StringIO()
         patch.setattr(sys, "stdout", printed)
+        patch.setattr(sys, "stderr", progress)
+        every_pass_is_long(patch)
         assert quickstart(folder) == 0
+    (folder.parent / "progress.txt").write_text(progress.getvalue())
     return folder, printed.getvalue()
+
+
+def test_all_of_its_work_says_where_it_is(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    lines = (folder.parent / "progress.txt").read_text().splitlines()
+    for pattern in (
+        r"^step 2/3 \(\d:\d\d, \d:\d\d left\)  loss \S+",
+        r"^answering held-out prompts 0/1 batches .*> sampling \d+/64 tokens",
+        r"^step 0/1 .*> scoring 0/1 batches",
+        r"^answering and judging 2/5 columns .*> answering 0/8 prompts .*> sampling",
+        r"^answering and judging 4/5 columns .*> judging by perplexity 0/1 batches",
+    ):
+        assert any(re.search(pattern, line) for line in lines), pattern
+    for name in ("start", "judge"):
+        assert f"Done: the model is in {folder / name}. 3 steps, training loss" in printed
 
 
 def test_it_leaves_everything_it_names(finished: tuple[Path, str]) -> None:

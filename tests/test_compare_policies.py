@@ -131,7 +131,7 @@ def test_a_method_may_change_its_kind_and_come_after_dpo(
 ) -> None:
     tuned: list[Any] = []
 
-    def train_dpo(config: Any, *, quiet: bool) -> Path:
+    def train_dpo(config: Any) -> Path:
         assert not (Path(config.output_dir) / "final").exists()
         tuned.append(config)
         folder = Path(config.output_dir)

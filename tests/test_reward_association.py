@@ -174,15 +174,11 @@ def test_learned_from_a_model_repeatably_and_without_touching_the_generators(tmp
     sampling, config = SamplingConfig(max_new_tokens=6), AssociationsConfig(answers=60, min_count=2, floor=0.01)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    told: list[tuple[int, int]] = []
-    first = associations_of(
-        loaded, prompts, sampling, config, seed=1, advance=lambda done, total: told.append((done, total))
-    )
+    first = associations_of(loaded, prompts, sampling, config, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     again = associations_of(loaded, prompts, sampling, config, seed=1)
     assert first.to_json() == again.to_json()
     assert first.answers == 75  # 25 prompts: 3 answers each are the first multiple of 25 that reaches 60
-    assert told[-1] == (75, 75)
     with pytest.raises(ConfigError, match="20 prompts or more, and there are 5"):
         associations_of(loaded, prompts[:5], sampling, config, seed=1)
 

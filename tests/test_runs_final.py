@@ -1,9 +1,8 @@
-"""The end of a run: final model and card; and what is shown on the way: trackers, progress, curves."""
+"""The end of a run: final model and card; and what is shown on the way: trackers, numbers, curves."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +17,7 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.lines import append_lines
-from cagsr.runs.progress import TrainingProgress, live_numbers
+from cagsr.runs.numbers import live_numbers
 from cagsr.runs.tracker import flat_settings, start_tracker
 
 FACTS = CardFacts(
@@ -164,37 +162,6 @@ def test_settings_are_flattened_to_what_trackers_take() -> None:
         "a.d": "[1, 2]",
         "e": True,
     }
-
-
-def run_progress(total: int, done: int = 0, terminal: bool = False, **kwargs: Any) -> str:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=140)
-    with TrainingProgress(total, done=done, console=console, **kwargs) as progress:
-        progress.say("A [note].")
-        for step in range(done + 1, total + 1):
-            metrics = {"objective/scores": 0.5, "objective/kl": step / 10}
-            progress.step(step, metrics | ({"eval/metric": 0.25} if step == done + 1 else {}))
-    return stream.getvalue()
-
-
-def test_plain_lines_without_a_terminal() -> None:
-    lines = run_progress(100, lines=4).splitlines()
-    assert lines[0] == "A [note]."
-    assert [line.split()[1] for line in lines[1:]] == ["1/100", "25/100", "50/100", "75/100", "100/100"]
-    assert lines[-1].endswith("left 0:00  reward 0.5  kl 10  held-out 0.25")
-    assert [line.split()[1] for line in run_progress(100, done=60, lines=4).splitlines()[1:]] == [
-        "61/100",
-        "75/100",
-        "100/100",
-    ]
-
-
-def test_a_bar_on_a_terminal_and_nothing_on_other_processes() -> None:
-    shown = run_progress(3, terminal=True)
-    assert "3/3" in shown
-    assert "reward 0.5" in shown
-    assert run_progress(3, main_process=False) == ""
-    assert run_progress(3, terminal=True, main_process=False) == ""
 
 
 def test_live_numbers_prefer_raw_scores_and_skip_what_is_undefined() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
+from cagsr.progress import working
 from cagsr.reward.association import Associations, learn_associations
 
 FEWEST_PROMPTS = 20
@@ -25,6 +26,7 @@ SEED = 104_729
 """Added to the run's seed, so that these answers are not the first step's."""
 
 
+@working("learning associations")
 def associations_of(
     loaded: LoadedModel,
     prompts: Sequence[EncodedPrompt],
@@ -33,7 +35,6 @@ def associations_of(
     *,
     seed: int,
     batch_size: int = 64,
-    advance: Callable[[int, int], None] = lambda done, total: None,
     accelerator: Accelerator | None = None,
 ) -> Associations:
     """Read the associations that ``config.path`` names, or learn them from the model's answers to these prompts.
@@ -48,7 +49,6 @@ def associations_of(
         config: where they are, or how they are learned.
         seed: the same seed, model and prompts give the same associations.
         batch_size: answers in memory at once.
-        advance: told how many answers are done, and how many there will be.
         accelerator: divides the prompts among its processes, which all call this and get the same.
 
     Raises:
@@ -77,7 +77,6 @@ def associations_of(
     for _, rollout in sample_in_batches(loaded, mine, each, seed + SEED + rank, per_batch):
         asked = [(prompt.text, prompt.template) for prompt in rollout.prompts.prompts]
         found += zip(asked, rollout.completions, strict=True)
-        advance(len(found), len(mine) * each.num_generations)
     found = together(found, accelerator)
     return from_main(
         lambda: learn_associations(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import uvicorn
 
 from cagsr.errors import ConfigError
+from cagsr.progress import resting
 
 HOST = "127.0.0.1"
 
@@ -47,4 +48,5 @@ def serve_until_interrupted(settings: uvicorn.Config, taken: socket.socket, read
             await super().startup(sockets)
             ready()
 
-    Server(settings).run(sockets=[taken])
+    with resting():
+        Server(settings).run(sockets=[taken])

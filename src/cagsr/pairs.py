@@ -10,6 +10,7 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.stops import turn_end
+from cagsr.progress import working
 from cagsr.prompts.answered import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
@@ -20,6 +21,7 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 
 
+@working("reading the pairs")
 def encode_pairs(
     config: SftConfig, tokenizer: Any, max_length: int | None, notes: list[str] | None = None
 ) -> tuple[list[dict[str, list[int]]], int]:

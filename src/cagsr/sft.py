@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from cagsr.runs.trainer_folder import (
     check_trainer_config,
     drop_checkpoints,
     length_limit,
-    logged_losses,
+    mean_of,
     merged_model,
     open_trainer_folder,
     run_trainer,
+    say_done,
     settings_file,
     trainer_arguments,
     write_model,
@@ -76,9 +77,11 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     if trainer.is_world_process_zero():
         model = merged_model(trainer, folder)
         model.config.use_cache = True
-        card = _card(config, len(pairs), trainer.state.global_step, logged_losses(trainer))
+        card = _card(config, len(pairs), trainer.state.global_step, mean_of(trainer, "loss"))
         write_model(folder, model, loaded.tokenizer, {"README.md": card})
         drop_checkpoints(folder)
+        if not quiet:
+            say_done(trainer, folder)
     return folder
 
 
@@ -131,7 +134,7 @@ def _arguments(config: SftConfig, loaded: LoadedModel, limit: int | None) -> SFT
         # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
         return SFTConfig(
-            **trainer_arguments(config, loaded, _learning_rate(config), logging_steps=50),
+            **trainer_arguments(config, loaded, _learning_rate(config)),
             max_length=limit,
             packing=False,
             completion_only_loss=True,
@@ -145,9 +148,9 @@ def _learning_rate(config: SftConfig) -> float:
     return 2e-4 if config.lora.r > 0 else 1e-3 if config.from_scratch else 2e-5
 
 
-def _card(config: SftConfig, pairs: int, steps: int, losses: Sequence[float]) -> str:
+def _card(config: SftConfig, pairs: int, steps: int, loss: float | None) -> str:
     origin = "from random weights" if config.from_scratch else f"from `{config.model.path}`"
-    loss = f" The mean training loss over the last logged steps was {losses[-1]:.3f}." if losses else ""
+    told = f" The mean training loss over the last steps was {loss:.3f}." if loss is not None else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -159,7 +162,7 @@ tags: [cagsr, sft, trl]
 Supervised fine-tuning {origin} with `cagsr sft` {__version__} (TRL's SFTTrainer).
 
 - Data: {pairs:,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only.
-- {steps:,} steps of {config.batch_size} pairs, peak learning rate {_learning_rate(config):g}, seed {config.seed}.{loss}
+- {steps:,} steps of {config.batch_size} pairs, peak learning rate {_learning_rate(config):g}, seed {config.seed}.{told}
 - All settings: `{SETTINGS}`.
 
 ## Limits

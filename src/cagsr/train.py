@@ -32,6 +32,7 @@ from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
 from cagsr.processes import check_precision, check_processes, from_main, start_accelerator, together
+from cagsr.progress import say, shown, working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -42,7 +43,7 @@ from cagsr.reward.terms import needs_associations
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
-from cagsr.runs.progress import TrainingProgress
+from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
 from cagsr.runs.tracker import check_tracker
 from cagsr.update.ppo import PPO
@@ -112,6 +113,7 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError(f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step.")
 
 
+@shown("cagsr train")
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Run CAGSR: PPO on unlabelled prompts with the reward read from the model's own attention.
 
@@ -177,11 +179,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         operators: list[tuple[str, float, int]] = []
         # The first step pays for what is set up once; recording slows a step down, so its times are left out.
         recorded = min(record.first_step + 2, config.run.steps) if config.run.profile else None
-        with TrainingProgress(config.run.steps, done=record.first_step, main_process=main) as progress:
+        with working("step", config.run.steps, done=record.first_step) as task:
+            numbers = StepNumbers(task)
             for step in range(record.first_step + 1, config.run.steps + 1):
                 with operators_of(operators, loaded.device) if step == recorded else nullcontext():
                     taken = _step(
-                        step, config, loaded, ppo, stream, held_out, metric, monitors, record, progress, trainer
+                        step, config, loaded, ppo, stream, held_out, metric, monitors, record, numbers, trainer
                     )
                 if step != recorded:
                     timings.append(taken)
@@ -202,6 +205,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     folder = Path(config.output_dir)
     if main:
         console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
+        if evaluations[-1]:
+            console.print(f"Held out, {_before_and_after(metric, evaluations[0], evaluations[-1])}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
 
 
@@ -265,7 +270,7 @@ def _step(
     metric: HeldOutMetric,
     monitors: Monitors,
     record: RunRecord,
-    progress: TrainingProgress,
+    numbers: StepNumbers,
     trainer: TrainerCalls,
 ) -> dict[str, float]:
     """One step: collect, update, evaluate now and then, write, watch, save; gives the timings."""
@@ -301,19 +306,30 @@ def _step(
     }
     record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows, trainer.extra))
     record.keep_answers(step, answered)
-    progress.step(step, metrics)
+    numbers.step(step, metrics)
     alerts = monitors.observe(step, metrics)
     alerts += [Alert("shared_prompts", step, sentence, "warn") for sentence in ppo.take_warnings()]
     record.warn(alerts)
     for alert in alerts:
-        if alert.action == "warn":  # one that stops the run is said by the error
-            progress.say(f"warning: step {step}: {alert.sentence}")
+        # One that stops the run is said by the error.
+        if alert.action == "warn" and ppo.accelerator.is_main_process:
+            say(f"warning: step {step}: {alert.sentence}")
     stopping = [alert.sentence for alert in alerts if alert.action == "stop"]
     if last or stopping or _is_due(step, config.run.save_every):
         record.save(step)
     if stopping:
         raise MonitorStop(f"step {step}: {' '.join(stopping)} {from_main(record.where_to_resume, ppo.accelerator)}")
     return timings
+
+
+def _before_and_after(metric: HeldOutMetric, first: Mapping[str, float], last: Mapping[str, float]) -> str:
+    """The held-out metric of the start and of the trained model, sampled and greedy."""
+    told = [
+        f"{name} {first[key]:.3f} -> {last[key]:.3f}"
+        for name, key in (("sampled", "eval/metric"), ("greedy", "eval/metric_greedy"))
+        if key in last
+    ]
+    return f"{metric.name}: {', '.join(told)}"
 
 
 def _is_due(step: int, every: int) -> bool:

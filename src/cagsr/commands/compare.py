@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from cagsr.errors import ConfigError
+from cagsr.progress import say
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,9 @@ def run(config: Config) -> None:
     """Run what is missing and write the report."""
     from pathlib import Path
 
-    from rich.console import Console
-
     from cagsr.compare.jobs import plan_jobs
     from cagsr.compare.plan import read_plan
-    from cagsr.compare.report import write_report
+    from cagsr.compare.report import finding, write_report
     from cagsr.compare.results import Results
     from cagsr.compare.schedule import run_jobs
 
@@ -43,15 +42,16 @@ def run(config: Config) -> None:
     file = Path(config.plan)
     plan = read_plan(file, fast=config.fast)
     jobs = plan_jobs(plan)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     failures = []
     if not config.report_only:
         parallel = config.jobs or min(4, os.cpu_count() or 1)
-        failures = run_jobs(plan, file, jobs, fast=config.fast, parallel=parallel, console=console)
+        failures = run_jobs(plan, file, jobs, fast=config.fast, parallel=parallel)
     command = f"cagsr compare {config.plan}{' --fast' if config.fast else ''}"
     path = Path(config.report) if config.report is not None else plan.folder / "report.md"
-    markdown, page = write_report(Results(plan, jobs), command, failures, path)
-    console.print(f"Report: {markdown} and {page}.")
+    results = Results(plan, jobs)
+    markdown, page = write_report(results, command, failures, path)
+    say(finding(results))
+    say(f"Report: {markdown} and {page}.")
     if failures:
         first = failures[0]
         raise ConfigError(

@@ -7,9 +7,10 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cagsr.commands.inputs import check_output, check_sampling, learned_associations, progress, read_prompts, say
+from cagsr.commands.inputs import check_output, check_sampling, learned_associations, read_prompts, say
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError
+from cagsr.progress import working
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run(config: Config) -> None:
     from cagsr.evaluation.collect import collect_signals
     from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
-    from cagsr.evaluation.report import as_json, as_markdown, as_yaml, print_report
+    from cagsr.evaluation.report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.evaluation.scorer import Scorer
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config, reward_warnings
@@ -92,24 +93,18 @@ def run(config: Config) -> None:
         associations=associations,
     )
     say([*loaded.notes, *notes])
-    with progress("diagnosing", len(prompts)) as advance:
-        signals = collect_signals(
-            loaded,
-            prompts,
-            config.sampling,
-            scorer,
-            config.attention,
-            seed=config.seed,
-            chunk=config.batch_size,
-            advance=advance,
-        )
+    signals = collect_signals(
+        loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
+    )
     if config.checker is not None or metric.name.startswith("ROUGE-L"):
         signals = with_truth(signals, metric)
-    found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
+    with working("weighing the terms"):
+        found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     console = Console()
     # A file or a pipe has no width of its own; the tables need more than the usual 80.
     print_report(found, signals.configured, console if console.is_terminal else Console(width=130))
+    say([finding(found)])
     if config.output is not None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))
@@ -127,3 +122,4 @@ def run(config: Config) -> None:
             say([f"All numbers: {path}; nothing is recommended, so there is no {recommended}."])
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))
+        say([f"The report: {config.markdown}"])

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import OptionalDataConfig, check_output, check_sampling, progress, read_prompts, say
+from cagsr.commands.inputs import OptionalDataConfig, check_output, check_sampling, read_prompts, say
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError, ModelError
+from cagsr.progress import working
 
 if TYPE_CHECKING:
     from cagsr.evaluation.eval_report import EvalReport
@@ -100,6 +101,8 @@ def run(config: Config) -> None:
     console = Console()
     # A file or a pipe has no width of its own; the tables need more than the usual 80.
     print_report(report, console if console.is_terminal else Console(width=130))
+    judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
+    say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
     if config.output is not None:
         import json
 
@@ -108,6 +111,7 @@ def run(config: Config) -> None:
         say([f"All numbers: {config.output}"])
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(report))
+        say([f"The tables: {config.markdown}"])
 
 
 def _check(config: Config) -> None:
@@ -262,8 +266,8 @@ def _evaluate(
 
     name = name or (f"temperature {temperature:g}" if temperature > 0 else "greedy")
     sampling = _sampling(config, temperature)
-    with progress(f"answering, {name}", len(prompts)) as advance:
-        found: Answers = answers_at(loaded, prompts, sampling, config.seed, config.batch_size, advance=advance)
+    with working(name):
+        found: Answers = answers_at(loaded, prompts, sampling, config.seed, config.batch_size)
     many = sampling.num_generations
     answers = [found.texts[start : start + many] for start in range(0, len(found.texts), many)]
     more = {"tokens": found.tokens, "ended": found.ended, "entropy": found.entropy}

@@ -9,7 +9,6 @@ from cagsr.commands.inputs import (
     OptionalDataConfig,
     check_output,
     check_sampling,
-    progress,
     prompt_as_given,
     read_prompts,
     say,
@@ -71,20 +70,26 @@ def run(config: Config) -> None:
     )
     say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
     rows: list[dict[str, Any]] = []
-    with progress("answering", len(prompts)) as advance:
-        for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
-            for row, text in enumerate(rollout.completions):
-                encoded = some[row // config.sampling.num_generations]
-                ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
-                columns = encoded.prompt.columns
-                kept = {name: columns[name] for name in columns if config.keep_columns or name in TEMPLATE_COLUMNS}
-                made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
-                made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
-                rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
-            advance(len(some))
+    for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
+        for row, text in enumerate(rollout.completions):
+            encoded = some[row // config.sampling.num_generations]
+            ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
+            columns = encoded.prompt.columns
+            kept = {name: columns[name] for name in columns if config.keep_columns or name in TEMPLATE_COLUMNS}
+            made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
+            made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
+            rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
     say(endless([one["ended"] for one in rows], config.sampling.max_new_tokens))
     if config.prompt is not None and config.output is None:
         for one in rows:
             print(one["completion"])
         return
     write_rows(rows, config.output)
+    where = config.output or "Standard output"
+    tokens, ended = (sum(row[name] for row in rows) / len(rows) for name in ("tokens", "ended"))
+    say(
+        [
+            f"{where}: {len(rows):,} answers to {len(prompts):,} prompts, {tokens:.1f} tokens on average, {ended:.0%} ended by "
+            "themselves."
+        ]
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cagsr import progress
 from cagsr.config import DataConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError
 
@@ -76,7 +76,7 @@ def named_associations(reward: RewardConfig) -> Associations | None:
 def learned_associations(
     reward: RewardConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int
 ) -> Associations:
-    """Read the associations, or learn them from the model's answers to these prompts, with a bar.
+    """Read the associations, or learn them from the model's answers to these prompts.
 
     Raises:
         ConfigError: too few prompts to learn from.
@@ -84,15 +84,7 @@ def learned_associations(
     """
     from cagsr.associate import associations_of
 
-    with progress("associations", reward.associations.answers) as bar:
-        done_before = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal done_before
-            bar(done - done_before)
-            done_before = done
-
-        return associations_of(loaded, prompts, sampling, reward.associations, seed=seed, advance=advance)
+    return associations_of(loaded, prompts, sampling, reward.associations, seed=seed)
 
 
 def check_sampling(sampling: SamplingConfig, batch_size: int = 1) -> None:
@@ -171,38 +163,5 @@ def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:
 
 def say(sentences: Iterable[str]) -> None:
     """Print notes to standard error, so that standard output stays clean."""
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     for sentence in sentences:
-        console.print(sentence, markup=False)
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal (standard error) while the block runs; yields a function that is told what was done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(what),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-
-        def advance(done: int) -> None:
-            bar.update(task, advance=done)
-
-        yield advance
+        progress.say(sentence)

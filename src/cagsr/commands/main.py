@@ -22,6 +22,7 @@ from cagsr import __version__
 from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
 from cagsr.parse import parse_command
+from cagsr.progress import shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -219,9 +220,10 @@ def _run(name: str, flags: Sequence[str]) -> None:
     config = parse_command(
         module.Config, with_positional(name, flags), prog=f"cagsr {name}", description=summary, epilog=epilog
     )
-    # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    module.run(config)
+    with shown(f"cagsr {name}"):
+        # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        module.run(config)
 
 
 def with_positional(name: str, flags: Sequence[str]) -> list[str]:

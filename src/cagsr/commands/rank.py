@@ -11,7 +11,6 @@ from cagsr.commands.inputs import (
     check_output,
     check_sampling,
     learned_associations,
-    progress,
     prompt_as_given,
     read_prompts,
     say,
@@ -19,6 +18,7 @@ from cagsr.commands.inputs import (
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
+from cagsr.progress import each
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response, Scorer
@@ -101,11 +101,8 @@ def run(config: Config) -> None:
     )
     say([*loaded.notes, *notes])
     answers: list[Candidate] = []
-    with progress("ranking", len(prompts)) as advance:
-        found = _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts)
-        for some, done in found:
-            answers += some
-            advance(done)
+    for some in _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts):
+        answers += some
     if not given:
         say(endless([answer.ended for answer in answers], config.sampling.max_new_tokens))
     group = torch.tensor([answer.prompt for answer in answers])
@@ -118,6 +115,7 @@ def run(config: Config) -> None:
     rows = [_ranking(encoded, candidates) for encoded, candidates in zip(prompts, own, strict=True)]
     if config.output is not None or config.prompt is None:
         write_rows(rows, config.output)
+        say([_done(rows, config.output)])
     if config.prompt is not None:
         _print(rows[0], scorer.weights)
 
@@ -135,33 +133,30 @@ class Candidate:
 
 
 def _sampled(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
-    """Yield candidates sampled for a few prompts at a time, with the number of prompts done."""
+    """Yield candidates sampled for a few prompts at a time."""
     from cagsr.evaluation.sampling import sample_in_batches
 
     start = 0
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         values = scorer.values(scorer.batch(rollout))
         lengths = rollout.response_mask.sum(dim=1).tolist()
-        yield (
-            [
-                Candidate(
-                    start + row // config.sampling.num_generations,
-                    text,
-                    lengths[row],
-                    bool(rollout.ended[row]),
-                    {name: float(value[row]) for name, value in values.items()},
-                )
-                for row, text in enumerate(rollout.completions)
-            ],
-            len(some),
-        )
+        yield [
+            Candidate(
+                start + row // config.sampling.num_generations,
+                text,
+                lengths[row],
+                bool(rollout.ended[row]),
+                {name: float(value[row]) for name, value in values.items()},
+            )
+            for row, text in enumerate(rollout.completions)
+        ]
         start += len(some)
 
 
 def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
     """Yield each prompt's own candidates, scored."""
     context = None if loaded.encoder_decoder else loaded.context_length()
-    for number, encoded in enumerate(prompts):
+    for number, encoded in enumerate(each("ranking", prompts, "prompts")):
         where = f"{config.data.path}, row {encoded.prompt.row}"
         responses = _responses(config, loaded, encoded, where)
         total = len(encoded.ids) + max(len(response.ids) for response in responses) - 1
@@ -176,7 +171,7 @@ def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequenc
                 response = responses[len(found)]
                 terms = {name: float(value[row]) for name, value in values.items()}
                 found.append(Candidate(number, response.text, len(response.ids), True, terms))
-        yield found, 1
+        yield found
 
 
 def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, where: str) -> list[Response]:
@@ -221,6 +216,16 @@ def _ranking(encoded: EncodedPrompt, candidates: Sequence[tuple[float, Candidate
             for value, answer in own
         ],
     }
+
+
+def _done(rows: Sequence[dict[str, Any]], output: str | None) -> str:
+    """Where the rankings are, how many, and how far the best answers stand out."""
+    rewards = [[one["reward"] for one in row["candidates"]] for row in rows]
+    gap = sum(max(own) - sum(own) / len(own) for own in rewards) / max(1, len(rewards))
+    return (
+        f"{output or 'Standard output'}: {sum(map(len, rewards)):,} answers to {len(rows):,} prompts ranked; the best one's "
+        f"reward is {gap:.2f} above its prompt's mean, on average."
+    )
 
 
 def _print(row: dict[str, Any], weights: dict[str, float]) -> None:

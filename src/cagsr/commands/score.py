@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from cagsr.commands.inputs import (
     check_output,
     named_associations,
-    progress,
     prompt_as_given,
     say,
     write_rows,
 )
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
+from cagsr.progress import working
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response
@@ -87,13 +87,13 @@ def run(config: Config) -> None:
     say([*loaded.notes, *notes])
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     details: list[dict[str, Any]] = []
-    with progress("scoring", len(prompts)) as advance:
+    with working("scoring", len(prompts), "pairs") as task:
         for batch, values in scorer.score_texts(prompts, responses):
             for name, value in values.items():
                 raw[name].append(value)
             start = len(details)
             details += _details(config, loaded, prompts[start : start + config.batch_size], batch)
-            advance(len(batch.rollout.completions))
+            task.advance(len(batch.rollout.completions))
     terms = {name: torch.cat(values) for name, values in raw.items()}
     number_of = {ids: number for number, ids in enumerate(dict.fromkeys(encoded.ids for encoded in prompts))}
     group = torch.tensor([number_of[encoded.ids] for encoded in prompts])
@@ -115,6 +115,7 @@ def run(config: Config) -> None:
         for number, (encoded, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     write_rows(rows, config.output)
+    say([f"{config.output or 'Standard output'}: {len(rows):,} pairs scored."])
     _summary(terms, reward, scorer.weights, [len(response.ids) for response in responses])
 
 
@@ -127,6 +128,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"--temperature {config.temperature:g}: must be above 0.")
 
 
+@working("reading the pairs")
 def read_pairs(
     config: Config, loaded: LoadedModel, frequency: DocumentFrequency | None
 ) -> tuple[list[EncodedPrompt], list[Response], list[str]]:

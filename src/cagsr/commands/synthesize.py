@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cagsr.commands.inputs import check_output, say, write_rows
 from cagsr.config import SynthesizeConfig as Config
+from cagsr.progress import working
 
 if TYPE_CHECKING:
     from cagsr.preferences.corrupt import SupervisedPair
@@ -21,7 +22,8 @@ def run(config: Config) -> None:
     from cagsr.preferences.corrupt import synthesize
 
     pairs = read_supervised(config)
-    rows, failed = synthesize(pairs, config.corruption, config.seed, config.num_pairs)
+    with working("making mistakes"):
+        rows, failed = synthesize(pairs, config.corruption, config.seed, config.num_pairs)
     write_rows(rows, config.output)
     counts = Counter(row["corruption"] for row in rows)
     notes = [
@@ -36,6 +38,7 @@ def run(config: Config) -> None:
     say(notes)
 
 
+@working("reading the pairs")
 def read_supervised(config: Config) -> list[SupervisedPair]:
     """Read the supervised pairs.
 

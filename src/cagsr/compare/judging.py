@@ -24,6 +24,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.terms import needs_associations
 from cagsr.reward.weigh import weigh
@@ -37,6 +38,7 @@ SAMPLING_SEED = 7
 """Added to the seed: test answers are not drawn with the seed of training."""
 
 
+@working("judging the method")
 def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, float]) -> None:
     """Judge one method with one seed and write its result.
 
@@ -123,6 +125,7 @@ def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
     return AnswerJudge(Judges(**judges), loaded.device)
 
 
+@working("taking the best of N")
 def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> Answers:
     """The best of N answers of the start by the method's reward: what the reward is worth without training."""
     method = plan.methods[job.target]

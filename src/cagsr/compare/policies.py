@@ -20,6 +20,7 @@ from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
+from cagsr.progress import resting
 
 
 def run_command(plan: Plan, command: str, **names: object) -> None:
@@ -30,7 +31,8 @@ def run_command(plan: Plan, command: str, **names: object) -> None:
     """
     words = [plan.fill(word, python=sys.executable, **names) for word in shlex.split(command)]
     try:
-        subprocess.run(words, check=True)
+        with resting():  # the command tells of its own work
+            subprocess.run(words, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
             f"the plan's command '{shlex.join(words)}' failed ({error}); run it by hand to see why."
@@ -82,9 +84,7 @@ def make_reward_model(plan: Plan, job: Job) -> None:
     settings = _pair_settings(plan, spec, job.seed, folder) | spec.set
     if spec.held_out is not None:
         settings["eval_data"] = plan.fill(spec.held_out)
-    train_reward_model(
-        _config(RewardModelConfig, [], settings, plan.folder / "configs" / f"{job.name}.yaml"), quiet=True
-    )
+    train_reward_model(_config(RewardModelConfig, [], settings, plan.folder / "configs" / f"{job.name}.yaml"))
 
 
 def make_policy(plan: Plan, job: Job) -> Path:
@@ -193,7 +193,7 @@ def _dpo(plan: Plan, job: Job, same: bool) -> Path:
     config = _config(DpoConfig, method.configs, settings | method.set, plan.folder / "configs" / f"{job.name}.yaml")
     if not same:
         _begin_anew(plan, job, folder)
-    return train_dpo(config, quiet=True)
+    return train_dpo(config)
 
 
 def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from cagsr.atomic import write_text_atomically
 from cagsr.compare import figures, tables
 from cagsr.compare.plan import START
-from cagsr.compare.results import Results
+from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.compare.schedule import Failure
 from cagsr.compare.tables import Table
 from cagsr.errors import RunError
+from cagsr.progress import working
 
 TEXT_SHOWN = 3
 """Prompts whose answers by the main methods are printed."""
@@ -46,6 +47,21 @@ class Section:
     """(prompt, ((label, text), ...)) blocks."""
 
 
+def finding(results: Results) -> str:
+    """What it comes to, in one sentence: the gain of the method whose settings the plan is about, in its first measure."""
+    name = results.plan.settings_method
+    measure = next((one for one in results.plan.primary if one in results.measures), None)
+    how = next(
+        (one for one in (MATCHED, GREEDY, SAMPLED) if measure is not None and results.can_gain(name, one, measure)),
+        None,
+    )
+    if measure is None or how is None:
+        return f"{results.plan.label(name)} is not judged yet."
+    [test] = [one for one in tables.gain_tests(results, [name], [measure]) if one.how == how]
+    return f"{results.plan.label(name)}: {measure} {test.difference}, {tables.GAINS[how]}."
+
+
+@working("writing the report")
 def write_report(results: Results, command: str, failures: Sequence[Failure], path: Path) -> tuple[Path, Path]:
     """Write the report as ``path`` (Markdown), its pictures into a folder of that name, and all in one as ``.html``.
 

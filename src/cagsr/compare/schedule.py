@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from cagsr.atomic import disk_errors
 from cagsr.compare.jobs import Job
 from cagsr.compare.plan import Plan
 from cagsr.errors import RunError
+from cagsr.progress import Task, duration, say, working
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,7 @@ class Failure:
     """The last line of it."""
 
 
-def run_jobs(
-    plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, parallel: int, console: Console
-) -> list[Failure]:
+def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, parallel: int) -> list[Failure]:
     """Run every job that is not done, those it needs first.
 
     A job that fails takes those that need it with it; the others go on, so that a night is not lost.
@@ -46,7 +42,6 @@ def run_jobs(
         jobs: all of them.
         fast: the plan's fast version.
         parallel: jobs at a time; the cores are shared among them.
-        console: where to say what goes on.
 
     Returns:
         What failed.
@@ -60,84 +55,89 @@ def run_jobs(
     with _lock(work):
         open_jobs = {job.name: job for job in jobs if not job.is_done(plan)}
         # What needs something that is out of date is out of date itself: its fingerprint and its files hold theirs.
-        console.print(f"{len(jobs) - len(open_jobs)} of {len(jobs)} jobs are done already; {parallel} at a time.")
-        return _Run(plan, plan_file, fast, parallel, console, len(jobs)).all(open_jobs)
+        done = len(jobs) - len(open_jobs)
+        say(f"{done} of {len(jobs)} jobs are done already; {parallel} at a time.")
+        with working("jobs", len(jobs), done=done) as task:
+            return _Run(plan, plan_file, fast, parallel, task).all(open_jobs)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A job in its process."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_began: int
+    """Size of the log before: what is older is another start's."""
+    began: float
+
+    def told(self) -> str:
+        """How long it has run, and the last thing it said."""
+        with open(self.log, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(self.log_began, size - 2000))
+            lines = stream.read().decode("utf-8", errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"{self.job.name} {duration(time.perf_counter() - self.began)}" + (f": {said[:200]}" if said else "")
 
 
 class _Run:
-    def __init__(self, plan: Plan, plan_file: Path, fast: bool, parallel: int, console: Console, total: int) -> None:
+    def __init__(self, plan: Plan, plan_file: Path, fast: bool, parallel: int, task: Task) -> None:
         self._plan = plan
         self._plan_file = plan_file
         self._fast = fast
         self._parallel = parallel
-        self._console = console
-        self._total = total
+        self._task = task
+        self._running: dict[str, _Running] = {}
+        task.note = lambda: "; ".join(one.told() for one in list(self._running.values()))
 
     def all(self, waiting: dict[str, Job]) -> list[Failure]:
-        done = self._total - len(waiting)
-        running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
+        running = self._running
         failures: list[Failure] = []
-        durations: list[float] = []
-        bar = Progress(
-            TextColumn("jobs"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
         try:
-            with bar:
-                task = bar.add_task("jobs", total=self._total, completed=done, left="")
-                while waiting or running:
-                    for name in [name for name, job in waiting.items() if self._ready(job, waiting, running)]:
-                        if len(running) == self._parallel:
-                            break
-                        job = waiting.pop(name)
-                        running[name] = (job, self._start(job), time.perf_counter())
-                    if not running:
-                        break  # what is left needs something that failed
-                    time.sleep(0.2)
-                    for name, (job, process, began) in list(running.items()):
-                        if process.poll() is None:
-                            continue
-                        del running[name]
-                        seconds = time.perf_counter() - began
-                        if process.returncode != 0:
-                            failures.append(self._failure(job, process.returncode))
-                            self._console.print(f"{name}: failed: {failures[-1].reason}", markup=False)
-                            self._drop(job, waiting)
-                            continue
-                        done += 1
-                        durations.append(seconds)
-                        left = self._left(durations, len(waiting) + len(running))
-                        bar.update(task, completed=done, left=left)
-                        if not self._console.is_terminal:
-                            self._console.print(f"{done}/{self._total} {name}: {seconds:.0f} s; {left}", markup=False)
+            while waiting or running:
+                for name in [name for name, job in waiting.items() if self._ready(job, waiting)]:
+                    if len(running) == self._parallel:
+                        break
+                    running[name] = self._start(waiting.pop(name))
+                if not running:
+                    break  # what is left needs something that failed
+                time.sleep(0.2)
+                for name, one in list(running.items()):
+                    if one.process.poll() is None:
+                        continue
+                    del running[name]
+                    if one.process.returncode != 0:
+                        failures.append(self._failure(one.job, one.process.returncode))
+                        say(f"{name}: failed: {failures[-1].reason}")
+                        self._drop(one.job, waiting)
+                        continue
+                    self._task.advance()
+                    say(f"{self._task.counted()} {name}: {duration(time.perf_counter() - one.began)}")
         finally:
-            for _, process, _ in running.values():
-                os.killpg(process.pid, signal.SIGTERM)
-            for _, process, _ in running.values():
-                process.wait()
+            for one in running.values():
+                os.killpg(one.process.pid, signal.SIGTERM)
+            for one in running.values():
+                one.process.wait()
         return failures
 
-    def _ready(
-        self, job: Job, waiting: dict[str, Job], running: dict[str, tuple[Job, subprocess.Popen[bytes], float]]
-    ) -> bool:
-        return not any(need in waiting or need in running for need in job.needs)
+    def _ready(self, job: Job, waiting: dict[str, Job]) -> bool:
+        return not any(need in waiting or need in self._running for need in job.needs)
 
-    def _start(self, job: Job) -> subprocess.Popen[bytes]:
+    def _start(self, job: Job) -> _Running:
         log = self._log(job)
         command = [sys.executable, "-m", "cagsr.compare.work", str(self._plan_file), job.name]
         command += ["--fast"] if self._fast else []
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
         threads = str(max(1, (os.cpu_count() or 1) // self._parallel))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the log tells of the work; its last line is shown
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as stream:
-                return subprocess.Popen(
+                size = stream.tell()
+                process = subprocess.Popen(
                     command,
                     stdout=stream,
                     stderr=stream,
@@ -145,6 +145,7 @@ class _Run:
                     env=environment,
                     process_group=0,  # so that its own children end with it
                 )
+        return _Running(job, process, log, size, time.perf_counter())
 
     def _log(self, job: Job) -> Path:
         return self._plan.folder / "logs" / f"{job.name}.log"
@@ -163,11 +164,6 @@ class _Run:
             lost |= more
         for name in lost & set(waiting):
             del waiting[name]
-
-    def _left(self, durations: list[float], jobs: int) -> str:
-        recent = durations[-20:]
-        minutes = sum(recent) / len(recent) * jobs / self._parallel / 60
-        return f"about {minutes:.0f} min left" if jobs else "done"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from cagsr.evaluation.diagnosis import load_checker, with_truth
 from cagsr.evaluation.recommend import PENALTIES, weighted_parts, within_z
 from cagsr.evaluation.scorer import Scorer
 from cagsr.models.load import load_model
+from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
 
 Floats = NDArray[np.float64]
@@ -37,6 +38,7 @@ SUMS: tuple[tuple[str, ...], ...] = (
 """Sums of z-scores within a prompt that are measured besides the single terms; a penalty counts half, with a minus."""
 
 
+@working("measuring what the reward sees")
 def measure_validity(plan: Plan, job: Job) -> None:
     """Sample answers of a start, compute every term and every truth, and write correlations and disagreements."""
     assert plan.validity is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 from cagsr.compare.jobs import Job, contents, plan_jobs, reward_model_folder
 from cagsr.compare.plan import START, Plan, read_plan
 from cagsr.errors import CagsrError, ConfigError
+from cagsr.progress import shown
 
 
 def do_job(plan: Plan, job: Job) -> None:
@@ -104,7 +105,8 @@ def main(argv: list[str]) -> int:
         jobs = {job.name: job for job in plan_jobs(plan)}
         if name not in jobs:
             raise ConfigError(f"{path}: there is no job {name}.")
-        do_job(plan, jobs[name])
+        with shown(name):
+            do_job(plan, jobs[name])
     except CagsrError as error:
         print(f"cagsr compare: error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ Each layer is read alone, all of them in one forward; the attention of several l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -24,6 +24,7 @@ from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
 from cagsr.models.forward import PassInputs, teacher_forced
 from cagsr.models.load import LoadedModel
+from cagsr.progress import working
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS
 from cagsr.reward.values import term_values
@@ -112,6 +113,7 @@ def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[
     return {name: layers for layers, name in found.items()}
 
 
+@working("measuring the terms")
 def collect_signals(
     loaded: LoadedModel,
     prompts: Sequence[EncodedPrompt],
@@ -121,7 +123,6 @@ def collect_signals(
     *,
     seed: int,
     chunk: int = 8,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> Signals:
     """Sample ``sampling.num_generations`` answers to each prompt and measure everything about them.
 
@@ -133,7 +134,6 @@ def collect_signals(
         attention: the configured layers and heads.
         seed: of the sampling; the global random generators are left as they were.
         chunk: prompts at once.
-        advance: told how many prompts were done.
     """
     everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
     choices = layer_choices(everything.layers, attention.layers)
@@ -144,7 +144,7 @@ def collect_signals(
     }
     configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
     parts: list[_Part] = []
-    for some, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
+    for _, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
         scores = score_policy(
             scorer.actor_critic,
             loaded,
@@ -154,7 +154,6 @@ def collect_signals(
             micro_batch_size=scorer.micro_batch_size,
         )
         parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
-        advance(len(some))
     return _joined(parts, prompts, sampling.num_generations, configured)
 
 
@@ -185,6 +184,7 @@ class _Part:
     completions: tuple[str, ...]
 
 
+@working("reading the attention of every layer")
 def _measure(
     loaded: LoadedModel,
     rollout: Rollout,

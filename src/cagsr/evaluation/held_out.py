@@ -17,6 +17,7 @@ from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_o
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
+from cagsr.progress import each, working
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.functions import import_dotted
 from cagsr.rollout.sample import sample_responses
@@ -105,7 +106,7 @@ def answer(
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
-        for start in range(0, len(mine), batch_size):
+        for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
             batch = collate_prompts(
                 mine[start : start + batch_size],
                 pad_token_id=loaded.pad_token_id,
@@ -123,6 +124,7 @@ def answer(
     )
 
 
+@working("judging the answers")
 def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> tuple[float, ...]:
     """Apply a metric to one answer for each prompt, its row's columns at hand.
 

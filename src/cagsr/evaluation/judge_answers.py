@@ -17,6 +17,7 @@ from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetit
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.progress import working
 from cagsr.reward.functions import import_dotted
 from cagsr.reward.model import load_reward_model
 
@@ -81,6 +82,7 @@ class AnswerJudge:
             except ModelError as error:
                 raise ModelError(str(error).replace("reward.models:", "--reward_model:")) from error
 
+    @working("judging the answers")
     def measure(self, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> dict[str, Floats]:
         """Measure answers, one prompt for each.
 

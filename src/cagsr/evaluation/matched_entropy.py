@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
+from cagsr.progress import each, working
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.score import length_sorted_chunks
 from cagsr.update.statistics import token_entropy
@@ -58,8 +59,6 @@ def answers_at(
     sampling: SamplingConfig,
     seed: int,
     batch_size: int = 256,
-    *,
-    advance: Callable[[int], None] | None = None,
 ) -> Answers:
     """Answer every prompt ``sampling.num_generations`` times and read the entropies in one teacher-forced pass.
 
@@ -74,7 +73,6 @@ def answers_at(
         sampling: temperature (0 is greedy), answers per prompt, lengths, filters.
         seed: of the sampling.
         batch_size: answers at once, at least one prompt's.
-        advance: told how many prompts are done, after each batch.
 
     Returns:
         The answers in the order of ``prompts``, ``num_generations`` to each in a row.
@@ -95,8 +93,6 @@ def answers_at(
         entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0)
         tokens[places] = rollout.response_mask.sum(dim=1).cpu().numpy()
         ended[places] = rollout.ended.cpu().numpy()
-        if advance is not None:
-            advance(len(some))
     return Answers(tuple(texts), entropy, tokens, ended)
 
 
@@ -112,7 +108,7 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
     result = np.zeros(len(rollout.completions))
     with loaded.autocast():
         share = shares_prompts(loaded, rollout)
-        for index in length_sorted_chunks(rollout, size, share=share):
+        for index in each("reading entropies", length_sorted_chunks(rollout, size, share=share), "batches"):
             inputs = PassInputs.of(rollout_rows(rollout, index), share=share)
             logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
             found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
@@ -121,6 +117,7 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
     return result
 
 
+@working("matching the entropy")
 def matching_temperature(
     loaded: LoadedModel,
     prompts: Sequence[EncodedPrompt],

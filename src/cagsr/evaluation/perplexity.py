@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cagsr.errors import ModelError
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.lengths import length_borders
+from cagsr.progress import each
 
 Floats = NDArray[np.float64]
 
@@ -73,7 +74,7 @@ def mean_nll(
     model.eval()
     length_borders(model)
     try:
-        for start in range(0, len(order), size):
+        for start in each("judging by perplexity", range(0, len(order), size), "batches"):
             chosen = order[start : start + size]
             result[chosen] = _batch_nll(model, [rows[number] for number in chosen])
     finally:

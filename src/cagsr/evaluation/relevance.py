@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.files import check_files
+from cagsr.progress import working
 
 Floats = NDArray[np.float64]
 
@@ -24,6 +25,7 @@ class Encoder(Protocol):
         """Embeddings ``(sentences, width)``."""
 
 
+@working("embedding the answers")
 def embedding_relevance(
     encoder: Encoder, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 64
 ) -> Floats:

@@ -109,6 +109,21 @@ def recommendation_lines(found: Diagnosis) -> list[str]:
     ]
 
 
+def finding(found: Diagnosis) -> str:
+    """What it comes to, in one sentence: how well the recommended reward sees the truth, or that nothing helps."""
+    over = f"{found.prompts:,} prompts, {found.candidates} answers each"
+    if not found.recommendation.weights:
+        return f"Diagnosed {over}: no term helps here."
+    terms = ", ".join(found.recommendation.weights)
+    signal = next(one for one in found.signals if one.name == "recommended reward")
+    if signal.truth is None or signal.gain is None:
+        return f"Diagnosed {over}: recommended are {terms}; nothing here tells the truth to test them against."
+    return (
+        f"Diagnosed {over}: recommended are {terms}, with a correlation of {signal.truth:+.2f} with {found.truth_name}; the "
+        f"best of {found.candidates} by them gains {signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]."
+    )
+
+
 def as_json(found: Diagnosis) -> str:
     """Return all numbers as JSON text."""
     return json.dumps(_plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -9,6 +9,7 @@ import torch
 from cagsr.config import SamplingConfig
 from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.load import LoadedModel
+from cagsr.progress import working
 from cagsr.prompts.batch import collate_prompts
 from cagsr.rollout.sample import sample_responses
 
@@ -26,17 +27,19 @@ def sample_in_batches(
         batch_size: prompts at once.
     """
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    for number, start in enumerate(range(0, len(prompts), batch_size)):
-        some = prompts[start : start + batch_size]
-        batch = collate_prompts(
-            some,
-            pad_token_id=loaded.pad_token_id,
-            padding_side="right" if loaded.encoder_decoder else "left",
-            num_generations=sampling.num_generations,
-            device=loaded.device,
-            first_group=start,
-        )
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + 7919 * number)
-            rollout = sample_responses(loaded, batch, sampling)
-        yield some, rollout
+    with working("answering", len(prompts), "prompts") as task:
+        for number, start in enumerate(range(0, len(prompts), batch_size)):
+            some = prompts[start : start + batch_size]
+            batch = collate_prompts(
+                some,
+                pad_token_id=loaded.pad_token_id,
+                padding_side="right" if loaded.encoder_decoder else "left",
+                num_generations=sampling.num_generations,
+                device=loaded.device,
+                first_group=start,
+            )
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed + 7919 * number)
+                rollout = sample_responses(loaded, batch, sampling)
+            yield some, rollout
+            task.advance(len(some))  # whoever asks for more has done with these

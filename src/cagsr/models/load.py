@@ -28,6 +28,7 @@ from cagsr.models.files import adapter_base, check_files, is_adapter, weights_no
 from cagsr.models.lengths import length_borders
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.text_ids import text_ids
+from cagsr.progress import working
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -133,6 +134,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
+@working("loading the model")
 def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_training: bool = True) -> LoadedModel:
     """Load the model, its tokenizer and, if asked for, fresh LoRA adapters.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from cagsr.runs.trainer_folder import (
     check_trainer_config,
     drop_checkpoints,
     length_limit,
-    logged_losses,
+    mean_of,
     merged_model,
     open_trainer_folder,
     run_trainer,
+    say_done,
     settings_file,
     trainer_arguments,
     write_model,
@@ -75,7 +75,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
         model=loaded.model,
         # With LoRA TRL switches the adapter off instead; without, it would read the start from its folder once more.
         ref_model=None if loaded.lora else copy.deepcopy(loaded.model),
-        args=_arguments(config, loaded, len(encoded)),
+        args=_arguments(config, loaded),
         train_dataset=Dataset.from_list(encoded),
         processing_class=loaded.tokenizer,
     )
@@ -83,9 +83,12 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     if trainer.is_world_process_zero():
         model = merged_model(trainer, folder)
         model.config.use_cache = True
-        card = _card(config, len(encoded), trainer.state.global_step, logged_losses(trainer))
+        card = _card(config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"))
         write_model(folder, model, loaded.tokenizer, {"README.md": card})
         drop_checkpoints(folder)
+        if not quiet:
+            accuracy = mean_of(trainer, "rewards/accuracies")
+            say_done(trainer, folder, *([] if accuracy is None else [f"{accuracy:.0%} of the pairs ranked right"]))
     return folder
 
 
@@ -118,13 +121,12 @@ def _length(ids: dict[str, list[int]]) -> int:
     return len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
 
 
-def _arguments(config: DpoConfig, loaded: LoadedModel, pairs: int) -> TrlDpoConfig:
-    steps = config.steps or config.epochs * pairs / config.batch_size
+def _arguments(config: DpoConfig, loaded: LoadedModel) -> TrlDpoConfig:
     with warnings.catch_warnings():
         # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
         return TrlDpoConfig(
-            **trainer_arguments(config, loaded, learning_rate(config), logging_steps=max(1, min(50, int(steps / 10)))),
+            **trainer_arguments(config, loaded, learning_rate(config)),
             **BY_LENGTH,
             max_length=None,  # encode_all has seen to it
             disable_dropout=True,
@@ -141,8 +143,8 @@ def learning_rate(config: DpoConfig) -> float:
     return 1e-5 if config.lora.r > 0 else 1e-6
 
 
-def _card(config: DpoConfig, pairs: int, steps: int, losses: Sequence[float]) -> str:
-    loss = f" The mean training loss over the last logged steps was {losses[-1]:.3f}." if losses else ""
+def _card(config: DpoConfig, pairs: int, steps: int, loss: float | None) -> str:
+    told = f" The mean training loss over the last steps was {loss:.3f}." if loss is not None else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -155,7 +157,7 @@ Direct preference optimisation from `{config.model.path}` with `cagsr dpo` {__ve
 
 - Data: {pairs:,} preference pairs from `{config.data.path}`.
 - {steps:,} steps of {config.batch_size} pairs, beta {config.beta:g}, peak learning rate {learning_rate(config):g}, seed
-  {config.seed}.{loss}
+  {config.seed}.{told}
 - All settings: `{settings_file(COMMAND)}`.
 
 ## Limits

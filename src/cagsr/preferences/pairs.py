@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
 from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
@@ -32,6 +33,7 @@ class PreferencePair:
     """File and row, for messages."""
 
 
+@working("reading the pairs")
 def read_preferences(
     config: PreferenceConfig, tokenizer: Any, path: str | None = None, notes: list[str] | None = None
 ) -> list[PreferencePair]:
@@ -114,7 +116,7 @@ def encode_all(
     """
     encoded: list[dict[str, Any]] = []
     dropped = 0
-    for pair in pairs:
+    for pair in each("encoding", pairs, "pairs"):
         ids = encode(pair)
         tokens = length(ids)
         if _is_too_long(pair, tokens, config, limit):

@@ -33,15 +33,17 @@ from cagsr.preferences.pairs import (
     within_limit,
 )
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
+from cagsr.progress import working
 from cagsr.reward.model import RewardModel, encode_answered
 from cagsr.runs.trainer_folder import (
     check_trainer_config,
     drop_checkpoints,
     length_limit,
-    logged_losses,
+    mean_of,
     merged_model,
     open_trainer_folder,
     run_trainer,
+    say_done,
     settings_file,
     trainer_arguments,
     write_model,
@@ -125,7 +127,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     checkpoint = open_trainer_folder(config, COMMAND, notes)
     trainer = _Trainer(
         model=classifier,
-        args=_arguments(config, loaded, len(encoded)),
+        args=_arguments(config, loaded),
         train_dataset=Dataset.from_list(encoded),
         processing_class=loaded.tokenizer,
     )
@@ -134,14 +136,14 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
         model = merged_model(trainer, folder)
         # Measured before the folder is complete: an interrupted training must not look finished.
         measured = _measure_model(model, loaded, held_out)
-        metrics = _metrics(config, len(encoded), trainer.state.global_step, logged_losses(trainer), measured, seen)
+        metrics = _metrics(config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"), measured, seen)
         card = _card(config, metrics, measured)
         write_model(
             folder, model, loaded.tokenizer, {"README.md": card, "metrics.json": json.dumps(metrics, indent=2) + "\n"}
         )
         drop_checkpoints(folder)
-        if measured is not None and not quiet:
-            print(f"{folder}: accuracy {measured.accuracy} on {measured.pairs:,} held-out pairs.")
+        if not quiet:
+            say_done(trainer, folder, _how_good(measured, mean_of(trainer, "accuracy")))
     return folder
 
 
@@ -238,13 +240,12 @@ def _with_lora(classifier: nn.Module, lora: LoraConfig) -> nn.Module:
         ) from error
 
 
-def _arguments(config: RewardModelConfig, loaded: LoadedModel, pairs: int) -> TrlRewardConfig:
-    steps = config.steps or config.epochs * pairs / config.batch_size
+def _arguments(config: RewardModelConfig, loaded: LoadedModel) -> TrlRewardConfig:
     with warnings.catch_warnings():
         # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
         return TrlRewardConfig(
-            **trainer_arguments(config, loaded, learning_rate(config), logging_steps=max(1, min(50, int(steps / 10)))),
+            **trainer_arguments(config, loaded, learning_rate(config)),
             **BY_LENGTH,
             max_length=None,  # encode_all has seen to it
             disable_dropout=True,
@@ -259,6 +260,7 @@ def learning_rate(config: RewardModelConfig) -> float:
     return 1e-3 if config.lora.r > 0 else 1e-4
 
 
+@working("measuring on held-out pairs")
 def _measure_model(model: Any, loaded: LoadedModel, pairs: Sequence[PreferencePair]) -> PairAccuracy | None:
     if not pairs:
         return None
@@ -266,16 +268,24 @@ def _measure_model(model: Any, loaded: LoadedModel, pairs: Sequence[PreferencePa
     return pair_accuracy(RewardModel("trained", model, loaded.tokenizer, loaded.context_length()), pairs)
 
 
+def _how_good(measured: PairAccuracy | None, training: float | None) -> str:
+    """The accuracy on held-out pairs; without them, that it was measured on none."""
+    if measured is not None:
+        return f"accuracy {measured.accuracy} on {measured.pairs:,} held-out pairs"
+    trained_on = "" if training is None else f"; {training:.3f} in training"
+    return f"accuracy not measured, no pairs were held out{trained_on}"
+
+
 def _metrics(
     config: RewardModelConfig,
     pairs: int,
     steps: int,
-    losses: Sequence[float],
+    loss: float | None,
     measured: PairAccuracy | None,
     seen: int,
 ) -> dict[str, Any]:
     """What ``metrics.json`` holds."""
-    metrics: dict[str, Any] = {"pairs": pairs, "steps": steps, "loss": losses[-1] if losses else None}
+    metrics: dict[str, Any] = {"pairs": pairs, "steps": steps, "loss": loss}
     if measured is not None:
         metrics["held_out"] = {
             "accuracy": asdict(measured.accuracy),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.progress import working
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
 from cagsr.prompts.explain import explain_salience, salience_table
 from cagsr.prompts.load import Row, Rows, load_rows
@@ -28,6 +29,7 @@ HEAD_ROWS = 1_000
 """Rows of a streamed set that are kept in memory for evaluation and inspection."""
 
 
+@working("reading the prompts")
 def prepare_prompts(
     data: DataConfig,
     salience: SalienceConfig,

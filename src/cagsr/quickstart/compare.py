@@ -6,7 +6,7 @@ start is also sampled at the temperature at which it is as peaked as the trained
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
+from cagsr.progress import working
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
 
 Floats = NDArray[np.float64]
@@ -104,7 +105,6 @@ def compare(
     sampling: SamplingConfig,
     *,
     seed: int,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Let both models answer every prompt and measure the answers; the same seed gives the same numbers.
 
@@ -118,7 +118,6 @@ def compare(
         prompts: held-out prompts, each with a complete ``reference`` in its columns.
         sampling: how long answers may be; the temperatures are set here.
         seed: of the sampling.
-        advance: told 1 after each of ``STAGES`` pieces of work.
 
     Raises:
         ModelError: no temperature makes the start as peaked as the trained model.
@@ -131,25 +130,22 @@ def compare(
         )
         texts = [text.strip() for text in found.texts]
         own = tuple(tuple(texts[first : first + draws]) for first in range(0, len(texts), draws))
-        advance(1)
-        return Answered(temperature, own, measure(judge, prompts, own), float(found.entropy.mean()))
+        values = measure(judge, prompts, own)
+        task.advance()
+        return Answered(temperature, own, values, float(found.entropy.mean()))
 
-    before, after = answered(start, 1.0), answered(trained, 1.0)
-    several = replace(sampling, num_generations=DRAWS)
-    known = {1.0: before.entropy}
-    temperature = matching_temperature(start, prompts, several, after.entropy, seed, BATCH, known=known)
-    advance(1)
-    return Comparison(
-        before=before,
-        peaked=answered(start, temperature),
-        after=after,
-        before_greedy=answered(start, 0.0),
-        after_greedy=answered(trained, 0.0),
-    )
-
-
-STAGES = 6
-"""How often ``compare`` calls ``advance``."""
+    with working("answering and judging", 5, "columns") as task:
+        before, after = answered(start, 1.0), answered(trained, 1.0)
+        several = replace(sampling, num_generations=DRAWS)
+        known = {1.0: before.entropy}
+        temperature = matching_temperature(start, prompts, several, after.entropy, seed, BATCH, known=known)
+        return Comparison(
+            before=before,
+            peaked=answered(start, temperature),
+            after=after,
+            before_greedy=answered(start, 0.0),
+            after_greedy=answered(trained, 0.0),
+        )
 
 
 def measure(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cagsr.atomic import disk_errors, write_text_atomically
 from cagsr.config import (
@@ -36,7 +35,7 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.quickstart.compare import STAGES, Comparison, compare
+from cagsr.quickstart.compare import Comparison, compare
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.show import (
     as_markdown,
@@ -189,7 +188,7 @@ def _make(console: Console, recipe: Recipe, overwrite: bool) -> None:
 
 
 def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPrompt], Comparison]:
-    """Load the three models and compare, with a bar."""
+    """Load the three models and compare."""
     start, trained, judge = (
         load_model(ModelConfig(path=str(folder / name), device="cpu"), for_training=False)
         for name in ("start", "run/final", "judge")
@@ -199,20 +198,7 @@ def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPr
     salience = SalienceConfig(weighting="uniform")
     prompts = prepare_prompts(data, salience, start.tokenizer, max_length=256 - MAX_NEW_TOKENS).prompts
     sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
-    error_console = Console(stderr=True)
-    columns = (TextColumn("answering and judging"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
-        task = bar.add_task("", total=STAGES)
-        found = compare(
-            start,
-            trained,
-            judge,
-            prompts,
-            sampling,
-            seed=config.seed,
-            advance=lambda done: bar.update(task, advance=done),
-        )
-    return prompts, found
+    return prompts, compare(start, trained, judge, prompts, sampling, seed=config.seed)
 
 
 def _write(config: QuickstartConfig, folder: Path, prompts: Sequence[EncodedPrompt], found: Comparison) -> None:

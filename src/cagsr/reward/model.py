@@ -22,6 +22,7 @@ from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.models.files import check_files, is_adapter, weights_problem
 from cagsr.models.lengths import length_borders
+from cagsr.progress import each, working
 from cagsr.prompts.answered import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import once_special
@@ -63,7 +64,7 @@ class RewardModel:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         scores = torch.zeros(len(ids), dtype=torch.float32)
         with torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
+            for start in each(f"scoring by {self.name}", range(0, len(order), self.batch_size), "batches"):
                 rows = order[start : start + self.batch_size]
                 width = max(len(ids[row]) for row in rows)
                 pad = int(self.tokenizer.pad_token_id)
@@ -128,6 +129,7 @@ def _is_wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in ("W", "F")
 
 
+@working("loading a reward model")
 def load_reward_model(path: str, device: torch.device | str, name: str | None = None) -> RewardModel:
     """Load a reward model and its tokenizer.
 

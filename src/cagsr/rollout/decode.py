@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from cagsr.errors import ModelError
 from cagsr.models.cache import put_rows, rows_can_be_picked
 from cagsr.models.lengths import length_borders, read_as_long_as
+from cagsr.progress import working
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""
@@ -77,7 +78,8 @@ def decode(
     going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
     finished = False
     borders = () if encoder_decoder else length_borders(model)
-    with model._optimize_model_for_decode():
+    most = generation_config.max_length - input_ids.shape[1]
+    with model._optimize_model_for_decode(), working("sampling", most, "tokens") as task:
         while True:
             if not finished:
                 scores = logits_processor(rows, logits)
@@ -94,6 +96,7 @@ def decode(
                 column = torch.full_like(result[:, :1], int(pad))
                 column[held, 0] = tokens
                 result = torch.cat([result, column], dim=-1)
+                task.advance()
                 going = going & ~stopping_criteria(rows, None)
                 alive = int(going.sum())
                 finished = alive == 0

@@ -17,6 +17,7 @@ from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main
+from cagsr.progress import working
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
 from cagsr.rollout.vllm_http import VLLMServer
@@ -72,7 +73,8 @@ class VLLMSampler:
         own = questions_of(prompts, sampling.num_generations)
         everyone = self._everyones(own)
         asked = [question for questions in everyone for question in questions]
-        answers = from_main(lambda: self._ask(asked, sampling), self._accelerator)
+        with working("sampling by vLLM"):
+            answers = from_main(lambda: self._ask(asked, sampling), self._accelerator)
         before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
         first = before * sampling.num_generations
         mine = answers[first : first + len(own) * sampling.num_generations]
@@ -96,6 +98,7 @@ class VLLMSampler:
         )
         return engine_answers(reply, questions, sampling, stop_ids, vocabulary_size(self._loaded))
 
+    @working("sending the weights to vLLM")
     def _send_weights(self) -> None:
         weights = policy_weights(self._loaded)
         from_main(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)

@@ -24,6 +24,7 @@ from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import is_sharded, unsharded
+from cagsr.progress import working
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
@@ -153,6 +154,7 @@ class RunRecord:
             if self._folder is not None:
                 self._folder.append_warning(alert.step, alert.name, alert.sentence, alert.action)
 
+    @working("saving a checkpoint")
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
         states = gather_rng_states() if self._accelerator.num_processes > 1 else None
@@ -189,6 +191,7 @@ class RunRecord:
         found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in self.history()]
         return [row for row in found if row]
 
+    @working("saving the model")
     def finish(
         self,
         loaded: LoadedModel,
@@ -245,6 +248,7 @@ class RunRecord:
             trainable_only=self._config.lora.r > 0,
         )
 
+    @working("reading the checkpoint")
     def _restore(self, path: Path) -> None:
         found = load_checkpoint(
             path,

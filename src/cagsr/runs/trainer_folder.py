@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel
+from cagsr.progress import Task, now, say, shown, working
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
-from cagsr.runs.progress import TrainingProgress
+from cagsr.runs.numbers import StepNumbers
 
 CHECKPOINTS = "checkpoints"
+RECENT = 50
+"""Steps over which what a training logs is averaged."""
 
 MAY_DIFFER = (
     "output_dir",
@@ -165,9 +169,7 @@ def length_limit(config: TrainerConfig, loaded: LoadedModel) -> int | None:
     return config.max_length if config.max_length is not None else context
 
 
-def trainer_arguments(
-    config: TrainerConfig, loaded: LoadedModel, learning_rate: float, logging_steps: int
-) -> dict[str, Any]:
+def trainer_arguments(config: TrainerConfig, loaded: LoadedModel, learning_rate: float) -> dict[str, Any]:
     """The arguments that transformers' Trainer takes from our settings, whatever is trained."""
     micro = config.micro_batch_size or config.batch_size
     saving: dict[str, Any] = {"save_strategy": "no"}
@@ -192,7 +194,7 @@ def trainer_arguments(
         "seed": config.seed,
         "data_seed": config.seed,
         "disable_tqdm": True,
-        "logging_steps": logging_steps,
+        "logging_steps": 1,  # TRL brings its numbers together at every step anyway
         "report_to": "none",
         "dataloader_num_workers": 0,
         **saving,
@@ -200,51 +202,67 @@ def trainer_arguments(
 
 
 def run_trainer(trainer: Any, folder: Path, checkpoint: str | None, notes: Sequence[str], *, quiet: bool) -> None:
-    """Train with the house's progress display in place of transformers' own.
+    """Train with the house's progress in place of transformers' own; ``notes`` are said first, unless ``quiet``.
 
     Raises:
         RunError: the disk is full or the folder can't be written.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    progress = _Progress(notes)
-    if not quiet:
-        trainer.add_callback(progress)
-    try:
-        with disk_errors(folder):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
+    with nullcontext() if quiet else shown(f"training {folder}"), working("step") as task, disk_errors(folder):
+        if not quiet and trainer.is_world_process_zero():
+            for note in notes:
+                say(note)
+        trainer.add_callback(_Progress(task))
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def logged_losses(trainer: Any) -> list[float]:
-    """The mean training losses between logged steps, in order."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def mean_of(trainer: Any, name: str, *, first: bool = False) -> float | None:
+    """Mean of what was logged under ``name`` in the last (or the first) steps, at most ``RECENT``; None: never logged.
+
+    Of a short training it is half of the steps, so that the first and the last are two things.
+    """
+    found = [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+    count = min(RECENT, max(1, len(found) // 2))
+    some = found[:count] if first else found[-count:]
+    return sum(some) / len(some) if some else None
+
+
+def say_done(trainer: Any, folder: Path, *measures: str) -> None:
+    """Say where the model is and how the training went, on standard output: its loss, and ``measures`` beside it."""
+    steps, loss = trainer.state.global_step, mean_of(trainer, "loss")
+    told = [f"{steps:,} {'step' if steps == 1 else 'steps'}"]
+    if loss is not None:
+        told.append(f"training loss {mean_of(trainer, 'loss', first=True):.3f} at first, {loss:.3f} at last")
+    print(f"Done: the model is in {folder}. {', '.join((*told, *measures))}.", flush=True)
 
 
 class _Progress(TrainerCallback):
-    """The house's progress display, driven by transformers' Trainer."""
+    """Tells the house's progress what transformers' Trainer has done."""
 
-    def __init__(self, notes: Sequence[str]) -> None:
-        self._notes = notes
-        self._progress: TrainingProgress | None = None
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._numbers = StepNumbers(task)
+        self._step = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress = TrainingProgress(
-            state.max_steps, done=state.global_step, main_process=state.is_world_process_zero
-        )
-        for note in self._notes:
-            self._progress.say(note)
-        self._progress.__enter__()
+        self._task.begin(state.max_steps, state.global_step, now())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parts = args.gradient_accumulation_steps
+        if parts > 1:  # such a step can take minutes
+            self._part = self._step.enter_context(working("forward and backward", parts, "batches"))
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._part.advance()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step.close()
+        self._numbers.step(state.global_step, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self._progress is not None and logs and "loss" in logs:
-            self._progress.step(state.global_step, {"loss": float(logs["loss"])})
-
-    def close(self) -> None:
-        """Take the bar off the terminal, also after an exception."""
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
+        numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        self._numbers.step(state.global_step, numbers)
 
 
 def merged_model(trainer: Any, folder: Path) -> Any:
@@ -259,6 +277,7 @@ def merged_model(trainer: Any, folder: Path) -> Any:
     return model.merge_and_unload(safe_merge=True)
 
 
+@working("saving the model")
 def write_model(folder: Path, model: Any, tokenizer: Any, texts: dict[str, str]) -> None:
     """Write a model, its tokenizer and further text files into ``folder``, ``config.json`` last."""
     with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".final-") as temporary_name:

@@ -30,6 +30,7 @@ from cagsr.models.forward import PassInputs, shares_prompts, sharing_stopped, st
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.progress import each, working
 from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.build import attention_terms
 from cagsr.reward.combine import RewardFunction
@@ -127,7 +128,7 @@ class PPO:
                 pooling=pooling,
             )
         attention = scores.attention if from_policy else reference_attention
-        with self.clock.part("reward"):
+        with self.clock.part("reward"), working("computing the reward"):
             known = reward_batch(rollout, scores, reference_logprobs, attention, pooling)
             reward = self.reward(dataclasses.replace(known, trainer=trainer))
             advantages = estimate_advantages(
@@ -149,14 +150,16 @@ class PPO:
         mini_batches = min(ppo.num_mini_batches, count)
         totals: dict[str, float] = {}
         first_ratio_error = 0.0
-        for epoch in range(ppo.num_ppo_epochs):
-            # Not chunk(): it makes fewer parts than asked for, the last one small.
-            for number, index in enumerate(torch.randperm(count).tensor_split(mini_batches)):
-                found = self._gradient_step(experience, index.to(self.loaded.device))
-                if epoch == 0 and number == 0:
-                    first_ratio_error = found["ratio_error"]
-                for name, value in found.items():
-                    totals[name] = totals.get(name, 0.0) + value
+        with working("updating", ppo.num_ppo_epochs * mini_batches, "gradient steps") as task:
+            for epoch in range(ppo.num_ppo_epochs):
+                # Not chunk(): it makes fewer parts than asked for, the last one small.
+                for number, index in enumerate(torch.randperm(count).tensor_split(mini_batches)):
+                    found = self._gradient_step(experience, index.to(self.loaded.device))
+                    if epoch == 0 and number == 0:
+                        first_ratio_error = found["ratio_error"]
+                    for name, value in found.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                    task.advance()
         self.sampler.policy_changed()
         self._check_first_ratio(first_ratio_error)
         steps = ppo.num_ppo_epochs * mini_batches
@@ -258,7 +261,7 @@ class PPO:
         # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
         share = not self.accelerator.is_fsdp2 and shares_prompts(self.loaded, rollout)
         chunks = length_sorted_chunks(rollout, ppo.micro_batch_size, index, share=share)
-        for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate(each("forward and backward", chunks, "batches")):
             inputs = PassInputs.of(rollout_rows(rollout, chunk), share=share)
             mask = inputs.response_mask
             width = mask.shape[1]

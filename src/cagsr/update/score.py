@@ -15,6 +15,7 @@ from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
 from cagsr.models.load import LoadedModel
+from cagsr.progress import each
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
 from cagsr.rollout.rows import rollout_rows
@@ -95,7 +96,7 @@ def score_policy(
     temperature = sampling.temperature or 1.0
     with torch.no_grad(), loaded.autocast(), without_checkpointing(actor_critic):
         share = shares_prompts(loaded, rollout)
-        for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
+        for index in each("scoring", length_sorted_chunks(rollout, micro_batch_size, share=share), "batches"):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
             with reading(reader, loaded.model, inputs, loaded.encoder_decoder) as read:
@@ -154,7 +155,8 @@ def score_reference(
     keeper = None if reader is None else AttentionKeeper(rollout, terms, pooling)
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model):
         share = shares_prompts(loaded, rollout)
-        for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
+        chunks = length_sorted_chunks(rollout, micro_batch_size, share=share)
+        for index in each("scoring by the reference", chunks, "batches"):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
             with reading(reader, model, inputs, loaded.encoder_decoder) as read:
