@@ -26,6 +26,7 @@ from cagsr.errors import ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Monitors
 from cagsr.flow import EncodedPrompt, Experience
+from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
 from cagsr.processes import check_precision, check_processes, from_main, start_accelerator
@@ -39,6 +40,7 @@ from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.progress import TrainingProgress
 from cagsr.runs.record import RunRecord
+from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
 from cagsr.update.ppo import PPO
 
@@ -158,7 +160,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     record = RunRecord(config, accelerator, ppo, monitors, stream, associations)
     try:
         if main:
-            _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
+            told = [
+                dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
+                *generation_notes(loaded, config.sampling),
+            ]
+            _introduce(console, config, loaded, train_set, held_out, metric, (*told, *ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
             start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
             record.log(0, start, {}, [])
@@ -179,7 +185,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             record.profile(text)
             console.print(Markdown(text))
         evaluations = record.evaluations() or [{}]
-        record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
+        saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
     except (MonitorStop, RolloutError):
         # All processes have it. The launcher stops the others as soon as one has left: not before the main one is done.
         ppo.sampler.close()
@@ -190,6 +196,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         record.close()
     folder = Path(config.output_dir)
     if main:
+        console.print(saved)
         console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
     return TrainResult(folder, evaluations[0], evaluations[-1])
 

@@ -66,6 +66,7 @@ def run(config: Config) -> None:
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.evaluation.report import as_json, as_markdown, as_yaml, print_report
     from cagsr.evaluation.scorer import Scorer
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config, reward_warnings
 
@@ -91,7 +92,7 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *notes])
+    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes])
     with progress("diagnosing", len(prompts)) as advance:
         signals = collect_signals(
             loaded,

@@ -55,6 +55,7 @@ def run(config: Config) -> None:
     check_sampling(config.sampling, config.batch_size)
 
     from cagsr.evaluation.sampling import sample_in_batches
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
     loaded = load_model(config.model, for_training=False)
@@ -67,7 +68,7 @@ def run(config: Config) -> None:
         loaded,
         config.sampling.max_new_tokens,
     )
-    say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
+    say([*loaded.notes, *generation_notes(loaded, config.sampling), *(note for note in notes if "--salience." not in note)])
     rows: list[dict[str, Any]] = []
     with progress("answering", len(prompts)) as advance:
         for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

@@ -62,6 +62,7 @@ def run(config: Config) -> None:
     import torch
 
     from cagsr.evaluation.scorer import Scorer, weigh
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
@@ -94,7 +95,8 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *notes, f"Candidates of one prompt are compared with each other ({scale})."])
+    told = [] if given else generation_notes(loaded, config.sampling)
+    say([*loaded.notes, *told, *notes, f"Candidates of one prompt are compared with each other ({scale})."])
     answers: list[Candidate] = []
     with progress("ranking", len(prompts)) as advance:
         found = _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts)

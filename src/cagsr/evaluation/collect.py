@@ -23,6 +23,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
 from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.generation import decoder_prefix
 from cagsr.models.load import LoadedModel
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS
@@ -141,7 +142,7 @@ def attention_by_layer(
     """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
     inputs = PassInputs.of(rollout)
     region = (
-        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)
+        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask, len(decoder_prefix(loaded.model)))
         if loaded.encoder_decoder
         else AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask)
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cagsr.flow import Rollout
 from cagsr.models.cache import rows_can_be_picked
 from cagsr.models.checkpointing import is_checkpointed
+from cagsr.models.generation import decoder_prefix
 from cagsr.models.load import LoadedModel
 
 WORTH = 1.5
@@ -88,7 +89,7 @@ def teacher_forced(
 
     Decoder-only: the last response token is not fed (nothing follows it), positions count real tokens only, and only
     the logits that predict response tokens are computed where the model allows it. Encoder-decoder: the prompt is the
-    encoder's input and the response, shifted right, the decoder's.
+    encoder's input and the response, shifted right behind ``decoder_prefix``, the decoder's.
 
     Args:
         model: a transformers (or peft) language model.
@@ -168,12 +169,10 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, **cache: An
 
 
 def _encoder_decoder_pass(model: nn.Module, inputs: PassInputs, pad_token_id: int) -> Tensor:
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = model.generation_config.decoder_start_token_id
     response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
-    decoder_ids = torch.cat([torch.full_like(response[:, :1], start), response[:, :-1]], dim=1)
-    decoder_mask = torch.cat([torch.ones_like(inputs.response_mask[:, :1]), inputs.response_mask[:, :-1]], dim=1)
+    before = response.new_tensor(decoder_prefix(model)).expand(len(response), -1)
+    decoder_ids = torch.cat([before, response[:, :-1]], dim=1)
+    decoder_mask = torch.cat([torch.ones_like(before, dtype=torch.bool), inputs.response_mask[:, :-1]], dim=1)
     encoder: dict[str, Any] = {"input_ids": inputs.prompt_ids}
     if inputs.shared is not None:
         first = inputs.shared.first

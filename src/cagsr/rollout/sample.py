@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.generation import decoder_prefix, sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
@@ -20,7 +21,8 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     """Sample one answer for each row of a prompt batch.
 
     The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
-    softmax at ``temperature``; what top-p, top-k and the minimum length change is corrected in the scoring pass.
+    softmax at ``temperature``; what top-p, top-k, the minimum length and forbidden tokens change is corrected in the
+    scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
 
     Args:
         loaded: the policy.
@@ -31,8 +33,8 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
         The answers, ``(batch, response)``, padded on the right to the longest.
     """
     many = _answers_per_prompt(prompts)
-    start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
-    settings = _only_these_settings(loaded.model, _settings(loaded, sampling))
+    start = len(decoder_prefix(loaded.model)) if loaded.encoder_decoder else prompts.ids.shape[1]
+    settings = _only_these_settings(loaded.model, sampled_with(loaded, sampling))
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
         ids = loaded.model.generate(
             input_ids=prompts.ids[::many],
@@ -139,22 +141,6 @@ def _tokens_until(tokens: list[int], stop_strings: Sequence[str], tokenizer: Pre
         else:
             low = middle + 1
     return low
-
-
-def _settings(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
-    base = loaded.model.generation_config
-    settings = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": sampling.min_new_tokens or None,
-        "eos_token_id": list(loaded.stop_ids),
-        "pad_token_id": loaded.pad_token_id,
-        "bos_token_id": loaded.tokenizer.bos_token_id,
-        "decoder_start_token_id": getattr(base, "decoder_start_token_id", None),
-        "do_sample": sampling.temperature > 0,
-    }
-    if sampling.temperature > 0:
-        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return GenerationConfig(**settings)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from cagsr.flow import PromptAttention, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
+from cagsr.models.generation import decoder_prefix
 from cagsr.models.load import LoadedModel
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
@@ -98,7 +99,7 @@ def score_policy(
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+            with _reading(reader, inputs, loaded) as reading:
                 logits, values = actor_critic(inputs)
             if keeper is not None and reading is not None:
                 keeper.add(index, part, _attention_of(reading, inputs))
@@ -108,7 +109,7 @@ def score_policy(
                 "logprobs": logprobs,
                 "entropy": entropy,
                 "certainty": certainty,
-                "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids),
+                "correction": sampling_correction(logits, ids, sampling, loaded.stop_ids, loaded.generation),
             }
             if values is not None:
                 found["values"] = values
@@ -157,7 +158,7 @@ def score_reference(
         for index in length_sorted_chunks(rollout, micro_batch_size, share=share):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with _reading(reader, inputs, loaded.encoder_decoder) as reading:
+            with _reading(reader, inputs, loaded) as reading:
                 logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
             if keeper is not None and reading is not None:
                 keeper.add(index, part, _attention_of(reading, inputs))
@@ -167,14 +168,14 @@ def score_reference(
 
 
 def _reading(
-    reader: PromptAttentionReader | None, inputs: PassInputs, encoder_decoder: bool
+    reader: PromptAttentionReader | None, inputs: PassInputs, loaded: LoadedModel
 ) -> AbstractContextManager[Reading | ReadingsInTurn | None]:
     """What listens to the forward, or to the two forwards where prompts are read apart from their answers."""
     if reader is None:
         return nullcontext()
     prompt, response = inputs.prompt_mask, inputs.response_mask
-    if encoder_decoder:
-        return reader.read(AttentionRegion.encoder_decoder(prompt, response))
+    if loaded.encoder_decoder:
+        return reader.read(AttentionRegion.encoder_decoder(prompt, response, len(decoder_prefix(loaded.model))))
     if inputs.shared is None:
         return reader.read(AttentionRegion.left_padded(prompt, response))
     prompts = prompt[inputs.shared.first]

@@ -13,6 +13,7 @@ from cagsr.attention import AttentionRegion, Reading
 from cagsr.attention.probe import AttentionLayers
 from cagsr.flow import Rollout
 from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.generation import decoder_prefix
 from cagsr.models.load import LoadedModel
 
 MOST_ELEMENTS = 4_000_000
@@ -60,7 +61,7 @@ def read_planes(
         return {}
     inputs = PassInputs.of(rollout)
     region = (
-        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)
+        AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask, len(decoder_prefix(loaded.model)))
         if loaded.encoder_decoder
         else AttentionRegion.left_padded(inputs.prompt_mask, inputs.response_mask)
     )
