@@ -68,7 +68,13 @@ def run(config: Config) -> None:
         loaded,
         config.sampling.max_new_tokens,
     )
-    say([*loaded.notes, *generation_notes(loaded, config.sampling), *(note for note in notes if "--salience." not in note)])
+    say(
+        [
+            *loaded.notes,
+            *generation_notes(loaded, config.sampling),
+            *(note for note in notes if "--salience." not in note),
+        ]
+    )
     rows: list[dict[str, Any]] = []
     with progress("answering", len(prompts)) as advance:
         for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

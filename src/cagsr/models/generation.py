@@ -247,8 +247,21 @@ def served_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConf
     for name, value in vars(sampled_with(loaded, sampling)).items():
         if name in HONOURED.keys() | SETTINGS.keys() and value is not None:
             setattr(served, name, value)
+    served._from_model_config = False  # it is a decision now, which no older default may replace
     served.stop_strings = list(sampling.stop_strings) or None
     return served
+
+
+def ending_as(loaded: LoadedModel) -> GenerationConfig:
+    """The starting model's generation config as it is, but for the tokens that end answers and fill up batches.
+
+    For trainings that sample nothing: the answers they train on end with the tokenizer's EOS.
+    """
+    base = loaded.model.generation_config
+    kept = copy.deepcopy(base) if base is not None else GenerationConfig()
+    kept.eos_token_id = list(loaded.stop_ids) if len(loaded.stop_ids) > 1 else loaded.stop_ids[0]
+    kept.pad_token_id = loaded.pad_token_id
+    return kept
 
 
 def generation_notes(loaded: LoadedModel, sampling: SamplingConfig) -> list[str]:

@@ -138,7 +138,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
             card = _card(config, metrics, measured, saved_facts(loaded, saved))
             return {"README.md": card, "metrics.json": json.dumps(metrics, indent=2) + "\n"}
 
-        probe = ScoreProbe(loaded, [ids for pair in encoded[:TEXTS] for ids in pair.values()])
+        probe = ScoreProbe(loaded, [pair[side] for pair in encoded[:TEXTS] for side in ("chosen_ids", "rejected_ids")])
         saved = save_trained(trainer, config, loaded, probe, texts)
         if not quiet:
             print(saved.sentence)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cagsr.atomic import delete
 from cagsr.config import SamplingConfig
@@ -35,11 +37,16 @@ from cagsr.models.tied import UNTIED
 from cagsr.prompts.batch import collate_prompts
 from cagsr.rollout.sample import sample_responses
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""How far a logit may be off, as a share of the largest (or of 1), by the coarsest precision on the way: sums in another
-order in float32, weights that were rounded below. What merging into a shared matrix does is several times the largest."""
+TOLERANCE = 1e-3
+"""How far a logit may be off, as a share of the largest (or of 1). All is computed in float32, so what is left is sums in
+another order, 1e-5; a matrix that adapters were merged into twice, or a config that says something else, is off by 0.1 and
+more."""
+NOTEWORTHY = 0.05
+"""Mean difference of a log-probability, nats, from which on the user is told how to avoid rounding."""
 TEXTS, TOKENS = 4, 16
 """How many prompts with answers are compared, and how many tokens of each answer."""
+PLAIN = ("eager", "sdpa")
+"""Attention implementations that compute in any precision."""
 DIFFERS = "differs"
 """Name, or ending of the name, of the folder that keeps a model whose comparison failed."""
 
@@ -53,7 +60,7 @@ class Outputs:
 
 
 class Probe(Protocol):
-    """Runs a model on a few texts."""
+    """Runs a model on a few texts, in the precision of its weights."""
 
     @property
     def unit(self) -> str:
@@ -70,7 +77,6 @@ class AnswerProbe:
     """A language model's logits at the tokens of a few answers."""
 
     loaded: LoadedModel
-    """How the trained model computes."""
     texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     """Token ids of prompts and of their answers."""
     unit: str = "log-probabilities"
@@ -79,7 +85,7 @@ class AnswerProbe:
         """As the protocol."""
         loaded, device = self.loaded, next(model.parameters()).device
         logits, told = [], []
-        with torch.no_grad(), loaded.autocast(), without_checkpointing(model):
+        with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             for prompt, answer in self.texts[:TEXTS]:
                 ids, response = (torch.tensor([part], device=device) for part in (prompt, answer[:TOKENS]))
                 inputs = PassInputs(ids, torch.ones_like(ids).bool(), response, torch.ones_like(response).bool())
@@ -106,7 +112,7 @@ class ScoreProbe:
             [[*text, *[self.loaded.pad_token_id] * (width - len(text))] for text in texts], device=device
         )
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
-        with torch.no_grad(), self.loaded.autocast(), without_checkpointing(model):
+        with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             logits = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         return Outputs(logits, logits[:, 0])
 
@@ -173,30 +179,30 @@ def save_compared(
     Raises:
         RunError: what was loaded again is not the trained model, or that one gives no numbers.
     """
-    trained = probe(model)
+    full, trained = _without_adapters(model, probe, place)
     if bool(trained.logits.isnan().any()):
         raise RunError(
             f"{place} was not written, because the trained model gives no numbers (NaN) any more: the training diverged; go "
             "back to an earlier checkpoint, or start anew with a lower learning rate."
         )
-    computed = torch.bfloat16 if torch.bfloat16 in (loaded.compute_dtype, _dtype_of(model)) else torch.float32
-    full = _merged(model)
-    if full is not model:
-        merged = probe(full)
-        if problem := _unlike(merged, trained, TOLERANCE[computed]):
-            raise RunError(
-                f"{place} was not written: with the adapters merged, {problem}; the adapters themselves are saved."
-            )
-    tokenizer = loaded.tokenizer
     _write(folder, full, dtype, generation)
-    tokenizer.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
     again = _load(folder, full)
     found = probe(again)
     problem = (
         _weights_unlike(again, full, dtype)
-        or _unlike(found, trained, max(TOLERANCE[dtype], TOLERANCE[computed]))
-        or _tokens_unlike(folder, tokenizer)
+        or _unlike(_with_weights(again, full, probe, dtype) if dtype != torch.float32 else found, trained)
+        or _tokens_unlike(folder, loaded.tokenizer)
     )
+    if problem is None and bool((found.logits.isfinite() != trained.logits.isfinite()).any()):
+        delete(kept)
+        kept.mkdir()
+        _write(kept, full, torch.float32, generation)
+        loaded.tokenizer.save_pretrained(kept)
+        raise RunError(
+            f"{place} was not written, because in {_name(dtype)} the trained model gives no numbers any more (save_dtype): it "
+            f"is in {kept} instead, in float32."
+        )
     if problem:
         _keep(folder, kept)
         raise RunError(
@@ -206,9 +212,10 @@ def save_compared(
     off = (found.told - trained.told).abs()
     sentence = (
         f"Saved in {_name(dtype)}, loaded again and compared: {probe.unit} differ from the trained model's by "
-        f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most."
+        f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
     )
-    return Saved(again, dtype, sentence)
+    more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
+    return Saved(again, dtype, f"{sentence}{more}.")
 
 
 def save_adapter_compared(
@@ -227,7 +234,8 @@ def save_adapter_compared(
     Raises:
         RunError: what was loaded again is not what was trained.
     """
-    trained = probe(model)
+    with loaded.autocast():
+        trained = probe(model)
     # The base's embeddings are frozen, so they are saved only where the base as stored lacks rows of them.
     model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
     if loaded.grown:
@@ -236,11 +244,12 @@ def save_adapter_compared(
     model.load_adapter(str(folder), again)
     try:
         model.set_adapter(again)
-        found = probe(model)
+        with loaded.autocast():
+            found = probe(model)
     finally:
         model.set_adapter(active)
         model.delete_adapter(again)
-    if problem := _unlike(found, trained, TOLERANCE[loaded.compute_dtype]):
+    if problem := _unlike(found, trained):
         _keep(folder, kept)
         raise RunError(
             f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
@@ -254,29 +263,57 @@ def _keep(folder: Path, kept: Path) -> None:
     os.replace(folder, kept)
 
 
-def _merged(model: nn.Module) -> PreTrainedModel:
-    """The model without adapters: itself, or a copy with the adapters merged, in float32 so that the sum is rounded once."""
+def _without_adapters(model: nn.Module, probe: Probe, place: Path) -> tuple[PreTrainedModel, Outputs]:
+    """The model to be saved, in float32, and what the trained one gives.
+
+    Adapters are merged in a copy, and in float32, so that the sum is rounded once.
+    """
     if not isinstance(model, PeftModel):
         assert isinstance(model, PreTrainedModel)
-        return model
+        return model, probe(model)
     twin = copy.deepcopy(model).float()
-    full = twin.merge_and_unload(safe_merge=True)
-    # TRL and accelerate put functions in a forward's place that run the model they were made for, not its copy.
-    vars(full).pop("forward", None)
+    trained = probe(twin)
+    if not bool(trained.logits.isnan().any()):
+        full = twin.merge_and_unload(safe_merge=True)
+        if problem := _unlike(probe(full), trained):
+            raise RunError(
+                f"{place} was not written, because with the adapters merged {problem}: the adapters themselves are saved, and "
+                "all checkpoints stay; please report this with the model's name."
+            )
+    else:
+        full = twin.unload()
     assert isinstance(full, PreTrainedModel)
-    return full
+    return full, trained
+
+
+def _with_weights(again: PreTrainedModel, full: PreTrainedModel, probe: Probe, dtype: torch.dtype) -> Outputs:
+    """What the model that was loaded gives with the weights as they were before rounding: its config is then compared."""
+    there = again.state_dict()
+    with torch.no_grad():
+        for name, tensor in full.state_dict().items():
+            there[name].copy_(tensor)
+        found = probe(again)
+        for name, tensor in full.state_dict().items():
+            there[name].copy_(tensor.to(_dtype_saved(full, name, tensor, dtype)))
+    return found
 
 
 def _write(folder: Path, model: PreTrainedModel, dtype: torch.dtype, generation: GenerationConfig | None) -> None:
-    before = model.config.dtype, model.generation_config
-    if generation is not None:
-        model.generation_config = generation
+    before, own = model.config.dtype, getattr(model, "generation_config", None)
     try:
+        if own is not None:
+            model.generation_config = GenerationConfig()
         model.save_pretrained(folder, state_dict=_cast(model, dtype))
         model.config.dtype = dtype  # save_pretrained has written the one in memory
         model.config.save_pretrained(folder)
+        if own is not None:
+            # Not by save_pretrained, which refuses what published models have, as a temperature without do_sample.
+            written = own if generation is None else generation
+            written.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
     finally:
-        model.config.dtype, model.generation_config = before
+        model.config.dtype = before
+        if own is not None:
+            model.generation_config = own
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -313,7 +350,7 @@ def _load(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=like.is_remote_code(),
-        attn_implementation=like.config._attn_implementation,
+        attn_implementation=like.config._attn_implementation if like.config._attn_implementation in PLAIN else PLAIN[0],
     )
     assert isinstance(again, PreTrainedModel)
     again.config.dtype = config.dtype
@@ -332,14 +369,14 @@ def _weights_unlike(again: PreTrainedModel, full: PreTrainedModel, dtype: torch.
     return None
 
 
-def _unlike(found: Outputs, trained: Outputs, tolerance: float) -> str | None:
+def _unlike(found: Outputs, trained: Outputs) -> str | None:
     """Whether two models give different logits, as part of a sentence; infinite ones (masked outputs) must agree."""
     finite = trained.logits.isfinite()
-    allowed = tolerance * max(1.0, float(trained.logits[finite].abs().max()))
+    allowed = TOLERANCE * max(1.0, float(trained.logits[finite].abs().max()))
     if not bool((found.logits.isfinite() == finite).all()):
         return "logits are infinite or no numbers where the trained model's are not"
     largest = float((found.logits - trained.logits)[finite].abs().max())
-    return None if largest <= allowed else f"a logit is off by {largest:.3g} where {allowed:.3g} is rounding"
+    return None if largest <= allowed else f"a logit is off by {largest:.3g} where {allowed:.1g} would be rounding"
 
 
 def _tokens_unlike(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -355,8 +392,19 @@ def _is_remote(tokenizer: PreTrainedTokenizerBase) -> bool:
     return type(tokenizer).__module__.startswith("transformers_modules")
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Have the model use an attention that computes in any precision (flash attention doesn't in float32)."""
+    own = model.config._attn_implementation
+    if own in PLAIN:
+        yield
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.set_attn_implementation(PLAIN[0])
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(own)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,13 +14,14 @@ import torch
 import yaml
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cagsr.atomic import delete, disk_errors, replace_folder, write_text_atomically
 from cagsr.config import DpoConfig, LoraConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
+from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.progress import TrainingProgress
@@ -192,6 +193,13 @@ def run_trainer(trainer: Any, folder: Path, checkpoint: str | None, notes: Seque
     Raises:
         RunError: the disk is full or the folder can't be written.
     """
+    # The trainer puts its tokens into the model's generation config, and what it has changed it doesn't save where published
+    # models have what transformers calls invalid. Nothing is generated here: another one takes its place meanwhile.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        model.generation_config = GenerationConfig()
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     progress = _Progress(notes)
@@ -202,6 +210,8 @@ def run_trainer(trainer: Any, folder: Path, checkpoint: str | None, notes: Seque
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
+        if own is not None:
+            model.generation_config = own
 
 
 def logged_losses(trainer: Any) -> list[float]:
@@ -276,6 +286,9 @@ def save_trained(
     delete(kept)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     model.config.use_cache = True
+    # TRL and accelerate put functions in a forward's place: lower precision, and running the model rather than its copy.
+    for part in (model, model.get_base_model()) if isinstance(model, PeftModel) else (model,):
+        vars(part).pop("forward", None)
     if isinstance(model, PeftModel):
         if "ref" in model.peft_config:  # DPOTrainer's own: a frozen copy of the untrained adapter
             model.delete_adapter("ref")
@@ -285,7 +298,7 @@ def save_trained(
 
     def fill(temporary: Path) -> Saved:
         dtype = chosen_dtype(config.save_dtype, loaded)
-        saved = save_compared(temporary, model, loaded, probe, dtype, place=folder, kept=kept)
+        saved = save_compared(temporary, model, loaded, probe, dtype, ending_as(loaded), place=folder, kept=kept)
         for name, text in texts(saved).items():
             (temporary / name).write_text(text, encoding="utf-8")
         return saved
