@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +187,14 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
 
 
 def test_further_chat_templates_are_written_and_replaced(tmp_path: Path) -> None:
-    class Saved:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-        def save_pretrained(self, folder: Path) -> None:
-            templates = folder / "additional_chat_templates"
-            templates.mkdir(exist_ok=True)
-            (templates / "tool_use.jinja").write_text(self.text)
+    def fill(folder: Path, text: str) -> Any:
+        templates = folder / "additional_chat_templates"
+        templates.mkdir()
+        (templates / "tool_use.jinja").write_text(text)
+        (folder / "README.md").write_text("card")
 
     for text in ("first", "second"):
-        write_model(tmp_path, Saved(text), Saved(text), {"README.md": "card"})
+        write_model(tmp_path, partial(fill, text=text))
     templates = tmp_path / "additional_chat_templates"
     assert (templates / "tool_use.jinja").read_text() == "second"
     assert templates.stat().st_mode & 0o100  # others than root can look into it

@@ -11,6 +11,7 @@ import torch
 import tiny
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import Prompt, PromptBatch
+from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout import decode as decode_module
 from cagsr.rollout import sample
@@ -89,7 +90,7 @@ def test_min_and_max_new_tokens(llama: LoadedModel):
 
 def _transformers_own(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
     """What transformers' own loop gives, every row to the end, each prompt read once for each of its answers."""
-    settings = sample._settings(loaded, sampling)
+    settings = sampled_with(loaded, sampling)
     with torch.no_grad(), sample._only_these_settings(loaded.model, settings):
         ids = loaded.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
     return ids[:, 1 if loaded.encoder_decoder else prompts.ids.shape[1] :]

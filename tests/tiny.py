@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
+    MBartConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -78,6 +79,18 @@ def config(kind: str) -> PretrainedConfig:
         "max_position_embeddings": 64,
     }
     head = {"head_dim": 8}
+    bart = common | {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    }
     made: dict[str, PretrainedConfig] = {
         "llama": LlamaConfig(**decoder),
         "qwen3": Qwen3Config(**decoder, **head),
@@ -94,19 +107,8 @@ def config(kind: str) -> PretrainedConfig:
             max_position_embeddings=64,
         ),
         "t5": T5Config(**common, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
-        "bart": BartConfig(
-            **common,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_position_embeddings=64,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-        ),
+        "bart": BartConfig(**bart),
+        "mbart": MBartConfig(**bart),
     }
     return made[kind]
 

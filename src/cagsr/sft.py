@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +19,19 @@ from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.pairs import encode_pairs, unending
+from cagsr.pairs import IGNORED, encode_pairs, unending
+from cagsr.runs.saved import TEXTS, AnswerProbe, Saved, dtype_note, saved_facts
 from cagsr.runs.trainer_folder import (
+    check_adapted_head,
     check_trainer_config,
-    drop_checkpoints,
     length_limit,
     mean_of,
-    merged_model,
     open_trainer_folder,
     run_trainer,
+    save_trained,
     say_done,
     settings_file,
     trainer_arguments,
-    write_model,
 )
 
 COMMAND = "sft"
@@ -59,11 +59,13 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     folder = Path(config.output_dir)
     check_trainer_config(config, COMMAND)
     loaded = _load(config)
+    check_adapted_head(loaded, config.lora, COMMAND)
     limit = length_limit(config, loaded)
     read: list[str] = []
     pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
     notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
     notes += unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)
+    notes.append(dtype_note(config.save_dtype, loaded, "--save_dtype"))
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     checkpoint = open_trainer_folder(config, COMMAND, notes)
@@ -75,14 +77,26 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     )
     run_trainer(trainer, folder, checkpoint, notes, quiet=quiet)
     if trainer.is_world_process_zero():
-        model = merged_model(trainer, folder)
-        model.config.use_cache = True
-        card = _card(config, len(pairs), trainer.state.global_step, mean_of(trainer, "loss"))
-        write_model(folder, model, loaded.tokenizer, {"README.md": card})
-        drop_checkpoints(folder)
+
+        def texts(saved: Saved) -> dict[str, str]:
+            loss = mean_of(trainer, "loss")
+            return {"README.md": _card(config, len(pairs), trainer.state.global_step, loss, saved_facts(loaded, saved))}
+
+        # An adapter on random weights is of no use without them.
+        saved = save_trained(trainer, config, loaded, _probe(loaded, pairs), texts, adapter=not config.from_scratch)
         if not quiet:
+            print(saved.sentence)
             say_done(trainer, folder)
     return folder
+
+
+def _probe(loaded: LoadedModel, pairs: Sequence[Mapping[str, Sequence[int]]]) -> AnswerProbe:
+    """The first pairs, each parted where its answer begins."""
+    texts = []
+    for pair in pairs[:TEXTS]:
+        ids, first = pair["input_ids"], next(at for at, label in enumerate(pair["labels"]) if label != IGNORED)
+        texts.append((ids[:first], ids[first:]))
+    return AnswerProbe(loaded, texts)
 
 
 def _load(config: SftConfig) -> LoadedModel:
@@ -148,7 +162,7 @@ def _learning_rate(config: SftConfig) -> float:
     return 2e-4 if config.lora.r > 0 else 1e-3 if config.from_scratch else 2e-5
 
 
-def _card(config: SftConfig, pairs: int, steps: int, loss: float | None) -> str:
+def _card(config: SftConfig, pairs: int, steps: int, loss: float | None, saved: str) -> str:
     origin = "from random weights" if config.from_scratch else f"from `{config.model.path}`"
     told = f" The mean training loss over the last steps was {loss:.3f}." if loss is not None else ""
     return f"""---
@@ -163,6 +177,7 @@ Supervised fine-tuning {origin} with `cagsr sft` {__version__} (TRL's SFTTrainer
 
 - Data: {pairs:,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only.
 - {steps:,} steps of {config.batch_size} pairs, peak learning rate {_learning_rate(config):g}, seed {config.seed}.{told}
+{saved}
 - All settings: `{SETTINGS}`.
 
 ## Limits

@@ -29,6 +29,7 @@ from cagsr.errors import ConfigError, MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.flow import EncodedPrompt, Experience
+from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import whole
 from cagsr.processes import check_precision, check_processes, from_main, start_accelerator, together
@@ -45,6 +46,7 @@ from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
+from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
 from cagsr.update.ppo import PPO
 
@@ -168,7 +170,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
     try:
         if main:
-            _introduce(console, config, loaded, train_set, held_out, metric, (*ppo.sampler.notes, *record.notes))
+            told = [
+                dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
+                *generation_notes(loaded, config.sampling),
+            ]
+            _introduce(console, config, loaded, train_set, held_out, metric, (*told, *ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
             start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
             record.log(0, start, {}, [])
@@ -193,7 +199,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             record.profile(text)
             console.print(Markdown(text))
         evaluations = record.evaluations() or [{}]
-        record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
+        saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
     except (MonitorStop, RolloutError):
         # All processes have it. The launcher stops the others as soon as one has left: not before the main one is done.
         ppo.sampler.close()
@@ -204,6 +210,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         record.close()
     folder = Path(config.output_dir)
     if main:
+        console.print(saved)
         console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
         if evaluations[-1]:
             console.print(f"Held out, {_before_and_after(metric, evaluations[0], evaluations[-1])}.", markup=False)

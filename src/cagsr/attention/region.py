@@ -207,23 +207,25 @@ class AttentionRegion:
         )
 
     @classmethod
-    def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+    def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor, prefix: int = 1) -> AttentionRegion:
         """Put the prompt in the encoder; the decoder reads [start, y0, y1, ...]: row t predicts token t.
 
         Args:
             prompt_mask: ``(batch, prompt)``, true for real tokens of the encoder's input, padded on either side.
             response_mask: ``(batch, response)``, true for real tokens. One column serves a decoding step too: the one
                 token of the step predicts the next.
+            prefix: tokens the decoder reads before y0: the start token, and more where a model forces its first tokens.
 
         Raises:
             AttentionError: the batch sizes differ.
         """
         prompt, response = _masks(prompt_mask, response_mask)
+        first = prefix - 1
         return cls(
             batch=torch.arange(prompt.shape[0], device=prompt.device),
-            rows=_positions(response),
+            rows=(_positions(response) + first).masked_fill(~response, -1),
             columns=_positions(prompt),
-            row_slice=slice(0, response.shape[1]),
+            row_slice=slice(first, first + response.shape[1]),
             column_slice=slice(0, prompt.shape[1]),
         )
 

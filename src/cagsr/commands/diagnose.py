@@ -67,6 +67,7 @@ def run(config: Config) -> None:
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.evaluation.report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.evaluation.scorer import Scorer
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config, reward_warnings
 
@@ -92,7 +93,7 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *notes])
+    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes])
     signals = collect_signals(
         loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
     )

@@ -185,6 +185,7 @@ def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
     from cagsr.evaluation.evaluated import compare, corrected
     from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
     asked: list[EncodedPrompt] = []
@@ -204,7 +205,8 @@ def _from_model(config: Config) -> EvalReport:
         )
     judge = AnswerJudge(_judges(config), loaded.device)
     judge.left_out(prompts)  # refuses what would fail only after sampling
-    say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
+    told = generation_notes(loaded, _sampling(config, config.temperatures[0]))
+    say([*loaded.notes, *told, *(note for note in notes if "--salience." not in note)])
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
     comparisons: list[Comparison] = []

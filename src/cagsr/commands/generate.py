@@ -54,6 +54,7 @@ def run(config: Config) -> None:
     check_sampling(config.sampling, config.batch_size)
 
     from cagsr.evaluation.sampling import sample_in_batches
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
@@ -68,7 +69,13 @@ def run(config: Config) -> None:
         loaded,
         config.sampling.max_new_tokens,
     )
-    say([*loaded.notes, *(note for note in notes if "--salience." not in note)])
+    say(
+        [
+            *loaded.notes,
+            *generation_notes(loaded, config.sampling),
+            *(note for note in notes if "--salience." not in note),
+        ]
+    )
     rows: list[dict[str, Any]] = []
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         for row, text in enumerate(rollout.completions):

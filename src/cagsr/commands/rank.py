@@ -63,6 +63,7 @@ def run(config: Config) -> None:
     import torch
 
     from cagsr.evaluation.scorer import Scorer
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.reward.build import check_reward_config
@@ -99,7 +100,7 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *notes])
+    say([*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes])
     answers: list[Candidate] = []
     for some in _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts):
         answers += some

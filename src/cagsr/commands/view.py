@@ -60,6 +60,7 @@ def run(config: Config) -> None:
     """Write the page, the picture, or both."""
     _check(config)
 
+    from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
@@ -90,7 +91,7 @@ def run(config: Config) -> None:
     associations = named_associations(config.reward)
     if learn:
         associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
-    say([*loaded.notes, *notes])
+    say([*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes])
     try:
         found = view(
             loaded,

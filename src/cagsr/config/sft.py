@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cagsr.config.training import DataConfig, LoraConfig, ModelConfig
+from cagsr.config.training import DataConfig, LoraConfig, ModelConfig, SaveDtype
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class SftConfig:
     """Seeds the order of the pairs and random weights."""
     save_every: int = 500
     """Steps between checkpoints (deleted once the final model is there); 0 keeps none, and nothing to resume."""
+    save_dtype: SaveDtype = "auto"
+    """Precision of the saved weights; auto takes the starting model's own. float32 keeps every digit of the training."""
     resume: bool = False
     """Go on from the folder's last checkpoint."""
     overwrite: bool = False

@@ -231,6 +231,7 @@ class EvalConfig:
 
 
 Action = Literal["off", "warn", "stop"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,9 @@ class RunConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     save_total_limit: int = 2
     """Checkpoints kept."""
+    save_dtype: SaveDtype = "auto"
+    """Precision of the weights in final/; auto takes the starting model's own. Weights are trained in float32, which
+    float32 keeps and the others round."""
     sample_rows: int = 8
     """Answers with their reward breakdown stored at each step in samples.jsonl."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"

@@ -22,6 +22,7 @@ from cagsr.errors import ModelError
 from cagsr.flow import Rollout
 from cagsr.models.cache import rows_can_be_picked
 from cagsr.models.checkpointing import is_checkpointed
+from cagsr.models.generation import decoder_prefix
 from cagsr.models.lengths import length_borders, read_as_long_as
 from cagsr.models.load import LoadedModel
 
@@ -175,7 +176,7 @@ def teacher_forced(
 
     Decoder-only: the last response token is not fed (nothing follows it), positions count real tokens only, and only
     the logits that predict response tokens are computed where the model allows it. Encoder-decoder: the prompt is the
-    encoder's input and the response, shifted right, the decoder's.
+    encoder's input and the response, shifted right behind ``decoder_prefix``, the decoder's.
 
     Args:
         model: a transformers (or peft) language model.
@@ -267,12 +268,10 @@ def _encoder_decoder_pass(model: nn.Module, inputs: PassInputs, pad_token_id: in
             f"Answers of {inputs.response_ids.shape[1]} tokens: the decoder of this {model.config.model_type} model changes "
             f"its rotary frequencies beyond {borders[0]} tokens, which is read of decoder-only models alone; ask for shorter ones."
         )
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = model.generation_config.decoder_start_token_id
     response = inputs.response_ids.masked_fill(~inputs.response_mask, pad_token_id)
-    decoder_ids = torch.cat([torch.full_like(response[:, :1], start), response[:, :-1]], dim=1)
-    decoder_mask = torch.cat([torch.ones_like(inputs.response_mask[:, :1]), inputs.response_mask[:, :-1]], dim=1)
+    before = response.new_tensor(decoder_prefix(model)).expand(len(response), -1)
+    decoder_ids = torch.cat([before, response[:, :-1]], dim=1)
+    decoder_mask = torch.cat([torch.ones_like(before, dtype=torch.bool), inputs.response_mask[:, :-1]], dim=1)
     encoder: dict[str, Any] = {"input_ids": inputs.prompt_ids}
     if inputs.shared is not None:
         first = inputs.shared.first

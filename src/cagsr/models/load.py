@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,12 +27,18 @@ from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
 from cagsr.models.continuation import continuation_text
 from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
+from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.lengths import length_borders
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.text_ids import text_ids
 from cagsr.progress import working
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Precisions that weights are saved in, by their names in safetensors."""
 
 
 UNLIMITED = 1_000_000
@@ -54,6 +62,14 @@ class LoadedModel:
     lora: bool
     notes: tuple[str, ...]
     """What was chosen and why, one sentence each."""
+    generation: GenerationRules = field(default_factory=GenerationRules)
+    """What the model's generation config means for sampling and scoring."""
+    stored_dtype: torch.dtype = torch.float32
+    """The precision that the model's files say they have: float32, bfloat16 or float16."""
+    grown: bool = False
+    """Whether the vocabulary has more rows than the stored model has."""
+    untied: bool = False
+    """Whether matrices that the stored model shares were made apart for the adapters."""
 
     @property
     def pad_token_id(self) -> int:
@@ -102,7 +118,7 @@ class LoadedModel:
         context = self.context_length()
         if context is None:
             return UNLIMITED
-        if self.encoder_decoder and max_new_tokens > context:
+        if self.encoder_decoder and max_new_tokens + len(self.generation.forced) > context:
             raise ConfigError(
                 f"--sampling.max_new_tokens {max_new_tokens}: the decoder of {self.path} has positions for {context} tokens; "
                 f"lower it."
@@ -158,18 +174,31 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     use_lora = lora is not None and lora.r > 0
     frozen = use_lora or not for_training
     dtype = torch.float32 if not frozen else compute_dtype
-    model, tokenizer = _load_pair(config, dtype, notes)
+    model, tokenizer, stored_dtype = _load_parts(config, dtype, notes)
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    if grown:
         model.resize_token_embeddings(len(tokenizer))
     if added_pad:
         notes.append(f"PAD: {tokenizer.pad_token!r} was added to the vocabulary (id {tokenizer.pad_token_id}).")
     stop_ids = _stop_ids(model, tokenizer, config.path, notes)
+    generation = read_generation_rules(
+        model.generation_config,
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        stop_ids=stop_ids,
+        path=config.path,
+    )
     policy: nn.Module = model
+    untied: str | None = None
     if use_lora:
         assert lora is not None
-        policy = _add_lora(model, lora)
+        from cagsr.models.tied import untie_adapted  # brings peft, which takes its time
+
+        adapted = add_lora(model, lora, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+        untied = untie_adapted(adapted, lora.target_modules)
+        policy = adapted
         notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
+        notes += [untied] if untied else []
     policy.to(device)
     policy.eval()
     length_borders(policy)
@@ -185,6 +214,10 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         stop_ids=stop_ids,
         lora=use_lora,
         notes=tuple(notes),
+        generation=generation,
+        stored_dtype=stored_dtype,
+        grown=grown,
+        untied=untied is not None,
     )
 
 
@@ -212,22 +245,23 @@ def _choose_dtype(name: str, device: torch.device, notes: list[str]) -> torch.dt
     return torch.float32
 
 
-def _load_pair(
+def _load_parts(
     config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; of a PEFT adapter, its base with the adapter merged into the weights."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """The model, its tokenizer and its files' precision; of a PEFT adapter, its base with the adapter merged into it."""
     check_files(config.path, f"--model.path {config.path}")
     if is_adapter(config.path):
         return _load_adapter(config, dtype, notes)
     model_config = _load_config(config)
     _check_weights(config.path)
     tokenizer = _load_tokenizer(config)
-    return _load_weights(config, model_config, dtype, notes), tokenizer
+    stored_dtype = _stored_dtype(config.path, model_config)
+    return _load_weights(config, model_config, dtype, notes), tokenizer, stored_dtype
 
 
 def _load_adapter(
     config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
     from peft import PeftModel
 
     base = adapter_base(config.path)
@@ -235,7 +269,7 @@ def _load_adapter(
     if not (Path(config.path) / "adapter_model.safetensors").is_file():
         raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")
     try:
-        model, tokenizer = _load_pair(replace(config, path=base), dtype, notes)
+        model, tokenizer, stored_dtype = _load_parts(replace(config, path=base), dtype, notes)
     except ModelError as error:
         raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
     if (Path(config.path) / "tokenizer_config.json").is_file():
@@ -248,7 +282,7 @@ def _load_adapter(
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
     notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
-    return merged, tokenizer
+    return merged, tokenizer, stored_dtype
 
 
 def _load_config(config: ModelConfig) -> PretrainedConfig:
@@ -269,6 +303,17 @@ def _load_config(config: ModelConfig) -> PretrainedConfig:
         raise ModelError(
             f"--model.path {config.path}: can't be loaded from this folder or the Hub ({reason})"
         ) from error
+
+
+def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
+    """The precision of a model's files: what its config says, else what the first weights have."""
+    declared = config.dtype or config.get_text_config().dtype
+    if declared is None:
+        for file in sorted(Path(path).glob("*.safetensors"))[:1]:
+            with safe_open(file, framework="pt") as weights:
+                kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]  # noqa: SIM118
+            declared = next((_STORED[kind] for kind in kinds if kind in _STORED), None)
+    return declared if declared in _STORED.values() else torch.float32
 
 
 def _check_weights(path: str) -> None:
@@ -378,9 +423,19 @@ def _stop_ids(
     return ids
 
 
-def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+def add_lora(model: PreTrainedModel, lora: LoraConfig, task: str) -> PeftModel:
+    """Put fresh adapters on a model.
+
+    Args:
+        model: changed in place; its weights are frozen.
+        lora: rank, scale, and the modules.
+        task: peft's task type, as CAUSAL_LM.
+
+    Raises:
+        ConfigError: a name in ``lora.target_modules`` fits no module that can have an adapter.
+    """
     from peft import LoraConfig as PeftLoraConfig
-    from peft import TaskType, get_peft_model
+    from peft import get_peft_model
 
     names = [name.strip() for name in lora.target_modules.split(",") if name.strip()]
     settings = PeftLoraConfig(
@@ -388,11 +443,17 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=names[0] if names == ["all-linear"] else names,
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        task_type=task,
     )
+    missing = f"--lora.target_modules {lora.target_modules}: peft finds no such modules in this {model.config.model_type} model"
     try:
-        return get_peft_model(model, settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # untie_adapted sees to it
+            policy = get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(
-            f"--lora.target_modules {lora.target_modules}: peft finds no such modules in this {model.config.model_type} model."
-        ) from error
+        raise ConfigError(f"{missing}.") from error
+    found = policy.base_model.targeted_module_names
+    for name in names:
+        if name != "all-linear" and not any(one == name or one.endswith(f".{name}") for one in found):
+            raise ConfigError(f"{missing} as {name}.")
+    return policy

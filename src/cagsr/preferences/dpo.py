@@ -19,18 +19,18 @@ from cagsr.pairs import encode_answer, unending
 from cagsr.preferences.pairs import BY_LENGTH, OrderByEpoch, PreferencePair, encode_all, read_preferences
 from cagsr.preferences.split import subset
 from cagsr.prompts.encode import TextEncoder, encode_prompt
+from cagsr.runs.saved import TEXTS, AnswerProbe, Saved, dtype_note, saved_facts
 from cagsr.runs.trainer_folder import (
+    check_adapted_head,
     check_trainer_config,
-    drop_checkpoints,
     length_limit,
     mean_of,
-    merged_model,
     open_trainer_folder,
     run_trainer,
+    save_trained,
     say_done,
     settings_file,
     trainer_arguments,
-    write_model,
 )
 
 COMMAND = "dpo"
@@ -61,6 +61,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
         )
     if loaded.tokenizer.eos_token_id is None:
         raise ModelError(f"--model {config.model.path}: the tokenizer names no EOS token, so no answer could ever end.")
+    check_adapted_head(loaded, config.lora, COMMAND)
     limit = length_limit(config, loaded)
     read: list[str] = []
     pairs = subset(read_preferences(config, loaded.tokenizer, notes=read), config.num_pairs, config.seed)
@@ -68,6 +69,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     encoded, dropped = encode_all(pairs, lambda pair: _encode(pair, encoder, config), _length, config, limit)
     notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
     notes += unending([pair[name] for pair in encoded for name in ("chosen_ids", "rejected_ids")], loaded.stop_ids)
+    notes.append(dtype_note(config.save_dtype, loaded, "--save_dtype"))
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     checkpoint = open_trainer_folder(config, COMMAND, notes)
@@ -81,12 +83,17 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     )
     run_trainer(trainer, folder, checkpoint, notes, quiet=quiet)
     if trainer.is_world_process_zero():
-        model = merged_model(trainer, folder)
-        model.config.use_cache = True
-        card = _card(config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"))
-        write_model(folder, model, loaded.tokenizer, {"README.md": card})
-        drop_checkpoints(folder)
+
+        def texts(saved: Saved) -> dict[str, str]:
+            loss = mean_of(trainer, "loss")
+            return {
+                "README.md": _card(config, len(encoded), trainer.state.global_step, loss, saved_facts(loaded, saved))
+            }
+
+        probe = AnswerProbe(loaded, [(pair["prompt_ids"], pair["chosen_ids"]) for pair in encoded[:TEXTS]])
+        saved = save_trained(trainer, config, loaded, probe, texts)
         if not quiet:
+            print(saved.sentence)
             accuracy = mean_of(trainer, "rewards/accuracies")
             say_done(trainer, folder, *([] if accuracy is None else [f"{accuracy:.0%} of the pairs ranked right"]))
     return folder
@@ -105,8 +112,6 @@ def _check(config: DpoConfig) -> None:
         raise ConfigError(f"--beta {config.beta:g}: must be above 0.")
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError(f"--label_smoothing {config.label_smoothing:g}: must be from 0 to below 0.5.")
-    if "lm_head" in config.lora.target_modules and config.lora.r > 0:
-        raise ConfigError("--lora.target_modules: dpo (TRL) can't train an adapter on lm_head; leave it out.")
 
 
 def _encode(pair: PreferencePair, encoder: TextEncoder, config: DpoConfig) -> dict[str, list[int]]:
@@ -143,7 +148,7 @@ def learning_rate(config: DpoConfig) -> float:
     return 1e-5 if config.lora.r > 0 else 1e-6
 
 
-def _card(config: DpoConfig, pairs: int, steps: int, loss: float | None) -> str:
+def _card(config: DpoConfig, pairs: int, steps: int, loss: float | None, saved: str) -> str:
     told = f" The mean training loss over the last steps was {loss:.3f}." if loss is not None else ""
     return f"""---
 library_name: transformers
@@ -158,6 +163,7 @@ Direct preference optimisation from `{config.model.path}` with `cagsr dpo` {__ve
 - Data: {pairs:,} preference pairs from `{config.data.path}`.
 - {steps:,} steps of {config.batch_size} pairs, beta {config.beta:g}, peak learning rate {learning_rate(config):g}, seed
   {config.seed}.{told}
+{saved}
 - All settings: `{settings_file(COMMAND)}`.
 
 ## Limits

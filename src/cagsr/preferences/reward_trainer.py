@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig as PeftLoraConfig
-from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from cagsr import __version__
-from cagsr.config import LoraConfig, RewardModelConfig
-from cagsr.errors import ConfigError, ModelError
+from cagsr.config import RewardModelConfig
+from cagsr.errors import ModelError
 from cagsr.evaluation.metrics import Interval, mean_interval
-from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.load import LoadedModel, add_lora, load_model
 from cagsr.preferences.pairs import (
     BY_LENGTH,
     OrderByEpoch,
@@ -35,18 +33,17 @@ from cagsr.preferences.pairs import (
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
 from cagsr.progress import working
 from cagsr.reward.model import RewardModel, encode_answered
+from cagsr.runs.saved import TEXTS, Saved, ScoreProbe, dtype_note, saved_facts
 from cagsr.runs.trainer_folder import (
     check_trainer_config,
-    drop_checkpoints,
     length_limit,
     mean_of,
-    merged_model,
     open_trainer_folder,
     run_trainer,
+    save_trained,
     say_done,
     settings_file,
     trainer_arguments,
-    write_model,
 )
 
 COMMAND = "reward-model"
@@ -113,6 +110,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     unmeasured, held_out = len(held_out) - len(measurable), measurable
     seen = len({prompt_key(pair) for pair in training} & {prompt_key(pair) for pair in held_out})
     notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
+    notes.append(dtype_note(config.save_dtype, loaded, "--save_dtype"))
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
     if unmeasured:
@@ -133,16 +131,22 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     )
     run_trainer(trainer, folder, checkpoint, notes, quiet=quiet)
     if trainer.is_world_process_zero():
-        model = merged_model(trainer, folder)
-        # Measured before the folder is complete: an interrupted training must not look finished.
-        measured = _measure_model(model, loaded, held_out)
-        metrics = _metrics(config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"), measured, seen)
-        card = _card(config, metrics, measured)
-        write_model(
-            folder, model, loaded.tokenizer, {"README.md": card, "metrics.json": json.dumps(metrics, indent=2) + "\n"}
-        )
-        drop_checkpoints(folder)
+        measured: PairAccuracy | None = None
+
+        def texts(saved: Saved) -> dict[str, str]:
+            nonlocal measured
+            # Measured before the folder is complete: an interrupted training must not look finished.
+            measured = _measure_model(saved.model, loaded, held_out)
+            metrics = _metrics(
+                config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"), measured, seen
+            )
+            card = _card(config, metrics, measured, saved_facts(loaded, saved))
+            return {"README.md": card, "metrics.json": json.dumps(metrics, indent=2) + "\n"}
+
+        probe = ScoreProbe(loaded, [pair[side] for pair in encoded[:TEXTS] for side in ("chosen_ids", "rejected_ids")])
+        saved = save_trained(trainer, config, loaded, probe, texts)
         if not quiet:
+            print(saved.sentence)
             say_done(trainer, folder, _how_good(measured, mean_of(trainer, "accuracy")))
     return folder
 
@@ -220,24 +224,8 @@ def _classifier(loaded: LoadedModel, config: RewardModelConfig) -> nn.Module:
     body = classifier.base_model_prefix
     setattr(classifier, body, getattr(loaded.model, body))
     classifier.to(loaded.device)
-    return _with_lora(classifier, config.lora) if config.lora.r > 0 else classifier
-
-
-def _with_lora(classifier: nn.Module, lora: LoraConfig) -> nn.Module:
-    names = [name.strip() for name in lora.target_modules.split(",") if name.strip()]
-    settings = PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=names[0] if names == ["all-linear"] else names,
-        task_type=TaskType.SEQ_CLS,  # trains and saves the head as well
-    )
-    try:
-        return get_peft_model(classifier, settings)
-    except ValueError as error:
-        raise ConfigError(
-            f"--lora.target_modules {lora.target_modules}: peft finds no such modules in this model."
-        ) from error
+    # The task has peft train and save the head as well.
+    return add_lora(classifier, config.lora, "SEQ_CLS") if config.lora.r > 0 else classifier
 
 
 def _arguments(config: RewardModelConfig, loaded: LoadedModel) -> TrlRewardConfig:
@@ -299,7 +287,7 @@ def _metrics(
     return metrics
 
 
-def _card(config: RewardModelConfig, metrics: dict[str, Any], measured: PairAccuracy | None) -> str:
+def _card(config: RewardModelConfig, metrics: dict[str, Any], measured: PairAccuracy | None, saved: str) -> str:
     accuracy = "Not measured: no pairs were held out."
     if measured is not None:
         source = f"`{config.eval_data}`" if config.eval_data else "prompts kept out of training"
@@ -321,6 +309,7 @@ A reward model from `{config.model.path}` with `cagsr reward-model` {__version__
 - Data: {metrics["pairs"]:,} preference pairs from `{config.data.path}`.
 - {metrics["steps"]:,} steps of {config.batch_size} pairs, peak learning rate {learning_rate(config):g}, seed {config.seed}.
 - It reads prompt and answer as one text, without an end token: `cagsr train --reward.models` gives it just that.
+{saved}
 - All settings: `{settings_file(COMMAND)}`.
 
 ## Limits

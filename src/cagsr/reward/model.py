@@ -168,7 +168,13 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
                 "(num_labels=1)"
             )
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            config=config,
+            # A CPU computes below float32 slowly, and rounds every sum.
+            dtype=torch.float32 if torch.device(device).type == "cpu" else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -62,6 +62,16 @@ def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Acceler
         raise ConfigError(
             f"--rollout.engine vllm: {loaded.path} is an encoder-decoder model, which vLLM doesn't serve; use transformers."
         )
+    if loaded.untied:
+        raise ConfigError(
+            f"--rollout.engine vllm: the adapters make two matrices of one that {loaded.path} shares, and the server's copy has "
+            "the one; leave the embedding and the output head out of --lora.target_modules, or use transformers."
+        )
+    if loaded.generation.never or loaded.generation.never_first:
+        raise ConfigError(
+            f"--rollout.engine vllm: the generation config of {loaded.path} forbids tokens (suppress_tokens, "
+            "begin_suppress_tokens or bad_words_ids), which vLLM isn't told; take them out, or use transformers."
+        )
     folder = Path(rollout.weights_dir) if rollout.weights_dir else Path(config.output_dir) / WEIGHTS_FOLDER
 
     def channel(server: VLLMServer) -> WeightChannel:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.generation import decoder_prefix, sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
@@ -21,7 +22,8 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     """Sample one answer for each row of a prompt batch.
 
     The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
-    softmax at ``temperature``; what top-p, top-k and the minimum length change is corrected in the scoring pass.
+    softmax at ``temperature``; what top-p, top-k, the minimum length and forbidden tokens change is corrected in the
+    scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
 
     Args:
         loaded: the policy.
@@ -32,9 +34,9 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
         The answers, ``(batch, response)``, padded on the right to the longest.
     """
     many = _answers_per_prompt(prompts)
-    start = 1 if loaded.encoder_decoder else prompts.ids.shape[1]
+    start = len(decoder_prefix(loaded.model)) if loaded.encoder_decoder else prompts.ids.shape[1]
     stop_ids, stop_strings = loaded.stops(sampling)
-    settings = _only_these_settings(loaded.model, _settings(loaded, sampling))
+    settings = _only_these_settings(loaded.model, sampled_with(loaded, sampling))
     drawn: list[Tensor] = []
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
         ids = loaded.model.generate(
@@ -50,8 +52,9 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     rollout = cut_responses(ids[:, start:], prompts, loaded, stop_ids, stop_strings)
     if not drawn:
         return rollout
-    mask = rollout.response_mask
-    return replace(rollout, decoded_logprobs=torch.stack(drawn, dim=1)[:, : mask.shape[1]].masked_fill(~mask, 0.0))
+    mask, forced = rollout.response_mask, len(loaded.generation.forced)  # a forced token is drawn, but is no answer's
+    logprobs = torch.stack(drawn[forced:], dim=1)[:, : mask.shape[1]]
+    return replace(rollout, decoded_logprobs=logprobs.masked_fill(~mask, 0.0))
 
 
 class SaysStopString(StoppingCriteria):
@@ -148,22 +151,6 @@ def _tokens_until(tokens: list[int], stop_strings: Sequence[str], loaded: Loaded
         else:
             low = middle + 1
     return low
-
-
-def _settings(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
-    base = loaded.model.generation_config
-    settings = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": sampling.min_new_tokens or None,
-        "eos_token_id": list(loaded.stops(sampling)[0]),
-        "pad_token_id": loaded.pad_token_id,
-        "bos_token_id": loaded.tokenizer.bos_token_id,
-        "decoder_start_token_id": getattr(base, "decoder_start_token_id", None),
-        "do_sample": sampling.temperature > 0,
-    }
-    if sampling.temperature > 0:
-        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return GenerationConfig(**settings)
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel
+from transformers import GenerationConfig
 
-from cagsr.atomic import replace_folder
+from cagsr.atomic import delete, replace_folder, write_text_atomically
+from cagsr.models.load import LoadedModel
+from cagsr.runs.saved import DIFFERS, Probe, Saved, save_adapter_compared, save_compared
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class CardFacts:
     """On how many held-out prompts they were measured."""
     warnings: Sequence[str] = ()
     """What the monitors said."""
+    saved: str = "- The trained weights."
+    """What was saved and how near it is to what was trained, as a list."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that matter."""
 
@@ -117,6 +122,10 @@ held near the starting model by a KL penalty.
 
 {_results(facts)}
 
+## What is in the files
+
+{facts.saved}
+
 ## Limits
 
 - The reward measures what the model looks at, not whether what it says is true: it does not see invented facts.
@@ -142,32 +151,45 @@ held near the starting model by a KL penalty.
 {f"{chr(10)}Versions: {versions}.{chr(10)}" if versions else ""}"""
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, card: str) -> Path:
+def save_final(
+    folder: Path,
+    model: Any,
+    loaded: LoadedModel,
+    probe: Probe,
+    card: Callable[[Saved], str],
+    dtype: torch.dtype,
+    generation: GenerationConfig | None = None,
+) -> Saved:
     """Write the trained model with tokenizer, generation config and card to ``folder/final``, whole or not at all.
 
-    With LoRA ``final`` holds the merged full model, loadable without peft, and ``final-adapter`` the adapter alone.
-    The model is left as it was (the merge is done on a copy, which needs the memory of a second model).
+    With LoRA ``final`` holds the merged full model, loadable without peft, and ``final-adapter`` the adapter alone. Both are
+    loaded again and compared with the model in memory, which is left as it was (``runs/saved.py``).
 
     Args:
         folder: the run folder.
         model: a transformers model or a ``PeftModel`` around one, unwrapped from accelerate.
-        tokenizer: its tokenizer.
-        card: the text of README.md.
+        loaded: how it was loaded.
+        probe: the texts it is compared on.
+        card: makes the text of README.md.
+        dtype: the precision it is saved in.
+        generation: its generation config; None: the starting model's.
 
     Returns:
-        The folder of the full model.
+        What was saved; its folder is ``folder / "final"``.
 
     Raises:
-        RunError: the disk is full or the folder can't be written; an earlier final model is untouched.
+        RunError: the disk is full, the folder can't be written, or what was saved is not what was trained; an earlier final
+            model is untouched.
     """
-    full = model
+    final, adapter, kept = folder / "final", folder / "final-adapter", folder / f"final-{DIFFERS}"
+    delete(kept)
     if isinstance(model, PeftModel):
-        with replace_folder(folder / "final-adapter") as temporary:
-            model.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        full = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    with replace_folder(folder / "final") as temporary:
-        full.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-    return folder / "final"
+        with replace_folder(adapter) as temporary:
+            save_adapter_compared(temporary, model, loaded, probe, place=adapter, kept=kept)
+    with replace_folder(final) as temporary:
+        saved = save_compared(temporary, model, loaded, probe, dtype, generation, place=final, kept=kept)
+        text = card(saved)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+    if isinstance(model, PeftModel):
+        write_text_atomically(adapter / "README.md", text)
+    return saved

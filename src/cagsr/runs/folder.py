@@ -15,6 +15,7 @@ profile.md       where the time went, if asked for
 rollout-weights/  the policy on its way to a vLLM server, while a run goes on
 final/           the trained model in Hugging Face layout, with its card as README.md
 final-adapter/   the LoRA adapter alone, where one was trained
+final-differs/   in place of these: what was saved, where it is not what was trained
 report.html      the run's page, where cagsr report has written it
 """
 
@@ -50,13 +51,14 @@ REPORT = "report.html"
 PROFILE = "profile.md"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
 RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT, FINGERPRINT)
-RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "trackers", "rollout-weights")
+RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "final-differs", "trackers", "rollout-weights")
 
 MAY_DIFFER = (
     "output_dir",
     "run.steps",
     "run.save_every",
     "run.save_total_limit",
+    "run.save_dtype",
     "run.sample_rows",
     "run.tracker",
     "run.overwrite",

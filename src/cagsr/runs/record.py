@@ -22,6 +22,7 @@ from cagsr.config import TrainConfig
 from cagsr.configfile import flatten, to_yaml
 from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
+from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import is_sharded, unsharded
 from cagsr.progress import working
@@ -37,6 +38,7 @@ from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
 from cagsr.runs.rng import gather_rng_states
+from cagsr.runs.saved import answer_probe, chosen_dtype, on_device_of, saved_facts
 from cagsr.runs.tracker import start_tracker
 from cagsr.update.ppo import PPO
 
@@ -199,14 +201,23 @@ class RunRecord:
         before: Mapping[str, float],
         after: Mapping[str, float],
         held_out: int,
-    ) -> None:
+    ) -> str:
         """Write the final model with its card and the curves, and close the folder.
 
         Every process calls it: each may hold a part of the model.
+
+        Returns:
+            What the user is told of the model that was saved; empty where this process saves none.
+
+        Raises:
+            RunError: what was saved is not what was trained (``runs/saved.py``).
         """
-        config = self._config
+        config, found = self._config, ""
         model = unsharded(loaded, config.model, config.lora, keep=self._folder is not None)
         if self._folder is not None:
+            assert model is not None  # of those that write
+            served = "`generation_config.json` has `model.generate()` sample as training did."
+            generation = "".join(f"\n- {note}" for note in (served, *generation_notes(loaded, config.sampling)))
             told = {key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)}
             facts = CardFacts(
                 name=self._folder.path.name,
@@ -224,11 +235,23 @@ class RunRecord:
                 warnings=self._warnings,
                 versions={name: version(name) for name in ("cagsr", "torch", "transformers", "peft")},
             )
-            save_final(self._folder.path, model, loaded.tokenizer, model_card(facts))
+            longest = config.sampling.max_new_tokens
+            probe = answer_probe(on_device_of(loaded, model), train_set.prompts, longest)
+            saved = save_final(
+                self._folder.path,
+                model,
+                loaded,
+                probe,
+                lambda saved: model_card(dataclasses.replace(facts, saved=saved_facts(loaded, saved) + generation)),
+                chosen_dtype(config.run.save_dtype, loaded),
+                served_with(loaded, config.sampling),
+            )
+            found = saved.sentence
             plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
         self._tracker.finish()
         self.close()
         self._accelerator.wait_for_everyone()
+        return found
 
     def profile(self, text: str) -> None:
         """Write where the time went."""

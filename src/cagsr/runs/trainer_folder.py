@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import TrainerCallback
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cagsr.atomic import delete, disk_errors, replace_folder, write_text_atomically
-from cagsr.config import DpoConfig, RewardModelConfig, SftConfig
+from cagsr.config import DpoConfig, LoraConfig, RewardModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
+from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
 from cagsr.progress import Task, now, say, shown, working
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.numbers import StepNumbers
+from cagsr.runs.saved import DIFFERS, Probe, Saved, chosen_dtype, save_adapter_compared, save_compared
 
 CHECKPOINTS = "checkpoints"
 RECENT = 50
@@ -37,6 +40,7 @@ MAY_DIFFER = (
     "steps",
     "micro_batch_size",
     "save_every",
+    "save_dtype",
     "resume",
     "overwrite",
     "model.device",
@@ -124,6 +128,7 @@ def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -
         if config.overwrite:
             delete(folder / CHECKPOINTS)
             delete(folder / "adapter")
+            delete(folder / DIFFERS)
             # The config goes first: without it the folder is no model any more, whatever happens next.
             for name in ("config.json", "metrics.json", *(file.name for file in folder.glob("*.safetensors"))):
                 (folder / name).unlink(missing_ok=True)
@@ -207,14 +212,25 @@ def run_trainer(trainer: Any, folder: Path, checkpoint: str | None, notes: Seque
     Raises:
         RunError: the disk is full or the folder can't be written.
     """
+    # The trainer puts its tokens into the model's generation config, and what it has changed it doesn't save where published
+    # models have what transformers calls invalid. Nothing is generated here: another one takes its place meanwhile.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        model.generation_config = GenerationConfig()
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    with nullcontext() if quiet else shown(f"training {folder}"), working("step") as task, disk_errors(folder):
-        if not quiet and trainer.is_world_process_zero():
-            for note in notes:
-                say(note)
-        trainer.add_callback(_Progress(task))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with nullcontext() if quiet else shown(f"training {folder}"), working("step") as task, disk_errors(folder):
+            if not quiet and trainer.is_world_process_zero():
+                for note in notes:
+                    say(note)
+            trainer.add_callback(_Progress(task))
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if own is not None:
+            model.generation_config = own
 
 
 def mean_of(trainer: Any, name: str, *, first: bool = False) -> float | None:
@@ -265,33 +281,83 @@ class _Progress(TrainerCallback):
         self._numbers.step(state.global_step, numbers)
 
 
-def merged_model(trainer: Any, folder: Path) -> Any:
-    """The trained model without wrappers; with LoRA the adapter is saved to ``adapter/`` and merged into the weights."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        return model
-    if "ref" in model.peft_config:  # DPOTrainer's own: a frozen copy of the untrained adapter
-        model.delete_adapter("ref")
-    with replace_folder(folder / "adapter") as temporary:
-        model.save_pretrained(temporary)
-    return model.merge_and_unload(safe_merge=True)
+def check_adapted_head(loaded: LoadedModel, lora: LoraConfig, command: str) -> None:
+    """Refuse adapters on the output head: TRL reads its weight directly, so that they would never be trained.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if loaded.lora and isinstance(loaded.model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            f"--lora.target_modules {lora.target_modules}: {command} (TRL) can't train an adapter on the output head (lm_head); "
+            "leave it out."
+        )
+
+
+def save_trained(
+    trainer: Any,
+    config: TrainerConfig,
+    loaded: LoadedModel,
+    probe: Probe,
+    texts: Callable[[Saved], Mapping[str, str]],
+    *,
+    adapter: bool = True,
+) -> Saved:
+    """Write the trained model into the output folder once it has been loaded again and compared, and drop the checkpoints.
+
+    With LoRA the adapter goes to ``adapter/``, and the model has it merged. Only the main process calls it.
+
+    Args:
+        trainer: done.
+        config: the command's settings.
+        loaded: how the starting model was loaded.
+        probe: the texts that the comparison runs on.
+        texts: makes further text files, by name, from what was saved.
+        adapter: False: the adapter alone is of no use, its base being kept nowhere.
+
+    Raises:
+        RunError: the disk is full, or what was saved is not what was trained; the checkpoints then stay.
+    """
+    folder = Path(config.output_dir)
+    kept = folder / DIFFERS
+    delete(kept)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model.config.use_cache = True
+    # TRL and accelerate put functions in a forward's place: lower precision, and running the model rather than its copy.
+    for part in (model, model.get_base_model()) if isinstance(model, PeftModel) else (model,):
+        vars(part).pop("forward", None)
+    if isinstance(model, PeftModel):
+        if "ref" in model.peft_config:  # DPOTrainer's own: a frozen copy of the untrained adapter
+            model.delete_adapter("ref")
+        if adapter:
+            with replace_folder(folder / "adapter") as temporary:
+                save_adapter_compared(temporary, model, loaded, probe, place=folder / "adapter", kept=kept)
+
+    def fill(temporary: Path) -> Saved:
+        dtype = chosen_dtype(config.save_dtype, loaded)
+        saved = save_compared(temporary, model, loaded, probe, dtype, ending_as(loaded), place=folder, kept=kept)
+        for name, text in texts(saved).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        return saved
+
+    saved = write_model(folder, fill)
+    drop_checkpoints(folder)
+    return saved
 
 
 @working("saving the model")
-def write_model(folder: Path, model: Any, tokenizer: Any, texts: dict[str, str]) -> None:
-    """Write a model, its tokenizer and further text files into ``folder``, ``config.json`` last."""
+def write_model(folder: Path, fill: Callable[[Path], Saved]) -> Saved:
+    """Put what ``fill`` writes into an empty folder into ``folder``, ``config.json`` last; nothing where it fails."""
     with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".final-") as temporary_name:
         temporary = Path(temporary_name)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        saved = fill(temporary)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             if file.is_dir():  # further chat templates; a folder can't be renamed over another one
                 delete(folder / file.name)
             else:
                 file.chmod(0o644)
             file.replace(folder / file.name)
+    return saved
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading, ReadingsInTurn
 from cagsr.models.forward import PassInputs, fed_rows, of_batch
+from cagsr.models.generation import decoder_prefix
 
 
 def regions(model: nn.Module, inputs: PassInputs, encoder_decoder: bool) -> list[AttentionRegion]:
@@ -21,7 +22,7 @@ def regions(model: nn.Module, inputs: PassInputs, encoder_decoder: bool) -> list
         encoder_decoder: which kind of model it is.
     """
     if encoder_decoder:
-        return [AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask)]
+        return [AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask, len(decoder_prefix(model)))]
     fed, _ = fed_rows(model, inputs)
     prompt, response = fed.prompt_mask, fed.response_mask
     if fed.shared is None:

@@ -109,7 +109,7 @@ def score_policy(
                 "logprobs": logprobs,
                 "entropy": entropy,
                 "certainty": certainty,
-                "correction": sampling_correction(logits, ids, sampling, loaded.stops(sampling)[0]),
+                "correction": sampling_correction(logits, ids, sampling, loaded.stops(sampling)[0], loaded.generation),
             }
             if values is not None:
                 found["values"] = values

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from cagsr.config import SamplingConfig
+from cagsr.models.generation import GenerationRules
 from cagsr.reward.certainty import certainty_of
 
 BLOCK_NUMBERS = 2**22
@@ -115,23 +116,35 @@ def _by_blocks(function: Callable[..., Tensor], logits: Tensor, *own: Tensor) ->
     return found.view(*logits.shape[:2], *found.shape[1:])
 
 
-def sampling_correction(logits: Tensor, ids: Tensor, sampling: SamplingConfig, stop_ids: tuple[int, ...]) -> Tensor:
+def sampling_correction(
+    logits: Tensor,
+    ids: Tensor,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    generation: GenerationRules = GenerationRules(),  # noqa: B008  (frozen)
+) -> Tensor:
     """Log-ratio between the scored policy and the distribution the token was really drawn from.
 
-    Top-p, top-k and a minimum length forbid tokens, so the sampler is ``policy / mass of the allowed tokens``. The ratio
-    ``policy / sampler`` of an allowed token is that mass, at most 1; the loss weighs each token by it (importance
-    sampling), so that the gradient is the scored policy's.
+    Top-p, top-k, a minimum length and the model's generation config forbid tokens, so the sampler is ``policy / mass of the
+    allowed tokens``. The ratio ``policy / sampler`` of an allowed token is that mass, at most 1; the loss weighs each token
+    by it (importance sampling), so that the gradient is the scored policy's.
 
     Args:
         logits: ``(batch, response, vocabulary)``.
         ids: ``(batch, response)`` int64, the sampled tokens.
         sampling: the filters.
         stop_ids: tokens forbidden in the first ``min_new_tokens`` positions.
+        generation: tokens that the model's generation config forbids everywhere, or as the first.
 
     Returns:
         ``(batch, response)`` float32, <= 0; 0 everywhere without filters. A few positions are done at a time.
     """
-    if sampling.top_p >= 1.0 and sampling.top_k == 0 and sampling.min_new_tokens == 0:
+    never, never_first = (
+        torch.tensor([one for one in banned if one < logits.shape[-1]], dtype=torch.long, device=ids.device)
+        for banned in (generation.never, generation.never_first)
+    )
+    free = sampling.top_p >= 1.0 and sampling.top_k == 0 and sampling.min_new_tokens == 0
+    if free and not len(never) and not len(never_first):
         return torch.zeros(ids.shape, device=ids.device)
     warpers: list[LogitsProcessor] = []
     if sampling.top_k:
@@ -140,13 +153,15 @@ def sampling_correction(logits: Tensor, ids: Tensor, sampling: SamplingConfig, s
         warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
     unused, stops = ids.new_empty(0), torch.tensor(stop_ids, device=ids.device)
 
-    def log_mass(block: Tensor, early: Tensor) -> Tensor:
+    def log_mass(block: Tensor, early: Tensor, first: Tensor) -> Tensor:
         scaled = block.float() / sampling.temperature
         allowed = scaled.clone()
+        allowed[:, never] = -torch.inf
+        allowed[:, never_first] = allowed[:, never_first].masked_fill(first[:, None], -torch.inf)
         allowed[:, stops] = allowed[:, stops].masked_fill(early[:, None], -torch.inf)
         for warper in warpers:
             allowed = warper(unused, allowed)
         return (allowed.logsumexp(dim=-1) - scaled.logsumexp(dim=-1)).clamp(max=0.0)
 
-    early = torch.arange(ids.shape[1], device=ids.device) < sampling.min_new_tokens
-    return _by_blocks(log_mass, logits, early.expand_as(ids))
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return _by_blocks(log_mass, logits, position < sampling.min_new_tokens, position == 0)

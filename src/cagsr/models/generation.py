@@ -1,0 +1,295 @@
+"""What is done with every field of a model's generation config: one table, and what follows from it.
+
+Answers are sampled at the ``sampling`` settings. What a model's ``generation_config.json`` asks for besides is honoured (in
+sampling, in scoring and in the trained model's own ``generation_config.json`` alike), replaced by a setting, switched off in
+both, or refused: the trained model, served with its own file, samples as it did while it was trained. A test compares the
+table with the fields of the transformers that is installed; a field it doesn't know is switched off by name, never silently.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from cagsr.config import SamplingConfig
+from cagsr.errors import ModelError
+
+if TYPE_CHECKING:
+    from cagsr.models.load import LoadedModel
+
+HONOURED = {
+    "eos_token_id": "ends an answer, as the tokenizer's EOS does",
+    "pad_token_id": "the tokenizer's PAD",
+    "bos_token_id": "the tokenizer's BOS",
+    "decoder_start_token_id": "begins the decoder's input",
+    "forced_bos_token_id": "comes next in the decoder's input, and is no part of the answer; decoder-only: without effect",
+    "suppress_tokens": "never sampled, corrected as top-p is",
+    "begin_suppress_tokens": "never sampled first, corrected as top-p is",
+    "bad_words_ids": "bad words of one token are never sampled, corrected as top-p is; longer ones are switched off",
+}
+"""Fields that hold in sampling, in scoring and in the trained model's file, and how."""
+
+SETTINGS = {
+    "do_sample": "sampling.temperature",
+    "temperature": "sampling.temperature",
+    "top_k": "sampling.top_k",
+    "top_p": "sampling.top_p",
+    "max_length": "sampling.max_new_tokens",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "min_length": "sampling.min_new_tokens",
+    "min_new_tokens": "sampling.min_new_tokens",
+    "stop_strings": "sampling.stop_strings",
+}
+"""Fields that a setting replaces; the trained model's file has the settings it was trained with."""
+
+_EXACT_CACHES = ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded", "offloaded_static")
+OFF: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "early_stopping": (False,),
+    "length_penalty": (1.0,),
+    "constraints": (),
+    "force_words_ids": (),
+    "num_return_sequences": (1,),
+    "max_time": (),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "forced_eos_token_id": (),
+    "remove_invalid_values": (False,),
+    "token_healing": (False,),
+    "penalty_alpha": (),
+    "dola_layers": (),
+    "low_memory": (False,),
+    "use_mtp": (False,),
+    "prompt_lookup_num_tokens": (),
+    "speculation_type": (),
+    "assistant_early_exit": (),
+    "assistant_ensemble_weight": (),
+    "cache_implementation": _EXACT_CACHES,
+    "cache_config": (),
+}
+"""Fields that would make the served model sample from another distribution than the one that is trained, or by another
+method: switched off in both. With each, the values (besides None) that change nothing."""
+
+INERT = frozenset(
+    {
+        "use_cache",
+        "max_cache_len",
+        "renormalize_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "compile_config",
+        "disable_compile",
+        "prefill_chunk_size",
+        "continuous_batching_config",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "max_matching_ngram_size",
+        "transformers_version",
+    }
+)
+"""Fields that change no token (the last six but one only with an assistant model): left as they are."""
+
+REFUSED = {
+    "forced_decoder_ids": "it forces tokens at chosen places of the answer, which training would take for sampled ones"
+}
+"""Fields that can't be trained with, and why."""
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """What a model's generation config means for sampling and scoring."""
+
+    forced: tuple[int, ...] = ()
+    """Tokens that follow the start token in the decoder's input, before the answer (encoder-decoder models)."""
+    never: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
+    never_first: tuple[int, ...] = ()
+    """Tokens that are not sampled as an answer's first."""
+    off: Mapping[str, Any] = field(default_factory=dict)
+    """What is switched off: field and value."""
+    replaced: Mapping[str, Any] = field(default_factory=dict)
+    """What the sampling settings replace: field and value."""
+    foreign: tuple[str, ...] = ()
+    """Entries that are no field of transformers' generation config: nothing reads them, they are left as they are."""
+
+
+def read_generation_rules(
+    settings: GenerationConfig | None, *, encoder_decoder: bool, stop_ids: Sequence[int], path: str
+) -> GenerationRules:
+    """Sort the fields that a model's generation config sets.
+
+    Args:
+        settings: the model's own; None where it has none.
+        encoder_decoder: which kind of model it is: a forced first token means something only to a decoder.
+        stop_ids: what ends an answer.
+        path: the model's, for messages.
+
+    Raises:
+        ModelError: a field that can't be trained or sampled with.
+    """
+    if settings is None:
+        return GenerationRules()
+    given = {name: value for name, value in vars(settings).items() if not name.startswith("_") and value is not None}
+    for name, why in REFUSED.items():
+        if given.get(name):
+            raise ModelError(f"--model.path {path}: its generation config sets {name}, and {why}; take it out.")
+    start, forced = given.get("decoder_start_token_id"), given.get("forced_bos_token_id")
+    if encoder_decoder and start is not None and not isinstance(start, int):
+        raise ModelError(
+            f"--model.path {path}: its generation config has several decoder_start_token_id, one for each row of a batch; "
+            "name one."
+        )
+    if encoder_decoder and forced in stop_ids:
+        raise ModelError(
+            f"--model.path {path}: its generation config forces token {forced} at the start of every answer "
+            "(forced_bos_token_id), and that token ends answers; mend one of the two."
+        )
+    known = vars(GenerationConfig())
+    off = {name: given[name] for name, neutral in OFF.items() if name in given and given[name] not in neutral}
+    treated = HONOURED.keys() | SETTINGS.keys() | OFF.keys() | INERT
+    off |= {name: value for name, value in given.items() if name in known and name not in treated}
+    bad_words = [list(words) for words in given.get("bad_words_ids", ())]
+    if longer := [words for words in bad_words if len(words) > 1]:
+        off["bad_words_ids"] = longer
+    single = [words[0] for words in bad_words if len(words) == 1 and words[0] not in stop_ids]
+    return GenerationRules(
+        forced=(int(forced),) if encoder_decoder and forced is not None else (),
+        never=tuple(sorted({*given.get("suppress_tokens", ()), *single})),
+        never_first=tuple(given.get("begin_suppress_tokens", ())),
+        off=off,
+        replaced={name: given[name] for name in SETTINGS if name in given},
+        foreign=tuple(sorted(given.keys() - known.keys() - treated)),
+    )
+
+
+def decoder_prefix(model: nn.Module) -> tuple[int, ...]:
+    """The tokens that an encoder-decoder model's decoder reads before the answer: the start token and a forced one.
+
+    Args:
+        model: a transformers (or peft) encoder-decoder model.
+    """
+    settings = getattr(model, "generation_config", None)
+    # In the order in which transformers' generate looks for it.
+    places = [
+        (settings, "decoder_start_token_id"),
+        (model.config, "decoder_start_token_id"),
+        (settings, "bos_token_id"),
+    ]
+    start = next(value for place, name in places if (value := getattr(place, name, None)) is not None)
+    forced = getattr(settings, "forced_bos_token_id", None)
+    return (int(start),) if forced is None else (int(start), int(forced))
+
+
+def sampled_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
+    """The generation config that answers are sampled with: the sampling settings, and what is honoured of the model's.
+
+    Stop strings are left out: transformers' own criterion fails on some tokenizers (``rollout/sample.py`` has another).
+
+    Args:
+        loaded: the policy.
+        sampling: temperature (0 is greedy), filters, lengths.
+    """
+    rules, before = loaded.generation, len(loaded.generation.forced)  # generate counts a forced token as a new one
+    settings: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens + before,
+        "min_new_tokens": sampling.min_new_tokens + before if sampling.min_new_tokens else None,
+        "eos_token_id": list(loaded.stops(sampling)[0]),
+        "pad_token_id": loaded.pad_token_id,
+        "bos_token_id": loaded.tokenizer.bos_token_id,
+        "do_sample": sampling.temperature > 0,
+        "suppress_tokens": list(rules.never) or None,
+        "begin_suppress_tokens": list(rules.never_first) or None,
+    }
+    if loaded.encoder_decoder:
+        settings["decoder_start_token_id"] = decoder_prefix(loaded.model)[0]
+        settings["forced_bos_token_id"] = rules.forced[0] if rules.forced else None
+    if sampling.temperature > 0:
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(**settings)
+
+
+def served_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
+    """The trained model's own generation config: with it ``model.generate()`` samples as training did.
+
+    Args:
+        loaded: the policy, with the starting model's generation config.
+        sampling: the settings of the training.
+    """
+    base = loaded.model.generation_config
+    served = copy.deepcopy(base) if base is not None else GenerationConfig()
+    for name in [*SETTINGS, *OFF, *loaded.generation.off, "bad_words_ids", "forced_bos_token_id"]:
+        setattr(served, name, None)
+    for name, value in vars(sampled_with(loaded, sampling)).items():
+        if name in HONOURED.keys() | SETTINGS.keys() and value is not None:
+            setattr(served, name, value)
+    served._from_model_config = False  # it is a decision now, which no older default may replace
+    served.stop_strings = list(loaded.stops(sampling)[1]) or None
+    return served
+
+
+def ending_as(loaded: LoadedModel) -> GenerationConfig:
+    """The starting model's generation config as it is, but for the tokens that end answers and fill up batches.
+
+    For trainings that sample nothing: the answers they train on end with the tokenizer's EOS.
+    """
+    base = loaded.model.generation_config
+    kept = copy.deepcopy(base) if base is not None else GenerationConfig()
+    kept.eos_token_id = list(loaded.stop_ids) if len(loaded.stop_ids) > 1 else loaded.stop_ids[0]
+    kept.pad_token_id = loaded.pad_token_id
+    return kept
+
+
+def generation_notes(loaded: LoadedModel, sampling: SamplingConfig) -> list[str]:
+    """What the user should know of the model's generation config, one sentence each; none where it asks for nothing."""
+    rules, tokenizer = loaded.generation, loaded.tokenizer
+    notes = []
+    if rules.forced:
+        notes.append(
+            f"Generation config: every answer begins with {_pieces(tokenizer, rules.forced)} (forced_bos_token_id), which is "
+            "read, not sampled: no reward and no loss are on it."
+        )
+    if banned := len({*rules.never, *rules.never_first}):
+        notes.append(f"Generation config: {banned} token(s) that it forbids are not sampled.")
+    ours = vars(sampled_with(loaded, sampling))
+    other = {name: value for name, value in rules.replaced.items() if ours.get(name) != value and name != "do_sample"}
+    dropped = {**other, **rules.off}
+    if dropped:
+        told = ", ".join(f"{name} {_short(value)}" for name, value in dropped.items())
+        notes.append(f"Generation config, switched off: {told}; answers are sampled at the --sampling settings alone.")
+    if rules.foreign:
+        notes.append(f"Generation config: {', '.join(rules.foreign)} means nothing to transformers; left as it is.")
+    return notes
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return " ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,430 @@
+"""What is saved is what was trained: a model is written, loaded again and compared before a command says that it is done."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from cagsr.atomic import delete
+from cagsr.config import SamplingConfig
+from cagsr.errors import RunError
+from cagsr.flow import EncodedPrompt
+from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.load import LoadedModel
+from cagsr.models.tied import UNTIED
+from cagsr.prompts.batch import collate_prompts
+from cagsr.rollout.sample import sample_responses
+
+TOLERANCE = 1e-3
+"""How far a logit may be off, as a share of the largest (or of 1). All is computed in float32, so what is left is sums in
+another order, 1e-5; a matrix that adapters were merged into twice, or a config that says something else, is off by 0.1 and
+more."""
+NOTEWORTHY = 0.05
+"""Mean difference of a log-probability, nats, from which on the user is told how to avoid rounding."""
+TEXTS, TOKENS = 4, 16
+"""How many prompts with answers are compared, and how many tokens of each answer."""
+PLAIN = ("eager", "sdpa")
+"""Attention implementations that compute in any precision."""
+DIFFERS = "differs"
+"""Name, or ending of the name, of the folder that keeps a model whose comparison failed."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives for the texts it is compared on."""
+
+    logits: Tensor  # (positions, outputs) float32, on the CPU
+    told: Tensor  # (positions,) what the user is told the difference of
+
+
+class Probe(Protocol):
+    """Runs a model on a few texts, in the precision of its weights."""
+
+    @property
+    def unit(self) -> str:
+        """What ``Outputs.told`` is, in words."""
+        ...
+
+    def __call__(self, model: nn.Module) -> Outputs:
+        """Run the model on the texts; it may be the trained one, with or without adapters, or what was saved of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class AnswerProbe:
+    """A language model's logits at the tokens of a few answers."""
+
+    loaded: LoadedModel
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    """Token ids of prompts and of their answers."""
+    unit: str = "log-probabilities"
+
+    def __call__(self, model: nn.Module) -> Outputs:
+        """As the protocol."""
+        loaded, device = self.loaded, next(model.parameters()).device
+        logits, told = [], []
+        with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
+            for prompt, answer in self.texts[:TEXTS]:
+                ids, response = (torch.tensor([part], device=device) for part in (prompt, answer[:TOKENS]))
+                inputs = PassInputs(ids, torch.ones_like(ids).bool(), response, torch.ones_like(response).bool())
+                found = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)[0][0].float().cpu()
+                logits.append(found)
+                told.append(found.log_softmax(dim=-1).gather(1, response[0, :, None].cpu())[:, 0])
+        return Outputs(torch.cat(logits), torch.cat(told))
+
+
+@dataclass(frozen=True)
+class ScoreProbe:
+    """A reward model's scores of a few texts, padded as it reads them."""
+
+    loaded: LoadedModel
+    texts: Sequence[Sequence[int]]
+    unit: str = "scores"
+
+    def __call__(self, model: nn.Module) -> Outputs:
+        """As the protocol."""
+        device = next(model.parameters()).device
+        texts = list(self.texts[:TEXTS])
+        width = max(len(text) for text in texts)
+        ids = torch.tensor(
+            [[*text, *[self.loaded.pad_token_id] * (width - len(text))] for text in texts], device=device
+        )
+        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
+        with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
+            logits = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
+        return Outputs(logits, logits[:, 0])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model that was saved, loaded again, and found to be the trained one."""
+
+    model: PreTrainedModel
+    """What was loaded again, in float32."""
+    dtype: torch.dtype
+    """The precision it was saved in."""
+    sentence: str
+    """What the user is told of it."""
+
+
+def saved_facts(loaded: LoadedModel, saved: Saved) -> str:
+    """What a card tells of the files, as lines of a list."""
+    untied = [note for note in loaded.notes if note.startswith(UNTIED)]
+    return "\n".join(f"- {sentence}" for sentence in (saved.sentence, *untied))
+
+
+def chosen_dtype(choice: str, loaded: LoadedModel) -> torch.dtype:
+    """The precision to save in: ``auto`` is the starting model's own."""
+    found = loaded.stored_dtype if choice == "auto" else getattr(torch, choice)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def dtype_note(choice: str, loaded: LoadedModel, flag: str) -> str:
+    """Tell the user before training which precision the model will be saved in."""
+    dtype = chosen_dtype(choice, loaded)
+    why = "as the starting model is" if choice == "auto" else "as asked"
+    more = "" if dtype == torch.float32 else f"; {flag} float32 would keep every digit of the training"
+    return f"To be saved in {_name(dtype)}, {why}{more}."
+
+
+def save_compared(
+    folder: Path,
+    model: nn.Module,
+    loaded: LoadedModel,
+    probe: Probe,
+    dtype: torch.dtype,
+    generation: GenerationConfig | None = None,
+    *,
+    place: Path,
+    kept: Path,
+) -> Saved:
+    """Write a trained model (adapters merged) and its tokenizer, load them again and compare.
+
+    The trained model is left as it is. Memory: a copy of the model in float32, beside one for merging where there are
+    adapters.
+
+    Args:
+        folder: an empty folder, of a temporary name.
+        model: the trained model, or the peft model around it, whole (not sharded), in evaluation mode.
+        loaded: how it was loaded: tokenizer, kind, precision.
+        probe: the texts.
+        dtype: the precision to save in.
+        generation: what its ``generation_config.json`` says; None: what the starting model's said.
+        place: what the folder will be called, for messages.
+        kept: where the files go if the comparison fails.
+
+    Raises:
+        RunError: what was loaded again is not the trained model, or that one gives no numbers.
+    """
+    full, trained = _without_adapters(model, probe, place)
+    if bool(trained.logits.isnan().any()):
+        raise RunError(
+            f"{place} was not written, because the trained model gives no numbers (NaN) any more: the training diverged; go "
+            "back to an earlier checkpoint, or start anew with a lower learning rate."
+        )
+    _write(folder, full, dtype, generation)
+    loaded.tokenizer.save_pretrained(folder)
+    again = _load(folder, full)
+    found = probe(again)
+    problem = (
+        _weights_unlike(again, full, dtype)
+        or _unlike(_with_weights(again, full, probe, dtype) if dtype != torch.float32 else found, trained)
+        or _tokens_unlike(folder, loaded.tokenizer)
+    )
+    if problem is None and bool((found.logits.isfinite() != trained.logits.isfinite()).any()):
+        delete(kept)
+        kept.mkdir()
+        _write(kept, full, torch.float32, generation)
+        loaded.tokenizer.save_pretrained(kept)
+        raise RunError(
+            f"{place} was not written, because in {_name(dtype)} the trained model gives no numbers any more (save_dtype): it "
+            f"is in {kept} instead, in float32."
+        )
+    if problem:
+        _keep(folder, kept)
+        raise RunError(
+            f"{place} was not written, because what was saved is not what was trained ({problem}): it is kept in {kept} for a "
+            "look, and all checkpoints stay; please report this with the model's name."
+        )
+    off = (found.told - trained.told).abs()
+    sentence = (
+        f"Saved in {_name(dtype)}, loaded again and compared: {probe.unit} differ from the trained model's by "
+        f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
+    )
+    more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
+    return Saved(again, dtype, f"{sentence}{more}.")
+
+
+def save_adapter_compared(
+    folder: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, place: Path, kept: Path
+) -> None:
+    """Write the adapters alone, load them again into the same base and compare.
+
+    Args:
+        folder: an empty folder, of a temporary name.
+        model: the trained model; left as it is.
+        loaded: how it was loaded.
+        probe: the texts.
+        place: what the folder will be called, for messages.
+        kept: where the files go if the comparison fails.
+
+    Raises:
+        RunError: what was loaded again is not what was trained.
+    """
+    with loaded.autocast():
+        trained = probe(model)
+    # The base's embeddings are frozen, so they are saved only where the base as stored lacks rows of them.
+    model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
+    if loaded.grown:
+        loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size
+    active, again = model.active_adapter, "loaded-again"
+    model.load_adapter(str(folder), again)
+    try:
+        model.set_adapter(again)
+        with loaded.autocast():
+            found = probe(model)
+    finally:
+        model.set_adapter(active)
+        model.delete_adapter(again)
+    if problem := _unlike(found, trained):
+        _keep(folder, kept)
+        raise RunError(
+            f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
+            f"they are kept in {kept} for a look, and all checkpoints stay; please report this with the model's name."
+        )
+
+
+def _keep(folder: Path, kept: Path) -> None:
+    """Move a folder whose comparison failed to a name that says so."""
+    delete(kept)
+    os.replace(folder, kept)
+
+
+def _without_adapters(model: nn.Module, probe: Probe, place: Path) -> tuple[PreTrainedModel, Outputs]:
+    """The model to be saved, in float32, and what the trained one gives.
+
+    Adapters are merged in a copy, and in float32, so that the sum is rounded once.
+    """
+    if not isinstance(model, PeftModel):
+        assert isinstance(model, PreTrainedModel)
+        return model, probe(model)
+    twin = copy.deepcopy(model).float()
+    trained = probe(twin)
+    if not bool(trained.logits.isnan().any()):
+        full = twin.merge_and_unload(safe_merge=True)
+        if problem := _unlike(probe(full), trained):
+            raise RunError(
+                f"{place} was not written, because with the adapters merged {problem}: the adapters themselves are saved, and "
+                "all checkpoints stay; please report this with the model's name."
+            )
+    else:
+        full = twin.unload()
+    assert isinstance(full, PreTrainedModel)
+    return full, trained
+
+
+def _with_weights(again: PreTrainedModel, full: PreTrainedModel, probe: Probe, dtype: torch.dtype) -> Outputs:
+    """What the model that was loaded gives with the weights as they were before rounding: its config is then compared."""
+    there = again.state_dict()
+    with torch.no_grad():
+        for name, tensor in full.state_dict().items():
+            there[name].copy_(tensor)
+        found = probe(again)
+        for name, tensor in full.state_dict().items():
+            there[name].copy_(tensor.to(_dtype_saved(full, name, tensor, dtype)))
+    return found
+
+
+def _write(folder: Path, model: PreTrainedModel, dtype: torch.dtype, generation: GenerationConfig | None) -> None:
+    before, own = model.config.dtype, getattr(model, "generation_config", None)
+    try:
+        if own is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, state_dict=_cast(model, dtype))
+        model.config.dtype = dtype  # save_pretrained has written the one in memory
+        model.config.save_pretrained(folder)
+        if own is not None:
+            # Not by save_pretrained, which refuses what published models have, as a temperature without do_sample.
+            written = own if generation is None else generation
+            written.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
+    finally:
+        model.config.dtype = before
+        if own is not None:
+            model.generation_config = own
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in the precision they are saved in, on the CPU where they are cast; tied ones stay one tensor."""
+    found: dict[str, Tensor] = {}
+    seen: dict[tuple[Any, ...], Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in seen:
+            wanted = _dtype_saved(model, name, tensor, dtype)
+            seen[key] = tensor if wanted == tensor.dtype else tensor.to("cpu", wanted)
+        found[name] = seen[key]
+    return found
+
+
+def _dtype_saved(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """A weight's precision on disk: transformers has some modules stay in float32, and leaves whole numbers alone."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    kept = model._get_dtype_plan(dtype)
+    return torch.float32 if any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept) else dtype
+
+
+def _load(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """Load a folder as anyone would, in float32 (which changes no weight), beside ``like``."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=like.is_remote_code())
+    if not like.can_generate():
+        auto: Any = AutoModelForSequenceClassification
+    else:
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    again = auto.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=like.is_remote_code(),
+        attn_implementation=like.config._attn_implementation if like.config._attn_implementation in PLAIN else PLAIN[0],
+    )
+    assert isinstance(again, PreTrainedModel)
+    again.config.dtype = config.dtype
+    return again.to(like.device).eval()
+
+
+def _weights_unlike(again: PreTrainedModel, full: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Whether any weight that was loaded is another than the trained one, rounded."""
+    there = again.state_dict()
+    for name, tensor in full.state_dict().items():
+        if name not in there:
+            return f"{name} is missing"
+        rounded = tensor.to(_dtype_saved(full, name, tensor, dtype)).to(there[name].dtype)
+        if not torch.equal(rounded, there[name]):
+            return f"the weights of {name} are others"
+    return None
+
+
+def _unlike(found: Outputs, trained: Outputs) -> str | None:
+    """Whether two models give different logits, as part of a sentence; infinite ones (masked outputs) must agree."""
+    finite = trained.logits.isfinite()
+    allowed = TOLERANCE * max(1.0, float(trained.logits[finite].abs().max()))
+    if not bool((found.logits.isfinite() == finite).all()):
+        return "logits are infinite or no numbers where the trained model's are not"
+    largest = float((found.logits - trained.logits)[finite].abs().max())
+    return None if largest <= allowed else f"a logit is off by {largest:.3g} where {allowed:.1g} would be rounding"
+
+
+def _tokens_unlike(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Whether the saved tokenizer reads a text otherwise; the text is made of pieces from all over the vocabulary."""
+    step = max(1, len(tokenizer) // 200)
+    text = tokenizer.decode(list(range(0, len(tokenizer), step)))
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=_is_remote(tokenizer))
+    same = again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.pad_token_id == tokenizer.pad_token_id
+    return None if same else "the tokenizer reads texts otherwise"
+
+
+def _is_remote(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return type(tokenizer).__module__.startswith("transformers_modules")
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Have the model use an attention that computes in any precision (flash attention doesn't in float32)."""
+    own = model.config._attn_implementation
+    if own in PLAIN:
+        yield
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.set_attn_implementation(PLAIN[0])
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(own)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> AnswerProbe:
+    """Compare on a policy's greedy answers of at most ``longest`` tokens to a few short prompts."""
+    some = sorted(prompts[: 16 * TEXTS], key=lambda prompt: len(prompt.ids))[:TEXTS]
+    batch = collate_prompts(
+        some,
+        pad_token_id=loaded.pad_token_id,
+        padding_side="right" if loaded.encoder_decoder else "left",
+        device=loaded.device,
+    )
+    rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
+    answers = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    return AnswerProbe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])
+
+
+def on_device_of(loaded: LoadedModel, model: nn.Module) -> LoadedModel:
+    """The same settings for a whole copy of the policy that lies elsewhere (put together from shards)."""
+    return replace(loaded, model=model, device=next(model.parameters()).device)
