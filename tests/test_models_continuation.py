@@ -17,8 +17,10 @@ from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SftConfig
 from cagsr.evaluation.perplexity import mean_nll
 from cagsr.evaluation.scorer import encode_response
 from cagsr.flow import EncodedPrompt, Prompt, PromptBatch
+from cagsr.integrations.openrlhf import _answer
 from cagsr.models.continuation import continuation_text, encode_continuation
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.stops import stop_tokens
 from cagsr.pairs import encode_answer, encode_pairs
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.render import render_prompt
@@ -100,7 +102,7 @@ def test_prompt_ids_and_answer_ids_read_as_prompt_and_answer(tokenizers: dict[st
         ("llama2", "Description: ", "The cat", ["The", "▁cat"]),  # together the space would move into ▁The
         ("mistral", "assistant\n", "The cat", ["The", "▁cat"]),
         ("gpt2", "Description: ", "The cat", ["The", "Ġcat"]),
-        ("llama3", "12", "30", ["30"]),  # together: 123, 0
+        ("llama3", "12", "30", ["3", "0"]),  # together the digits are grouped across the border
         ("gemma", "Description:", " The cat", ["▁The", "▁cat"]),
     ],
 )
@@ -108,8 +110,7 @@ def test_first_pieces(
     tokenizers: dict[str, PreTrainedTokenizerFast], name: str, prompt: str, answer: str, pieces: list[str]
 ) -> None:
     ids = encode_continuation(tokenizers[name], prompt, answer)
-    assert "".join(tokenizers[name].convert_ids_to_tokens(ids)) == "".join(pieces)
-    assert tokenizers[name].convert_ids_to_tokens(ids)[: len(pieces)] == pieces or name == "llama3"
+    assert tokenizers[name].convert_ids_to_tokens(ids) == pieces
 
 
 def test_a_vocabulary_of_whole_words_loses_none() -> None:
@@ -237,4 +238,30 @@ def batch_of(encoded: EncodedPrompt) -> PromptBatch:
         torch.full_like(ids, -1),
         torch.ones(1, 1),
         torch.zeros(1),
+    )
+
+
+def test_an_end_that_the_answer_writes_itself_is_the_one(models: dict[str, LoadedModel]) -> None:
+    loaded = models["qwen2"]
+    loaded.tokenizer.chat_template = CHATML
+    loaded = dataclasses.replace(loaded, stop_ids=stop_tokens(None, loaded.tokenizer))
+    end = loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # A conversation that is written out as text ends as it is written, one of messages as its template does.
+    written = asked(loaded, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", completion="The cat<|im_end|>")
+    ids = learnt(loaded, written)
+    assert (ids[-1], ids.count(end)) == (end, 1)
+    assert encode_response(loaded, written, "The cat<|im_end|>").ids == ids
+    messages = asked(loaded, [{"role": "user", "content": "hi"}])
+    assert (
+        encode_response(loaded, messages, "The cat").ids == encode_response(loaded, messages, "The cat<|im_end|>").ids
+    )
+    assert encode_response(loaded, messages, "The cat").ids[-1] == end
+    loaded.tokenizer.chat_template = None
+
+
+def test_openrlhf_scores_the_answer_behind_its_prompt(models: dict[str, LoadedModel]) -> None:
+    loaded = models["llama2"]
+    encoded = asked(loaded, "Description:")
+    assert _answer(loaded.tokenizer, "Description: The cat</s>", "Description:", encoded) == list(
+        encode_response(loaded, encoded, " The cat").ids
     )

@@ -89,10 +89,13 @@ def encode_answer(
     """
     tokenizer = encoder.tokenizer
     text = _completion_text(prompt, column, tokenizer, where, flag)
-    if prompt.messages is not None and (end := turn_end(tokenizer)) is not None:
+    end = turn_end(tokenizer)
+    if prompt.messages is not None and end is not None:
         text = end.cut(text)
     ids = encode_continuation(tokenizer, prompt.text, text)
-    if prompt.messages is None and ids[-1:] != [tokenizer.eos_token_id]:
+    # A conversation that is written out as text may end with the template's own token.
+    ends = (tokenizer.eos_token_id, None if end is None else end.stop)
+    if prompt.messages is None and (not ids or ids[-1] not in ends):
         ids.append(tokenizer.eos_token_id)
     return ids
 

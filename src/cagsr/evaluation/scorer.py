@@ -74,28 +74,31 @@ def encode_response(
     return Response(text, tuple(tokens), ended)
 
 
+def stop_token(loaded: LoadedModel, prompt: EncodedPrompt) -> int:
+    """The token with which the model ends an answer to this prompt."""
+    end = None if prompt.prompt.messages is None else turn_end(loaded.tokenizer)
+    if end is not None and end.stop is not None:
+        return end.stop
+    eos = loaded.tokenizer.eos_token_id
+    return loaded.stop_ids[0] if eos is None else int(eos)
+
+
 def _tokens(loaded: LoadedModel, prompt: EncodedPrompt, text: str, ended: bool) -> list[int]:
-    tokenizer, messages = loaded.tokenizer, prompt.prompt.messages
-    end = None if messages is None else turn_end(tokenizer)
+    messages = prompt.prompt.messages
+    end = None if messages is None else turn_end(loaded.tokenizer)
     said = text
     if end is not None and messages is not None and text:
         if messages[-1]["role"] != "assistant" and not text.startswith(end.lead):
             said = end.lead + said
-        if ended and not text.endswith(end.gap):
+        if ended and not text.endswith((end.gap, end.marker)):
             said += end.gap
     before = "" if loaded.encoder_decoder else prompt.prompt.text
-    ids = _without_stop(encode_continuation(tokenizer, before, said), loaded)
-    if text and ids and ended:
-        stop = tokenizer.eos_token_id if end is None or end.stop is None else end.stop
-        ids = [*ids, loaded.stop_ids[0] if stop is None else int(stop)]
-    return ids
-
-
-def _without_stop(ids: list[int], loaded: LoadedModel) -> list[int]:
-    """Drop a stop token that stands at the end of the text itself (or that the tokenizer closes every text with)."""
+    ids = encode_continuation(loaded.tokenizer, before, said)
+    stop = stop_token(loaded, prompt)
+    # The end may be written in the text itself (or the tokenizer closes every text with it).
     while ids and ids[-1] in loaded.stop_ids:
-        ids = ids[:-1]
-    return ids
+        stop = ids.pop()
+    return [*ids, stop] if text and ids and ended else ids
 
 
 class Scorer:

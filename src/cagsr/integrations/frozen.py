@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.scorer import Response, encode_response
+from cagsr.evaluation.scorer import Response, encode_response, stop_token
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.integrations.live import LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
@@ -134,7 +134,7 @@ class FrozenScorer:
         """An answer of which only the text is known: tokenised anew, and taken as one that ended by itself."""
         response = encode_response(self.loaded, prompt, text)
         # An answer of no text is one that stopped at once.
-        return response if response.ids else Response(text, self.loaded.stop_ids[:1], True)
+        return response if response.ids else Response(text, (stop_token(self.loaded, prompt),), True)
 
 
 @lru_cache(maxsize=4)

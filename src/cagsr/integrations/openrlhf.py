@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cagsr.errors import DataError
-from cagsr.evaluation.scorer import Response
+from cagsr.evaluation.scorer import Response, stop_token
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.integrations.frozen import FrozenScorer, frozen_scorer
 from cagsr.models.continuation import encode_continuation
@@ -50,7 +50,7 @@ def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[Enco
     """Prompt and answer as tokens: the prompt's own, then what the rest of the text adds to them."""
     # OpenRLHF puts no BOS before a prompt.
     encoded = scorer.encoder.encode_rendered(_known(scorer, row, prompt), add_special_tokens=False)
-    answer = tuple(_answer(scorer.loaded.tokenizer, query, prompt, encoded)) or scorer.loaded.stop_ids[:1]
+    answer = tuple(_answer(scorer.loaded.tokenizer, query, prompt, encoded)) or (stop_token(scorer.loaded, encoded),)
     return encoded, Response(scorer.loaded.text_of(answer), answer, answer[-1] in scorer.loaded.stop_ids)
 
 
