@@ -164,6 +164,23 @@ def test_an_adapter_is_loaded_on_its_base_and_merged(adapter: Path, folder: Path
     assert loaded.tokenizer.pad_token == "<pad>"  # the base's
 
 
+def test_an_adapter_that_merging_would_change_is_refused(folder: Path, tmp_path: Path) -> None:
+    settings = tiny.config("llama")
+    settings.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    for target, fine in (("q_proj", True), ("lm_head", False)):
+        where = tmp_path / target
+        get_peft_model(base, LoraConfig(r=2, target_modules=[target], init_lora_weights=False)).save_pretrained(where)
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        if fine:
+            load(where)
+        else:
+            with pytest.raises(ModelError, match="it adapts a matrix that is used twice"):
+                load(where)
+
+
 def test_the_adapters_own_tokenizer_comes_first(adapter: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["owl"])

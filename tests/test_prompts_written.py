@@ -59,6 +59,15 @@ def test_a_template_of_plain_words_marks_nothing() -> None:
     assert [slice(*one) for one in written_marks("[INST] hi [/INST]", tokenizer)] == [slice(0, 6), slice(10, 17)]
 
 
+def test_a_base_models_tokenizer_knows_roles_by_its_special_tokens() -> None:
+    tokenizer = byte_bpe()  # <|im_start|> is special, <|im_end|> its EOS, and there is no template
+    marked = [TEXT[start:end] for start, end in written_marks(TEXT, tokenizer)]
+    assert marked == ["<|im_start|>user", "<|im_end|>", "<|im_start|>assistant"]
+    assert is_rendered(TEXT, tokenizer)
+    for text in ("the cat<|im_end|>", "<|im_end|>cat\nsat", "<|im_start|> the cat"):
+        assert not is_rendered(text, tokenizer), text
+
+
 def test_a_bos_that_is_written_is_not_put_a_second_time(tmp_path: Path) -> None:
     tokenizer = with_bos()
     bos = tokenizer.bos_token_id

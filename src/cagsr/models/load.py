@@ -277,12 +277,30 @@ def _load_adapter(
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
     try:
-        merged = PeftModel.from_pretrained(model, config.path).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(model, config.path).eval()
+        before = _tiny_logits(adapted, model)
+        merged = adapted.merge_and_unload(safe_merge=True)
+        after = _tiny_logits(merged, model)
     except (ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
+    # An adapter on one use of a matrix that the model uses twice (a tied head) changes the other as well when it is merged.
+    if float((before - after).abs().max()) > 0.02 * float(before.std()):
+        raise ModelError(
+            f"{what} merged into it is another model (it adapts a matrix that is used twice, as a tied lm_head); train one "
+            "without that matrix, or merge it into a base with tie_word_embeddings false."
+        )
     notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
     return merged, tokenizer, stored_dtype
+
+
+@torch.no_grad()
+def _tiny_logits(policy: nn.Module, base: PreTrainedModel) -> torch.Tensor:
+    """Logits of a few tokens spread over the vocabulary, in float32."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(0, rows, max(1, rows // 8))[None]
+    decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    return policy(input_ids=ids, use_cache=False, **decoder).logits.float()
 
 
 def _load_config(config: ModelConfig) -> PretrainedConfig:

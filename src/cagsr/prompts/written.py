@@ -17,9 +17,8 @@ _CONVERSATIONS = (("user",), ("system", "user"), ("user", "assistant", "user"))
 
 class _Marks(NamedTuple):
     found: Any
-    """Finds every mark: the template's own words and the tokenizer's special tokens."""
-    template: frozenset[str]
-    """What the chat template writes between the messages."""
+    """Finds every mark: the template's own words, the tokenizer's special tokens, and a role on the line that one begins."""
+    special: frozenset[str]
     bos: str | None
 
 
@@ -38,7 +37,7 @@ def is_rendered(text: str, tokenizer: Any) -> bool:
     if marks is None:
         return False
     begun = marks.bos is not None and text.startswith(marks.bos)
-    return begun or any(match.group() in marks.template for match in marks.found.finditer(text))
+    return begun or any(match.group() not in marks.special for match in marks.found.finditer(text))
 
 
 @lru_cache(maxsize=8)
@@ -64,4 +63,10 @@ def _marks(tokenizer: Any, chat_template: Any) -> _Marks | None:
     template = {one for one in template - special if any(mark in one for mark in special) or set(one) & set("<[|{")}
     if not template and not special:
         return None
-    return _Marks(regex.compile(r"\L<marks>", marks=template | special), frozenset(template), bos)
+    # A base model's tokenizer has no template, but often the tokens of its sibling's: <start_of_turn>user.
+    openers = special - {bos, tokenizer.eos_token, tokenizer.pad_token}
+    return _Marks(
+        regex.compile(r"\L<openers>\w+(?=\n)|\L<marks>", openers=openers, marks=template | special),
+        frozenset(special),
+        bos,
+    )
