@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig
@@ -21,7 +21,6 @@ from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-GEMMA = Path(__file__).parents[2] / "gemma" / "gemma3-270m"
 
 
 def bpe(pieces: list[str]) -> Tokenizer:
@@ -202,13 +201,15 @@ def test_what_is_copied_from_behind_a_bracket_is_seen(kind, tmp_path):
     assert values["copy_coverage"].tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
-def test_a_real_vocabulary_is_read_in_seconds():
-    if not GEMMA.is_dir():
-        pytest.skip(f"{GEMMA} is absent")
-    tokenizer = AutoTokenizer.from_pretrained(GEMMA)
+def test_a_vocabulary_as_large_as_real_ones_is_read_in_seconds():
+    pieces = [
+        *SPECIAL,
+        *(f"{mark}{word}{number}" for number in range(22_000) for mark in ("", "▁") for word in ("w", "W")),
+    ]
+    core = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = wrapped(core)
     started = time.process_time()
     found = text_ids(tokenizer)
-    assert time.process_time() - started < 10  # about 2 on a loaded machine
-    number = tokenizer.get_vocab()
-    assert found[number["▁The"]] == found[number["The"]] == found[number["the"]]
-    assert found[number["<bos>"]] == number["<bos>"]
+    assert time.process_time() - started < 5  # a third of a second on a quiet core
+    assert len(found.unique()) == len(SPECIAL) + 22_000
