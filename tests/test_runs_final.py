@@ -14,10 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cagsr.errors import ConfigError, RunError
+from cagsr.models.load import LoadedModel
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.lines import append_lines
 from cagsr.runs.numbers import live_numbers
+from cagsr.runs.saved import AnswerProbe
 from cagsr.runs.tracker import flat_settings, start_tracker
 
 FACTS = CardFacts(
@@ -55,6 +57,14 @@ def tiny() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
+def save(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast, card: str) -> Path:
+    device = torch.device("cpu")
+    loaded = LoadedModel(model, tokenizer, "base", device, torch.float32, False, (1,), isinstance(model, PeftModel), ())
+    probe = AnswerProbe(loaded, [((3, 4), (3, 1))])
+    save_final(folder, model, loaded, probe, lambda saved: card, torch.float32)
+    return folder / "final"
+
+
 def test_card_tells_method_data_results_limits_and_how_to_repeat() -> None:
     card = model_card(FACTS)
     assert header(card)["base_model"] == "org/base-1B"
@@ -86,7 +96,7 @@ def test_final_model_loads_with_tokenizer_and_generation_config(tmp_path: Path) 
     model, tokenizer = tiny()
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "stale.bin").write_text("of an earlier run")
-    path = save_final(tmp_path, model, tokenizer, "# card")
+    path = save(tmp_path, model, tokenizer, "# card")
     loaded = AutoModelForCausalLM.from_pretrained(path)
     assert loaded.generation_config.max_new_tokens == 7
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
@@ -106,7 +116,7 @@ def test_lora_gives_a_merged_model_and_the_adapter_and_leaves_the_policy_alone(t
     policy.eval()
     ids = torch.tensor([[3, 4, 3]])
     expected = policy(input_ids=ids).logits
-    path = save_final(tmp_path, policy, tokenizer, "# card")
+    path = save(tmp_path, policy, tokenizer, "# card")
     assert torch.equal(policy(input_ids=ids).logits, expected)
     merged = AutoModelForCausalLM.from_pretrained(path).eval()
     assert not isinstance(merged, PeftModel)
@@ -119,14 +129,14 @@ def test_lora_gives_a_merged_model_and_the_adapter_and_leaves_the_policy_alone(t
 
 def test_a_failed_save_keeps_the_earlier_final_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny()
-    path = save_final(tmp_path, model, tokenizer, "# first")
+    path = save(tmp_path, model, tokenizer, "# first")
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tokenizer, "save_pretrained", full)
     with pytest.raises(RunError, match="final can't be written because the disk is full"):
-        save_final(tmp_path, model, tokenizer, "# second")
+        save(tmp_path, model, tokenizer, "# second")
     assert (path / "README.md").read_text() == "# first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
 
