@@ -336,3 +336,13 @@ def test_every_public_name_is_there() -> None:
     assert set(cagsr.__all__) <= set(dir(cagsr))
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         cagsr.Nonsense  # noqa: B018
+
+
+def test_sources_cite_what_everyone_can_read() -> None:
+    """Papers, issues and documents that are here: not the notes of those who wrote them."""
+    for folder in ("src", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"\b(method|peers)\.md", text), path
+            for name in re.findall(r"(?<!vLLM's )\bdocs/[\w./-]+\.md\b", text):
+                assert (ROOT / name).is_file(), (path, name)

@@ -40,7 +40,7 @@ COMBINATIONS = (
     ("associated_coverage", "unsupported"),
     ("associated_coverage", "unsupported", "self_certainty"),
 )
-"""Sums of z-scores within a prompt that are tried besides the single terms (method.md, section 3); penalties count negative."""
+"""Sums of z-scores within a prompt that are tried besides the single terms; penalties count negative."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Coverage: was each important word of the prompt looked at?
 
-Notation of method.md, section 2: ``A[t, w]`` is the attention from the position that predicts response token t to
+Notation of docs/reward.md: ``A[t, w]`` is the attention from the position that predicts response token t to
 prompt word w, ``s_w`` the salience of the word divided by the prompt's sum.
 """
 
@@ -21,7 +21,7 @@ def coverage_gains(word_attention: Tensor, salience: Tensor, mask: Tensor, thres
     """How much each response token adds to the saturating coverage.
 
     ``C_t = sum_w s_w min(1, max_{u <= t} A[u, w] / tau)`` only grows with t; the gain of token t is ``C_t - C_{t-1}``,
-    so that the gains of an answer sum to its coverage (method.md, section 2).
+    so that the gains of an answer sum to its coverage.
 
     Args:
         word_attention: ``(batch, response, words)``.
@@ -91,8 +91,7 @@ def copy_coverage(
 def mean_mass(attention: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     """Mean attention mass on salient tokens, ``mean_t sum_{j in S} A[t, j]``: the literal reading of arXiv 2502.10482.
 
-    It falls as an answer grows (within-prompt correlation with length -0.60 to -0.75, method.md, section 3), so it pays
-    for short answers.
+    It falls as an answer grows (docs/reward.md has the correlation with length), so it pays for short answers.
 
     Args:
         attention: ``(batch, response, prompt)``.

@@ -109,7 +109,7 @@ class WeightChannel(Protocol):
 class DiskWeights:
     """Weights as safetensors in a folder that the server sees too, loaded by its workers' ``reload_weights``.
 
-    vLLM documents both parts: ``POST /collective_rpc`` (docs/features/sleep_mode.md) and ``reload_weights`` with a
+    vLLM documents both parts: ``POST /collective_rpc`` (vLLM's docs/features/sleep_mode.md) and ``reload_weights`` with a
     ``weights_path`` (docs/training/layerwise.md). The trainer needs neither vllm nor a GPU.
 
     Args:
