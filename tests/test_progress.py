@@ -265,7 +265,7 @@ CASES = {
         TRAINER,
         (
             r"^step 1/2 \(\d:\d\d, \d:\d\d left\)  loss \d\S*  accuracy [\d.]+ > forward and backward",
-            r"^measuring on held-out pairs .*> scoring by trained 0/1 batches",
+            r"measuring on held-out pairs .*> scoring by \S+ 0/1 batches",
         ),
         (r"^Done: the model is in out\. 2 steps, .* at last, accuracy .* on \d+ held-out pairs\.$",),
     ),

@@ -18,6 +18,7 @@ from cagsr.atomic import write_text_atomically
 from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SftConfig, TrainConfig
 from cagsr.errors import RunError
 from cagsr.models.files import fingerprint_model
+from cagsr.progress import working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.prepare import HEAD_ROWS
 
@@ -41,6 +42,7 @@ def fingerprint_rows(data: DataConfig) -> str:
     return digest.hexdigest()
 
 
+@working("taking fingerprints of what is read")
 def fingerprint_run(config: TrainConfig) -> Fingerprint:
     """What ``cagsr train`` reads: prompts, held-out prompts, the start, reward models, associations.
 
@@ -63,6 +65,7 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
     return found
 
 
+@working("taking fingerprints of what is read")
 def fingerprint_trainer(config: SftConfig | RewardModelConfig | DpoConfig) -> Fingerprint:
     """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start.
 
@@ -80,6 +83,7 @@ def fingerprint_trainer(config: SftConfig | RewardModelConfig | DpoConfig) -> Fi
     return found
 
 
+@working("taking fingerprints of what is read")
 def fingerprint_path(path: str) -> str | None:
     """A hash of what lies at a path: a file, a model's folder, a folder of files; None where nothing does (a Hub id)."""
     place = Path(path).expanduser()
