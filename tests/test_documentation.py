@@ -342,7 +342,4 @@ def test_sources_cite_what_everyone_can_read() -> None:
     """Papers, issues and documents that are here: not the notes of those who wrote them."""
     for folder in ("src", "examples", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text(encoding="utf-8")
-            assert not re.search(r"\b(method|peers)\.md", text), path
-            for name in re.findall(r"(?<!vLLM's )\bdocs/[\w./-]+\.md\b", text):
-                assert (ROOT / name).is_file(), (path, name)
+            assert not re.search(r"\b(method|peers)\.md", path.read_text(encoding="utf-8")), path
