@@ -189,7 +189,16 @@ def test_files_named_in_the_text_exist(name: str) -> None:
             assert any((place / span).exists() for place in places), f"{name}: no file {span}"
 
 
-RUN_FOLDERS = {"run/", "final/", "final-adapter/", "final-differs/", "checkpoints/", "quickstart/", "adapter/", "differs/"}
+RUN_FOLDERS = {
+    "run/",
+    "final/",
+    "final-adapter/",
+    "final-differs/",
+    "checkpoints/",
+    "quickstart/",
+    "adapter/",
+    "differs/",
+}
 """Folders that commands make."""
 
 
