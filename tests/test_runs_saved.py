@@ -184,7 +184,7 @@ def test_what_differs_is_found_kept_aside_and_refused(tmp_path: Path, monkeypatc
     earlier = final(trained(start, "gemma3", None), tmp_path)
     merged_twice(loaded.model)
     with pytest.raises(
-        RunError, match=r"with the adapters merged a logit is off by .* all checkpoints stay; please report"
+        RunError, match=r"is not what was trained .a logit is off by .*all checkpoints stay; please report"
     ):
         final(loaded, tmp_path)
     assert (tmp_path / "final" / "README.md").read_text() == earlier.sentence, "the earlier model is gone"
