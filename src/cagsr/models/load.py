@@ -174,7 +174,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     use_lora = lora is not None and lora.r > 0
     frozen = use_lora or not for_training
     dtype = torch.float32 if not frozen else compute_dtype
-    model, tokenizer, stored_dtype = _load_parts(config, dtype, notes)
+    model, tokenizer, stored_dtype, untied = _load_parts(config, dtype, notes)
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     if grown:
@@ -189,16 +189,16 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         path=config.path,
     )
     policy: nn.Module = model
-    untied: str | None = None
     if use_lora:
         assert lora is not None
         from cagsr.models.tied import untie_adapted  # brings peft, which takes its time
 
         adapted = add_lora(model, lora, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
-        untied = untie_adapted(adapted, lora.target_modules)
+        made_two = untie_adapted(adapted, lora.target_modules)
         policy = adapted
         notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
-        notes += [untied] if untied else []
+        notes += [made_two] if made_two else []
+        untied = untied or made_two is not None
     policy.to(device)
     policy.eval()
     length_borders(policy)
@@ -217,7 +217,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         generation=generation,
         stored_dtype=stored_dtype,
         grown=grown,
-        untied=untied is not None,
+        untied=untied,
     )
 
 
@@ -247,8 +247,11 @@ def _choose_dtype(name: str, device: torch.device, notes: list[str]) -> torch.dt
 
 def _load_parts(
     config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """The model, its tokenizer and its files' precision; of a PEFT adapter, its base with the adapter merged into it."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]:
+    """The model, its tokenizer, its files' precision, and whether a matrix that it uses twice was made two.
+
+    Of a PEFT adapter it is the base with the adapter merged into it.
+    """
     check_files(config.path, f"--model.path {config.path}")
     if is_adapter(config.path):
         return _load_adapter(config, dtype, notes)
@@ -256,51 +259,30 @@ def _load_parts(
     _check_weights(config.path)
     tokenizer = _load_tokenizer(config)
     stored_dtype = _stored_dtype(config.path, model_config)
-    return _load_weights(config, model_config, dtype, notes), tokenizer, stored_dtype
+    return _load_weights(config, model_config, dtype, notes), tokenizer, stored_dtype, False
 
 
 def _load_adapter(
     config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    from peft import PeftModel
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]:
+    from cagsr.models.adapter import merge_adapter  # brings peft, which takes its time
 
     base = adapter_base(config.path)
     what = f"--model.path {config.path}: is a PEFT adapter for {base}, and"
     if not (Path(config.path) / "adapter_model.safetensors").is_file():
         raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")
     try:
-        model, tokenizer, stored_dtype = _load_parts(replace(config, path=base), dtype, notes)
+        model, tokenizer, stored_dtype, _ = _load_parts(replace(config, path=base), dtype, notes)
     except ModelError as error:
         raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
     if (Path(config.path) / "tokenizer_config.json").is_file():
         tokenizer = _load_tokenizer(config)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
-    try:
-        adapted = PeftModel.from_pretrained(model, config.path).eval()
-        before = _tiny_logits(adapted, model)
-        merged = adapted.merge_and_unload(safe_merge=True)
-        after = _tiny_logits(merged, model)
-    except (ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
-    # An adapter on one use of a matrix that the model uses twice (a tied head) changes the other as well when it is merged.
-    if float((before - after).abs().max()) > 0.02 * float(before.std()):
-        raise ModelError(
-            f"{what} merged into it is another model (it adapts a matrix that is used twice, as a tied lm_head); train one "
-            "without that matrix, or merge it into a base with tie_word_embeddings false."
-        )
+    merged, made_two = merge_adapter(model, config.path, what)
     notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
-    return merged, tokenizer, stored_dtype
-
-
-@torch.no_grad()
-def _tiny_logits(policy: nn.Module, base: PreTrainedModel) -> torch.Tensor:
-    """Logits of a few tokens spread over the vocabulary, in float32."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(0, rows, max(1, rows // 8))[None]
-    decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-    return policy(input_ids=ids, use_cache=False, **decoder).logits.float()
+    notes += [made_two] if made_two else []
+    return merged, tokenizer, stored_dtype, made_two is not None
 
 
 def _load_config(config: ModelConfig) -> PretrainedConfig:
