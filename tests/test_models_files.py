@@ -164,21 +164,30 @@ def test_an_adapter_is_loaded_on_its_base_and_merged(adapter: Path, folder: Path
     assert loaded.tokenizer.pad_token == "<pad>"  # the base's
 
 
-def test_an_adapter_that_merging_would_change_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_a_tied_head_makes_the_two_uses_apart(folder: Path, tmp_path: Path) -> None:
+    """Merged into the one matrix it would change the embedding too."""
     settings = tiny.config("llama")
     settings.tie_word_embeddings = True
     AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(folder)
-    for target, fine in (("q_proj", True), ("lm_head", False)):
-        where = tmp_path / target
-        get_peft_model(base, LoraConfig(r=2, target_modules=[target], init_lora_weights=False)).save_pretrained(where)
-        base = AutoModelForCausalLM.from_pretrained(folder)
-        if fine:
-            load(where)
-        else:
-            with pytest.raises(ModelError, match="it adapts a matrix that is used twice"):
-                load(where)
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    policy.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(ModelConfig(str(tmp_path / "adapter"), device="cpu"))
+    ids = torch.tensor([[1, 5, 9, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, policy(ids).logits, atol=1e-4, rtol=1e-4)
+    assert loaded.untied
+    assert any(note.startswith("Untied: ") for note in loaded.notes)
+
+
+def test_a_merge_that_makes_another_model_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: torch.nn.Module, **_: object) -> torch.nn.Module:
+        return self.unload()
+
+    monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", wrong)
+    with pytest.raises(ModelError, match="merged into it is another model"):
+        load(adapter)
 
 
 def test_the_adapters_own_tokenizer_comes_first(adapter: Path) -> None:

@@ -115,11 +115,11 @@ def test_a_trainers_training_whose_pairs_changed_does_not_go_on(
     argv = [command, "--model", str(start), "--data", str(data), "--output_dir", str(out), "--batch_size", "2"]
     argv += ["--save_every", "1", *(["--held_out", "0"] if command == "reward-model" else [])]
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for one in (module, cagsr.preferences.dpo, cagsr.preferences.reward_trainer):
-        monkeypatch.setattr(one, "write_model", killed)
+        monkeypatch.setattr(one, "save_trained", killed)
     assert main([*argv, "--steps", "1"]) == 130
     monkeypatch.undo()
     kept = data.read_text()

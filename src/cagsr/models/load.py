@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,20 +20,15 @@ from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.checkpointing import checkpoint_without_dropout
 from cagsr.models.continuation import continuation_text
-from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.lengths import length_borders
+from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.text_ids import text_ids
 from cagsr.progress import working
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Precisions that weights are saved in, by their names in safetensors."""
-
 
 UNLIMITED = 1_000_000
 """Room for a prompt where the model has relative positions and states no limit."""
@@ -174,7 +163,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     use_lora = lora is not None and lora.r > 0
     frozen = use_lora or not for_training
     dtype = torch.float32 if not frozen else compute_dtype
-    model, tokenizer, stored_dtype = _load_parts(config, dtype, notes)
+    model, tokenizer, stored_dtype, untied = load_parts(config, dtype, notes)
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     if grown:
@@ -189,16 +178,16 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         path=config.path,
     )
     policy: nn.Module = model
-    untied: str | None = None
     if use_lora:
         assert lora is not None
         from cagsr.models.tied import untie_adapted  # brings peft, which takes its time
 
         adapted = add_lora(model, lora, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
-        untied = untie_adapted(adapted, lora.target_modules)
+        made_two = untie_adapted(adapted, lora.target_modules)
         policy = adapted
         notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
-        notes += [untied] if untied else []
+        notes += [made_two] if made_two else []
+        untied = untied or made_two is not None
     policy.to(device)
     policy.eval()
     length_borders(policy)
@@ -217,7 +206,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         generation=generation,
         stored_dtype=stored_dtype,
         grown=grown,
-        untied=untied is not None,
+        untied=untied,
     )
 
 
@@ -243,153 +232,6 @@ def _choose_dtype(name: str, device: torch.device, notes: list[str]) -> torch.dt
         return torch.bfloat16
     notes.append(f"Precision: float32 (bfloat16 is not chosen by itself on {device.type}).")
     return torch.float32
-
-
-def _load_parts(
-    config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """The model, its tokenizer and its files' precision; of a PEFT adapter, its base with the adapter merged into it."""
-    check_files(config.path, f"--model.path {config.path}")
-    if is_adapter(config.path):
-        return _load_adapter(config, dtype, notes)
-    model_config = _load_config(config)
-    _check_weights(config.path)
-    tokenizer = _load_tokenizer(config)
-    stored_dtype = _stored_dtype(config.path, model_config)
-    return _load_weights(config, model_config, dtype, notes), tokenizer, stored_dtype
-
-
-def _load_adapter(
-    config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    from peft import PeftModel
-
-    base = adapter_base(config.path)
-    what = f"--model.path {config.path}: is a PEFT adapter for {base}, and"
-    if not (Path(config.path) / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")
-    try:
-        model, tokenizer, stored_dtype = _load_parts(replace(config, path=base), dtype, notes)
-    except ModelError as error:
-        raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
-    if (Path(config.path) / "tokenizer_config.json").is_file():
-        tokenizer = _load_tokenizer(config)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
-    try:
-        adapted = PeftModel.from_pretrained(model, config.path).eval()
-        before = _tiny_logits(adapted, model)
-        merged = adapted.merge_and_unload(safe_merge=True)
-        after = _tiny_logits(merged, model)
-    except (ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
-    # An adapter on one use of a matrix that the model uses twice (a tied head) changes the other as well when it is merged.
-    if float((before - after).abs().max()) > 0.02 * float(before.std()):
-        raise ModelError(
-            f"{what} merged into it is another model (it adapts a matrix that is used twice, as a tied lm_head); train one "
-            "without that matrix, or merge it into a base with tie_word_embeddings false."
-        )
-    notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
-    return merged, tokenizer, stored_dtype
-
-
-@torch.no_grad()
-def _tiny_logits(policy: nn.Module, base: PreTrainedModel) -> torch.Tensor:
-    """Logits of a few tokens spread over the vocabulary, in float32."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(0, rows, max(1, rows // 8))[None]
-    decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-    return policy(input_ids=ids, use_cache=False, **decoder).logits.float()
-
-
-def _load_config(config: ModelConfig) -> PretrainedConfig:
-    folder = Path(config.path)
-    looks_local = folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise ModelError(
-            f"--model.path {config.path}: no such folder; give a folder in Hugging Face layout or a Hub id."
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"--model.path {config.path}: the folder has no config.json, so it is not a transformers model."
-        )
-    try:
-        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model.path {config.path}: can't be loaded from this folder or the Hub ({reason})"
-        ) from error
-
-
-def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
-    """The precision of a model's files: what its config says, else what the first weights have."""
-    declared = config.dtype or config.get_text_config().dtype
-    if declared is None:
-        for file in sorted(Path(path).glob("*.safetensors"))[:1]:
-            with safe_open(file, framework="pt") as weights:
-                kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]  # noqa: SIM118
-            declared = next((_STORED[kind] for kind in kinds if kind in _STORED), None)
-    return declared if declared in _STORED.values() else torch.float32
-
-
-def _check_weights(path: str) -> None:
-    """A local folder must hold safetensors: a pickle can run any code when it is opened."""
-    folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise ModelError(
-            f"--model.path {path}: only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are "
-            "never loaded; convert them to safetensors first (model.save_pretrained in a place you trust)."
-        )
-    raise ModelError(f"--model.path {path}: the folder has no *.safetensors weights.")
-
-
-def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"--model.path {config.path}: its tokenizer can't be loaded ({reason})") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"--model.path {config.path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "
-            "salience needs; save a fast tokenizer (tokenizer.json) with the model."
-        )
-    return tokenizer
-
-
-def _load_weights(
-    config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype, notes: list[str]
-) -> PreTrainedModel:
-    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    arguments = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    try:
-        model, info = auto.from_pretrained(
-            config.path,
-            config=model_config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **arguments,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model.path {config.path}: the {model_config.model_type} model can't be loaded as a language model ({reason})"
-        ) from error
-    problem = weights_problem(info)
-    if problem is not None:
-        raise ModelError(f"--model.path {config.path}: {problem}.")
-    unused = weights_note(info)
-    if unused is not None:
-        notes.append(unused)
-    return model
 
 
 def _choose_pad(
