@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from cagsr.flow import Prompt, PromptAttention, PromptBatch, RewardBatch, Rollout, Scores
 from setup_browser import CHROMIUM
@@ -26,6 +28,22 @@ def browser() -> Iterator[Any]:
         running = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_laid_out_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering a run's curves takes longer than a tiny training: matplotlib does it for tests marked ``renders`` only.
+
+    All of our own code that chooses and lays out the curves runs as ever.
+    """
+    curves = sys.modules.get("cagsr.runs.curves")  # not imported for the tests that need none of it
+    if curves is not None and request.node.get_closest_marker("renders") is None:
+        monkeypatch.setattr(curves, "Figure", _Unrendered)
+
+
+class _Unrendered(Figure):
+    def savefig(self, stream: BinaryIO, **_: Any) -> None:  # type: ignore[override]
+        stream.write(b"not rendered")
 
 
 @pytest.fixture

@@ -53,9 +53,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    with last_resort(
-        item.config
-    ):  # both clocks stop when a test fails, for a debugger's sake; its fixtures are still there
+    # Both clocks stop when a test fails, for a debugger's sake; its fixtures are still there.
+    with last_resort(item.config):
         return (yield)
 
 

@@ -90,10 +90,11 @@ DECODERS = [name for name in CONFIGS if name not in ("t5", "bart")]
 ENCODER_DECODERS = ["t5", "bart"]
 
 
-def tiny_model(name, seed=0, **options):
-    """A random model of three layers whose weights are scaled so that attention is sharp."""
+def tiny_model(name, seed=0, changes=None, **options):
+    """A random model of three layers (unless ``changes`` says otherwise) whose weights are scaled so that attention is sharp."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    config.update(changes or {})
     auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
     model = auto.from_config(config, **options).eval()
     sharpen(model)

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import apart
 from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.checkpoint import (
@@ -32,6 +33,7 @@ from cagsr.runs.checkpoint import (
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.tensors import load_tree, save_tree
 from cagsr.runs.trees import pack_tree, unpack_tree
+from saving import save_without_pause
 
 
 def tiny_llama(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
@@ -330,24 +332,15 @@ def test_only_trainable_weights_but_all_of_them(tmp_path: Path) -> None:
 
 def test_sigkill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     """A child saves without pause and is killed at random times; each time it goes on from what it finds."""
-    torch.set_num_threads(1)
-    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
     generator = random.Random(0)
     reached, torn, kills = 0, 0, 0
     while kills < 20 or (kills < 200 and (reached <= 10 or torn <= 3)):  # more where the machine is busy
         kills += 1
-        child = os.fork()
-        if child == 0:
-            try:
-                for step in range(reached + 1, 10**6):
-                    for layer in model:
-                        nn.init.constant_(layer.weight, float(step))
-                    save_checkpoint(tmp_path, step, CheckpointState(modules={"m": model}, extra={"step": step}), keep=1)
-            finally:
-                os._exit(1)  # an exception must not go on as a second pytest
-        time.sleep(0.02 + generator.random() * 0.06)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with apart.Process(save_without_pause, tmp_path, reached + 1) as child:
+            child.wait_for("begun")
+            time.sleep(generator.random() * 0.06)
+            child.kill()
+            assert child.wait() == -signal.SIGKILL, child.said
         torn += any(path.name.startswith(".") for path in tmp_path.iterdir())
         latest = latest_checkpoint(tmp_path)
         if latest.path is None:

@@ -179,6 +179,7 @@ def test_live_numbers_prefer_raw_scores_and_skip_what_is_undefined() -> None:
     assert numbers == "reward 0.612"
 
 
+@pytest.mark.renders
 def test_curves_are_a_picture(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     rows = [

@@ -64,6 +64,7 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     return errors[0]
 
 
+@pytest.mark.renders
 def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_path: Path):
     run = tmp_path / "run"
     assert main(arguments(start, prompts, run, "--steps", "4", "--run.save_every", "2")) == 0
