@@ -110,7 +110,7 @@ def test_says_how_to_get_the_trainer_that_is_missing(
 
 def test_make_bench_installs_the_version_that_is_named():
     makefile = Path(ppo_step.__file__).parent.parent / "Makefile"
-    assert f"trl=={trl_ppo.VERSION}\n" in makefile.read_text()
+    assert f" trl=={trl_ppo.VERSION})\n" in makefile.read_text()
 
 
 def test_refuses_to_compare_unequal_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
