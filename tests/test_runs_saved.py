@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 import tiny
 from cagsr.commands.main import main
-from cagsr.config import LoraConfig, ModelConfig
+from cagsr.config import DataConfig, LoraConfig, ModelConfig, SftConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.runs import saved as module
@@ -334,6 +334,36 @@ def test_the_trainers_save_what_they_trained(
     with torch.no_grad():
         expected, found = (model(input_ids=ids).logits for model in (adapted, full))
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_resumed_sft_of_a_tied_embeddings_adapter_ends_where_a_whole_one_does(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cagsr.sft as command
+
+    data = rows(tmp_path / "rows.jsonl", prompt=PROMPTS, completion=GOOD)
+
+    def config(out: str, **more: Any) -> SftConfig:
+        model, lora = ModelConfig(str(base), device="cpu"), LoraConfig(r=2, target_modules="q_proj,embed_tokens")
+        more = {"steps": 4, "batch_size": 4, "save_every": 2, "learning_rate": 0.05} | more
+        return SftConfig(model, DataConfig(str(data)), str(tmp_path / out), lora=lora, **more)
+
+    class Stopped(command.SFTTrainer):  # type: ignore[misc, name-defined]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    command.sft(config("whole"), quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "SFTTrainer", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            command.sft(config("halves"), quiet=True)
+    command.sft(config("halves", resume=True), quiet=True)
+    for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        whole, halves = (load_file(tmp_path / out / name) for out in ("whole", "halves"))
+        assert whole.keys() == halves.keys()
+        assert all(torch.equal(whole[key], halves[key]) for key in whole), name
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])

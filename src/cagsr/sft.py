@@ -101,6 +101,7 @@ def _probe(loaded: LoadedModel, pairs: Sequence[Mapping[str, Sequence[int]]]) ->
 
 def _load(config: SftConfig) -> LoadedModel:
     """Load the model, or make one with random weights."""
+    torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
     if config.from_scratch:
         with _random_weights(config.model, config.seed) as path:
             try:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
@@ -54,6 +55,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     """
     folder = Path(config.output_dir)
     _check(config)
+    torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
     loaded = load_model(config.model, config.lora)
     if loaded.encoder_decoder:
         raise ModelError(

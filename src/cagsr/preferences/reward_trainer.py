@@ -84,6 +84,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     """
     folder = Path(config.output_dir)
     check_trainer_config(config, COMMAND)
+    torch.manual_seed(config.seed)  # rows of a vocabulary that grows
     loaded = load_model(config.model)
     if loaded.encoder_decoder:
         raise ModelError(
