@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples.e2e import augment, facts, prepare, pretrain, rewards
+from examples.e2e import augment, facts, prepare, pretrain, pretrained, rewards
 from examples.e2e.slots import check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -337,3 +337,19 @@ def test_prepare_on_a_slice_of_the_real_data(tmp_path: Path) -> None:
     assert len(sft) >= 50
     assert json.loads((tmp_path / "init" / "config.json").read_text())["model_type"] == "llama"
     assert (tmp_path / "init" / "model.safetensors").is_file()
+
+
+def test_a_pretrained_model_s_pairs_and_prompts_share_no_meaning(tmp_path: Path) -> None:
+    rows = [{"prompt": f"name[The {n}], area[riverside]", "completion": f"The {n}  is by the river."} for n in "ABCDEF"]
+    rows += [{"prompt": "name[The A], area[riverside]", "completion": "By the river: The A."}]
+    for name in ("train", "test"):
+        prepare.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    work = tmp_path / "work"
+    pretrained.main(pretrained.Options(work, data=tmp_path, pairs=4, prompts=2))
+    pairs, prompts = (prepare.read_jsonl(work / f"{name}.jsonl") for name in ("sft", "prompts"))
+    assert len({row["prompt"] for row in [*pairs, *prompts]}) == len(pairs) + len(prompts) == 6
+    for row in pairs:
+        assert row["prompt"].endswith("]\nDescription:")
+        assert row["completion"].startswith(" ")
+        assert "  " not in row["completion"]
+        assert check(row["prompt"], row["completion"]).facts == 2
