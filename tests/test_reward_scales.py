@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,35 @@ def test_a_file_with_many_answers_to_a_prompt_is_weighed_as_one_of_prompts(
         assert row["reward"] == pytest.approx(ranked[row["prompt"], row["completion"]], abs=1e-4)
 
 
+def test_a_prompt_in_two_rows_is_one_prompt_in_both(made: dict[str, Path], tmp_path: Path) -> None:
+    data = save(
+        tmp_path / "a.jsonl", [{"prompt": PROMPTS[0], "answers": ANSWERS[0][part]} for part in (slice(2), slice(2, 4))]
+    )
+    from_run = ["--reward_from", str(made["run"])]
+    ranked = command("rank", made, data, "--candidates_column", "answers", *from_run)
+    apart = {one["completion"]: one["reward"] for row in ranked for one in row["candidates"]}
+    pairs = save(tmp_path / "pairs.jsonl", [{"prompt": PROMPTS[0], "completion": one} for one in ANSWERS[0]])
+    for row in command("score", made, pairs, *from_run):
+        assert row["reward"] == pytest.approx(apart[row["completion"]], abs=1e-4)
+
+
+def test_a_run_without_the_file_lends_the_scales_of_its_checkpoint(made: dict[str, Path], tmp_path: Path) -> None:
+    """As runs of the version before have it, and after a kill between the checkpoint and the file."""
+    run = tmp_path / "run"
+    shutil.copytree(made["run"], run)
+    known = read_run_reward(str(run)).scales
+    (run / "scales.json").unlink()
+    assert known is not None
+    assert read_run_reward(str(run)).scales == known
+    (run / "scales.json").write_text("[1]")
+    with pytest.raises(RunError, match="the scales in it can't be read"):
+        read_run_reward(str(run))
+    shutil.rmtree(run / "checkpoints")
+    (run / "scales.json").unlink()
+    with pytest.raises(RunError, match="nor a checkpoint"):
+        read_run_reward(str(run))
+
+
 def test_compare_s_best_of_n_is_rank_s(made: dict[str, Path], tmp_path: Path) -> None:
     prompts = save(tmp_path / "test.jsonl", [{"prompt": f"{text} {more}"} for text in PROMPTS for more in (".", ", .")])
     reward = dataclasses.replace(
@@ -269,7 +299,7 @@ def test_what_a_run_can_t_lend_is_one_sentence(
     (old / "config.yaml").write_text((made["run"] / "config.yaml").read_text())
     cases = {
         "there is no config.yaml in it": ["--reward_from", str(tmp_path)],
-        "is missing or can't be read": ["--reward_from", str(old)],
+        "frequency.json is missing or can't be read": ["--reward_from", str(old)],
         "--reward.coverage.threshold 0.4: the reward is that of the run": [
             "--reward_from", str(made["run"]), "--reward.coverage.threshold", "0.4",
         ],
@@ -287,7 +317,8 @@ def test_verl_s_answers_differ_as_rank_s(made: dict[str, Path], tmp_path: Path) 
     """verl hands over one answer at a time: on a run's scales two of them differ by what they do side by side."""
     ranked = rewards(made, tmp_path / "a.jsonl", [0, 1, 2], "--reward_from", str(made["run"]))
     file = tmp_path / "reward.yaml"
-    file.write_text(f"model: {{path: {made['start']}, device: cpu}}\nreward_from: {made['run']}\n")
+    settings = "attention: {source: reference}\n"  # the one model there is: no contradiction
+    file.write_text(f"model: {{path: {made['start']}, device: cpu}}\nreward_from: {made['run']}\n{settings}")
     for prompt, own in zip(PROMPTS, ANSWERS, strict=True):
         found = [
             compute_score("tiny", text, None, {"prompt": prompt, "num_turns": None}, config=str(file))["score"]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apart
@@ -276,3 +277,17 @@ def test_unreadable_attention_is_refused(prompts: Path, tmp_path: Path, capsys):
     sentence = refused(capsys, arguments(tmp_path / "bloom", prompts, tmp_path / "run"))
     assert "bloom" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_tokens_and_templates_is_no_markup(start: Path, prompts: Path, tmp_path: Path, capsys):
+    """A chat template whose turns end with what rich would take for a closing tag."""
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens([AddedToken("[/s]", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}[/s]{% endfor %}"
+    tokenizer.save_pretrained(start)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(start)
+    assert main(arguments(start, prompts, tmp_path / "run", "--steps", "1", "--evaluation.held_out", "0")) == 0
+    said = "".join(capsys.readouterr())
+    assert "'[/s]' ends answers too" in " ".join(said.split())

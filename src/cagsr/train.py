@@ -167,8 +167,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
     # Everything that can be refused has been checked: only now is anything written.
     record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
-    trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
     try:
+        trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
         if main:
             told = [
                 dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
@@ -210,8 +210,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         record.close()
     folder = Path(config.output_dir)
     if main:
-        console.print(saved)
-        console.print(f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.")
+        console.print(saved, markup=False)
+        console.print(
+            f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.", markup=False
+        )
         if evaluations[-1]:
             console.print(f"Held out, {_before_and_after(metric, evaluations[0], evaluations[-1])}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
@@ -243,7 +245,8 @@ def _associations(
         seconds = time.perf_counter() - started
         console.print(
             f"Associations from {origin} ({seconds:.0f} s): {len(found.prompt_index):,} words and pairs of prompts, "
-            f"{found.strength.nnz:,} associations."
+            f"{found.strength.nnz:,} associations.",
+            markup=False,
         )
     return found
 
@@ -425,8 +428,11 @@ def _introduce(
 ) -> None:
     """Say what was chosen and why."""
     count = "streamed" if config.data.streaming else str(len(train_set.prompts))
-    console.print(f"[bold]CAGSR[/bold] {config.model.path} -> {config.output_dir}")
-    console.print(f"  Prompts: {count} to train on, {len(held_out.prompts)} held out, judged by {metric.name}.")
+    # Paths, tokens and templates are no markup.
+    console.print(f"CAGSR {config.model.path} -> {config.output_dir}", markup=False, style="bold")
+    console.print(
+        f"  Prompts: {count} to train on, {len(held_out.prompts)} held out, judged by {metric.name}.", markup=False
+    )
     warnings = reward_warnings(config.reward)
     for note in (*loaded.notes, *train_set.notes, *notes, *warnings):
-        console.print(f"  {note}", highlight=False)
+        console.print(f"  {note}", highlight=False, markup=False)

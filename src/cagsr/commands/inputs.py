@@ -60,6 +60,19 @@ def read_prompts(
     return list(found.prompts if found.reopen is None else found.reopen()), found.notes
 
 
+def groups_of(prompts: Sequence[EncodedPrompt]) -> list[int]:
+    """Number the prompts, equal ones alike: answers to them are compared with each other, whatever rows they stand in."""
+    number_of = {ids: number for number, ids in enumerate(dict.fromkeys(encoded.ids for encoded in prompts))}
+    return [number_of[encoded.ids] for encoded in prompts]
+
+
+def about_idf(salience: SalienceConfig, reward_from: str | None) -> list[str]:
+    """Say where the words were counted, if they were counted here."""
+    if salience.weighting != "idf" or reward_from is not None:
+        return []
+    return ["IDF: counted on the prompts at hand (--reward_from RUN takes a run's)."]
+
+
 def named_associations(reward: RewardConfig) -> Associations | None:
     """Read the file that ``reward.associations.path`` names; None where it names none.
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
+    about_idf,
     check_output,
     check_sampling,
+    groups_of,
     learned_associations,
     prompt_as_given,
     read_prompts,
@@ -101,12 +103,14 @@ def run(config: Config) -> None:
         associations=associations,
     )
     say([*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes])
+    say(about_idf(config.salience, config.reward_from))
     answers: list[Candidate] = []
     for some in _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts):
         answers += some
     if not given:
         say(endless([answer.ended for answer in answers], config.sampling.max_new_tokens))
-    group = torch.tensor([answer.prompt for answer in answers])
+    own_group = groups_of(prompts)
+    group = torch.tensor([own_group[answer.prompt] for answer in answers])
     raw = {name: torch.tensor([answer.terms[name] for answer in answers]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)
     say([weighed.note])

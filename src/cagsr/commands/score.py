@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
+    about_idf,
     check_output,
+    groups_of,
     named_associations,
     prompt_as_given,
     say,
@@ -95,8 +97,7 @@ def run(config: Config) -> None:
             details += _details(config, loaded, prompts[start : start + config.batch_size], batch)
             task.advance(len(batch.rollout.completions))
     terms = {name: torch.cat(values) for name, values in raw.items()}
-    number_of = {ids: number for number, ids in enumerate(dict.fromkeys(encoded.ids for encoded in prompts))}
-    group = torch.tensor([number_of[encoded.ids] for encoded in prompts])
+    group = torch.tensor(groups_of(prompts))
     weighed = weigh(terms, scorer.weights, config.reward, group, None if learned is None else learned.scales)
     say([weighed.note])
     reward = weighed.total
@@ -190,8 +191,7 @@ def read_pairs(
     if not prompts:
         raise DataError(f"{config.data.path}: no pair fits the model's context; set --data.long_prompts truncate.")
     notes = list(found.notes)
-    if frequency is None and config.salience.weighting == "idf":
-        notes.append("IDF: counted on this file's prompts (--reward_from RUN takes a run's).")
+    notes += about_idf(config.salience, config.reward_from)
     if dropped:
         notes.append(f"{dropped:,} pairs are longer than the model's context and were dropped.")
     if cut:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
+    about_idf,
     check_sampling,
     learned_associations,
     named_associations,
@@ -92,6 +93,7 @@ def run(config: Config) -> None:
     if learn:
         associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
     say([*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes])
+    say(about_idf(config.salience, config.reward_from))
     try:
         found = view(
             loaded,

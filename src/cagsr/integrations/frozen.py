@@ -54,6 +54,8 @@ class FrozenConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    temperature: float = 1.0
+    """Divides the logits for self-certainty, as the trainer's sampling does."""
     batch_size: int = 32
     """Answers in memory at once."""
 
@@ -71,7 +73,7 @@ class FrozenScorer:
     """
 
     def __init__(self, config: FrozenConfig) -> None:
-        config, learned = with_run_reward(config, 1.0)
+        config, learned = with_run_reward(config, config.temperature)
         self.reward, self.scales = config.reward, None if learned is None else learned.scales
         if config.reward.normalize != "none" and self.scales is None:
             raise ConfigError(
@@ -97,6 +99,7 @@ class FrozenScorer:
             # The one model here is the reference.
             AttentionConfig(layers=config.attention.layers, heads=config.attention.heads),
             config.salience,
+            temperature=config.temperature,
             micro_batch_size=config.batch_size,
         )
         self.encoder = PromptEncoder(

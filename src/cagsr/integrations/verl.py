@@ -33,11 +33,12 @@ def compute_score(
             own are left alone.
 
     Returns:
-        ``score``, the weighted sum of raw terms, and each term by its name, which verl logs.
+        ``score``, the weighted sum of the terms (raw, or on the scales of the run that ``reward_from`` names), and each raw
+        term by its name, which verl logs.
 
     Raises:
         DataError: no prompt in ``extra_info``, or one that can't be used.
-        ConfigError, ModelError: the settings or the model can't be used.
+        ConfigError, ModelError, RunError: the settings, the model or the run can't be used.
     """
     key = str(kwargs.get("prompt_key", "prompt"))
     prompt = None if extra_info is None else extra_info.get(key)

@@ -119,8 +119,10 @@ def _check(config: DpoConfig) -> None:
 def _encode(pair: PreferencePair, encoder: TextEncoder, config: DpoConfig) -> dict[str, list[int]]:
     return {
         "prompt_ids": list(encode_prompt(pair.prompt, encoder).ids),
-        "chosen_ids": encode_answer(pair.prompt, config.chosen_column, encoder, pair.where),
-        "rejected_ids": encode_answer(pair.prompt, config.rejected_column, encoder, pair.where),
+        "chosen_ids": encode_answer(pair.prompt, config.chosen_column, encoder, pair.where, flag="--chosen_column"),
+        "rejected_ids": encode_answer(
+            pair.prompt, config.rejected_column, encoder, pair.where, flag="--rejected_column"
+        ),
     }
 
 

@@ -127,6 +127,8 @@ def check_fingerprint(folder: Path, found: Mapping[str, str | None], what: str) 
     """
     try:
         before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
     except FileNotFoundError:
         return ["Whether data and models are those it began with can't be told: it was begun by an older version."]
     except (OSError, ValueError) as error:

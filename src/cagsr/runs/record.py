@@ -120,6 +120,8 @@ class RunRecord:
         """Steps already done."""
         if found[0] is not None:
             self._restore(found[0])
+            if self._folder is not None:
+                write_scales(self._folder.path, ppo.reward.state_dict())  # as old as the checkpoint
         self._tracker = start_tracker(
             run.tracker if accelerator.is_main_process else "none", Path(config.output_dir), dataclasses.asdict(config)
         )

@@ -15,9 +15,12 @@ from cagsr.configfile import flatten
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import from_yaml
 from cagsr.prompts.salience import DocumentFrequency
+from cagsr.reward.normalize import Normalizer
 from cagsr.reward.terms import needs_associations
 from cagsr.reward.weigh import Scales
+from cagsr.runs.checkpoint import latest_checkpoint
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
+from cagsr.runs.tensors import load_tree
 
 
 class Judging(Protocol):
@@ -70,13 +73,32 @@ def read_run_reward(run: str) -> RunReward:
         reward = dataclasses.replace(reward, associations=dataclasses.replace(reward.associations, path=path))
     try:
         frequency = DocumentFrequency.from_json(_read(folder, FREQUENCY))
-        scales = None if reward.normalize == "none" else Scales(run, _read(folder, SCALES))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"--reward_from {run}: {FREQUENCY} or {SCALES} is missing or can't be read; a run has them from its first "
-            "checkpoint on (runs of cagsr 0.1 before December 2026 have no scales: train again)."
+            f"--reward_from {run}: {FREQUENCY} is missing or can't be read; go on with the run (--resume), which writes it."
         ) from error
+    scales = None if reward.normalize == "none" else _scales(run, reward)
     return RunReward(reward, config.attention, config.salience, config.sampling.temperature, frequency, scales)
+
+
+def _scales(run: str, reward: RewardConfig) -> Scales:
+    """The scales that a run has left, or those of its last checkpoint: older runs left none."""
+    folder = Path(run)
+    try:
+        if (folder / SCALES).is_file():
+            moments = _read(folder, SCALES)
+        else:
+            latest = latest_checkpoint(folder / "checkpoints").path
+            if latest is None:
+                raise RunError(
+                    f"--reward_from {run}: it has neither {SCALES} nor a checkpoint; a run has its scales from the first "
+                    "checkpoint on."
+                )
+            moments = load_tree(latest / "extra")["ppo"]["reward"]
+        Normalizer(list(moments), reward.normalize).load_state_dict(moments)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"--reward_from {run}: the scales in it can't be read ({type(error).__name__}).") from error
+    return Scales(run, moments)
 
 
 def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, RunReward | None]:
@@ -98,7 +120,8 @@ def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, Run
         given, run = flatten(getattr(config, section)), flatten(getattr(learned, section))
         default = flatten(type(getattr(config, section))())
         for key, value in given.items():
-            if value not in (default[key], run[key]):
+            # There is one model here: whose attention is read is no choice.
+            if f"{section}.{key}" != "attention.source" and value not in (default[key], run[key]):
                 raise ConfigError(
                     f"--{section}.{key} {value}: the reward is that of the run {config.reward_from}, where it is {run[key]}; "
                     "leave one of the two flags out."

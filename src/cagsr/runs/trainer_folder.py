@@ -122,7 +122,8 @@ def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -
         RunError: what the training reads has changed since it began; the folder can't be written.
     """
     folder = Path(config.output_dir)
-    found = fingerprint_trainer(config) if config.save_every > 0 else None
+    keeps = config.save_every > 0
+    found = fingerprint_trainer(config) if keeps or config.resume else None
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
@@ -135,13 +136,14 @@ def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -
         checkpoint = None
         if config.resume and (folder / CHECKPOINTS).is_dir():
             checkpoint = _last_checkpoint(folder / CHECKPOINTS)
-        if found is not None:
+        if found is not None and checkpoint is not None:
+            notes += check_fingerprint(folder / CHECKPOINTS, found, f"The {command} in {folder}")
+        # The settings go first: they say whose folder it is.
+        write_text_atomically(folder / settings_file(command), to_yaml(config))
+        if found is not None and keeps:
             # Beside the checkpoints: what it is there for goes when they go.
-            if checkpoint is not None:
-                notes += check_fingerprint(folder / CHECKPOINTS, found, f"The {command} in {folder}")
             (folder / CHECKPOINTS).mkdir(exist_ok=True)
             write_fingerprint(folder / CHECKPOINTS, found)
-        write_text_atomically(folder / settings_file(command), to_yaml(config))
     return checkpoint
 
 

@@ -16,6 +16,7 @@ from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.forward import PassInputs, shares_prompts, stop_sharing, teacher_forced
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.rows import rollout_rows
+from cagsr.update.engine_mismatch import beyond_rounding
 from cagsr.update.score import length_sorted_chunks
 from cagsr.update.statistics import token_logprobs
 
@@ -53,7 +54,7 @@ def compare_with_plain(
     difference = float(found.max())  # NaN where one is
     if difference < 0:
         return {}, None
-    metrics = {"scoring/shared_prompt_logp_difference": difference}
+    metrics = {"scoring/shared_prompt_logp_difference": beyond_rounding(difference)}
     if difference <= TOLERANCE[loaded.compute_dtype]:
         return metrics, None
     stop_sharing(loaded.model)

@@ -107,9 +107,18 @@ def decoding_metrics(
             "for it, or go on all the same with --rollout.max_logp_difference 0."
         )
     return {
-        "sampling/sampling_logp_difference/mean": mean,
-        "sampling/sampling_logp_difference/max": float(largest.max()),
+        "sampling/sampling_logp_difference/mean": beyond_rounding(mean),
+        "sampling/sampling_logp_difference/max": beyond_rounding(float(largest.max())),
     }
+
+
+def beyond_rounding(difference: float) -> float:
+    """A difference of two passes' log-probabilities as it is logged: to five decimals.
+
+    What lies below, some 1e-7 nats, is float32 rounding of products of other shapes. It differs from process to process
+    (memory alignment decides the order of sums), and a resumed run's metrics must be those of one never stopped.
+    """
+    return round(difference, 5)
 
 
 def importance_ratio(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
