@@ -237,7 +237,8 @@ def weighted_heads(answers: Answers, scorer: Scorer, kind: str, weights: Tensor)
             words = pool_words(attention, r.prompts.words, salience.shape[1], scorer.salience.pooling)
             parts.append(saturating_coverage(words, salience, mask, scorer.config.coverage.threshold))
         else:
-            where = (r.response_ids, mask, r.prompts.ids, r.prompts.words, salience)
+            ids = scorer.loaded.text_ids
+            where = (ids[r.response_ids], mask, ids[r.prompts.ids], r.prompts.words, salience)
             parts.append(grounded_coverage(attention, *where, scorer.config.grounded_coverage.threshold))
     return answers.grid(parts)
 
