@@ -16,6 +16,7 @@ import torch
 from benchmarks import memory
 from benchmarks.capture import peak_of
 from cagsr.flow import Prompt, PromptBatch, Rollout, Scores
+from cagsr.models.texts import TokenTexts
 from cagsr.reward.keep import AttentionKeeper, reward_batch
 from cagsr.reward.terms import AttentionTerm, Coverage, GroundedCoverage
 from cagsr.reward.values import term_values
@@ -23,7 +24,10 @@ from cagsr.rollout.rows import rollout_rows
 
 LENGTHS = (256, 1024, 4096, 16384)
 ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
-TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, False, torch.arange(1000)))
+YES = torch.ones(1000, dtype=torch.bool)
+TEXTS = TokenTexts(torch.arange(1000), torch.arange(1, 1001), torch.full((1000,), 1009), YES, YES)
+"""Each token is a word of its own."""
+TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, False, TEXTS))
 
 
 def measure(prompt: int) -> dict[str, float]:

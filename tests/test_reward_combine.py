@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
 from cagsr.config import (
     CopyCoverageConfig,
     CoverageConfig,
@@ -25,6 +26,7 @@ from cagsr.config import (
 )
 from cagsr.errors import ConfigError, RewardError, RunError
 from cagsr.flow import Reward, RewardBatch
+from cagsr.models.texts import token_texts
 from cagsr.reward import build
 from cagsr.reward.build import attention_terms, check_reward_config, reward_warnings
 from cagsr.reward.combine import RewardFunction, reward_metrics
@@ -34,7 +36,7 @@ from cagsr.reward.terms import builtin_terms
 
 MakeBatch = Callable[..., RewardBatch]
 
-build_reward = partial(build.build_reward, text_ids=torch.arange(9))  # each token says something of its own
+build_reward = partial(build.build_reward, texts=token_texts(tiny.tokenizer()))  # each token says something of its own
 
 EVERYTHING = RewardConfig(
     coverage=CoverageConfig(weight=1.0, dense=True),

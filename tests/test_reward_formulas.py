@@ -100,17 +100,18 @@ def test_copy_coverage_by_hand() -> None:
     prompt_ids = torch.tensor([[7, 8, 9, 5]])
     words = torch.tensor([[0, 0, 1, -1]])  # word 0 = pieces 7 8, word 1 = 9
     response_ids = torch.tensor([[8, 4, 9]])
+    same = response_ids[:, :, None] == prompt_ids[:, None, :]
     mask = torch.tensor([[T, T, T]])
     salience = torch.tensor([[3.0, 1.0]])
     # Word 0 is looked at hardest by token 0, which is its piece 8: hit. Word 1 by token 1, which is 4: miss.
     attention = torch.tensor([[[0.5, 0.1], [0.2, 0.6], [0.1, 0.5]]])
-    close(copy_coverage(attention, salience, response_ids, mask, prompt_ids, words), [0.75])
+    close(copy_coverage(attention, salience, same, mask, words), [0.75])
     # With token 1 masked the hardest look at word 1 is token 2, which says it.
     mask = torch.tensor([[T, F, T]])
-    close(copy_coverage(attention, salience, response_ids, mask, prompt_ids, words), [1.0])
+    close(copy_coverage(attention, salience, same, mask, words), [1.0])
     # A word that nobody looks at is not covered, though the answer's first token happens to be it.
     nobody = torch.zeros(1, 3, 2)
-    close(copy_coverage(nobody, salience, response_ids, mask, prompt_ids, words), [0.0])
+    close(copy_coverage(nobody, salience, same, mask, words), [0.0])
 
 
 def test_mean_mass_by_hand() -> None:
@@ -210,7 +211,7 @@ def test_answers_without_tokens_give_zero(response: int) -> None:
     for value in (
         saturating_coverage(attention, salience, mask, 0.3),
         coverage_gains(attention, salience, mask, 0.3).sum(1),
-        copy_coverage(attention, salience, ids, mask, words, words),
+        copy_coverage(attention, salience, torch.zeros(*mask.shape, words.shape[1], dtype=torch.bool), mask, words),
         mean_mass(attention, words, mask),
         focus(attention, salience, mask),
         repetition(ids, mask, 3),

@@ -56,7 +56,7 @@ def setting(folder: Path, kind: str, **settings: object) -> tuple[PPO, list[Enco
     )
     loaded = load_model(config.model)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
-    reward = build_reward(config.reward, device="cpu", text_ids=loaded.text_ids)
+    reward = build_reward(config.reward, device="cpu", texts=loaded.texts)
     return PPO(config, loaded, reward, Accelerator(cpu=True)), prompts.prompts[:4]
 
 

@@ -64,7 +64,7 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
         turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5)))
     room = loaded.room_for_prompts(work.response)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room).prompts
-    reward = build_reward(config.reward, device=loaded.device, text_ids=loaded.text_ids)
+    reward = build_reward(config.reward, device=loaded.device, texts=loaded.texts)
     ppo = cagsr.update.ppo.PPO(config, loaded, reward, Accelerator(cpu=True))
     scoring_begins = _moment_of("score_policy")
     torch.manual_seed(2)

@@ -21,6 +21,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.prompts.words import find_words
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.grounded import grounded_coverage
+from cagsr.reward.said import says
 from cagsr.reward.words import pool_words
 from cagsr.view.pieces import token_pieces
 from cagsr.view.planes import Plane, read_planes
@@ -176,9 +177,9 @@ def calibrate(answers: Answers, scorer: Scorer, positions: int, common_share: fl
         positions: the longest answer that will be measured, in tokens.
         common_share: words that more than this share of the answers say are no content words.
     """
-    text_ids = scorer.loaded.text_ids
+    ids = scorer.loaded.texts.ids
     rates = [
-        copying_rate(chunk.heads, text_ids[r.response_ids], r.response_mask, text_ids[r.prompts.ids], chunk.usable)
+        copying_rate(chunk.heads, ids[r.response_ids], r.response_mask, ids[r.prompts.ids], chunk.usable)
         for chunk, r in ((chunk, chunk.rollout) for chunk in answers.chunks)
     ]
     target = answers.terms["associated_coverage"]
@@ -237,9 +238,9 @@ def weighted_heads(answers: Answers, scorer: Scorer, kind: str, weights: Tensor)
             words = pool_words(attention, r.prompts.words, salience.shape[1], scorer.salience.pooling)
             parts.append(saturating_coverage(words, salience, mask, scorer.config.coverage.threshold))
         else:
-            ids = scorer.loaded.text_ids
-            where = (ids[r.response_ids], mask, ids[r.prompts.ids], r.prompts.words, salience)
-            parts.append(grounded_coverage(attention, *where, scorer.config.grounded_coverage.threshold))
+            same = says(scorer.loaded.texts, r.response_ids, mask, r.prompts.ids, r.prompts.words)
+            threshold = scorer.config.grounded_coverage.threshold
+            parts.append(grounded_coverage(attention, same, r.prompts.words, salience, threshold))
     return answers.grid(parts)
 
 

@@ -275,11 +275,11 @@ def lookback_signals(answers: Answers, learned: Calibration) -> dict[str, Floats
 
 def doubt_signals(answers: Answers, learned: Calibration, scorer: Scorer) -> dict[str, Floats]:
     """Doubts about the content words that are not copied, turned so that more is better."""
-    threshold, text_ids = scorer.config.grounded_coverage.threshold, scorer.loaded.text_ids
+    threshold, ids = scorer.config.grounded_coverage.threshold, scorer.loaded.texts.ids
     parts: list[dict[str, float]] = []
     for chunk, attention in mixed(answers, head_weights(learned.copying)):
         prompts = chunk.rollout.prompts
-        said, asked = text_ids[chunk.rollout.response_ids], text_ids[prompts.ids]
+        said, asked = ids[chunk.rollout.response_ids], ids[prompts.ids]
         same = (said[:, :, None] == asked[:, None, :]) & chunk.usable[:, None, :]
         for row, words in enumerate(chunk.words):
             content = [tokens for word, tokens in words if word not in learned.common]

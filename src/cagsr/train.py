@@ -150,7 +150,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         config.reward,
         device=loaded.device,
         associations=associations,
-        text_ids=loaded.text_ids,
+        texts=loaded.texts,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)

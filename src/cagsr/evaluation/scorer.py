@@ -139,8 +139,8 @@ class Scorer:
         if associations is None and needs_associations(reward):
             none = {name: dataclasses.replace(getattr(reward, name), weight=0.0) for name in ASSOCIATION_TERMS}
             reward = dataclasses.replace(reward, **none)
-        chosen = build_reward(reward, device=loaded.device, associations=associations, text_ids=loaded.text_ids)
-        builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward, associations, loaded.text_ids)}
+        chosen = build_reward(reward, device=loaded.device, associations=associations, texts=loaded.texts)
+        builtin = {term.name: (term, weight) for term, weight in builtin_terms(reward, associations, loaded.texts)}
         others = [
             (term, weight)
             for term, weight in zip(chosen.terms, chosen.weights, strict=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +24,7 @@ from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.lengths import length_borders
 from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
-from cagsr.models.text_ids import text_ids
+from cagsr.models.texts import TokenTexts, token_texts
 from cagsr.progress import working
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ class LoadedModel:
         return "right" if self.encoder_decoder else "left"
 
     @cached_property
-    def text_ids(self) -> Tensor:
-        """``(ids,)`` int64, equal for tokens that say the same (:func:`cagsr.models.text_ids.text_ids`); made once."""
-        return text_ids(self.tokenizer, int(self.model.config.get_text_config().vocab_size)).to(self.device)
+    def texts(self) -> TokenTexts:
+        """What each token says, for comparing answers with prompts; read off the tokenizer once."""
+        return token_texts(self.tokenizer, int(self.model.config.get_text_config().vocab_size)).to(self.device)
 
     def autocast(self) -> torch.autocast:
         """The context in which every forward pass of this model runs."""

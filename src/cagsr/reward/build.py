@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from cagsr.config import RewardConfig
 from cagsr.errors import ConfigError
+from cagsr.models.texts import TokenTexts
 from cagsr.reward.association import Associations
 from cagsr.reward.combine import Reduce, RewardFunction
 from cagsr.reward.functions import TextFunction, load_function
@@ -30,7 +30,7 @@ def build_reward(
     *,
     device: torch.device | str,
     associations: Associations | None = None,
-    text_ids: Tensor | None = None,
+    texts: TokenTexts | None = None,
     reduce: Reduce | None = None,
 ) -> RewardFunction:
     """Build the reward: every term whose weight is not 0.
@@ -39,22 +39,22 @@ def build_reward(
         config: the reward.
         device: where reward models run.
         associations: what the association terms read; they need it when they have a weight.
-        text_ids: ``(ids,)`` which tokens say the same (:attr:`cagsr.models.load.LoadedModel.text_ids`); ``grounded_coverage``
-            and ``copy_coverage`` need it when they have a weight.
+        texts: what each token says (:attr:`cagsr.models.load.LoadedModel.texts`); ``grounded_coverage`` and
+            ``copy_coverage`` need it when they have a weight.
         reduce: sums a small tensor over processes; None for one process.
 
     Raises:
         ConfigError: a value that can't be used, no term with a weight, or a function that can't be imported.
         ModelError: a reward model that can't be loaded.
-        ValueError: a term has a weight that needs associations or text ids, and none were given.
+        ValueError: a term has a weight that needs associations or texts, and none were given.
     """
     check_reward_config(config)
     if associations is None and needs_associations(config):
         raise ValueError("associated_coverage and unsupported need associations: learn or read them first")
-    builtin = builtin_terms(config, associations, text_ids)
+    builtin = builtin_terms(config, associations, texts)
     terms = [(term, weight) for term, weight in builtin if weight != 0]
-    if text_ids is None and any(term.name in TEXT_TERMS for term, _ in terms):
-        raise ValueError("grounded_coverage and copy_coverage compare tokens by text: give the model's text_ids")
+    if texts is None and any(term.name in TEXT_TERMS for term, _ in terms):
+        raise ValueError("grounded_coverage and copy_coverage compare what tokens say: give the model's texts")
     taken = {term.name for term, _ in builtin} | ASSOCIATION_TERMS | {"total"}
     for path, weight in zip(config.functions, _weights(config.functions, config.function_weights), strict=True):
         short = path.rpartition(".")[2]

@@ -52,25 +52,17 @@ def saturating_coverage(word_attention: Tensor, salience: Tensor, mask: Tensor, 
     return (covered * normalized_salience(salience)).sum(dim=1)
 
 
-def copy_coverage(
-    word_attention: Tensor,
-    salience: Tensor,
-    said: Tensor,
-    mask: Tensor,
-    asked: Tensor,
-    words: Tensor,
-) -> Tensor:
+def copy_coverage(word_attention: Tensor, salience: Tensor, same: Tensor, mask: Tensor, words: Tensor) -> Tensor:
     """Copy coverage: the share of salience whose word is said by the token that looks at it hardest.
 
-    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says, compared by text
-    id (:func:`cagsr.models.text_ids.text_ids`).
+    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says.
 
     Args:
         word_attention: ``(batch, response, words)``.
         salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
-        said: ``(batch, response)`` int64, the text id of each response token.
+        same: ``(batch, response, prompt)`` bool, the response token says what the salient prompt token says
+            (:func:`cagsr.reward.said.says`); False on padding.
         mask: ``(batch, response)`` bool, real response tokens.
-        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
         words: ``(batch, prompt)`` int64, the word of each prompt token, -1 for none.
 
     Returns:
@@ -81,10 +73,10 @@ def copy_coverage(
         return torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
     looked = torch.where(mask[:, :, None], word_attention.float(), 0.0)
     strongest, position = looked.max(dim=1)  # (batch, words)
-    hardest = said.gather(1, position)  # (batch, words): what was generated there
-    said_of_piece = hardest.gather(1, words.clamp(min=0))  # (batch, prompt)
-    hit = ((said_of_piece == asked) & (words >= 0)).float()
-    copied = torch.zeros_like(strongest).scatter_reduce(1, words.clamp(min=0), hit, reduce="amax")
+    index = words.clamp(min=0)
+    hardest = position.gather(1, index)[:, None]  # (batch, 1, prompt): where the word of each prompt token is looked at
+    hit = (same.gather(1, hardest)[:, 0] & (words >= 0)).float()
+    copied = torch.zeros_like(strongest).scatter_reduce(1, index, hit, reduce="amax")
     return (copied * (strongest > 0) * normalized_salience(salience)).sum(dim=1)
 
 

@@ -4,9 +4,6 @@ Plain coverage pays for looking at a word, whatever is said meanwhile: an answer
 paid in full. Here only attention from a response token to a prompt token of the same text counts, so that the answer's
 text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
 
-Tokens come as text ids (:func:`cagsr.models.text_ids.text_ids`): ``The`` after a bracket and ``▁The`` in a sentence say the
-same.
-
 Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E NLG its within-prompt correlation with the
 facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
 """
@@ -19,45 +16,19 @@ from torch import Tensor
 from cagsr.reward.coverage import normalized_salience
 
 
-def grounded_attention(
-    attention: Tensor, said: Tensor, mask: Tensor, asked: Tensor, words: Tensor
-) -> Tensor:  # (batch, response, prompt)
-    """Keep the attention from each response token to salient prompt tokens that say the same.
-
-    Args:
-        attention: ``(batch, response, prompt)`` attention probabilities.
-        said: ``(batch, response)`` int64, the text id of each response token.
-        mask: ``(batch, response)`` bool, real response tokens.
-        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
-        words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
-
-    Returns:
-        ``(batch, response, prompt)`` float32, 0 where response and prompt token say different things.
-    """
-    same = said[:, :, None] == asked[:, None, :]
-    return torch.where(same & mask[:, :, None] & (words >= 0)[:, None, :], attention.float(), 0.0)
-
-
 def grounded_coverage_gains(
-    attention: Tensor,
-    said: Tensor,
-    mask: Tensor,
-    asked: Tensor,
-    words: Tensor,
-    salience: Tensor,
-    threshold: float,
+    attention: Tensor, same: Tensor, words: Tensor, salience: Tensor, threshold: float
 ) -> Tensor:
     """How much each response token adds to the grounded coverage.
 
-    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u = x_j] / tau)``: saturating coverage
-    in which token u counts for prompt token j only if it says the same; the pieces of a word count alike. It grows with t
-    only, so the gains ``G_t - G_{t-1}`` sum to the coverage.
+    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u says x_j] / tau)``: saturating coverage in which token u
+    counts for prompt token j only if it says the same; the pieces of a word count alike. It grows with t only, so the gains
+    ``G_t - G_{t-1}`` sum to the coverage.
 
     Args:
         attention: ``(batch, response, prompt)`` attention probabilities.
-        said: ``(batch, response)`` int64, the text id of each response token.
-        mask: ``(batch, response)`` bool, real response tokens.
-        asked: ``(batch, prompt)`` int64, the text id of each prompt token.
+        same: ``(batch, response, prompt)`` bool, the response token says what the salient prompt token says
+            (:func:`cagsr.reward.said.says`); False on padding.
         words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
         salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
         threshold: tau > 0, the attention at which a token counts as covered.
@@ -66,29 +37,21 @@ def grounded_coverage_gains(
         ``(batch, response)`` float32 in [0, 1], 0 on masked tokens.
     """
     if attention.shape[1] == 0 or salience.shape[1] == 0:
-        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    grounded = grounded_attention(attention, said, mask, asked, words)
+        return torch.zeros(attention.shape[:2], dtype=torch.float32, device=attention.device)
+    grounded = torch.where(same, attention.float(), 0.0)
     covered = (grounded.cummax(dim=1).values / threshold).clamp(max=1.0)
     before = torch.nn.functional.pad(covered[:, :-1], (0, 0, 1, 0))
     return torch.einsum("btp,bp->bt", covered - before, _token_weights(words, salience))
 
 
-def grounded_coverage(
-    attention: Tensor,
-    said: Tensor,
-    mask: Tensor,
-    asked: Tensor,
-    words: Tensor,
-    salience: Tensor,
-    threshold: float,
-) -> Tensor:
-    """Grounded coverage ``G = sum_w s_w mean_{j in w} min(1, max_t A[t, j] [y_t = x_j] / tau)``, ``(batch,)`` in [0, 1].
+def grounded_coverage(attention: Tensor, same: Tensor, words: Tensor, salience: Tensor, threshold: float) -> Tensor:
+    """Grounded coverage ``G = sum_w s_w mean_{j in w} min(1, max_t A[t, j] [y_t says x_j] / tau)``, ``(batch,)`` in [0, 1].
 
     Arguments as in :func:`grounded_coverage_gains`. An answer without tokens, and a prompt without a salient word, give 0.
     """
     if attention.shape[1] == 0 or salience.shape[1] == 0:
-        return torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
-    grounded = grounded_attention(attention, said, mask, asked, words)
+        return torch.zeros(attention.shape[0], dtype=torch.float32, device=attention.device)
+    grounded = torch.where(same, attention.float(), 0.0)
     covered = (grounded.amax(dim=1) / threshold).clamp(max=1.0)
     return (covered * _token_weights(words, salience)).sum(dim=1)
 

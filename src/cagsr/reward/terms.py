@@ -11,6 +11,7 @@ from torch import Tensor
 from cagsr.config import RewardConfig
 from cagsr.errors import RewardError
 from cagsr.flow import RewardBatch, Rollout
+from cagsr.models.texts import TokenTexts
 from cagsr.reward.association import Associations
 from cagsr.reward.certainty import mean_certainty
 from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, saturating_coverage
@@ -19,6 +20,7 @@ from cagsr.reward.grounded import grounded_coverage, grounded_coverage_gains
 from cagsr.reward.length import length
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_token
+from cagsr.reward.said import says
 
 ATTENTION_TERMS = frozenset({"coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus"})
 """Names of the terms that read the prompt attention."""
@@ -50,8 +52,8 @@ class Coverage:
 class CopyCoverage:
     """Copy coverage; see :func:`cagsr.reward.coverage.copy_coverage`."""
 
-    text_ids: Tensor | None = field(repr=False, compare=False)
-    """As :attr:`cagsr.models.load.LoadedModel.text_ids`; None: the term can't be read."""
+    texts: TokenTexts | None = field(repr=False, compare=False)
+    """What each token says; None: the term can't be read."""
     name: str = "copy_coverage"
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -63,9 +65,8 @@ class CopyCoverage:
         return copy_coverage(
             word_attention,
             rollout.prompts.salience,
-            _texts(self, rollout.response_ids),
+            _same(self, rollout),
             rollout.response_mask,
-            _texts(self, rollout.prompts.ids),
             rollout.prompts.words,
         )
 
@@ -76,8 +77,8 @@ class GroundedCoverage:
 
     threshold: float
     dense: bool
-    text_ids: Tensor | None = field(repr=False, compare=False)
-    """As :attr:`cagsr.models.load.LoadedModel.text_ids`; None: the term can't be read."""
+    texts: TokenTexts | None = field(repr=False, compare=False)
+    """What each token says; None: the term can't be read."""
     name: str = "grounded_coverage"
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -87,15 +88,8 @@ class GroundedCoverage:
     def read(self, rollout: Rollout, attention: Tensor, word_attention: Tensor) -> Tensor:
         """As a call does, from the maps themselves."""
         formula = grounded_coverage_gains if self.dense else grounded_coverage
-        return formula(
-            attention,
-            _texts(self, rollout.response_ids),
-            rollout.response_mask,
-            _texts(self, rollout.prompts.ids),
-            rollout.prompts.words,
-            rollout.prompts.salience,
-            self.threshold,
-        )
+        prompts = rollout.prompts
+        return formula(attention, _same(self, rollout), prompts.words, prompts.salience, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -216,20 +210,21 @@ def _of_batch(term: AttentionTerm, batch: RewardBatch) -> Tensor:
     return term.read(batch.rollout, batch.attention, batch.word_attention)
 
 
-def _texts(term: CopyCoverage | GroundedCoverage, ids: Tensor) -> Tensor:
-    """The text id of each token."""
-    if term.text_ids is None:
-        raise ValueError(f"{term.name} compares tokens by their text: give it the model's text_ids")
-    return term.text_ids.to(ids.device)[ids]
+def _same(term: CopyCoverage | GroundedCoverage, rollout: Rollout) -> Tensor:
+    """``(batch, response, prompt)`` bool: which response tokens say what a salient prompt token says."""
+    if term.texts is None:
+        raise ValueError(f"{term.name} compares what tokens say: give it the model's texts")
+    prompts = rollout.prompts
+    return says(term.texts, rollout.response_ids, rollout.response_mask, prompts.ids, prompts.words)
 
 
 def builtin_terms(
-    config: RewardConfig, associations: Associations | None = None, text_ids: Tensor | None = None
+    config: RewardConfig, associations: Associations | None = None, texts: TokenTexts | None = None
 ) -> list[tuple[RewardTerm, float]]:
     """Every built-in term with its weight, those of weight 0 included (``score`` and ``diagnose`` show them all).
 
     The terms of ``ASSOCIATION_TERMS`` are there only where ``associations`` are given; those of ``TEXT_TERMS`` can be read
-    only where ``text_ids`` are.
+    only where ``texts`` are.
     """
     associated: list[tuple[RewardTerm, float]] = []
     if associations is not None:
@@ -239,9 +234,9 @@ def builtin_terms(
         ]
     return [
         (Coverage(config.coverage.threshold, config.coverage.dense), config.coverage.weight),
-        (CopyCoverage(text_ids), config.copy_coverage.weight),
+        (CopyCoverage(texts), config.copy_coverage.weight),
         (
-            GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense, text_ids),
+            GroundedCoverage(config.grounded_coverage.threshold, config.grounded_coverage.dense, texts),
             config.grounded_coverage.weight,
         ),
         *associated,

@@ -15,7 +15,7 @@ from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceCon
 from cagsr.evaluation.scorer import Scorer, encode_response
 from cagsr.flow import Prompt
 from cagsr.models.load import load_model
-from cagsr.models.text_ids import text_ids
+from cagsr.models.texts import token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
@@ -26,7 +26,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 def bpe(pieces: list[str]) -> Tokenizer:
     """A BPE that makes these pieces, letter by letter, the first of them first."""
     vocabulary = {piece: number for number, piece in enumerate([*SPECIAL, *dict.fromkeys(pieces)])}
-    merges = [(piece[:-1], piece[-1]) for piece in pieces if len(piece) > 1 and piece[:-1] in vocabulary]
+    merges = [(piece[:-1], piece[-1]) for piece in dict.fromkeys(pieces) if len(piece) > 1 and piece[:-1] in vocabulary]
     return Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
 
 
@@ -72,10 +72,13 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     return wrapped(core)
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2, Llama 3 and Qwen: Ġ for the space, every other character as its bytes."""
+def byte_level(*words: str) -> PreTrainedTokenizerFast:
+    """GPT-2, Llama 3 and Qwen: Ġ for the space, every other character as its bytes; ``words`` have pieces of their own."""
     core = bpe(
-        [*sorted(pre_tokenizers.ByteLevel.alphabet()), *steps("ĠThe", "Ġthe", "The", "Ġ-", "ĠðŁ", "ðŁ", "âĤ", "âĢ")]
+        [
+            *sorted(pre_tokenizers.ByteLevel.alphabet()),
+            *steps(*words, "ĠThe", "Ġthe", "The", "Ġ-", "ĠðŁ", "ðŁ", "âĤ", "âĢ"),
+        ]
     )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -100,13 +103,23 @@ def unigram() -> PreTrainedTokenizerFast:
     return wrapped(core)
 
 
+def glued() -> PreTrainedTokenizerFast:
+    """Llama 3, Qwen and GPT-4: a sign before a word may be part of its first piece."""
+    core = bpe([*sorted(pre_tokenizers.ByteLevel.alphabet()), *steps("[The", "ĠThe", "The,", "(the")])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return wrapped(core)
+
+
 KINDS = {
+    glued: [("[The", "ĠThe", "The", "The,", "(the")],
     sentencepiece_bpe: [("The", "▁The", "▁the"), ("£", "▁£"), ("T", "▁T", "t", "▁t", "<0x54>", "<0x74>")],
     byte_level: [("The", "ĠThe", "Ġthe"), ("ðŁ", "ĠðŁ"), ("T", "ĠT", "t", "Ġt")],
     wordpiece: [("The", "the", "##the"), ("ing", "##ing")],
     unigram: [("The", "▁The", "the", "▁the"), ("5", "▁5")],
 }
 ALONE = {
+    glued: ["[", "(", ",", *SPECIAL],
     sentencepiece_bpe: ["▁", "-", "▁-", "[", "]", "<0xE2>", "<0x82>", "<0x20>", "<0x0A>", *SPECIAL],
     byte_level: ["Ġ", "-", "Ġ-", "âĤ", "âĢ", "Ċ", "ł", *SPECIAL],
     wordpiece: ["-", "##-", "[", "sing", *SPECIAL],
@@ -117,7 +130,7 @@ ALONE = {
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_same_text_has_one_id_and_all_else_its_own(kind):
     tokenizer = kind()
-    found = text_ids(tokenizer)
+    found = token_texts(tokenizer).ids
     number = tokenizer.get_vocab()
     assert len(found) == len(tokenizer)
     for group in KINDS[kind]:
@@ -131,7 +144,7 @@ def test_the_same_text_has_one_id_and_all_else_its_own(kind):
 
 def test_unfinished_characters_are_compared_by_their_bytes():
     tokenizer = byte_level()
-    found = text_ids(tokenizer)
+    found = token_texts(tokenizer).ids
     # All of these decode to the replacement character.
     single = [
         piece
@@ -148,7 +161,7 @@ def test_special_and_unknown_ids_say_nothing_that_others_say():
     tokenizer.add_special_tokens({"additional_special_tokens": ["the"]})
     tokenizer.add_tokens([AddedToken("The ", special=True), AddedToken("THE", normalized=False)])
     number = tokenizer.get_vocab()
-    found = text_ids(tokenizer, size=len(tokenizer) + 3)
+    found = token_texts(tokenizer, size=len(tokenizer) + 3).ids
     assert len(found) == len(tokenizer) + 3
     assert found[-3:].tolist() == [len(tokenizer), len(tokenizer) + 1, len(tokenizer) + 2]  # padding of the vocabulary
     for piece in ("the", "The "):
@@ -159,7 +172,7 @@ def test_special_and_unknown_ids_say_nothing_that_others_say():
 def test_a_word_tokenizer_without_decoder():
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["Cat"])
-    found = text_ids(tokenizer)
+    found = token_texts(tokenizer).ids
     assert found[tokenizer.convert_tokens_to_ids("Cat")] == tokenizer.convert_tokens_to_ids("cat")
     assert found[:-1].tolist() == list(range(len(found) - 1))
 
@@ -190,7 +203,7 @@ def test_what_is_copied_from_behind_a_bracket_is_seen(kind, tmp_path):
     assert [answer == asked for answer in answers] == [False, False, True, False]  # by id only the third copies
 
     scorer = Scorer(loaded, RewardConfig(), AttentionConfig(layers="all"), salience)
-    assert len(scorer.loaded.text_ids) == len(loaded.tokenizer) + 5  # ids of the padding can be said too
+    assert len(scorer.loaded.texts.ids) == len(loaded.tokenizer) + 5  # ids of the padding can be said too
     batch = scorer.batch(scorer.rollout([encoded] * 4, said))
     values = scorer.values(batch)
     place = (batch.rollout.prompts.words[0] == 0).nonzero().flatten()
@@ -210,6 +223,6 @@ def test_a_vocabulary_as_large_as_real_ones_is_read_in_seconds():
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = wrapped(core)
     started = time.process_time()
-    found = text_ids(tokenizer)
+    found = token_texts(tokenizer).ids
     assert time.process_time() - started < 5  # a third of a second on a quiet core
     assert len(found.unique()) == len(SPECIAL) + 22_000
