@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,15 +118,22 @@ def save(folder: Path, kind: str, rows: list[dict[str, str]]) -> None:
 def run(folder: Path, name: str, steps: int) -> None:
     """One run by the real command line, one thread, so that sums have one order."""
     kind, processes, flags = RUNS[name]
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
+    files = {"--model": folder / kind, "--data": folder / "prompts.jsonl", "--output_dir": folder / name}
     command = [
-        *([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-endpoint=localhost:0"] if processes > 1 else [sys.executable]),
-        *("-m", "cagsr.commands.main", "train", "--model", str(folder / kind), "--model.device", "cpu", "--data", str(folder / "prompts.jsonl")),
-        *("--output_dir", str(folder / name), "--run.steps", str(steps), "--run.batch_size", "4", "--num_generations", "4"),
-        *("--max_new_tokens", "10", "--ppo.micro_batch_size", "6", "--ppo.num_mini_batches", "2", "--ppo.num_ppo_epochs", "2"),
-        *("--evaluation.held_out", "8", "--evaluation.every", "2", "--run.save_every", "0", "--ppo.learning_rate", "1e-3"),
-        *("--run.overwrite", "true"),
+        *(*launcher, "-m", "cagsr.commands.main", "train", "--model.device", "cpu", "--run.steps", str(steps)),
+        *(str(part) for pair in files.items() for part in pair),
+        *("--run.batch_size", "4", "--num_generations", "4", "--max_new_tokens", "10", "--ppo.micro_batch_size", "6"),
+        *("--ppo.num_mini_batches", "2", "--ppo.num_ppo_epochs", "2", "--ppo.learning_rate", "1e-3"),
+        *("--evaluation.held_out", "8", "--evaluation.every", "2", "--run.save_every", "0", "--run.overwrite", "true"),
         *flags,
-    ]  # fmt: skip
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -15,7 +15,7 @@ from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 
 SAMPLING = SamplingConfig(num_generations=1, max_new_tokens=8)
@@ -46,7 +46,7 @@ def entropy_by_hand(loaded: LoadedModel, prompt: EncodedPrompt, text: str, token
     prompt_ids, response = torch.tensor([prompt.ids]), torch.tensor([ids])
     inputs = PassInputs(prompt_ids, torch.ones_like(prompt_ids).bool(), response, torch.ones_like(response).bool())
     with torch.no_grad():
-        logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+        logits, _ = loaded.teacher_forced(inputs)
     total = 0.0
     for row in logits[0].double() / temperature:
         p = row.softmax(-1)

@@ -13,8 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.flow import Prompt, PromptBatch, Rollout
-from cagsr.models.forward import PassInputs, _shared, shares_prompts, teacher_forced
+from cagsr.models.forward import teacher_forced
+from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.score import length_sorted_chunks
 
@@ -29,7 +31,7 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
     ids = torch.randint(3, size, (len(prompts), width), generator=generator)
     places = torch.arange(width)[None]
     lengths = torch.tensor(prompts)[:, None]
-    mask = places < lengths if loaded.encoder_decoder else places >= width - lengths
+    mask = places < lengths if not loaded.architecture.one_sequence else places >= width - lengths
     texts = tuple(Prompt(number + 1, "") for number in group)
     batch = PromptBatch(texts, ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
     answer = torch.randint(3, size, (len(group), max(responses)), generator=generator)
@@ -52,7 +54,7 @@ def test_logits_hidden_states_and_gradients_are_those_of_the_plain_pass(kind: st
         assert (inputs.shared is not None) == share
         loaded.model.zero_grad()
         logits, hidden = teacher_forced(
-            loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id, with_hidden=True
+            loaded.model, loaded.architecture, inputs, loaded.pad_token_id, with_hidden=True
         )
         assert hidden is not None
         (logits[mask].log_softmax(-1).square().sum() + hidden[mask].square().sum()).backward()
@@ -71,13 +73,13 @@ def test_a_prompt_is_fed_once(tmp_path: Path):
     for share, positions in ((False, [6 * 11]), (True, [2 * 8, 6 * 3])):
         fed.clear()
         inputs = PassInputs.of(rollout_rows(rollout, torch.arange(6)), share=share)
-        teacher_forced(loaded.model, inputs, False, loaded.pad_token_id)
+        loaded.teacher_forced(inputs)
         assert fed == positions
 
 
 def test_one_answer_a_prompt_is_one_forward():
-    assert _shared(torch.tensor([0, 1, 2, 2])) is None
-    found = _shared(torch.tensor([7, 5, 7, 7]))
+    assert SharedPrompts.of(torch.tensor([0, 1, 2, 2])) is None
+    found = SharedPrompts.of(torch.tensor([7, 5, 7, 7]))
     assert found is not None
     assert found.first.tolist() == [1, 0]
     assert found.of_row.tolist() == [1, 0, 1, 1]

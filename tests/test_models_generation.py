@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import GenerationConfig
 
 import tiny
 from cagsr.attention import PromptAttentionReader
@@ -68,7 +68,7 @@ def loaded_with(folder: Path, kind: str, settings: dict[str, Any], lora: LoraCon
 
 def batch_of(loaded: LoadedModel, texts: list[str], answers: int = 1) -> PromptBatch:
     rows = [text for text in texts for _ in range(answers)]
-    encoded = loaded.tokenizer(rows, return_tensors="pt", padding=True, padding_side=loaded.padding_side)
+    encoded = loaded.tokenizer(rows, return_tensors="pt", padding=True, padding_side=loaded.architecture.padding_side)
     count = len(rows)
     return PromptBatch(
         tuple(Prompt(row, text) for row, text in enumerate(rows, 1)),
@@ -267,11 +267,11 @@ def test_generate_with_the_saved_file_samples_what_training_sampled(
     served = generation.served_with(loaded, config)
     probe = AnswerProbe(loaded, [([1, 4], [6, 2])])
     save_final(tmp_path, loaded.model, loaded, probe, lambda saved: "card", torch.float32, served)
-    auto = AutoModelForSeq2SeqLM if loaded.encoder_decoder else AutoModelForCausalLM
+    auto = loaded.architecture.auto_class
     final = auto.from_pretrained(tmp_path / "final").eval()
     torch.manual_seed(5)
     ids = final.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
-    found = ids[:, len(decoder_prefix(final)) if loaded.encoder_decoder else prompts.ids.shape[1] :]
+    found = ids[:, len(decoder_prefix(final)) if not loaded.architecture.one_sequence else prompts.ids.shape[1] :]
     if "forced_bos_token_id" in settings:
         assert set(ids[:, 1].tolist()) == {FORCED}
     assert found.tolist() == rollout.response_ids.tolist()

@@ -32,11 +32,12 @@ from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.collect import attention_by_layer
 from cagsr.flow import Rollout
-from cagsr.models import forward
+from cagsr.models import decoder_only, sharing
 from cagsr.models.actor_critic import ActorCritic
-from cagsr.models.forward import PassInputs, shares_prompts
+from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.sample import sample_responses
 from cagsr.update.score import score_policy
 from test_models_forward import made_up
@@ -153,7 +154,7 @@ def test_a_token_is_scored_by_the_tokens_before_it(kind: str, lengths: str, fold
     truth = each_by_itself(own(folders[kind]), rollout)
     assert shares_prompts(loaded, rollout)
     torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
-    forward.stop_sharing(loaded.model)
+    sharing.stop_sharing(loaded.model)
     assert not shares_prompts(loaded, rollout)
     torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
 
@@ -171,7 +172,7 @@ def test_scores_depend_on_no_other_row(
     rollout = answered(loaded, prompts, longest)
     alone = scored(loaded, rollout, 1)
     torch.testing.assert_close(scored(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
-    forward.stop_sharing(loaded.model)
+    sharing.stop_sharing(loaded.model)
     torch.testing.assert_close(scored(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
 
 
@@ -238,7 +239,7 @@ def test_attention_across_the_border_is_eager_s(kind: str, share: bool, folders:
     loaded, model = loaded_from(folders[kind]), own(folders[kind], attn_implementation="eager")
     rollout = answered(loaded, PROMPTS["all"])
     if not share:
-        forward.stop_sharing(loaded.model)
+        sharing.stop_sharing(loaded.model)
     reader = PromptAttentionReader(loaded.model, "all")
     scores = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=reader, micro_batch_size=5)
     expected = torch.zeros(scores.attention.maps.shape)
@@ -324,16 +325,16 @@ def test_full_experts_are_refused(tmp_path: Path):
 def test_the_probe_asks_at_the_lengths_of_the_batch(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     """A cache that forgets beyond some length is found out by the first batch that reaches it, and by no shorter one."""
     loaded = loaded_from(folders["mistral-window"])
-    genuine = forward._prefix_pass
+    genuine = decoder_only._prefix_pass
 
     def forgetful(model: Any, inputs: PassInputs, *rest: Any) -> Tensor:
         logits = genuine(model, inputs, *rest)
         return logits if inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] < 20 else logits * 1.01
 
-    monkeypatch.setattr(forward, "_prefix_pass", forgetful)
+    monkeypatch.setattr(decoder_only, "_prefix_pass", forgetful)
     asked: list[int] = []
-    agrees = forward._agrees
-    monkeypatch.setattr(forward, "_agrees", lambda *args: asked.append(1) or agrees(*args))
+    agrees = sharing._agrees
+    monkeypatch.setattr(sharing, "_agrees", lambda *args: asked.append(1) or agrees(*args))
     short, longer, long = (answered(loaded, [5], longest=n) for n in (6, 9, 16))
     assert shares_prompts(loaded, longer)
     assert len(asked) == 2  # the tiny batch, and this one

@@ -19,7 +19,7 @@ from cagsr.rollout.sample import cut_responses, sample_responses
 
 
 def batch_of(loaded: LoadedModel, texts: list[str]) -> PromptBatch:
-    encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.padding_side)
+    encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.architecture.padding_side)
     count = len(texts)
     return PromptBatch(
         tuple(Prompt(row, text) for row, text in enumerate(texts, 1)),
@@ -93,7 +93,7 @@ def _transformers_own(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampl
     settings = sampled_with(loaded, sampling)
     with torch.no_grad(), sample._only_these_settings(loaded.model, settings):
         ids = loaded.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
-    return ids[:, 1 if loaded.encoder_decoder else prompts.ids.shape[1] :]
+    return ids[:, 1 if not loaded.architecture.one_sequence else prompts.ids.shape[1] :]
 
 
 def _several(loaded: LoadedModel, texts: list[str], answers: int) -> PromptBatch:

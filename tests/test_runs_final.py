@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cagsr.errors import ConfigError, RunError
+from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.curves import plot_training_curves
@@ -59,7 +60,9 @@ def tiny() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def save(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast, card: str) -> Path:
     device = torch.device("cpu")
-    loaded = LoadedModel(model, tokenizer, "base", device, torch.float32, False, (1,), isinstance(model, PeftModel), ())
+    loaded = LoadedModel(
+        model, tokenizer, "base", device, torch.float32, DecoderOnly(), (1,), isinstance(model, PeftModel), ()
+    )
     probe = AnswerProbe(loaded, [((3, 4), (3, 1))])
     save_final(folder, model, loaded, probe, lambda saved: card, torch.float32)
     return folder / "final"
@@ -83,7 +86,7 @@ def test_card_tells_method_data_results_limits_and_how_to_repeat() -> None:
 
 
 def test_card_names_no_local_folder_as_the_hubs_base_model(tmp_path: Path) -> None:
-    facts = CardFacts("run", str(tmp_path), "p", 1, 1, "c", {}, estimator="rloo", encoder_decoder=True)
+    facts = CardFacts("run", str(tmp_path), "p", 1, 1, "c", {}, estimator="rloo", pipeline_tag="text2text-generation")
     card = model_card(facts)
     assert "base_model" not in header(card)
     assert header(card)["tags"] == ["cagsr", "rloo", "self-rewarded"]

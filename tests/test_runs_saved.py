@@ -55,7 +55,7 @@ def logits_of(model: torch.nn.Module, loaded: LoadedModel) -> torch.Tensor:
 
 
 def load(folder: Path, loaded: LoadedModel, **more: Any) -> Any:
-    auto = AutoModelForSeq2SeqLM if loaded.encoder_decoder else AutoModelForCausalLM
+    auto = loaded.architecture.auto_class
     return auto.from_pretrained(folder, **more)
 
 

@@ -24,7 +24,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import RolloutError
-from cagsr.models import forward
+from cagsr.models import decoder_only, sharing
 from cagsr.train import train
 from cagsr.update.engine_mismatch import decoding_metrics
 from test_update_engine_mismatch import OURS, made
@@ -70,15 +70,15 @@ def test_a_prompt_that_is_shared_wrongly_is_noticed_said_and_read_plainly(
     """The probe is made to say yes, as it would of a model whose fault shows at other lengths or weights."""
     plain = config(tmp_path, "plain", steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "_agrees", lambda *args: False)
+        patch.setattr(sharing, "_agrees", lambda *args: False)
         train(plain)
-    genuine = forward._prefix_pass
+    genuine = decoder_only._prefix_pass
 
     def wrong(*args: Any) -> Tensor:
         return genuine(*args) * 1.05
 
-    monkeypatch.setattr(forward, "_prefix_pass", wrong)
-    monkeypatch.setattr(forward, "_agrees", lambda *args: True)
+    monkeypatch.setattr(decoder_only, "_prefix_pass", wrong)
+    monkeypatch.setattr(sharing, "_agrees", lambda *args: True)
     broken = config(tmp_path, "broken", save_every=2)
     train(broken)
     said = [row for row in rows(broken.output_dir, "warnings.jsonl") if row["name"] == "shared_prompts"]

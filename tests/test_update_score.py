@@ -12,7 +12,8 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import Prompt, PromptBatch, Rollout
 from cagsr.models.actor_critic import ActorCritic
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.forward import teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference
 from cagsr.rollout.sample import sample_responses
@@ -24,7 +25,7 @@ TEXTS = ["the cat", "tell me about the small red bird near a house", "a big dog 
 
 def rolled_out(loaded: LoadedModel, copies: int = 2) -> Rollout:
     texts = [text for text in TEXTS for _ in range(copies)]
-    encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.padding_side)
+    encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.architecture.padding_side)
     prompts = PromptBatch(
         tuple(Prompt(row, text) for row, text in enumerate(texts, 1)),
         encoded.input_ids,
@@ -70,7 +71,7 @@ def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
     prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]][None]
     cache, fed = None, prompt
     for t in range(length):
-        if loaded.encoder_decoder:
+        if not loaded.architecture.one_sequence:
             start = torch.tensor([[loaded.model.config.decoder_start_token_id]])
             decoder = torch.cat([start, rollout.response_ids[row : row + 1, :t]], dim=1)
             logits = loaded.model(input_ids=prompt, decoder_input_ids=decoder).logits
@@ -85,7 +86,7 @@ def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
 def test_values_come_from_the_last_hidden_state(tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     inputs = PassInputs.of(rolled_out(loaded))
-    logits, hidden = teacher_forced(loaded.model, inputs, False, loaded.pad_token_id, with_hidden=True)
+    logits, hidden = teacher_forced(loaded.model, loaded.architecture, inputs, loaded.pad_token_id, with_hidden=True)
     assert hidden is not None
     torch.testing.assert_close(loaded.model.get_output_embeddings()(hidden), logits)
     assert not loaded.model.get_output_embeddings()._forward_pre_hooks

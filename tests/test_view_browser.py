@@ -16,6 +16,7 @@ import tiny
 from cagsr.config import ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.reward import FocusConfig
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.view import View, view
 from cagsr.view.planes import REWARD
@@ -264,7 +265,9 @@ def large() -> View:
         for name, parameter in model.named_parameters():
             if "proj" in name:
                 parameter.mul_(8.0)
-    loaded = LoadedModel(model, tiny.tokenizer(), "large", torch.device("cpu"), torch.float32, False, (2,), False, ())
+    loaded = LoadedModel(
+        model, tiny.tokenizer(), "large", torch.device("cpu"), torch.float32, DecoderOnly(), (2,), False, ()
+    )
     ids = (1, *torch.randint(4, 28, (1999,)).tolist())
     words = (-1, *(place % 700 for place in range(1999)))
     prompt = EncodedPrompt(Prompt(1, loaded.tokenizer.decode(ids)), ids, words, (1.0,) * 700)

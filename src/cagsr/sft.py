@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from cagsr import __version__
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
+from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import IGNORED, encode_pairs, unending
@@ -111,7 +112,7 @@ def _load(config: SftConfig) -> LoadedModel:
         loaded = replace(loaded, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch)."))
     else:
         loaded = load_model(config.model, config.lora)
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         raise ModelError(
             f"--model {config.model.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones; fine-tune "
             "it with transformers' Seq2SeqTrainer, then go on with cagsr train."
@@ -135,7 +136,7 @@ def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
         ) from error
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM
-    if model_config.is_encoder_decoder:
+    if not architecture_of(model_config).one_sequence:
         raise ModelError(f"--model {config.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones.")
     model = auto.from_config(model_config, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="cagsr-scratch-") as path:

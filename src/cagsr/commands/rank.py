@@ -160,7 +160,7 @@ def _sampled(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Seque
 
 def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
     """Yield each prompt's own candidates, scored."""
-    context = None if loaded.encoder_decoder else loaded.context_length()
+    context = loaded.pair_context()
     for number, encoded in enumerate(each("ranking", prompts, "prompts")):
         where = f"{config.data.path}, row {encoded.prompt.row}"
         responses = _responses(config, loaded, encoded, where)

@@ -156,7 +156,7 @@ def read_pairs(
         frequency=frequency,
         text_columns=[config.response_column],
     )
-    context = None if loaded.encoder_decoder else loaded.context_length()
+    context = loaded.pair_context()
     prompts: list[EncodedPrompt] = []
     responses: list[Response] = []
     dropped = cut = 0

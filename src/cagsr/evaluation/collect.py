@@ -22,14 +22,13 @@ from cagsr.evaluation.metrics import repetition
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.progress import working
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS
 from cagsr.reward.values import term_values
 from cagsr.reward.words import pool_words
-from cagsr.update.reading import batch_attention, regions
 from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]
@@ -162,12 +161,12 @@ def attention_by_layer(
 ) -> dict[int, Tensor]:
     """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
     inputs = PassInputs.of(rollout)
-    (region,) = regions(loaded.model, inputs, loaded.encoder_decoder)
+    (region,) = loaded.architecture.regions(loaded.model, inputs)
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
         readings = {number: stack.enter_context(reader.read(region)) for number, reader in readers.items()}
-        teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+        loaded.teacher_forced(inputs)
     return {
-        number: batch_attention(loaded.model, inputs, loaded.encoder_decoder, [reading.attention])
+        number: loaded.architecture.attention(loaded.model, inputs, [reading.attention])
         for number, reading in readings.items()
     }
 

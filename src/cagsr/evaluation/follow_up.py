@@ -93,7 +93,7 @@ def load_judge(path: str, device: torch.device | str) -> LoadedModel:
         loaded = load_model(ModelConfig(path, device="cpu"), for_training=False)
     except ModelError as error:
         raise ModelError(str(error).replace("--model.path", "--judge_model")) from error
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         raise ModelError(
             f"--judge_model {path}: is an encoder-decoder model; a judge must be decoder-only, so that prompt, answer and "
             "follow-up are one text."

@@ -18,8 +18,8 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
 from cagsr.progress import each, working
-from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.functions import import_dotted
+from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 
 ResultT = TypeVar("ResultT")
@@ -107,12 +107,7 @@ def answer(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
         for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
-            batch = collate_prompts(
-                mine[start : start + batch_size],
-                pad_token_id=loaded.pad_token_id,
-                padding_side="right" if loaded.encoder_decoder else "left",
-                device=loaded.device,
-            )
+            batch = prompt_batch(loaded, mine[start : start + batch_size])
             rollout = sample_responses(loaded, batch, sampling)
             lengths, ended = rollout.response_mask.sum(dim=1).tolist(), rollout.ended.tolist()
             found += zip(rollout.completions, lengths, ended, strict=True)

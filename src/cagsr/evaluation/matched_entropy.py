@@ -22,8 +22,9 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt, Rollout
-from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
+from cagsr.models.sharing import shares_prompts
 from cagsr.progress import each, working
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.score import length_sorted_chunks
@@ -110,7 +111,7 @@ def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> F
         share = shares_prompts(loaded, rollout)
         for index in each("reading entropies", length_sorted_chunks(rollout, size, share=share), "batches"):
             inputs = PassInputs.of(rollout_rows(rollout, index), share=share)
-            logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+            logits, _ = loaded.teacher_forced(inputs)
             found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
             mean = found.double().sum(dim=1) / inputs.response_mask.sum(dim=1)
             result[index.cpu().numpy()] = mean.cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.errors import ModelError
+from cagsr.models.architecture import architecture_of
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.lengths import length_borders
 from cagsr.progress import each
@@ -50,7 +51,7 @@ def mean_nll(
     Arguments, result and errors as there. ``templated``: prompts that a chat template wrote hold their special tokens
     already, so none are added.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
+    if not architecture_of(model.config).one_sequence:
         raise ModelError(f"{model.config.model_type} is an encoder-decoder model; take a decoder-only judge.")
     rows = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -10,7 +10,7 @@ from cagsr.config import SamplingConfig
 from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.load import LoadedModel
 from cagsr.progress import working
-from cagsr.prompts.batch import collate_prompts
+from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 
 
@@ -30,14 +30,7 @@ def sample_in_batches(
     with working("answering", len(prompts), "prompts") as task:
         for number, start in enumerate(range(0, len(prompts), batch_size)):
             some = prompts[start : start + batch_size]
-            batch = collate_prompts(
-                some,
-                pad_token_id=loaded.pad_token_id,
-                padding_side="right" if loaded.encoder_decoder else "left",
-                num_generations=sampling.num_generations,
-                device=loaded.device,
-                first_group=start,
-            )
+            batch = prompt_batch(loaded, some, sampling.num_generations, first_group=start)
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed + 7919 * number)
                 rollout = sample_responses(loaded, batch, sampling)

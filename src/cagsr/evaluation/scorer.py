@@ -16,18 +16,18 @@ from torch import Tensor
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import DataError
-from cagsr.flow import EncodedPrompt, PromptBatch, RewardBatch, Rollout
+from cagsr.flow import EncodedPrompt, RewardBatch, Rollout
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.load import LoadedModel
 from cagsr.models.stops import turn_end
-from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward
 from cagsr.reward.keep import reward_batch
 from cagsr.reward.protocol import RewardTerm
 from cagsr.reward.terms import ASSOCIATION_TERMS, builtin_terms, needs_associations
 from cagsr.reward.values import term_values
+from cagsr.rollout.rows import prompt_batch
 from cagsr.update.score import score_policy
 
 
@@ -92,8 +92,7 @@ def _tokens(loaded: LoadedModel, prompt: EncodedPrompt, text: str, ended: bool) 
             said = end.lead + said
         if ended and not text.endswith((end.gap, end.marker)):
             said += end.gap
-    before = "" if loaded.encoder_decoder else prompt.prompt.text
-    ids = encode_continuation(loaded.tokenizer, before, said)
+    ids = encode_continuation(loaded.tokenizer, loaded.architecture.text_before(prompt.prompt.text), said)
     stop = stop_token(loaded, prompt)
     # The end may be written in the text itself (or the tokenizer closes every text with it).
     while ids and ids[-1] in loaded.stop_ids:
@@ -161,7 +160,7 @@ class Scorer:
                 raise DataError(
                     f"Row {prompt.prompt.row}: a response of zero tokens can't be scored; remove the row or mend it."
                 )
-        batch = self._collate(prompts)
+        batch = prompt_batch(self.loaded, prompts)
         width = max(len(response.ids) for response in responses)
         ids = torch.full((len(responses), width), self.loaded.pad_token_id, dtype=torch.int64)
         mask = torch.zeros((len(responses), width), dtype=torch.bool)
@@ -204,11 +203,3 @@ class Scorer:
             part = slice(start, start + self.micro_batch_size)
             batch = self.batch(self.rollout(prompts[part], responses[part]))
             yield batch, self.values(batch)
-
-    def _collate(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
-        return collate_prompts(
-            prompts,
-            pad_token_id=self.loaded.pad_token_id,
-            padding_side="right" if self.loaded.encoder_decoder else "left",
-            device=self.loaded.device,
-        )

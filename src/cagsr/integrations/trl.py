@@ -27,6 +27,7 @@ from cagsr.evaluation.scorer import Response
 from cagsr.flow import EncodedPrompt
 from cagsr.integrations.live import FrozenModel, LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
+from cagsr.models.architecture import architecture_of
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.stops import stop_tokens
@@ -304,7 +305,7 @@ def _loaded(trainer: Any) -> LoadedModel:
         path="the trainer's policy",
         device=trainer.accelerator.device,
         compute_dtype=torch.bfloat16 if next(model.parameters()).dtype == torch.bfloat16 else torch.float32,
-        encoder_decoder=bool(model.config.is_encoder_decoder),
+        architecture=architecture_of(model.config),
         stop_ids=stop_tokens(model.generation_config, tokenizer),
         lora=hasattr(model, "peft_config"),
         notes=(),

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from cagsr.config import PPOConfig
 from cagsr.errors import ModelError
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.forward import teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 
 
@@ -30,7 +31,7 @@ class ActorCritic(nn.Module):
     def __init__(self, loaded: LoadedModel, value: str = "none") -> None:
         super().__init__()
         self.policy = loaded.model
-        self.encoder_decoder = loaded.encoder_decoder
+        self.architecture = loaded.architecture
         self.pad_token_id = loaded.pad_token_id
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
@@ -64,14 +65,14 @@ class ActorCritic(nn.Module):
             ``(batch, response)`` float32 at the same positions, None without a value head.
         """
         if self.value_head is None:
-            logits, _ = teacher_forced(self.policy, inputs, self.encoder_decoder, self.pad_token_id)
+            logits, _ = teacher_forced(self.policy, self.architecture, inputs, self.pad_token_id)
             return logits, None
         logits, hidden = teacher_forced(
-            self.policy, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=self.critic is None
+            self.policy, self.architecture, inputs, self.pad_token_id, with_hidden=self.critic is None
         )
         if self.critic is not None:
             _, hidden = teacher_forced(
-                self.critic, inputs, self.encoder_decoder, self.pad_token_id, with_hidden=True, with_logits=False
+                self.critic, self.architecture, inputs, self.pad_token_id, with_hidden=True, with_logits=False
             )
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):

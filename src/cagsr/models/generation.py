@@ -225,7 +225,7 @@ def sampled_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationCon
         "suppress_tokens": list(rules.never) or None,
         "begin_suppress_tokens": list(rules.never_first) or None,
     }
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         settings["decoder_start_token_id"] = decoder_prefix(loaded.model)[0]
         settings["forced_bos_token_id"] = rules.forced[0] if rules.forced else None
     if sampling.temperature > 0:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -18,9 +18,11 @@ from transformers import (
 
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
+from cagsr.models.architecture import Architecture, architecture_of
 from cagsr.models.checkpointing import checkpoint_without_dropout
-from cagsr.models.continuation import continuation_text
+from cagsr.models.forward import teacher_forced
 from cagsr.models.generation import GenerationRules, read_generation_rules
+from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
 from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
@@ -45,7 +47,8 @@ class LoadedModel:
     device: torch.device
     compute_dtype: torch.dtype
     """float32, or bfloat16 under autocast (trained weights stay float32)."""
-    encoder_decoder: bool
+    architecture: Architecture
+    """Decoder-only or encoder-decoder, and all that follows from it."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer; the model's generation config names them too, so a saved model stops alike."""
     lora: bool
@@ -64,11 +67,6 @@ class LoadedModel:
     def pad_token_id(self) -> int:
         """The id used to fill up batches; masks, never this id, tell what is padding."""
         return int(self.tokenizer.pad_token_id)
-
-    @property
-    def padding_side(self) -> str:
-        """Prompts are padded on the left for decoder-only models and on the right for encoder-decoder models."""
-        return "right" if self.encoder_decoder else "left"
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -90,9 +88,15 @@ class LoadedModel:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """An answer's tokens as text, special tokens left out; behind a prompt the first token's space is part of it."""
-        if self.encoder_decoder:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return continuation_text(self.tokenizer, ids)
+        return self.architecture.text_of(self.tokenizer, ids)
+
+    def teacher_forced(self, inputs: PassInputs, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass over prompts and answers, of this model or of another of its kind (:func:`teacher_forced`)."""
+        return teacher_forced(self.model if model is None else model, self.architecture, inputs, self.pad_token_id)
+
+    def pair_context(self) -> int | None:
+        """The longest prompt + answer; None where they do not share the model's positions, or it states no limit."""
+        return self.context_length() if self.architecture.one_sequence else None
 
     def context_length(self) -> int | None:
         """The longest prompt + response the model has positions for, None where it states no limit."""
@@ -107,12 +111,12 @@ class LoadedModel:
         context = self.context_length()
         if context is None:
             return UNLIMITED
-        if self.encoder_decoder and max_new_tokens + len(self.generation.forced) > context:
+        if not self.architecture.one_sequence and max_new_tokens + len(self.generation.forced) > context:
             raise ConfigError(
                 f"--sampling.max_new_tokens {max_new_tokens}: the decoder of {self.path} has positions for {context} tokens; "
                 f"lower it."
             )
-        room = context if self.encoder_decoder else context - max_new_tokens
+        room = context - max_new_tokens if self.architecture.one_sequence else context
         if room < 1:
             raise ConfigError(
                 f"--sampling.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context of {context} tokens "
@@ -171,9 +175,10 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     if added_pad:
         notes.append(f"PAD: {tokenizer.pad_token!r} was added to the vocabulary (id {tokenizer.pad_token_id}).")
     stop_ids = _stop_ids(model, tokenizer, config.path, notes)
+    architecture = architecture_of(model.config)
     generation = read_generation_rules(
         model.generation_config,
-        encoder_decoder=bool(model.config.is_encoder_decoder),
+        encoder_decoder=not architecture.one_sequence,
         stop_ids=stop_ids,
         path=config.path,
     )
@@ -182,7 +187,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         assert lora is not None
         from cagsr.models.tied import untie_adapted  # brings peft, which takes its time
 
-        adapted = add_lora(model, lora, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+        adapted = add_lora(model, lora, architecture.peft_task)
         made_two = untie_adapted(adapted, lora.target_modules)
         policy = adapted
         notes.append(f"LoRA: rank {lora.r}, alpha {lora.alpha} on {lora.target_modules}; the base weights are frozen.")
@@ -199,7 +204,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         path=config.path,
         device=device,
         compute_dtype=compute_dtype,
-        encoder_decoder=bool(model.config.is_encoder_decoder),
+        architecture=architecture,
         stop_ids=stop_ids,
         lora=use_lora,
         notes=tuple(notes),

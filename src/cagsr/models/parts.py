@@ -9,8 +9,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,6 +17,7 @@ from transformers import (
 
 from cagsr.config import ModelConfig
 from cagsr.errors import ModelError
+from cagsr.models.architecture import architecture_of
 from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -136,7 +135,7 @@ def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _load_weights(
     config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype, notes: list[str]
 ) -> PreTrainedModel:
-    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    auto = architecture_of(model_config).auto_class
     arguments = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
         model, info = auto.from_pretrained(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import first_pass, shard_frozen, whole
 
@@ -47,7 +47,7 @@ class Reference:
         self._copy.to(loaded.compute_dtype)  # weights that are divided together must be of one kind
         shard_frozen(accelerator, self._copy)
         with first_pass(self._copy), loaded.autocast():
-            teacher_forced(self._copy, PassInputs.tiny(loaded.device), loaded.encoder_decoder, loaded.pad_token_id)
+            loaded.teacher_forced(PassInputs.tiny(loaded.device), self._copy)
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:

@@ -57,7 +57,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
     _check(config)
     torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
     loaded = load_model(config.model, config.lora)
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         raise ModelError(
             f"--model {config.model.path} is an encoder-decoder model, and dpo (TRL) trains decoder-only ones."
         )

@@ -86,7 +86,7 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     check_trainer_config(config, COMMAND)
     torch.manual_seed(config.seed)  # rows of a vocabulary that grows
     loaded = load_model(config.model)
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         raise ModelError(
             f"--model {config.model.path} is an encoder-decoder model; a reward model is made from a decoder-only one."
         )

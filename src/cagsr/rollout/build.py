@@ -58,7 +58,7 @@ def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Acceler
     rollout = config.rollout
     if rollout.engine == "transformers":
         return TransformersSampler(loaded)
-    if loaded.encoder_decoder:
+    if not loaded.architecture.one_sequence:
         raise ConfigError(
             f"--rollout.engine vllm: {loaded.path} is an encoder-decoder model, which vLLM doesn't serve; use transformers."
         )

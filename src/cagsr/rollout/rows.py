@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from cagsr.flow import Rollout
+from cagsr.flow import EncodedPrompt, PromptBatch, Rollout
+from cagsr.models.load import LoadedModel
+from cagsr.prompts.batch import collate_prompts
 
 
 def rollout_rows(rollout: Rollout, index: Tensor) -> Rollout:
@@ -44,4 +47,18 @@ def rollout_rows(rollout: Rollout, index: Tensor) -> Rollout:
         ended=rollout.ended[index],
         completions=tuple(rollout.completions[number] for number in numbers),
         sampler_logprobs=None if logprobs is None else logprobs[index, :length],
+    )
+
+
+def prompt_batch(
+    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], num_generations: int = 1, first_group: int = 0
+) -> PromptBatch:
+    """Pad prompts as a model reads them, each ``num_generations`` times in a row (:func:`collate_prompts`)."""
+    return collate_prompts(
+        prompts,
+        pad_token_id=loaded.pad_token_id,
+        padding_side=loaded.architecture.padding_side,
+        num_generations=num_generations,
+        device=loaded.device,
+        first_group=first_group,
     )

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from cagsr.config import SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.checkpointing import without_checkpointing
-from cagsr.models.generation import decoder_prefix, sampled_with
+from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
@@ -34,7 +34,7 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
         The answers, ``(batch, response)``, padded on the right to the longest.
     """
     many = _answers_per_prompt(prompts)
-    start = len(decoder_prefix(loaded.model)) if loaded.encoder_decoder else prompts.ids.shape[1]
+    start = loaded.architecture.answer_start(loaded.model, prompts.ids.shape[1])
     stop_ids, stop_strings = loaded.stops(sampling)
     settings = _only_these_settings(loaded.model, sampled_with(loaded, sampling))
     drawn: list[Tensor] = []

@@ -38,8 +38,8 @@ class CardFacts:
     """The settings worth telling, flat: dotted key and value."""
     estimator: str = "gae"
     """How advantages were estimated: gae (PPO), rloo or grpo."""
-    encoder_decoder: bool = False
-    """Whether the model is an encoder-decoder one."""
+    pipeline_tag: str = "text-generation"
+    """The Hub's name for what the model does."""
     before: Mapping[str, float] = field(default_factory=dict)
     """Held-out metrics of the starting model."""
     after: Mapping[str, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def model_card(facts: CardFacts) -> str:
     """Write the card of a trained model as Markdown with the Hub's YAML header."""
     header: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text2text-generation" if facts.encoder_decoder else "text-generation",
+        "pipeline_tag": facts.pipeline_tag,
         "tags": ["cagsr", "ppo" if facts.estimator == "gae" else facts.estimator, "self-rewarded"],
     }
     # The Hub resolves base_model, so a local path must not stand there.

@@ -230,7 +230,7 @@ class RunRecord:
                 command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
                 settings=told,
                 estimator=config.ppo.estimator,
-                encoder_decoder=loaded.encoder_decoder,
+                pipeline_tag=loaded.architecture.pipeline_tag,
                 before=before,
                 after=after,
                 held_out=held_out,

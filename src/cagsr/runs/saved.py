@@ -16,8 +16,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -30,11 +28,12 @@ from cagsr.atomic import delete
 from cagsr.config import SamplingConfig
 from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt
+from cagsr.models.architecture import architecture_of
 from cagsr.models.checkpointing import without_checkpointing
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.tied import UNTIED
-from cagsr.prompts.batch import collate_prompts
+from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 
 TOLERANCE = 1e-3
@@ -85,11 +84,13 @@ class AnswerProbe:
         """As the protocol; all texts in one pass."""
         loaded, device = self.loaded, next(model.parameters()).device
         texts = self.texts[:TEXTS]
-        ids, mask = _padded([prompt for prompt, _ in texts], loaded.pad_token_id, loaded.padding_side, device)
+        ids, mask = _padded(
+            [prompt for prompt, _ in texts], loaded.pad_token_id, loaded.architecture.padding_side, device
+        )
         answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded.pad_token_id, "right", device)
         inputs = PassInputs(ids, mask, answers, answer_mask)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
-            logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+            logits, _ = loaded.teacher_forced(inputs, model)
         found = logits[answer_mask].float().cpu()
         return Outputs(found, found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0])
 
@@ -342,7 +343,7 @@ def _load(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     if not like.can_generate():
         auto: Any = AutoModelForSequenceClassification
     else:
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto = architecture_of(config).auto_class
     again = auto.from_pretrained(
         folder,
         config=config,
@@ -413,12 +414,7 @@ def _name(dtype: torch.dtype) -> str:
 def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> AnswerProbe:
     """Compare on a policy's greedy answers of at most ``longest`` tokens to a few short prompts."""
     some = sorted(prompts[: 16 * TEXTS], key=lambda prompt: len(prompt.ids))[:TEXTS]
-    batch = collate_prompts(
-        some,
-        pad_token_id=loaded.pad_token_id,
-        padding_side="right" if loaded.encoder_decoder else "left",
-        device=loaded.device,
-    )
+    batch = prompt_batch(loaded, some)
     rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
     answers = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     return AnswerProbe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])

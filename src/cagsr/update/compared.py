@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cagsr.flow import Rollout, Scores
 from cagsr.models.checkpointing import without_checkpointing
-from cagsr.models.forward import PassInputs, shares_prompts, stop_sharing, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
+from cagsr.models.sharing import shares_prompts, stop_sharing
 from cagsr.rollout.rows import rollout_rows
 from cagsr.update.engine_mismatch import beyond_rounding
 from cagsr.update.score import length_sorted_chunks
@@ -96,6 +97,6 @@ def plain_difference(
         lengths = rollout.prompts.mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
         row = rows[lengths[rows].argmax()][None]
         inputs = PassInputs.of(rollout_rows(rollout, row))
-        logits, _ = teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+        logits, _ = loaded.teacher_forced(inputs)
         found = token_logprobs(logits, inputs.response_ids, temperature)
         return float((found - logprobs[row, : found.shape[1]]).abs().max())

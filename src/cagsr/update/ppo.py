@@ -26,19 +26,19 @@ from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout, Scores, Trainer
 from cagsr.models.actor_critic import ActorCritic
-from cagsr.models.forward import PassInputs, shares_prompts, sharing_stopped, stop_sharing
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
 from cagsr.progress import each, working
-from cagsr.prompts.batch import collate_prompts
 from cagsr.reward.build import attention_terms
 from cagsr.reward.combine import RewardFunction
 from cagsr.reward.keep import reward_batch
 from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.rollout.build import build_sampler
-from cagsr.rollout.rows import rollout_rows
+from cagsr.rollout.rows import prompt_batch, rollout_rows
 from cagsr.update.compared import compare_with_plain
 from cagsr.update.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
@@ -98,13 +98,8 @@ class PPO:
         """
         config, loaded = self.config, self.loaded
         micro = config.ppo.micro_batch_size
-        batch = collate_prompts(
-            prompts,
-            pad_token_id=loaded.pad_token_id,
-            padding_side="right" if loaded.encoder_decoder else "left",
-            num_generations=config.sampling.num_generations,
-            device=loaded.device,
-            first_group=self.accelerator.process_index * len(prompts),
+        batch = prompt_batch(
+            loaded, prompts, config.sampling.num_generations, self.accelerator.process_index * len(prompts)
         )
         terms, pooling = self.attention_terms, config.salience.pooling
         reader = None if terms == [] else self.reader  # no term looks at the attention: it is not read

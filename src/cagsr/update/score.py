@@ -13,8 +13,9 @@ from cagsr.config import SamplingConfig
 from cagsr.flow import PromptAttention, Rollout, Scores
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.checkpointing import without_checkpointing
-from cagsr.models.forward import PassInputs, shares_prompts, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
+from cagsr.models.sharing import shares_prompts
 from cagsr.progress import each
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
@@ -99,10 +100,10 @@ def score_policy(
         for index in each("scoring", length_sorted_chunks(rollout, micro_batch_size, share=share), "batches"):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with reading(reader, loaded.model, inputs, loaded.encoder_decoder) as read:
+            with reading(reader, loaded.architecture, loaded.model, inputs) as read:
                 logits, values = actor_critic(inputs)
             if keeper is not None and read is not None:
-                keeper.add(index, part, attention_of(read, loaded.model, inputs, loaded.encoder_decoder))
+                keeper.add(index, part, attention_of(read, loaded.architecture, loaded.model, inputs))
             ids, mask = inputs.response_ids, inputs.response_mask
             logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, ids, temperature)
             found = {
@@ -159,10 +160,10 @@ def score_reference(
         for index in each("scoring by the reference", chunks, "batches"):
             part = rollout_rows(rollout, index)
             inputs = PassInputs.of(part, share=share)
-            with reading(reader, model, inputs, loaded.encoder_decoder) as read:
-                logits, _ = teacher_forced(model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+            with reading(reader, loaded.architecture, model, inputs) as read:
+                logits, _ = loaded.teacher_forced(inputs, model)
             if keeper is not None and read is not None:
-                keeper.add(index, part, attention_of(read, model, inputs, loaded.encoder_decoder))
+                keeper.add(index, part, attention_of(read, loaded.architecture, model, inputs))
             found = token_logprobs(logits, inputs.response_ids, temperature)
             logprobs[index, : found.shape[1]] = found.masked_fill(~inputs.response_mask, 0.0)
     return logprobs, None if keeper is None else keeper.kept

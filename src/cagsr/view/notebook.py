@@ -117,7 +117,7 @@ def view(
     if not isinstance(prompt, EncodedPrompt):
         context = loaded.context_length()
         room = UNLIMITED if context is None else context
-        if context is not None and isinstance(answers, int) and not loaded.encoder_decoder:
+        if context is not None and isinstance(answers, int) and loaded.architecture.one_sequence:
             room = max(1, context - sampling.max_new_tokens)
         prompt = encode_texts([prompt], loaded.tokenizer, salience, room, frequency, source="the prompt")[0]
     scorer = Scorer(
@@ -151,7 +151,7 @@ def typed(loaded: LoadedModel, prompt: EncodedPrompt, answers: Sequence[str | Re
     Raises:
         DataError: an answer of zero tokens, or one too long for the model's context.
     """
-    context = None if loaded.encoder_decoder else loaded.context_length()
+    context = loaded.pair_context()
     responses = []
     for number, answer in enumerate(answers, start=1):
         response = answer if isinstance(answer, Response) else encode_response(loaded, prompt, answer)

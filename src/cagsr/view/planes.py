@@ -12,9 +12,8 @@ from torch import Tensor
 from cagsr.attention import Reading
 from cagsr.attention.probe import AttentionLayers
 from cagsr.flow import Rollout
-from cagsr.models.forward import PassInputs, teacher_forced
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.update.reading import batch_attention, regions
 
 MOST_ELEMENTS = 4_000_000
 """Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
@@ -60,7 +59,7 @@ def read_planes(
     if not planes:
         return {}
     inputs = PassInputs.of(rollout)
-    (region,) = regions(loaded.model, inputs, loaded.encoder_decoder)
+    (region,) = loaded.architecture.regions(loaded.model, inputs)
     layers = {layer.number: layer for layer in found.layers}
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
         readings = {}
@@ -70,8 +69,8 @@ def read_planes(
             heads: dict[int, tuple[int, ...] | None] = {layer.number: None if plane.head is None else (plane.head,)}
             reading = Reading({layer.module: layer}, heads, region, False, found.model_type)
             readings[plane] = stack.enter_context(reading)
-        teacher_forced(loaded.model, inputs, loaded.encoder_decoder, loaded.pad_token_id)
+        loaded.teacher_forced(inputs)
     return {
-        plane: batch_attention(loaded.model, inputs, loaded.encoder_decoder, [reading.attention]).cpu()
+        plane: loaded.architecture.attention(loaded.model, inputs, [reading.attention]).cpu()
         for plane, reading in readings.items()
     }

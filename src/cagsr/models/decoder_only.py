@@ -1,0 +1,175 @@
+"""Decoder-only models: prompt and answer are one sequence, prompts padded on the left; a shared prompt is read once.
+
+The answers to a prompt share its prefix, so its keys and values are computed once for all of them, in the update's pass
+too: gradients flow through them.
+
+Each token is scored as it is sampled: by what the model gives for the tokens before it. Where keys change with the length
+of a row (``models/lengths.py``), a row that crosses a border is fed once for each side of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from cagsr.attention.region import AttentionRegion
+from cagsr.models.continuation import continuation_text
+from cagsr.models.inputs import PassInputs, SharedPrompts
+from cagsr.models.lengths import length_borders, read_as_long_as
+
+
+@dataclass(frozen=True)
+class DecoderOnly:
+    """See :class:`~cagsr.models.architecture.Architecture`."""
+
+    padding_side: Literal["left", "right"] = "left"
+    one_sequence: bool = True
+    auto_class: Any = AutoModelForCausalLM
+    peft_task: str = "CAUSAL_LM"
+    pipeline_tag: str = "text-generation"
+
+    def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
+        """The rows of the batch, but once for each side of a border they cross.
+
+        A token is predicted by the tokens before it, and where their number passes one of the model's ``length_borders``,
+        all their keys change. A row that crosses is fed up to the border, as a short one, and whole, as a long one.
+        """
+        borders = length_borders(model)
+        if not borders:
+            return inputs, None
+        edges = torch.tensor(borders, device=inputs.prompt_ids.device)
+        prompt = inputs.prompt_mask.sum(dim=1)
+        before_last = prompt + inputs.response_mask.sum(dim=1).clamp(min=1) - 1
+        first, last = torch.searchsorted(edges, prompt), torch.searchsorted(edges, before_last)  # borders below
+        if bool((first == last).all()):
+            return replace(inputs, lengths=before_last), None
+        sides = torch.arange(len(borders) + 1, device=edges.device)
+        there = (first[:, None] <= sides) & (sides <= last[:, None])
+        row, side = there.nonzero(as_tuple=True)
+        # The last token of a side has as many tokens before it as the border says.
+        lengths = torch.where(side < last[row], edges[side.clamp(max=len(borders) - 1)], before_last[row])
+        tokens = torch.arange(inputs.response_ids.shape[1], device=edges.device)
+        fed = PassInputs(
+            inputs.prompt_ids[row],
+            inputs.prompt_mask[row],
+            inputs.response_ids[row],
+            inputs.response_mask[row] & (prompt[row, None] + tokens <= lengths[:, None]),
+            None if inputs.shared is None else SharedPrompts.of(inputs.shared.of_row[row] * len(sides) + side),
+            lengths,
+        )
+        place = (there.flatten().cumsum(dim=0) - 1).view_as(there)
+        side_of_token = torch.minimum(torch.searchsorted(edges, prompt[:, None] + tokens), last[:, None])
+        return fed, place.gather(1, side_of_token)
+
+    def logits(self, model: nn.Module, fed: PassInputs, pad_token_id: int) -> Tensor:
+        """One forward over prompt and answer, or one over the prompts and one over the answers behind their cache.
+
+        The last response token is not fed (nothing follows it), positions count real tokens only, and only the logits that
+        predict response tokens are computed where the model allows it.
+        """
+        length = fed.response_ids.shape[1]
+        response = fed.response_ids.masked_fill(~fed.response_mask, pad_token_id)[:, :-1]
+        mask = torch.cat([fed.prompt_mask, fed.response_mask[:, :-1]], dim=1)
+        if fed.shared is not None:
+            return _prefix_pass(model, fed, fed.shared, response, mask)
+        return forward(model, torch.cat([fed.prompt_ids, response], dim=1), mask, length, fed.lengths).logits
+
+    def hidden(self, seen: Sequence[Tensor], fed: PassInputs) -> Tensor:
+        """Of one forward, or of two: the prompts' last position stands before their answers'."""
+        if fed.shared is None:
+            return seen[0]
+        return torch.cat([seen[0][:, -1:].index_select(0, fed.shared.of_row), *seen[1:]], dim=1)
+
+    def regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
+        """A region, or two where prompts are read apart from their answers."""
+        fed, _ = self.rows_fed(model, inputs)
+        prompt, response = fed.prompt_mask, fed.response_mask
+        if fed.shared is None:
+            return [AttentionRegion.left_padded(prompt, response)]
+        prompts = prompt[fed.shared.first]
+        found = [AttentionRegion.left_padded(prompts, torch.ones_like(prompts[:, :1]))]
+        if response.shape[1] > 1:
+            found.append(AttentionRegion.after_prefix(prompt, response[:, 1:]))
+        return found
+
+    def attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Tensor]) -> Tensor:
+        """The prompt's row for every answer's first token, the answers' rows for the others."""
+        fed, held_by = self.rows_fed(model, inputs)
+        if fed.shared is None:
+            return of_batch(read[0], held_by)
+        first, *rest = read
+        return of_batch(torch.cat([first.index_select(0, fed.shared.of_row), *rest], dim=1), held_by)
+
+    def answer_start(self, model: nn.Module, prompt_width: int) -> int:
+        """Behind the prompt."""
+        return prompt_width
+
+    def text_before(self, prompt: str) -> str:
+        """The prompt: the answer is written behind it."""
+        return prompt
+
+    def text_of(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+        """Behind a prompt the first token's space is part of the answer."""
+        return continuation_text(tokenizer, ids)
+
+
+def _prefix_pass(model: nn.Module, fed: PassInputs, shared: SharedPrompts, response: Tensor, mask: Tensor) -> Tensor:
+    """The same logits: a prompt's last position predicts every answer's first token, its cache serves the others."""
+    first, of_row = shared.first, shared.of_row
+    lengths = None if fed.lengths is None else fed.lengths[first]
+    output = forward(model, fed.prompt_ids[first], fed.prompt_mask[first], 1, lengths, use_cache=True)
+    logits = output.logits[:, -1:].index_select(0, of_row)
+    if response.shape[1] == 0:
+        return logits
+    cache = output.past_key_values
+    cache.reorder_cache(of_row)
+    rest = forward(model, response, mask, response.shape[1], fed.lengths, past_key_values=cache, use_cache=True)
+    return torch.cat([logits, rest.logits], dim=1)
+
+
+def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Tensor | None = None, **cache: Any) -> Any:
+    """A decoder-only forward over the last ``ids.shape[1]`` of the positions of ``mask``.
+
+    Args:
+        model: a transformers or peft model.
+        ids: ``(rows, fed)`` int64.
+        mask: ``(rows, seen)`` bool, cached positions included.
+        keep: how many of the last positions need logits.
+        lengths: ``(rows,)`` tokens by which rotary frequencies go.
+        cache: ``past_key_values`` and ``use_cache``; none: no cache is made.
+    """
+    mask = mask.long()
+    accepted = _forward_parameters(model)
+    arguments: dict[str, Any] = cache or {"use_cache": False}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = keep
+    with nullcontext() if lengths is None else read_as_long_as(lengths):
+        return model(input_ids=ids, attention_mask=mask, **arguments)
+
+
+def of_batch(found: Tensor, held_by: Tensor | None) -> Tensor:
+    """Put together what was found for the rows fed, ``(fed, response, ...)``, as ``(batch, response, ...)``.
+
+    Args:
+        found: a value for each token of the rows fed.
+        held_by: what ``rows_fed`` gave beside them.
+    """
+    if held_by is None:
+        return found
+    width = found.shape[1]
+    return found[held_by[:, :width], torch.arange(width, device=found.device)]
+
+
+def _forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Argument names of the underlying model's forward (peft's own takes anything)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(base.forward).parameters)
