@@ -21,7 +21,8 @@ import cagsr
 import tiny
 from cagsr.commands.main import COMMANDS, main, with_positional
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
-from cagsr.configfile import leaf_types, to_yaml
+from cagsr.config.validation import leaf_types
+from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError
 from cagsr.parse import ALIASES, parse_command
 
