@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def _check_command(line: str) -> None:
         return
     if flags == ["--help"]:
         return
+    for flag, value in pairwise(flags):
+        if flag in ("--output", "--markdown", "--report", "--out"):  # earlier commands have made the folder
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
     parse_command(
         importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}").Config,
         with_positional(name, flags),
