@@ -85,7 +85,7 @@ def test_one_prompt_prints_its_answer(model: Path, capsys: pytest.CaptureFixture
         (["--prompt", "the cat", "--data", "x.jsonl"], "not both"),
         (["--prompt", "the cat", "--output", "/nowhere/at/all.jsonl"], "/nowhere/at does not exist"),
         (["--prompt", "the cat", "--num_generations", "0"], "num_generations 0: must be 1 or more"),
-        (["--prompt", "the cat", "--sampling.top_p", "0"], "must lie in (0, 1]"),
+        (["--prompt", "the cat", "--sampling.top_p", "0"], "top_p 0: must be above 0, up to 1"),
         (["--prompt", "the cat", "--max_new_tokens", "64"], "leaves no room"),
         (["--prompt", "the cat " * 40], "--prompt, row 1: the prompt has 81 tokens"),
     ],

@@ -141,6 +141,6 @@ def test_killed_gone_on_with_and_reported(plan: Path, tmp_path: Path):
         said = process.said
     assert "7 of 8 jobs are done already" in said
     assert "method-broken-seed0" in said
-    assert "must be greater than 0" in said
+    assert "'ppo.learning_rate' -1.0: must be above 0" in said
     assert "Traceback" not in said
     assert "Not there, because they failed: method-broken-seed0" in (work / "report.md").read_text()

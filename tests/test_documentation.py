@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ import cagsr
 import tiny
 from cagsr.commands.main import COMMANDS, main, with_positional
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
-from cagsr.configfile import leaf_types, to_yaml
+from cagsr.config.validation import leaf_types
+from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError
 from cagsr.parse import ALIASES, parse_command
 
@@ -73,6 +75,9 @@ def _check_command(line: str) -> None:
         return
     if flags == ["--help"]:
         return
+    for flag, value in pairwise(flags):
+        if flag in ("--output", "--markdown", "--report", "--out"):  # earlier commands have made the folder
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
     parse_command(
         importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}").Config,
         with_positional(name, flags),

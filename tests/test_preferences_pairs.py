@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cagsr.config import DataConfig, ModelConfig, RewardModelConfig
-from cagsr.errors import ConfigError, DataError
+from cagsr.errors import DataError
 from cagsr.preferences.pairs import count_pairs, read_preferences
 from cagsr.quickstart.start import build_tokenizer
 
@@ -111,9 +111,3 @@ def test_an_answer_without_text_is_named(config: RewardModelConfig, message: dic
     write_rows(Path(config.data.path), [{**GOOD, "prompt": [{"role": "user", "content": "x"}], "chosen": [message]}])
     with pytest.raises(DataError, match=rf"row 1: .*'chosen'.*{part}|row 1: .*{part}.*'chosen'"):
         read_preferences(config, tokenizer)
-
-
-def test_settings_that_preferences_can_not_have(config: RewardModelConfig) -> None:
-    for changes, part in (({"streaming": True}, "--data.streaming"), ({"split_text": 0.5}, "--data.split_text")):
-        with pytest.raises(ConfigError, match=part):
-            read_preferences(replace(config, data=replace(config.data, **changes)), build_tokenizer())  # type: ignore[arg-type]

@@ -58,8 +58,6 @@ def test_csv_prompts_that_look_like_numbers_or_nothing_stay_text(tmp_path: Path)
 def test_limit(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", jsonl(ROWS * 3))
     assert len(values(DataConfig(path=str(tmp_path / "a.jsonl"), limit=5))) == 5
-    with pytest.raises(DataError, match=r"--data\.limit"):
-        load_rows(DataConfig(path=str(tmp_path / "a.jsonl"), limit=0))
 
 
 def test_a_folder_reads_the_files_of_its_split(tmp_path: Path) -> None:

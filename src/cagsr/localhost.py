@@ -18,10 +18,8 @@ def listen(port: int) -> socket.socket:
     """Take the port on 127.0.0.1; 0 takes a free one. A browser that is too early waits instead of being refused.
 
     Raises:
-        ConfigError: it is no port, taken, or not allowed.
+        ConfigError: it is taken, or not allowed.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port {port}: must lie between 0 (a free one) and 65535.")
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

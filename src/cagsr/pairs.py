@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cagsr.config import SalienceConfig, SftConfig
-from cagsr.errors import ConfigError, DataError
+from cagsr.errors import DataError
 from cagsr.flow import Prompt
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.stops import turn_end
@@ -42,12 +42,7 @@ def encode_pairs(
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long
             (unless ``long_pairs`` drops it), a chat template that can't render a conversation, no pair left.
-        ConfigError: streaming, which a shuffled training set can't be.
     """
-    if config.data.streaming:
-        raise ConfigError(
-            "--data.streaming: sft shuffles its pairs and reads them all; use --data.limit for large sets."
-        )
     encoder, encoded, dropped = TextEncoder(tokenizer), list[dict[str, list[int]]](), 0
     prompts: list[Prompt] = []
     from_messages = False

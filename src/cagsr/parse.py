@@ -1,23 +1,23 @@
 """From a command line and a YAML file to a typed config: flags override the file, the file overrides the defaults.
 
-tyro turns the dataclasses of ``cagsr.config`` into flags and help, pydantic checks the types of what a file says. What
-is added here: the file, a few short names, and one clear sentence for every mistake. Nothing here imports torch, so that
-help and errors come at once.
+Flags and files are two ways to write down dotted keys with values: both are converted and held to the settings' types by
+``cagsr.config.validation``. tyro makes the help of the dataclasses. Nothing here imports torch, so that help and errors
+come at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
-from cagsr.configfile import checked, flatten, leaf_types, read_config_file, suggestion, to_yaml
+from cagsr.config.validation import checked, flatten, leaf_types, types_of, validate
+from cagsr.configfile import read_config_file, suggestion, to_yaml
 from cagsr.errors import ConfigError
 
 __all__ = ["ALIASES", "flatten", "from_yaml", "parse_command", "to_yaml"]
@@ -49,35 +49,38 @@ def parse_command(
 
     Raises:
         ConfigError: a file that can't be read, an unknown key or flag (with the nearest right one), a value of the
-            wrong type, a required key that nobody gave.
+            wrong type or out of range, settings that contradict each other, a required key that nobody gave.
         SystemExit: status 0, after ``--help`` was printed.
     """
     keys = dict(leaf_types(config_class))
-    flags, files = _split_off_files(argv)
-    flags = _plain_switches([_long_name(token, keys) for token in flags], keys)
+    short = {name: key for name, key in ALIASES.items() if key in keys and name not in keys}
+    help_wanted = not {"-h", "--help"}.isdisjoint(argv)
+    files, flags = _read_words([word for word in argv if word not in ("-h", "--help")], keys, short)
     given: dict[str, Any] = {}
     for file in files:
         left_out: list[str] = []
-        given.update(read_config_file(Path(file), config_class, left_out))
+        given |= read_config_file(Path(file), config_class, left_out)
         if left_out:
             print(f"{file}: left out what only training has: {', '.join(left_out)}.", file=sys.stderr)
-    default = _instance(config_class, given)
-
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            config: ConfigT = tyro.cli(
-                config_class, args=flags, default=default, prog=prog, description=description, use_underscores=True
+    given |= flags
+    config = _instance(config_class, given)
+    if help_wanted:
+        try:
+            tyro.cli(
+                config_class, args=["--help"], default=config, prog=prog, description=description, use_underscores=True
             )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            print(_short_names(keys) + epilog)
-            raise
-        needed = [key for key in _required_keys(config_class) if key not in given]
-        raise ConfigError(_explain(flags, keys, needed, printed.getvalue())) from None
-    # A second look at the flags' values: constraints that annotated types state hold for flags as for files.
-    for key, value in flatten(config).items():
-        checked(keys[key], value, f"--{key}")
+        finally:
+            listed = (
+                f"Short names: {', '.join(f'--{name} = --{key}' for name, key in short.items())}.\n" if short else ""
+            )
+            print(f"{listed}--config FILE reads settings from a YAML file; flags override it.\n{epilog}")
+    missing = [key for key, value in flatten(config).items() if value is tyro.MISSING]
+    if missing:
+        names = {key: name for name, key in short.items()}
+        lack = "is missing; give it" if len(missing) == 1 else "are missing; give them"
+        named = ", ".join(f"--{names.get(key, key)}" for key in missing)
+        raise ConfigError(f"{named} {lack} as a flag or in the --config file")
+    validate(config)
     return config
 
 
@@ -92,143 +95,89 @@ def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
 
 def _instance(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str = "") -> ConfigT:
     """Build a config from dotted keys; what nobody gave is the default or tyro's mark for a missing value."""
-    hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = _instance(hints[field.name], given, f"{key}.")
+        key, kind = f"{prefix}{field.name}", types_of(config_class)[field.name]
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _instance(kind, given, f"{key}.")  # type: ignore[arg-type]
         elif key in given:
             values[field.name] = given[key]
-        elif _required(field):
+        elif field.default is field.default_factory is dataclasses.MISSING:
             values[field.name] = tyro.MISSING
     return config_class(**values)
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--config FILE`` and ``--config=FILE`` out of the command line."""
-    flags: list[str] = []
-    files: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--config":
-            file = next(tokens, None)
-            if file is None:
-                raise ConfigError("--config needs the path of a YAML file after it")
-            files.append(file)
-        elif token.startswith("--config="):
-            files.append(token.removeprefix("--config="))
-        else:
-            flags.append(token)
-    return flags, files
-
-
-def _long_name(token: str, keys: Mapping[str, Any]) -> str:
-    """Replace a short flag by the dotted one it stands for."""
-    key, equals, value = _flag(token)
-    if key in ALIASES and key not in keys and ALIASES[key] in keys:
-        return f"--{ALIASES[key]}{equals}{value}"
-    return token
-
-
-def _plain_switches(flags: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
-    """Rewrite ``--run.resume True`` and ``--run.resume=false`` as tyro's ``--run.resume`` and ``--run.no_resume``."""
-    plain: list[str] = []
-    for token in flags:
-        switch, equals, value = _flag(token)
-        if equals and keys.get(switch) is bool and value.lower() in ("true", "false"):
-            plain.append(f"--{switch}" if value.lower() == "true" else f"--{_negated(switch)}")
-        elif plain and token.lower() in ("true", "false") and keys.get(_flag(plain[-1])[0]) is bool:
-            if token.lower() == "false":
-                plain[-1] = f"--{_negated(_flag(plain[-1])[0])}"
-        else:
-            plain.append(token)
-    return plain
-
-
-def _flag(token: str) -> tuple[str, str, str]:
-    """Split ``--some-key=value`` into ``("some_key", "=", "value")``; the key is empty for what is no flag."""
-    if not token.startswith("--"):
-        return "", "", ""
-    name, equals, value = token[2:].partition("=")
-    return name.replace("-", "_"), equals, value
-
-
-def _short_names(keys: Mapping[str, Any]) -> str:
-    """Give the help's closing lines on short names and the config file."""
-    short = [f"--{name} = --{key}" for name, key in ALIASES.items() if key in keys and name not in keys]
-    listed = f"Short names: {', '.join(short)}.\n" if short else ""
-    return f"{listed}--config FILE reads settings from a YAML file; flags override it.\n"
-
-
-def _explain(flags: Sequence[str], keys: Mapping[str, Any], needed: Sequence[str], printed: str) -> str:
-    """Say in one sentence why tyro refused the flags."""
+def _read_words(
+    words: Sequence[str], keys: Mapping[str, Any], short: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any]]:
+    """Read a command line: the files of ``--config``, and ``{dotted key: checked value}`` for all other flags."""
     switches = {_negated(key): key for key, kind in keys.items() if kind is bool}
-    values: dict[str, list[str]] = {}
-    current: str | None = None
-    for token in flags:
-        key, equals, value = _flag(token)
-        if key in keys or key in switches:
-            current = key
-            values[key] = [value] if equals else []
-        elif key:
-            names = [name for name, long in ALIASES.items() if long in keys]
-            hint = suggestion(key, [*keys, *names]).replace("'", "'--", 1)
-            return f"unknown flag --{key}{hint or '; --help lists them all'}"
-        elif current is not None:
-            values[current].append(token)
+    known = {*keys, *switches, "config"}
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if word.startswith("--"):
+            key = key if key in known else short.get(key, key)
+            if key not in known:
+                hint = suggestion(key, [*keys, *short]).replace("'", "'--", 1)
+                raise ConfigError(f"unknown flag --{key}{hint or '; --help lists them all'}")
+            found.append((key, [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
         else:
-            return f"'{token}' is no flag; settings are given as --key value (--help lists them all)"
-    for key, words in values.items():
-        if key in switches or keys[key] is bool:
-            if words:
-                return (
-                    f"--{key} is a switch and takes no value (it got {words[0]!r}); to turn it off: --{_negated(key)}"
-                )
-        elif problem := _bad_words(keys[key], key, words):
-            return problem
-    missing = [key for key in needed if key not in values]
-    if missing:
-        short = {long: name for name, long in ALIASES.items() if name not in keys}
-        named = ", ".join(f"--{short.get(key, key)}" for key in missing)
-        lack = "is missing; give it" if len(missing) == 1 else "are missing; give them"
-        return f"{named} {lack} as a flag or in the --config file"
-    return " ".join("".join(char for char in printed if char not in "│╭╮╰╯─").split())
+            raise ConfigError(f"'{word}' is no flag; settings are given as --key value (--help lists them all)")
+    files: list[str] = []
+    given: dict[str, Any] = {}
+    for key, values in found:
+        if key == "config":
+            if len(values) != 1:
+                raise ConfigError("--config needs the path of a YAML file after it")
+            files += values
+        elif key in switches:
+            given[switches[key]] = not _switched(key, values, switches[key])
+        elif keys[key] is bool:
+            given[key] = _switched(key, values, _negated(key))
+        else:
+            given[key] = _value(keys[key], values, f"--{key}")
+    return files, given
+
+
+def _switched(key: str, values: list[str], opposite: str) -> bool:
+    """Whether a switch was set: alone, or with True or False after it."""
+    if (values and values[0].lower() not in ("true", "false")) or len(values) > 1:
+        raise ConfigError(
+            f"--{key} is a switch and takes no value (it got {values[0]!r}); to turn it off: --{opposite}"
+        )
+    return not values or values[0].lower() == "true"
+
+
+def _value(kind: Any, words: list[str], name: str) -> Any:
+    """Convert the words after a flag."""
+    kinds = list(_alternatives(kind))
+    if words == ["None"] and NoneType in kinds:
+        return None
+    if any(get_origin(one) in (list, tuple) for one in kinds):
+        return checked(kind, words, name)
+    if not words:
+        raise ConfigError(f"{name} needs a value after it")
+    value = checked(kind, words[0], name)
+    if len(words) > 1:
+        raise ConfigError(f"{name} takes one value (it got {', '.join(map(repr, words))})")
+    return value
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types that a setting's type is a choice of, without what is said about them."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is not None and NoneType in get_args(kind):
+        for one in get_args(kind):
+            yield from _alternatives(one)
+    else:
+        yield kind
 
 
 def _negated(key: str) -> str:
     group, dot, name = key.rpartition(".")
     return f"{group}{dot}no_{name}"
-
-
-def _bad_words(kind: Any, key: str, words: list[str]) -> str | None:
-    """Say what is wrong with the words after a flag, None if nothing is."""
-    name = f"--{key}"
-    if not words:
-        return None if get_origin(kind) is list else f"{name} needs a value after it"
-    several: list[Any] = [words, *([words[0], None if words[0] == "None" else words[0]] if len(words) == 1 else [])]
-    problem = ""
-    for value in several:  # a list, one word, or None: any that fits will do
-        try:
-            checked(kind, value, name)
-        except ConfigError as error:
-            problem = str(error)
-        else:
-            return None
-    if len(words) > 1 and _bad_words(kind, key, words[:1]) is None:
-        return f"{name} takes one value (it got {', '.join(map(repr, words))})"
-    return problem
-
-
-def _required_keys(config_class: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys that have no default."""
-    hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _required_keys(hints[field.name], f"{prefix}{field.name}.")
-        elif _required(field):
-            yield f"{prefix}{field.name}"

@@ -24,8 +24,8 @@ from transformers import TrainerState
 
 from cagsr.associate import associations_of
 from cagsr.clock import operators_of, peak_memory_bytes, profile_text
-from cagsr.config import TrainConfig
-from cagsr.errors import ConfigError, MonitorStop, RewardError, RolloutError
+from cagsr.config import TrainConfig, validate
+from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.flow import EncodedPrompt, Experience
@@ -42,7 +42,6 @@ from cagsr.reward.build import build_reward, check_reward_config, reward_warning
 from cagsr.reward.functions import TextFunction
 from cagsr.reward.terms import needs_associations
 from cagsr.reward.trainer_calls import TrainerCalls
-from cagsr.rollout.build import check_rollout_config
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
@@ -63,58 +62,6 @@ class TrainResult:
     """Held-out metrics of the trained model."""
 
 
-def check_config(config: TrainConfig) -> None:
-    """Refuse settings that can't be trained with, before anything is loaded or written.
-
-    Raises:
-        ConfigError: one sentence naming the setting and what to do.
-    """
-    sampling, ppo, run = config.sampling, config.ppo, config.run
-    positive = {
-        "sampling.num_generations": sampling.num_generations,
-        "sampling.max_new_tokens": sampling.max_new_tokens,
-        "run.steps": run.steps,
-        "run.batch_size": run.batch_size,
-        "ppo.num_ppo_epochs": ppo.num_ppo_epochs,
-        "ppo.num_mini_batches": ppo.num_mini_batches,
-        "ppo.micro_batch_size": ppo.micro_batch_size,
-        "ppo.learning_rate": ppo.learning_rate,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"--{name} {value}: must be greater than 0.")
-    # NumPy takes seeds up to 2**32 - 1, and each process adds its number to this one.
-    largest_seed = 2**32 - 2**16
-    if not 0 <= run.seed <= largest_seed:
-        raise ConfigError(f"--run.seed {run.seed}: must lie between 0 and {largest_seed}.")
-    if sampling.temperature <= 0:
-        raise ConfigError(f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0.")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"--sampling.top_p {sampling.top_p}: must lie in (0, 1].")
-    if sampling.top_k < 0:
-        raise ConfigError(f"--sampling.top_k {sampling.top_k}: must be 0 (off) or more.")
-    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens:
-        raise ConfigError(
-            f"--sampling.min_new_tokens {sampling.min_new_tokens}: must lie between 0 and "
-            f"sampling.max_new_tokens {sampling.max_new_tokens}."
-        )
-    if ppo.estimator != "gae" and sampling.num_generations < 2:
-        raise ConfigError(
-            f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
-        )
-    if config.reward.normalize == "within_prompt" and sampling.num_generations < 2:
-        raise ConfigError(
-            "--reward.normalize within_prompt: compares candidates, so sampling.num_generations must be 2 or more; or use "
-            "--reward.normalize running."
-        )
-    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
-        raise ConfigError(
-            "--ppo.kl_in loss: the gradient of k1 is zero on average, so it holds nothing; add --ppo.kl_estimator k3."
-        )
-    if ppo.num_mini_batches > run.batch_size * sampling.num_generations:
-        raise ConfigError(f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step.")
-
-
 @shown("cagsr train")
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Run CAGSR: PPO on unlabelled prompts with the reward read from the model's own attention.
@@ -130,9 +77,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         CagsrError: bad input of any kind; the last good checkpoint is intact.
     """
     console = console or Console(soft_wrap=True, highlight=False)
-    check_config(config)
+    validate(config)
     check_reward_config(config.reward)
-    check_rollout_config(config.rollout)
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cagsr.config import PPOConfig
-from cagsr.errors import ConfigError
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus or minus this (nats) before anything is made of them, so that exp can't overflow."""
@@ -57,20 +56,7 @@ class KLController:
 
     @classmethod
     def build(cls, config: PPOConfig) -> KLController:
-        """Make the configured controller.
-
-        Raises:
-            ConfigError: a target or horizon that is not positive, or an adaptive weight that starts at 0, where it
-                would stay.
-        """
-        if config.kl_controller == "adaptive":
-            for key, value in (
-                ("target_kl", config.target_kl),
-                ("horizon", config.horizon),
-                ("kl_coef", config.kl_coef),
-            ):
-                if not value > 0:
-                    raise ConfigError(f"ppo.{key} is {value}: the adaptive KL controller needs a positive number")
+        """Make the configured controller."""
         return cls(config.kl_coef, config.kl_controller, config.target_kl, config.horizon)
 
     def update(self, kl: float, sequences: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from cagsr.config.ranges import OutputFile, PositiveInt
 from cagsr.errors import ConfigError
 from cagsr.progress import say
 
@@ -17,9 +18,9 @@ class Config:
     """YAML file of the comparison (given without a flag: cagsr compare plan.yaml)."""
     fast: bool = False
     """The plan's small version (its section 'fast'), in a work folder of its own."""
-    jobs: int | None = None
+    jobs: PositiveInt | None = None
     """Jobs at a time; None: one a core, at most 4."""
-    report: str | None = None
+    report: OutputFile | None = None
     """Markdown file of the report, .html beside it; None: report.md in the work folder."""
     report_only: bool = False
     """Write the report of what is done, without running anything."""
@@ -35,10 +36,6 @@ def run(config: Config) -> None:
     from cagsr.compare.results import Results
     from cagsr.compare.schedule import run_jobs
 
-    if config.jobs is not None and config.jobs < 1:
-        raise ConfigError(f"--jobs {config.jobs}: must be 1 or more.")
-    if config.report is not None and not Path(config.report).parent.is_dir():
-        raise ConfigError(f"--report {config.report}: its folder does not exist; create it first.")
     file = Path(config.plan)
     plan = read_plan(file, fast=config.fast)
     jobs = plan_jobs(plan)

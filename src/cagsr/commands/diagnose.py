@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from cagsr.commands.inputs import check_output, check_sampling, learned_associations, read_prompts, say
+from annotated_types import Ge
+
+from cagsr.commands.inputs import learned_associations, read_prompts, say
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.errors import ConfigError
+from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.progress import working
 
 
@@ -22,42 +26,40 @@ class Config:
     checker: str | None = None
     """Dotted path of f(prompts, completions, **columns) -> numbers, higher is better: the truth to test against.
     None: ROUGE-L where the rows have a reference (completion, reference or references), else no truth."""
-    num_prompts: int = 96
+    num_prompts: Annotated[int, Ge(2)] = 96
     """Prompts, drawn from the file by the seed."""
-    output: str | None = None
+    output: OutputFile | None = None
     """JSON file for all numbers; beside it, with the ending .yaml, the recommendation for cagsr train --config."""
-    markdown: str | None = None
+    markdown: OutputFile | None = None
     """Also write the report as Markdown to this file."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Prompts at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the choice of prompts and the sampling."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        files = [Path(name) for name in (self.output, self.markdown) if name is not None]
+        if self.output is not None:
+            files.append(Path(self.output).with_suffix(".yaml"))
+        if len(set(files)) < len(files):
+            yield (
+                f"--output {self.output}: the numbers, the recommendation beside them (ending .yaml) and --markdown need names "
+                "of their own."
+            )
+        if self.sampling.num_generations < 2 or self.sampling.temperature == 0:
+            yield (
+                "The answers to a prompt are compared with each other: give --sampling.num_generations 2 or more and a "
+                "--sampling.temperature above 0."
+            )
 
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
-    check_output(config.output)
-    check_output(config.markdown, "markdown")
-    files = [Path(config.output), Path(config.output).with_suffix(".yaml")] if config.output is not None else []
-    files += [Path(config.markdown)] if config.markdown is not None else []
-    if len(set(files)) < len(files):
-        raise ConfigError(
-            f"--output {config.output}: the numbers, the recommendation beside them (ending .yaml) and --markdown need names of "
-            "their own."
-        )
-    check_sampling(config.sampling, config.batch_size)
-    if config.sampling.num_generations < 2 or config.sampling.temperature == 0:
-        raise ConfigError(
-            "The answers to a prompt are compared with each other: give --sampling.num_generations 2 or more and a "
-            "--sampling.temperature above 0."
-        )
-    if config.num_prompts < 2:
-        raise ConfigError(f"--num_prompts {config.num_prompts}: must be 2 or more.")
-
     from rich.console import Console
 
     from cagsr.associate import FEWEST_PROMPTS

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import OptionalDataConfig, check_output, check_sampling, read_prompts, say
+from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
-from cagsr.errors import ConfigError, DataError, ModelError
+from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
+from cagsr.errors import DataError, ModelError
 from cagsr.progress import working
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ class OptionalModelConfig(ModelConfig):
 class EvalSampling:
     """How answers are sampled; --temperatures and --samples say the rest."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest answer in tokens."""
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     """Shortest answer in tokens (the stop token is forbidden before)."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus sampling."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     stop_strings: list[str] = field(default_factory=list)
     """Texts that end an answer, besides the model's stop token."""
@@ -60,9 +61,9 @@ class Config:
     """Model to compare with, usually the start: at the same temperatures, and at matched entropy."""
     against_answers: str | None = None
     """File of another model's answers to the same prompts, to compare --answers with."""
-    temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
+    temperatures: list[NonNegativeFloat] = field(default_factory=lambda: [1.0, 0.0])
     """Temperatures to sample at; 0 is greedy."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Answers to each prompt (greedy: one); 2 or more give self-BLEU."""
     sampling: EvalSampling = field(default_factory=EvalSampling)
     checker: str | None = None
@@ -75,20 +76,33 @@ class Config:
     """Reward model for win rates; choose one that neither side was trained with."""
     follow_up_column: str | None = None
     """Column of the true follow-up; None: follow_up, else the first reference."""
-    output: str | None = None
+    output: OutputFile | None = None
     """JSON file for every mean, interval and prompt's value."""
-    markdown: str | None = None
+    markdown: OutputFile | None = None
     """Also write the tables as Markdown to this file."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Answers at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the sampling, alike for both models."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if (self.answers is None) == (self.model.path == ""):
+            both = "" if self.answers is None else ", not both"
+            yield f"Give either --model MODEL (with --data FILE) or --answers FILE{both}."
+        if self.answers is not None and self.against is not None:
+            yield "--against samples a model; compare --answers with another file: --against_answers FILE."
+        if self.answers is None and self.against_answers is not None:
+            yield "--against_answers goes with --answers; compare --model with another model: --against MODEL."
+        if self.answers is None and not self.data.path:
+            yield "--data FILE is missing: the prompts that --model is to answer."
+        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
+            yield "--temperatures must name at least one temperature, each once."
+        yield from _sampling(self, 1.0).conflicts()
 
 
 def run(config: Config) -> None:
     """Sample or read, judge, compare; print the tables and write what was asked for."""
-    _check(config)
-
     from rich.console import Console
 
     from cagsr.atomic import write_text_atomically
@@ -112,32 +126,6 @@ def run(config: Config) -> None:
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(report))
         say([f"The tables: {config.markdown}"])
-
-
-def _check(config: Config) -> None:
-    check_output(config.output)
-    if config.markdown is not None:
-        try:
-            check_output(config.markdown)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--output", "--markdown")) from None
-    if (config.answers is None) == (config.model.path == ""):
-        both = "" if config.answers is None else ", not both"
-        raise ConfigError(f"Give either --model MODEL (with --data FILE) or --answers FILE{both}.")
-    if config.answers is not None and config.against is not None:
-        raise ConfigError("--against samples a model; compare --answers with another file: --against_answers FILE.")
-    if config.answers is None and config.against_answers is not None:
-        raise ConfigError("--against_answers goes with --answers; compare --model with another model: --against MODEL.")
-    if config.answers is None and not config.data.path:
-        raise ConfigError("--data FILE is missing: the prompts that --model is to answer.")
-    if config.samples < 1:
-        raise ConfigError(f"--samples {config.samples}: must be 1 or more.")
-    if not config.temperatures or len(set(config.temperatures)) < len(config.temperatures):
-        raise ConfigError("--temperatures must name at least one temperature, each once.")
-    for temperature in config.temperatures:
-        if not 0 <= temperature < float("inf"):
-            raise ConfigError(f"--temperatures {temperature:g}: must be 0 (greedy) or more.")
-        check_sampling(_sampling(config, temperature), config.batch_size)
 
 
 def _sampling(config: Config, temperature: float) -> SamplingConfig:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
-    check_output,
-    check_sampling,
+    data_or_prompt,
     prompt_as_given,
     read_prompts,
     say,
     write_rows,
 )
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.config.ranges import NonNegativeFloat, OutputFile, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
 class GenerateSampling(SamplingConfig):
     """How answers are sampled."""
 
-    num_generations: int = 1
+    num_generations: PositiveInt = 1
     """Answers per prompt."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Divides the logits. 0 is greedy."""
 
 
@@ -35,24 +36,25 @@ class Config:
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
     prompt: str | None = None
     """One prompt, instead of --data."""
-    output: str | None = None
+    output: OutputFile | None = None
     """JSONL file for the answers; None writes them to standard output."""
     sampling: GenerateSampling = field(default_factory=GenerateSampling)
     keep_columns: bool = False
     """Keep the rows' other columns."""
     token_ids: bool = False
     """Also write the sampled tokens as completion_ids, which score takes as they are."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Prompts at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the sampling."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        yield from data_or_prompt(self.data, self.prompt)
 
 
 def run(config: Config) -> None:
     """Sample ``num_generations`` answers to each prompt: rows of prompt, completion, tokens and ended."""
-    check_output(config.output)
-    check_sampling(config.sampling, config.batch_size)
-
     from cagsr.evaluation.sampling import sample_in_batches
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model

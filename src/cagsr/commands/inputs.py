@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cagsr import progress
 from cagsr.config import DataConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.errors import ConfigError
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -27,6 +26,12 @@ class OptionalDataConfig(DataConfig):
 
     path: str = ""
     """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
+
+
+def data_or_prompt(data: DataConfig, prompt: str | None) -> Iterator[str]:
+    """Yield a sentence if neither or both of the two were given."""
+    if (prompt is None) == (data.path == ""):
+        yield "Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both.")
 
 
 def read_prompts(
@@ -44,13 +49,11 @@ def read_prompts(
     ones (``load_rows``).
 
     Raises:
-        ConfigError: neither or both of the two were given, or no room is left for a prompt.
+        ConfigError: no room is left for a prompt.
         DataError: a prompt that can't be used.
     """
     from cagsr.prompts.prepare import encode_texts, prepare_prompts
 
-    if (prompt is None) == (data.path == ""):
-        raise ConfigError("Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both."))
     limit = loaded.room_for_prompts(max_new_tokens)
     if prompt is not None:
         return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
@@ -98,45 +101,6 @@ def learned_associations(
     from cagsr.associate import associations_of
 
     return associations_of(loaded, prompts, sampling, reward.associations, seed=seed)
-
-
-def check_sampling(sampling: SamplingConfig, batch_size: int = 1) -> None:
-    """Refuse sampling settings that make no sense.
-
-    Raises:
-        ConfigError: one sentence naming the flag.
-    """
-    for name, value, least in (
-        ("sampling.num_generations", sampling.num_generations, 1),
-        ("sampling.max_new_tokens", sampling.max_new_tokens, 1),
-        ("sampling.temperature", sampling.temperature, 0),
-        ("sampling.top_k", sampling.top_k, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"--{name} {value}: must be {least} or more.")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"--sampling.top_p {sampling.top_p}: must lie in (0, 1].")
-    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens:
-        raise ConfigError(
-            f"--sampling.min_new_tokens {sampling.min_new_tokens}: must lie between 0 and sampling.max_new_tokens "
-            f"{sampling.max_new_tokens}."
-        )
-
-
-def check_output(output: str | None, flag: str = "output") -> None:
-    """Refuse an output file that can't be written, before any work is done.
-
-    Raises:
-        ConfigError: its folder does not exist, or it is a folder itself.
-    """
-    if output is None:
-        return
-    path = Path(output)
-    if path.is_dir():
-        raise ConfigError(f"--{flag} {output}: is a folder; give the name of a file.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--{flag} {output}: the folder {path.parent} does not exist; create it first.")
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
     about_idf,
-    check_output,
-    check_sampling,
+    data_or_prompt,
     groups_of,
     learned_associations,
     prompt_as_given,
@@ -19,6 +18,7 @@ from cagsr.commands.inputs import (
     write_rows,
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
 from cagsr.progress import each
 
@@ -36,7 +36,7 @@ class Config:
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
     prompt: str | None = None
     """One prompt, instead of --data; the ranking is then printed."""
-    output: str | None = None
+    output: OutputFile | None = None
     """JSONL file for the rankings; None prints that of --prompt, and writes those of --data to standard output."""
     candidates_column: str | None = None
     """Column with the answers to rank, a list of texts; None samples sampling.num_generations answers."""
@@ -47,21 +47,22 @@ class Config:
     """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
     reward given here; IDF and scales over these prompts as a whole."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Prompts at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the sampling."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        yield from data_or_prompt(self.data, self.prompt)
+        if self.candidates_column is None and self.sampling.num_generations < 2:
+            yield "--sampling.num_generations 1: ranking needs 2 answers or more."
+        if self.candidates_column is not None and self.prompt is not None:
+            yield "--candidates_column names a column of --data; it can't be used with --prompt."
 
 
 def run(config: Config) -> None:
     """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
-    check_output(config.output)
-    check_sampling(config.sampling, config.batch_size)
-    if config.candidates_column is None and config.sampling.num_generations < 2:
-        raise ConfigError("--sampling.num_generations 1: ranking needs 2 answers or more.")
-    if config.candidates_column is not None and config.prompt is not None:
-        raise ConfigError("--candidates_column names a column of --data; it can't be used with --prompt.")
-
     import torch
 
     from cagsr.evaluation.scorer import Scorer

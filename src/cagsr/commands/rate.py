@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cagsr.config.ranges import OutputFile, Port, Seed
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,16 +42,30 @@ class Config:
     """Column of --pairs with the answer of side B."""
     scales: bool = False
     """serve: also ask for relevance, fluency and helpfulness from 1 to 5, for both answers."""
-    seed: int | None = None
+    seed: Seed | None = None
     """serve: draws the order of the questions and which answer stands on the left; None: 0, or what the ratings file has."""
-    port: int = 8642
+    port: Port = 8642
     """serve: port on 127.0.0.1; 0 takes a free one."""
-    out: str | None = None
+    out: OutputFile | None = None
     """export: JSONL file for the pairs (None: standard output). summary: JSON file for the numbers."""
     votes: Literal["majority", "each"] = "majority"
     """export: one pair for each question that most of its raters agree on, or one for each rating."""
     leave_out: list[str] = field(default_factory=list)
     """summary, export: raters whose ratings do not count."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        default = Config(self.mode)
+        for mode, names in ONLY.items():
+            for name in names if mode != self.mode else ():
+                if getattr(self, name) != getattr(default, name):
+                    yield f"--{name} belongs to cagsr rate {mode}; leave it out of {self.mode}."
+        if self.mode == "serve" and (self.out is not None or self.leave_out):
+            yield "--out and --leave_out belong to cagsr rate summary and export; leave them out of serve."
+        if self.pairs is not None and (self.a, self.b) != (None, None):
+            yield "Give either --a and --b, or --pairs, not both."
+        if (self.a is None) != (self.b is None):
+            yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
 ONLY = {
@@ -73,14 +89,7 @@ ONLY = {
 
 def run(config: Config) -> None:
     """Serve the page, print the summary, or write the pairs."""
-    default = Config(config.mode)
-    for mode, names in ONLY.items():
-        for name in names if mode != config.mode else ():
-            if getattr(config, name) != getattr(default, name):
-                raise ConfigError(f"--{name} belongs to cagsr rate {mode}; leave it out of {config.mode}.")
     if config.mode == "serve":
-        if config.out is not None or config.leave_out:
-            raise ConfigError("--out and --leave_out belong to cagsr rate summary and export; leave them out of serve.")
         _serve(config)
     elif config.mode == "summary":
         _summary(config)
@@ -93,8 +102,6 @@ def _serve(config: Config) -> None:
     from cagsr.localhost import listen
     from cagsr.rating.server import link, serve
 
-    if not 0 <= config.port <= 65535:
-        raise ConfigError(f"--port {config.port}: must lie between 0 and 65535.")
     taken = listen(config.port)
     path = Path(config.db)
     try:
@@ -171,10 +178,6 @@ def _created(config: Config, path: Path, asked: QuestionSet) -> Store:
 def _questions(config: Config, known: bool) -> QuestionSet | None:
     """Read the questions of the files given; None where none are and the ratings file has its own."""
     sides = [name for name in (config.a, config.b) if name is not None]
-    if config.pairs is not None and sides:
-        raise ConfigError("Give either --a and --b, or --pairs, not both.")
-    if len(sides) == 1:
-        raise ConfigError(f"--{'b' if config.b is None else 'a'} is missing: two files of answers are compared.")
     if config.pairs is None and not sides:
         if not known:
             raise ConfigError(f"{config.db} does not exist yet: give --a and --b (files of answers), or --pairs.")
@@ -203,10 +206,8 @@ def _summary(config: Config) -> None:
     import json
 
     from cagsr.atomic import write_text_atomically
-    from cagsr.commands.inputs import check_output
     from cagsr.rating.summary import summarize
 
-    check_output(config.out, "out")
     with closing(_opened(config)) as store:
         questions = sum(not one.gold for one in store.questions())
         found = summarize(_that_count(config, store), questions, store.settings)
@@ -217,10 +218,9 @@ def _summary(config: Config) -> None:
 
 
 def _export(config: Config) -> None:
-    from cagsr.commands.inputs import check_output, say, write_rows
+    from cagsr.commands.inputs import say, write_rows
     from cagsr.rating.export import preference_pairs
 
-    check_output(config.out, "out")
     with closing(_opened(config)) as store:
         found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:

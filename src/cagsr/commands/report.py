@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cagsr.commands.inputs import say
+from cagsr.config.ranges import Port
 from cagsr.errors import ConfigError
 
 
@@ -19,18 +21,21 @@ class Config:
     """HTML file for the page; None: report.html in the run's folder, or here for several runs."""
     serve: bool = False
     """Serve the page on this machine instead, fresh while training goes on; waits for a run that has not begun."""
-    port: int = 0
+    port: Port = 0
     """With --serve: the port; 0 takes a free one."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if not self.runs:
+            yield "--runs is empty: name the folder of a run."
+        if self.serve and self.out is not None:
+            yield "--out and --serve exclude each other: the served page has a link that saves it as one file."
 
 
 def run(config: Config) -> None:
     """Write the page, or serve it until interrupted."""
     from cagsr.run_page.locate import find_run, labels
 
-    if not config.runs:
-        raise ConfigError("--runs is empty: name the folder of a run.")
-    if config.serve and config.out is not None:
-        raise ConfigError("--out and --serve exclude each other: the served page has a link that saves it as one file.")
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     about_idf,
-    check_output,
     groups_of,
     named_associations,
     prompt_as_given,
@@ -15,6 +14,7 @@ from cagsr.commands.inputs import (
     write_rows,
 )
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
 from cagsr.progress import working
 
@@ -31,11 +31,11 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    output: str | None = None
+    output: OutputFile | None = None
     """JSONL file for the scores; None writes them to standard output."""
     response_column: str = "completion"
     """Column with the response: text, or a list of chat messages."""
-    max_response_length: int | None = None
+    max_response_length: PositiveInt | None = None
     """Cut responses to this many tokens (they then count as unfinished); None never cuts."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
@@ -43,21 +43,18 @@ class Config:
     """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
     reward given here; IDF and scales over this file as a whole."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the logits for self-certainty, as sampling.temperature does in training."""
     per_token: bool = False
     """Also write each response token with the coverage it adds."""
     per_word: bool = False
     """Also write each salient word with its share of the salience and the best attention it got."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Pairs in memory at once."""
 
 
 def run(config: Config) -> None:
     """Score the file; rows with every term, and a summary table on standard error."""
-    check_output(config.output)
-    _check(config)
-
     import torch
 
     from cagsr.evaluation.scorer import Scorer
@@ -118,15 +115,6 @@ def run(config: Config) -> None:
     write_rows(rows, config.output)
     say([f"{config.output or 'Standard output'}: {len(rows):,} pairs scored."])
     _summary(terms, reward, scorer.weights, [len(response.ids) for response in responses])
-
-
-def _check(config: Config) -> None:
-    if config.max_response_length is not None and config.max_response_length < 1:
-        raise ConfigError(f"--max_response_length {config.max_response_length}: must be 1 or more.")
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch_size {config.batch_size}: must be 1 or more.")
-    if not config.temperature > 0:
-        raise ConfigError(f"--temperature {config.temperature:g}: must be above 0.")
 
 
 @working("reading the pairs")

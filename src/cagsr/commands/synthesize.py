@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import check_output, say, write_rows
+from cagsr.commands.inputs import say, write_rows
 from cagsr.config import SynthesizeConfig as Config
 from cagsr.progress import working
 
@@ -17,8 +17,6 @@ __all__ = ["Config", "run"]
 
 def run(config: Config) -> None:
     """Write the pairs to ``config.output`` and say how many of each kind there are."""
-    check_output(config.output)
-
     from cagsr.preferences.corrupt import synthesize
 
     pairs = read_supervised(config)
@@ -45,17 +43,14 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
     Raises:
         DataError: a row without one of the columns or with an empty one, or with something else than text or messages;
             the message names file and row.
-        ConfigError: streaming.
     """
-    from cagsr.errors import ConfigError, DataError
+    from cagsr.errors import DataError
     from cagsr.preferences.corrupt import SupervisedPair
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.render import text_of
     from cagsr.prompts.split import split_texts
 
-    if config.data.streaming:
-        raise ConfigError("--data.streaming: facts are taken from other rows, so all are read; use --data.limit.")
     flags = {config.data.prompt_column: "--data.prompt_column", config.completion_column: "--completion_column"}
     pairs = []
     for row in split_texts(load_rows(config.data, [config.completion_column]), config.data):

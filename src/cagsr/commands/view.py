@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     OptionalDataConfig,
     about_idf,
-    check_sampling,
+    data_or_prompt,
     learned_associations,
     named_associations,
     read_prompts,
     say,
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ class Config:
 
     model: ModelConfig
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
-    row: int = 1
+    row: PositiveInt = 1
     """Which row of --data, from 1."""
     prompt: str | None = None
     """The prompt, instead of --data."""
-    answers: int = 0
+    answers: NonNegativeInt = 0
     """Sample this many answers."""
     answer: list[str] = field(default_factory=list)
     """The answers themselves, one text or several."""
     response_column: str = "completion"
     """Column of --data with the answer (text or chat messages) or a list of answers; used unless --answers or --answer
     is given."""
-    out: str | None = None
+    out: OutputFile | None = None
     """HTML file for the page; None: view.html, or no page if only --png is given."""
-    png: str | None = None
+    png: OutputFile | None = None
     """PNG file for a heat map with the terms as bars."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -53,14 +53,24 @@ class Config:
     """Folder of a cagsr train run whose reward judges: its settings, IDF table, associations and scales. None: the
     reward given here; IDF and scales over --data and the answers shown."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the sampling."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        yield from data_or_prompt(self.data, self.prompt)
+        if self.answers and self.answer:
+            yield "Give either --answers N to sample or --answer TEXT, not both."
+        if self.prompt is not None and not self.answers and not self.answer:
+            yield "There are no answers to view: give --answers N to sample some, or --answer TEXT."
+        if self.prompt is not None and self.row != 1:
+            yield "--row names a row of --data; it can't be used with --prompt."
+        if self.data.streaming:
+            yield "--data.streaming: a row can't be looked up in a stream; use --data.limit instead."
 
 
 def run(config: Config) -> None:
     """Write the page, the picture, or both."""
-    _check(config)
-
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config
@@ -117,39 +127,6 @@ def run(config: Config) -> None:
         say([f"{path}: {path.stat().st_size / 1e6:.2f} MB, open it in a browser."])
     if config.png is not None:
         say([f"{found.save_png(config.png)}: the heat map."])
-
-
-def _check(config: Config) -> None:
-    """Refuse flags that contradict each other and files that can't be written, before any work is done."""
-    import os
-
-    if (config.prompt is None) == (config.data.path == ""):
-        raise ConfigError(
-            "Give either --data FILE or --prompt TEXT" + ("." if config.prompt is None else ", not both.")
-        )
-    if config.answers < 0:
-        raise ConfigError(f"--answers {config.answers}: must be 1 or more.")
-    if config.answers and config.answer:
-        raise ConfigError("Give either --answers N to sample or --answer TEXT, not both.")
-    if config.prompt is not None and not config.answers and not config.answer:
-        raise ConfigError("There are no answers to view: give --answers N to sample some, or --answer TEXT.")
-    if config.row < 1:
-        raise ConfigError(f"--row {config.row}: rows count from 1.")
-    if config.prompt is not None and config.row != 1:
-        raise ConfigError("--row names a row of --data; it can't be used with --prompt.")
-    if config.data.streaming:
-        raise ConfigError("--data.streaming: a row can't be looked up in a stream; use --data.limit instead.")
-    check_sampling(config.sampling)
-    for flag, name in (("out", config.out), ("png", config.png)):
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            raise ConfigError(f"--{flag} {name}: is a folder; give the name of a file.")
-        if not path.parent.is_dir():
-            raise ConfigError(f"--{flag} {name}: the folder {path.parent} does not exist; create it first.")
-        if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"--{flag} {name}: the folder {path.parent} can't be written; choose another one.")
 
 
 def _row(config: Config, prompts: Sequence[EncodedPrompt]) -> EncodedPrompt:

@@ -102,9 +102,8 @@ def make_policy(plan: Plan, job: Job) -> Path:
     file = plan.folder / "configs" / f"{job.name}.yaml"
     config = _config(TrainConfig, [*plan.configs, *method.configs], settings, file)
 
-    from cagsr.train import check_config, train
+    from cagsr.train import train
 
-    check_config(config)
     if not same:
         _begin_anew(plan, job, run)
     how = dataclasses.replace(config.run, resume=(run / "config.yaml").exists(), overwrite=False)

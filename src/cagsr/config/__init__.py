@@ -1,10 +1,10 @@
 """Every setting of every command, as typed dataclasses with a line under each field.
 
 The command line shows these lines as help, the run folder stores the resolved values as ``config.yaml``. Names follow
-TRL where TRL has the setting. Importing this needs no torch.
+TRL where TRL has the setting. Each states with its type what it allows; ``validate`` holds a config to that. Importing
+this needs no torch.
 """
 
-from cagsr.config.preferences import CorruptionConfig, DpoConfig, RewardModelConfig, SynthesizeConfig
 from cagsr.config.reward import (
     AssociatedCoverageConfig,
     AssociationsConfig,
@@ -19,7 +19,15 @@ from cagsr.config.reward import (
     SelfCertaintyConfig,
     UnsupportedConfig,
 )
-from cagsr.config.sft import SftConfig
+from cagsr.config.trainers import (
+    CorruptionConfig,
+    DpoConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    SftConfig,
+    SynthesizeConfig,
+    TrainerConfig,
+)
 from cagsr.config.training import (
     Action,
     AttentionConfig,
@@ -36,6 +44,7 @@ from cagsr.config.training import (
     SamplingConfig,
     TrainConfig,
 )
+from cagsr.config.validation import validate
 
 __all__ = [
     "Action",
@@ -57,6 +66,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "PPOConfig",
+    "PreferenceConfig",
     "RepetitionConfig",
     "RewardConfig",
     "RewardModelConfig",
@@ -68,5 +78,7 @@ __all__ = [
     "SftConfig",
     "SynthesizeConfig",
     "TrainConfig",
+    "TrainerConfig",
     "UnsupportedConfig",
+    "validate",
 ]

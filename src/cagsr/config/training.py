@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlparse
 
+from annotated_types import Ge
+
+from cagsr.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    RunSeed,
+    Share,
+    ShareBelowOne,
+)
 from cagsr.config.reward import RewardConfig
 
 Layers = str | list[int]
@@ -34,9 +49,9 @@ class ModelConfig:
 class LoraConfig:
     """LoRA adapters (peft) instead of full fine-tuning; the reference model is then free (the adapter switched off)."""
 
-    r: int = 0
+    r: NonNegativeInt = 0
     """Rank of the adapters; 0 trains all weights."""
-    alpha: int = 32
+    alpha: PositiveInt = 32
     """Scale of the adapters (alpha / r)."""
     target_modules: str = "all-linear"
     """Which modules get an adapter: all-linear, or names separated by commas."""
@@ -54,16 +69,16 @@ class DataConfig:
     """Configuration of a Hub dataset that has several."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages."""
-    split_text: float = 0.0
+    split_text: ShareBelowOne = 0.0
     """For a file of plain texts: this share of each text (up to a space) is the prompt, the rest becomes the column
     completion; 0 takes the prompt column whole."""
     spans_column: str | None = None
     """Column with important character ranges of the prompt, as [[start, end], ...]."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Use only the first rows."""
     streaming: bool = False
     """Read rows as they are needed (for sets larger than memory); IDF is then estimated on the first rows."""
-    max_prompt_length: int | None = None
+    max_prompt_length: PositiveInt | None = None
     """Longest prompt in tokens; None: what the model's context leaves after the response."""
     long_prompts: Literal["error", "drop", "truncate"] = "error"
     """What to do with a longer prompt. drop and truncate say how many rows they touched."""
@@ -75,20 +90,28 @@ class DataConfig:
 class SamplingConfig:
     """How answers are sampled."""
 
-    num_generations: int = 8
+    num_generations: PositiveInt = 8
     """Candidates per prompt (G)."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Divides the logits, in sampling and in scoring alike. 0 is greedy (not for training)."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus sampling; below 1 the scored policy is not the sampled one and the ratio is corrected and logged."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Keep the k likeliest tokens; 0 keeps all. Corrected as top_p is."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest answer in tokens."""
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     """Shortest answer in tokens (the stop token is forbidden before). Corrected as top_p is."""
     stop_strings: list[str] = field(default_factory=list)
     """Texts that end an answer, besides the model's stop tokens; a special token alone is one too."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if self.min_new_tokens > self.max_new_tokens:
+            yield (
+                f"--sampling.min_new_tokens {self.min_new_tokens}: must lie between 0 and sampling.max_new_tokens "
+                f"{self.max_new_tokens}."
+            )
 
 
 @dataclass(frozen=True)
@@ -99,9 +122,9 @@ class RolloutConfig:
     """transformers: the policy itself, in this process; vllm: a vLLM server that gets the new weights after every update."""
     url: str = "http://127.0.0.1:8000"
     """vllm: address of the server."""
-    wait: float = 240.0
+    wait: NonNegativeFloat = 240.0
     """vllm: seconds to wait at the start for the server to be up."""
-    timeout: float = 600.0
+    timeout: PositiveFloat = 600.0
     """vllm: seconds to wait for each of the server's replies."""
     weights: Literal["disk", "nccl"] = "disk"
     """vllm: how the weights travel. disk: safetensors in a folder that the server sees too; nccl: from GPU to GPU through
@@ -109,16 +132,22 @@ class RolloutConfig:
     weights_dir: str | None = None
     """vllm, disk: folder of this run alone that trainer and server see under the same path; None: rollout-weights in
     output_dir."""
-    group_port: int = 51216
+    group_port: Port = 51216
     """vllm, nccl: free port on which trainer and server meet."""
     importance_sampling_correction: bool = True
     """vllm: weigh each token by policy / engine, by the engine's own log-probabilities (truncated importance sampling)."""
-    importance_sampling_cap: float = 2.0
+    importance_sampling_cap: Annotated[float, Ge(1)] = 2.0
     """vllm: largest such weight."""
-    max_logp_difference: float = 0.5
+    max_logp_difference: NonNegativeFloat = 0.5
     """vllm: stop when the engine's log-probabilities differ from the scoring pass's by more than this, mean over tokens,
     nats: the server then holds other weights or samples otherwise. 0 never stops, nor does it with transformers, whose own
     limit is 0.05 in float32 and 0.5 in bfloat16."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        address = urlparse(self.url)
+        if self.engine == "vllm" and (address.scheme not in ("http", "https") or not address.hostname):
+            yield f"--rollout.url {self.url}: give the server's address as http://HOST:PORT."
 
 
 @dataclass(frozen=True)
@@ -140,9 +169,9 @@ class SalienceConfig:
     weighting: Literal["idf", "uniform", "spans"] = "idf"
     """idf: rare words of the prompt set count more, boilerplate drops out; uniform: all words count alike;
     spans: only the words the user marked."""
-    idf_floor: float = 0.1
+    idf_floor: Share = 0.1
     """Words whose IDF is below this share of the largest IDF weigh nothing."""
-    idf_power: float = 1.0
+    idf_power: NonNegativeFloat = 1.0
     """Weights are IDF to this power: 1 is plain IDF; 0 weighs all words above the floor alike, for prompts in which names
     that occur once would drown the rest."""
     markers: tuple[str, str] | None = None
@@ -159,41 +188,41 @@ class PPOConfig:
 
     estimator: Literal["gae", "rloo", "grpo"] = "gae"
     """Advantages: gae (value head), rloo (leave-one-out over the candidates) or grpo (z-score over the candidates)."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: PositiveInt = 4
     """Passes over each batch of experience."""
-    num_mini_batches: int = 1
+    num_mini_batches: PositiveInt = 1
     """Gradient steps per pass."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Sequences in a process's memory at once, in scoring and update; changes memory and speed, not the result."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of the policy."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: NonNegativeFloat = 1e-3
     """Learning rate of the value head or critic."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay."""
-    adam_eps: float = 1e-5
+    adam_eps: NonNegativeFloat = 1e-5
     """Adam epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradient norm clipping."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """GAE lambda."""
-    cliprange: float = 0.2
+    cliprange: NonNegativeFloat = 0.2
     """PPO clip range of the policy ratio."""
-    cliprange_value: float = 0.2
+    cliprange_value: NonNegativeFloat = 0.2
     """PPO clip range of the value."""
-    vf_coef: float = 0.1
+    vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     critic: Literal["head", "model"] = "head"
     """gae only: a value head on the policy's last hidden state, or a separate critic model."""
-    kl_coef: float = 0.05
+    kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL to the frozen starting model."""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """k1: log-ratio; k3: unbiased and never negative (Schulman, 2020)."""
@@ -201,9 +230,9 @@ class PPOConfig:
     """Where the KL penalty goes: into the per-token reward (detached) or the loss."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive moves kl_coef so that the KL approaches target_kl (Ziegler et al., 2019)."""
-    target_kl: float = 6.0
+    target_kl: PositiveFloat = 6.0
     """adaptive: KL per sequence to aim at, nats."""
-    horizon: int = 10000
+    horizon: PositiveInt = 10000
     """adaptive: sequences over which kl_coef adapts."""
     whiten_rewards: bool = False
     """Divide the per-token rewards by their standard deviation (the mean is kept)."""
@@ -212,6 +241,15 @@ class PPOConfig:
     missing_eos_penalty: float | None = 1.0
     """Subtracted from the reward of an answer that was cut at the length limit."""
 
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            yield (
+                "--ppo.kl_in loss: the gradient of k1 is zero on average, so it holds nothing; add --ppo.kl_estimator k3."
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            yield "--ppo.kl_coef 0: the adaptive KL controller could never move it; start above 0."
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -219,15 +257,20 @@ class EvalConfig:
 
     path: str | None = None
     """Held-out prompts (as data.path); None takes held_out rows off the training prompts."""
-    held_out: int = 64
+    held_out: NonNegativeInt = 64
     """How many prompts to hold out."""
-    every: int = 10
+    every: NonNegativeInt = 10
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     metric: str | None = None
     """Dotted path of f(prompts, completions, **columns) -> list of numbers, higher is better.
     None: ROUGE-L where the rows have a reference (completion, reference or references), else lexical relevance."""
-    samples: int = 8
+    samples: NonNegativeInt = 8
     """Greedy answers kept at each evaluation in held_out.jsonl, always to the same prompts; 0 keeps none."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if self.path is not None and self.held_out == 0:
+            yield "--evaluation.held_out 0: no prompt of --evaluation.path would be read; give 1 or more."
 
 
 Action = Literal["off", "warn", "stop"]
@@ -266,7 +309,7 @@ class MonitorConfig:
     """Warn when the held-out metric lies this share below its best while the reward has risen."""
     metric_drop_action: Action = "warn"
     """What to do then."""
-    patience: int = 3
+    patience: PositiveInt = 3
     """Steps in a row (evaluations for metric_drop) before a monitor fires."""
 
 
@@ -274,20 +317,20 @@ class MonitorConfig:
 class RunConfig:
     """The run: length, seeds, files."""
 
-    steps: int = 100
+    steps: PositiveInt = 100
     """Steps: each samples a batch of prompts and updates the policy on it."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Prompts per step (times sampling.num_generations answers), divided among the processes."""
-    seed: int = 0
+    seed: RunSeed = 0
     """Seeds sampling, shuffling and initialisation."""
-    save_every: int = 20
+    save_every: NonNegativeInt = 20
     """Steps between checkpoints; 0 saves only at the end."""
-    save_total_limit: int = 2
+    save_total_limit: PositiveInt = 2
     """Checkpoints kept."""
     save_dtype: SaveDtype = "auto"
     """Precision of the weights in final/; auto takes the starting model's own. Weights are trained in float32, which
     float32 keeps and the others round."""
-    sample_rows: int = 8
+    sample_rows: NonNegativeInt = 8
     """Answers with their reward breakdown stored at each step in samples.jsonl."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send metrics to this tracker (through accelerate)."""
@@ -317,3 +360,20 @@ class TrainConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        sampling, ppo = self.sampling, self.ppo
+        if sampling.temperature == 0:
+            yield f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0."
+        if ppo.estimator != "gae" and sampling.num_generations < 2:
+            yield (
+                f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
+            )
+        if self.reward.normalize == "within_prompt" and sampling.num_generations < 2:
+            yield (
+                "--reward.normalize within_prompt: compares candidates, so sampling.num_generations must be 2 or more; or "
+                "use --reward.normalize running."
+            )
+        if ppo.num_mini_batches > self.run.batch_size * sampling.num_generations:
+            yield f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step."

@@ -14,7 +14,7 @@ from trl import DPOTrainer
 
 from cagsr import __version__
 from cagsr.config import DpoConfig
-from cagsr.errors import ConfigError, ModelError
+from cagsr.errors import ModelError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import encode_answer, unending
 from cagsr.preferences.pairs import BY_LENGTH, OrderByEpoch, PreferencePair, encode_all, read_preferences
@@ -54,7 +54,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
         CagsrError: bad input, in one sentence; an output folder that holds something else.
     """
     folder = Path(config.output_dir)
-    _check(config)
+    check_trainer_config(config, COMMAND)
     torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
     loaded = load_model(config.model, config.lora)
     if not loaded.architecture.one_sequence:
@@ -106,14 +106,6 @@ class _Trainer(OrderByEpoch, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
-
-
-def _check(config: DpoConfig) -> None:
-    check_trainer_config(config, COMMAND)
-    if config.beta <= 0:
-        raise ConfigError(f"--beta {config.beta:g}: must be above 0.")
-    if not 0 <= config.label_smoothing < 0.5:
-        raise ConfigError(f"--label_smoothing {config.label_smoothing:g}: must be from 0 to below 0.5.")
 
 
 def _encode(pair: PreferencePair, encoder: TextEncoder, config: DpoConfig) -> dict[str, list[int]]:

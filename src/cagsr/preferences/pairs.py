@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SalienceConfig
-from cagsr.errors import ConfigError, DataError
+from cagsr.config import DataConfig, PreferenceConfig, SalienceConfig
+from cagsr.errors import DataError
 from cagsr.flow import Prompt
 from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
 from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
-
-PreferenceConfig = RewardModelConfig | DpoConfig
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,8 @@ def read_preferences(
     Raises:
         DataError: a row without one of the columns, with an empty answer, or in another format (the message names file and
             row); the answers of every pair are equal.
-        ConfigError: settings of ``data`` that preference pairs can't have.
     """
     data = config.data if path is None else replace(config.data, path=path)
-    _check(data)
     pairs: list[PreferencePair] = []
     equal = 0
     for row in load_rows(data, [config.chosen_column, config.rejected_column]):
@@ -197,15 +193,6 @@ BY_LENGTH = {
     "remove_unused_columns": False,
 }
 """Arguments of transformers' Trainer for what ``encode_all`` gives."""
-
-
-def _check(data: DataConfig) -> None:
-    if data.streaming:
-        raise ConfigError(
-            "--data.streaming: preference pairs are shuffled and read whole; use --data.limit for large sets."
-        )
-    if data.split_text:
-        raise ConfigError("--data.split_text: a preference row has its answers in columns; leave it at 0.")
 
 
 def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:

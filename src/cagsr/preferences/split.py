@@ -34,10 +34,8 @@ def split_by_prompt(
         ``(training rows, held-out rows)``.
 
     Raises:
-        ConfigError: ``share`` is not from 0 to below 1, or there is only one prompt to split.
+        ConfigError: there is only one prompt to split.
     """
-    if not 0 <= share < 1:
-        raise ConfigError(f"--held_out {share:g}: give a share from 0 to below 1, as 0.1.")
     if share == 0:
         return list(rows), []
     # Sorted, so that the choice depends on which prompts there are and not on the order of the file.
@@ -55,12 +53,12 @@ def subset(rows: Sequence[RowT], num_pairs: int | None, seed: int) -> list[RowT]
     Every row is a label that somebody gave, so pairs are counted and not prompts. None takes all rows.
 
     Raises:
-        ConfigError: more rows than there are, or less than one.
+        ConfigError: more rows than there are.
     """
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     if num_pairs is None:
         return [rows[index] for index in order]
-    if not 1 <= num_pairs <= len(rows):
+    if num_pairs > len(rows):
         raise ConfigError(f"--num_pairs {num_pairs}: there are {len(rows)} pairs to train on; give 1 to {len(rows)}.")
     return [rows[index] for index in order[:num_pairs]]
 

@@ -57,8 +57,6 @@ def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
         DataError: no such file or dataset, an unknown file type, a folder without data; while iterating: an empty
             file, malformed content (with the row's number), a Git LFS pointer, a Hub dataset that can't be reached.
     """
-    if config.limit is not None and config.limit < 1:
-        raise DataError(f"--data.limit must be 1 or more, not {config.limit}.")
     columns = frozenset((config.prompt_column, *TEXT_COLUMNS, *text_columns))
 
     def rows(readers: list[Callable[[], Iterator[Row]]], source: str) -> Rows:

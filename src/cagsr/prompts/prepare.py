@@ -217,8 +217,6 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
 
 def _limit(data: DataConfig, max_length: int) -> int:
     """Longest prompt in tokens: the tighter of the context's and the user's limit."""
-    if data.max_prompt_length is not None and data.max_prompt_length < 1:
-        raise ConfigError(f"--data.max_prompt_length must be 1 or more, not {data.max_prompt_length}.")
     if max_length < 1:
         raise ConfigError(
             "The model's context leaves no room for a prompt beside the answer; lower --sampling.max_new_tokens."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cagsr.config import DataConfig
-from cagsr.errors import ConfigError
 from cagsr.prompts.load import Row, Rows
 
 COMPLETION = "completion"
@@ -16,12 +15,7 @@ def split_texts(rows: Rows, config: DataConfig) -> Rows:
 
     The prompt column keeps the beginning and ``completion`` holds the rest, which scoring takes as the response and
     evaluation as the reference. Rows whose prompt column holds no text stay as they are.
-
-    Raises:
-        ConfigError: ``split_text`` is no share from 0 to below 1.
     """
-    if not 0 <= config.split_text < 1:
-        raise ConfigError(f"--data.split_text {config.split_text:g}: give a share from 0 (off) to below 1, as 0.5.")
     if config.split_text == 0:
         return rows
 

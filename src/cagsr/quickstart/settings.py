@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from cagsr.config.ranges import PositiveInt, RunSeed
 
 
 @dataclass(frozen=True)
@@ -12,19 +17,19 @@ class QuickstartConfig:
     output_dir: str = "quickstart"
     """Folder for everything. An earlier quickstart in it is replaced, but for the models of stages 1 and 2, which are used
     again if they were made with the same settings."""
-    seed: int = 0
+    seed: RunSeed = 0
     """Seeds the prompts, the random weights and the sampling."""
     overwrite: bool = False
     """Make the models of stages 1 and 2 anew, too."""
-    pairs: int = 12000
+    pairs: PositiveInt = 12000
     """Prompt-answer pairs that the start model learns from."""
-    sft_steps: int = 900
+    sft_steps: PositiveInt = 900
     """Gradient steps of the start model and the judge."""
-    prompts: int = 2000
+    prompts: Annotated[int, Ge(2)] = 2000
     """Prompts without answers for CAGSR."""
-    held_out: int = 200
+    held_out: Annotated[int, Ge(2)] = 200
     """Prompts of the comparison, which neither model has seen."""
-    steps: int = 60
+    steps: PositiveInt = 60
     """Steps of CAGSR."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Prompts per step, eight answers each."""

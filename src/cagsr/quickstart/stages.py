@@ -29,9 +29,10 @@ from cagsr.config import (
     SalienceConfig,
     SamplingConfig,
     TrainConfig,
+    validate,
 )
 from cagsr.configfile import to_yaml
-from cagsr.errors import ConfigError, RunError
+from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
@@ -76,7 +77,7 @@ def run_stages(config: QuickstartConfig, console: Console | None = None) -> Comp
     """
     console = console or Console(highlight=False)
     started = time.monotonic()
-    _check(config)
+    validate(config)
     folder = Path(config.output_dir)
     note = _open(config, folder)
     welcome(console, folder)
@@ -135,25 +136,6 @@ def train_config(config: QuickstartConfig, folder: Path) -> TrainConfig:
             overwrite=(folder / "run").is_dir(),
         ),
     )
-
-
-def _check(config: QuickstartConfig) -> None:
-    """Refuse sizes that can't be used, before anything is made.
-
-    Raises:
-        ConfigError: one sentence naming the flag.
-    """
-    for name, value, least in (
-        ("pairs", config.pairs, 1),
-        ("sft_steps", config.sft_steps, 1),
-        ("prompts", config.prompts, 2),
-        ("held_out", config.held_out, 2),
-        ("steps", config.steps, 1),
-        ("batch_size", config.batch_size, 1),
-        ("seed", config.seed, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"--{name} {value}: must be {least} or more.")
 
 
 def _open(config: QuickstartConfig, folder: Path) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
-from cagsr.config import RolloutConfig, TrainConfig
+from cagsr.config import TrainConfig
 from cagsr.errors import ConfigError
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sampler import Sampler, TransformersSampler
@@ -17,30 +16,6 @@ from cagsr.rollout.vllm_weights import DiskWeights, NcclWeights, WeightChannel
 
 WEIGHTS_FOLDER = "rollout-weights"
 """Where the weights for the server lie in the run folder, unless ``rollout.weights_dir`` says otherwise."""
-
-
-def check_rollout_config(rollout: RolloutConfig) -> None:
-    """Refuse settings that can't be used, before anything is loaded.
-
-    Raises:
-        ConfigError: one sentence naming the setting and what to do.
-    """
-    if rollout.engine == "transformers":
-        return
-    address = urlparse(rollout.url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ConfigError(f"--rollout.url {rollout.url}: give the server's address as http://HOST:PORT.")
-    if rollout.timeout <= 0:
-        raise ConfigError(f"--rollout.timeout {rollout.timeout}: must be greater than 0 seconds.")
-    if rollout.wait < 0:
-        raise ConfigError(f"--rollout.wait {rollout.wait}: must be 0 seconds or more.")
-    if rollout.importance_sampling_cap < 1:
-        raise ConfigError(
-            f"--rollout.importance_sampling_cap {rollout.importance_sampling_cap}: must be 1 or more, the weight of a token "
-            "on which engine and policy agree."
-        )
-    if rollout.max_logp_difference < 0:
-        raise ConfigError(f"--rollout.max_logp_difference {rollout.max_logp_difference}: must be 0 (off) or more.")
 
 
 def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Accelerator) -> Sampler:

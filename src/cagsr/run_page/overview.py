@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
-from cagsr.configfile import flatten
+from cagsr.config.validation import flatten
 from cagsr.run_page.curves import HELD_OUT, MORE, SPEED, Curve, points
 from cagsr.run_page.read import Run
 from cagsr.run_page.speed import PHASES, is_number, step_seconds

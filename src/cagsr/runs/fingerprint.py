@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from cagsr.atomic import write_text_atomically
-from cagsr.config import DataConfig, DpoConfig, RewardModelConfig, SftConfig, TrainConfig
+from cagsr.config import DataConfig, RewardModelConfig, TrainConfig, TrainerConfig
 from cagsr.errors import RunError
 from cagsr.models.files import fingerprint_model
 from cagsr.progress import working
@@ -66,7 +66,7 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
 
 
 @working("taking fingerprints of what is read")
-def fingerprint_trainer(config: SftConfig | RewardModelConfig | DpoConfig) -> Fingerprint:
+def fingerprint_trainer(config: TrainerConfig) -> Fingerprint:
     """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start.
 
     Raises:

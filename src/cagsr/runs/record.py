@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 
 from cagsr.atomic import write_text_atomically
 from cagsr.config import TrainConfig
-from cagsr.configfile import flatten, to_yaml
+from cagsr.config.validation import flatten
+from cagsr.configfile import to_yaml
 from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.generation import generation_notes, served_with

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
-from cagsr.configfile import flatten
+from cagsr.config.validation import flatten
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import from_yaml
 from cagsr.prompts.salience import DocumentFrequency

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cagsr.atomic import delete, disk_errors, replace_folder, write_text_atomically
-from cagsr.config import DpoConfig, LoraConfig, RewardModelConfig, SftConfig
+from cagsr.config import LoraConfig, TrainerConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.generation import ending_as
@@ -48,11 +48,6 @@ MAY_DIFFER = (
 )
 """Settings that may change when a training is resumed, as those of a run may: length, bookkeeping, where it runs."""
 
-LARGEST_SEED = 2**32 - 1
-"""NumPy takes no larger one."""
-
-TrainerConfig = SftConfig | RewardModelConfig | DpoConfig
-
 
 def check_trainer_config(config: TrainerConfig, command: str) -> None:
     """Refuse settings that contradict each other and folders that hold something else, before anything is loaded.
@@ -61,15 +56,7 @@ def check_trainer_config(config: TrainerConfig, command: str) -> None:
         ConfigError: settings that exclude each other or are out of range.
         RunError: the output folder can't be used; ``command`` (as ``sft``) is the only one whose folders may be.
     """
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
-    micro = config.micro_batch_size or config.batch_size
-    if config.batch_size < 1 or micro < 1 or config.batch_size % micro:
-        raise ConfigError(f"--micro_batch_size {micro} must divide --batch_size {config.batch_size}.")
-    if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
-        raise ConfigError("--steps must be 1 or more and --epochs above 0.")
-    if not 0 <= config.seed <= LARGEST_SEED:
-        raise ConfigError(f"--seed {config.seed}: must lie between 0 and {LARGEST_SEED}.")
+    validate(config)
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: give a folder as --output_dir.")
