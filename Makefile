@@ -26,10 +26,11 @@ test: $(STAMP) browser  ## the test suite, a process a core with one thread each
 browser:  ## a Chromium for the browser tests, where it can be had; without one they are skipped
 	$(PYTHON) tests/setup_browser.py
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy, and who may import whom (pyproject.toml)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) benchmarks/.trl  ## benchmarks: ratios measured alternately in one call
 	$(BIN)/python -m benchmarks
