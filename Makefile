@@ -44,7 +44,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call install,Installing PyTorch into $(VENV): a large download that takes minutes.,--constraint constraints.txt torch)
-	$(call install,Installing cagsr and the other packages it needs: a minute or two.,--constraint constraints.txt --editable '.[dev]')
+	$(call install,Installing cagsr and the other packages it needs: a minute or two.,--constraint constraints.txt --editable '.[all,dev]')
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cagsr.commands.inputs import OptionalDataConfig, check_output, check_sampling, read_prompts, say
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError, ModelError
+from cagsr.extras import install_command
 from cagsr.progress import working
 
 if TYPE_CHECKING:
@@ -318,7 +319,9 @@ def _report(
             f"win rate (no {'--reward_model' if config.reward_model is None else 'other side to win against'})"
         )
     if "self_bleu" not in mine[0].values:
-        left_out.append("self-BLEU (one answer to each prompt; --samples 2 or more)")
+        one = min(map(len, mine[0].answers)) == 1
+        why = "one answer to each prompt; --samples 2 or more" if one else install_command("nltk")
+        left_out.append(f"self-BLEU ({why})")
     settings: dict[str, Any] = dataclasses.asdict(config)
     return EvalReport(
         model=str(config.answers or config.model.path),

@@ -18,6 +18,7 @@ from cagsr.commands.inputs import (
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
+from cagsr.extras import require
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response
@@ -140,6 +141,8 @@ def _check(config: Config) -> None:
     if config.data.streaming:
         raise ConfigError("--data.streaming: a row can't be looked up in a stream; use --data.limit instead.")
     check_sampling(config.sampling)
+    if config.png is not None:
+        require("--png", "pages", modules=["matplotlib"])
     for flag, name in (("out", config.out), ("png", config.png)):
         if name is None:
             continue
