@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BEAT ?= 30
+EXTRAS := all,dev
 
 # Install with pip, $(1) said first. On a terminal pip shows its own progress; anywhere else it would say nothing for the minutes
 # that torch takes, so a line every BEAT seconds says that it goes on. That loop ends with its shell, however that ends.
@@ -26,10 +27,11 @@ test: $(STAMP) browser  ## the test suite, a process a core with one thread each
 browser:  ## a Chromium for the browser tests, where it can be had; without one they are skipped
 	$(PYTHON) tests/setup_browser.py
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy, and who may import whom (pyproject.toml)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) benchmarks/.trl  ## benchmarks: ratios measured alternately in one call
 	$(BIN)/python -m benchmarks
@@ -43,7 +45,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call install,Installing PyTorch into $(VENV): a large download that takes minutes.,--constraint constraints.txt torch)
-	$(call install,Installing cagsr and the other packages it needs: a minute or two.,--constraint constraints.txt --editable '.[dev]')
+	$(call install,Installing cagsr and the other packages it needs: a minute or two.,--constraint constraints.txt --editable '.[$(EXTRAS)]')
 	touch $@
 
 clean:

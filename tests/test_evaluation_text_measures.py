@@ -66,7 +66,7 @@ def test_embedding_relevance_by_hand() -> None:
 
 def test_the_encoder_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ConfigError, match=r"pip install cagsr\[embeddings\]"):
+    with pytest.raises(ConfigError, match=r'sentence-transformers, .*: pip install "cagsr\[embeddings\]"\.$'):
         load_encoder(str(tmp_path), "cpu")
     with pytest.raises(ModelError, match=r"--embedding_model .*no such folder"):
         load_encoder(str(tmp_path / "none"), "cpu")

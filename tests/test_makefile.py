@@ -38,4 +38,5 @@ def test_installing_is_never_silent(status: int, tmp_path: Path) -> None:
     asked = (tmp_path / "asked").read_text().splitlines()
     assert "--constraint constraints.txt torch" in asked[0]
     assert (done.returncode == 0) == (status == 0) == (tmp_path / ".venv" / ".installed").exists()
+    assert all("--editable .[all,dev]" in line for line in asked[1:])
     assert len(asked) == (2 if status == 0 else 1)

@@ -28,6 +28,7 @@ from cagsr.config import TrainConfig, validate
 from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Alert, Monitors
+from cagsr.extras import install_command, is_installed
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
@@ -157,9 +158,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     folder = Path(config.output_dir)
     if main:
         console.print(saved, markup=False)
-        console.print(
-            f"Done: the trained model is in {folder / 'final'}, its curves in {folder / 'curves.png'}.", markup=False
-        )
+        curves = f"its curves in {folder / 'curves.png'}"
+        if not is_installed("matplotlib"):
+            curves = f"its metrics in {folder / 'metrics.jsonl'} (no curves.png: {install_command('pages')})"
+        console.print(f"Done: the trained model is in {folder / 'final'}, {curves}.", markup=False)
         if evaluations[-1]:
             console.print(f"Held out, {_before_and_after(metric, evaluations[0], evaluations[-1])}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
@@ -380,5 +382,5 @@ def _introduce(
         f"  Prompts: {count} to train on, {len(held_out.prompts)} held out, judged by {metric.name}.", markup=False
     )
     warnings = reward_warnings(config.reward)
-    for note in (*loaded.notes, *train_set.notes, *notes, *warnings):
+    for note in (*loaded.notes, *train_set.notes, *notes, *metric.notes, *warnings):
         console.print(f"  {note}", highlight=False, markup=False)

@@ -95,7 +95,7 @@ def run(config: Config) -> None:
         temperature=config.sampling.temperature,
         associations=associations,
     )
-    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes])
+    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes])
     signals = collect_signals(
         loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
     )

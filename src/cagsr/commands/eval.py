@@ -12,6 +12,7 @@ from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
+from cagsr.extras import install_command
 from cagsr.progress import working
 
 if TYPE_CHECKING:
@@ -306,7 +307,9 @@ def _report(
             f"win rate (no {'--reward_model' if config.reward_model is None else 'other side to win against'})"
         )
     if "self_bleu" not in mine[0].values:
-        left_out.append("self-BLEU (one answer to each prompt; --samples 2 or more)")
+        one = min(map(len, mine[0].answers)) == 1
+        why = "one answer to each prompt; --samples 2 or more" if one else install_command("nltk")
+        left_out.append(f"self-BLEU ({why})")
     settings: dict[str, Any] = dataclasses.asdict(config)
     return EvalReport(
         model=str(config.answers or config.model.path),

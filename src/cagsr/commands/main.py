@@ -21,6 +21,7 @@ from rich.text import Text
 from cagsr import __version__
 from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
+from cagsr.extras import require
 from cagsr.parse import parse_command
 from cagsr.progress import shown
 
@@ -39,6 +40,8 @@ class Command:
     """Command lines with a comment each, shown under the subcommand's own help."""
     positional: str = ""
     """The setting that a first word without a flag stands for."""
+    extras: tuple[str, ...] = ()
+    """Extras without which it can't begin (cagsr.extras)."""
 
 
 COMMANDS = {
@@ -47,6 +50,7 @@ COMMANDS = {
         """\
   cagsr quickstart                      # trains, prints a before/after table, draws the curves
   cagsr quickstart --output_dir out     # keep everything in out/""",
+        extras=("trl", "nltk", "pages"),
     ),
     "sft": Command(
         "supervised start: teach a model the task from prompt-completion pairs (only if you have some)",
@@ -54,6 +58,7 @@ COMMANDS = {
   cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start
   cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start --lora_r 16
   cagsr sft --model folder_with_config_and_tokenizer --from_scratch --data pairs.jsonl --output_dir start""",
+        extras=("trl",),
     ),
     "diagnose": Command(
         "is the reward worth a training run for this model and these prompts? Minutes, not hours",
@@ -81,12 +86,14 @@ COMMANDS = {
   cagsr reward-model --model start --data preferences.jsonl --output_dir rm
   cagsr reward-model --model start --data preferences.jsonl --output_dir rm --num_pairs 200
   cagsr train --model start --data prompts.jsonl --output_dir run --reward.models rm""",
+        extras=("trl",),
     ),
     "dpo": Command(
         "train on preference pairs directly (DPO): the rival without a reward model",
         """\
   cagsr dpo --model start --data preferences.jsonl --output_dir tuned
   cagsr dpo --model Qwen/Qwen3-0.6B --data preferences.jsonl --output_dir tuned --lora_r 16 --beta 0.1""",
+        extras=("trl",),
     ),
     "generate": Command(
         "answer the prompts of a file",
@@ -111,6 +118,7 @@ COMMANDS = {
   cagsr compare examples/e2e/paper.yaml --fast    # a small version first
   cagsr compare examples/e2e/paper.yaml           # goes on where it stopped""",
         positional="plan",
+        extras=("compare", "trl", "nltk"),
     ),
     "rank": Command(
         "best of N by the reward, at inference: better answers without training",
@@ -131,6 +139,7 @@ COMMANDS = {
   cagsr rate summary --db ratings.sqlite
   cagsr rate export --db ratings.sqlite --out pairs.jsonl""",
         positional="mode",
+        extras=("rate",),
     ),
     "report": Command(
         "a run's page: curves, warnings, answers over time, costs; one file, or served while it trains",
@@ -139,6 +148,7 @@ COMMANDS = {
   cagsr report run --serve              # refreshes while training goes on
   cagsr report run run2 --out both.html # one over the other""",
         positional="runs",
+        extras=("pages",),
     ),
 }
 
@@ -220,6 +230,7 @@ def _run(name: str, flags: Sequence[str]) -> None:
     config = parse_command(
         module.Config, with_positional(name, flags), prog=f"cagsr {name}", description=summary, epilog=epilog
     )
+    require(f"cagsr {name}", *command.extras)
     with shown(f"cagsr {name}"):
         # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
         importlib.import_module("transformers.utils.logging").disable_progress_bar()

@@ -18,6 +18,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
+from cagsr.extras import require
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response
@@ -71,6 +72,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the page, the picture, or both."""
+    if config.png is not None:
+        require("--png", "pages", modules=["matplotlib"])
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config

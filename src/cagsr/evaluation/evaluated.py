@@ -13,6 +13,7 @@ from cagsr.evaluation.diversity import distinct_of_draws, self_bleu
 from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
 from cagsr.evaluation.judge_answers import AnswerJudge
 from cagsr.evaluation.win_rate import win_rates
+from cagsr.extras import has_extra
 from cagsr.flow import EncodedPrompt
 
 Floats = NDArray[np.float64]
@@ -98,7 +99,7 @@ def evaluate_answers(
     ends = np.cumsum([len(own) for own in answers])[:-1]
     values = {measure: _means(np.split(flat, ends)) for measure, flat in found.items()}
     fewest = min(len(own) for own in answers)
-    if fewest > 1:
+    if fewest > 1 and has_extra("nltk"):
         values["self_bleu"] = np.array([self_bleu(own) for own in answers])
     drawn = [text for own in answers for text in own[:fewest]]
     return Evaluated(

@@ -14,6 +14,7 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
+from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
@@ -33,6 +34,8 @@ class HeldOutMetric:
     name: str
     compute: Metric
     """``f(prompts, completions, **columns) -> numbers``, higher is better."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the choice."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Answers:
 
 
 def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> HeldOutMetric:
-    """Pick the held-out metric: the user's, ROUGE-L where there are references, else lexical relevance.
+    """Pick the held-out metric: the user's, ROUGE-L where there are references (and the extra nltk), else lexical relevance.
 
     Args:
         dotted_path: ``package.module.function`` or None.
@@ -58,9 +61,10 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
     """
     if dotted_path is not None:
         return HeldOutMetric(dotted_path, import_dotted(dotted_path, "evaluation.metric"))
-    column = next((name for name in REFERENCE_COLUMNS if all(p.prompt.columns.get(name) for p in prompts)), None)
+    column = next((name for name in REFERENCE_COLUMNS if all(p.prompt.columns.get(name) for p in prompts)), "")
     # Read now, so that a row that can't be used is told before training begins; blank ones are none.
-    if column is not None and prompts and all(column_texts([encoded.prompt for encoded in prompts], column)):
+    referenced = bool(column and prompts and all(column_texts([encoded.prompt for encoded in prompts], column)))
+    if referenced and has_extra("nltk"):
 
         def rouge(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
             references = [texts_of(value) for value in columns[column]]
@@ -73,7 +77,8 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
     def relevance(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         return [lexical_relevance(prompt, text, weights) for prompt, text in zip(prompts, completions, strict=True)]
 
-    return HeldOutMetric("lexical relevance", relevance)
+    left_out = f"ROUGE-L against {column} is not measured: {install_command('nltk')}."
+    return HeldOutMetric("lexical relevance", relevance, (left_out,) if referenced else ())
 
 
 def answer(

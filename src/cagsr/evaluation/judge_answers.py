@@ -16,6 +16,7 @@ from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
+from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.progress import working
 from cagsr.reward.functions import import_dotted
@@ -87,9 +88,9 @@ class AnswerJudge:
         """Measure answers, one prompt for each.
 
         Always: ``lexical_relevance`` (words weighted over the prompts handed in), ``repetition`` (3-grams), ``words``.
-        With references in the rows: ``rouge_l``. With the judges: the checker's own names (for plain numbers the name of
-        the function), ``embedding_relevance``, ``follow_up_perplexity`` and its logarithm ``follow_up_nll``,
-        ``reward_model`` (its raw score).
+        With references in the rows (and the extra nltk): ``rouge_l``. With the judges: the checker's own names (for plain
+        numbers the name of the function), ``embedding_relevance``, ``follow_up_perplexity`` and its logarithm
+        ``follow_up_nll``, ``reward_model`` (its raw score).
 
         Args:
             prompts: of the prompts only the text and the columns are used.
@@ -107,7 +108,7 @@ class AnswerJudge:
         texts = [prompt_words(prompt) for prompt in rows]
         found = {} if self._checker is None else self._check(rows, completions)
         references = column_texts(rows, first_column(rows, REFERENCE_COLUMNS))
-        if any(references):
+        if any(references) and has_extra("nltk"):
             found["rouge_l"] = np.array(
                 [rouge_l(text, own) if own else np.nan for text, own in zip(completions, references, strict=True)]
             )
@@ -133,6 +134,8 @@ class AnswerJudge:
         lacking = []
         if first_column(rows, REFERENCE_COLUMNS) is None:
             lacking.append("ROUGE-L (no row has references, reference or completion)")
+        elif not has_extra("nltk"):
+            lacking.append(f"ROUGE-L ({install_command('nltk')})")
         if self._checker is None:
             lacking.append("the task's own checks (no --checker)")
         if self._encoder is None:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from cagsr.errors import ConfigError, ModelError
+from cagsr.errors import ModelError
+from cagsr.extras import require
 from cagsr.models.files import check_files
 from cagsr.progress import working
 
@@ -58,12 +59,9 @@ def load_encoder(path: str, device: torch.device | str) -> Encoder:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ModelError(f"--embedding_model {path}: no such folder; give a sentence-transformers folder or a Hub id.")
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ConfigError(
-            "--embedding_model needs sentence-transformers, which is not installed: pip install cagsr[embeddings]."
-        ) from error
+    require("--embedding_model", "embeddings")
+    from sentence_transformers import SentenceTransformer
+
     check_files(path, f"--embedding_model {path}")
     try:
         return SentenceTransformer(path, device=str(device), model_kwargs={"use_safetensors": True})

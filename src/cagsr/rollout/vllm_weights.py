@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from cagsr.atomic import clean_leftovers, disk_errors, replace_folder
 from cagsr.errors import ConfigError, RolloutError
+from cagsr.extras import require
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
 
@@ -224,6 +225,7 @@ def trl_client(url: str, group_port: int, timeout: float) -> Any:
         ConfigError: vllm or requests is missing here, or TRL's client is an older one.
         RolloutError: it can't connect.
     """
+    require("--rollout.weights nccl", "trl")
     from trl.generation.vllm_client import VLLMClient
 
     if (

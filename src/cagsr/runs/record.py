@@ -23,6 +23,7 @@ from cagsr.config.validation import flatten
 from cagsr.configfile import to_yaml
 from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
+from cagsr.extras import is_installed
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import is_sharded, unsharded
@@ -33,7 +34,6 @@ from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
-from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.fingerprint import fingerprint_run
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
@@ -250,7 +250,10 @@ class RunRecord:
                 served_with(loaded, config.sampling),
             )
             found = saved.sentence
-            plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=self._folder.path.name)
+            if is_installed("matplotlib"):
+                from cagsr.runs.curves import plot_training_curves
+
+                plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", self._folder.path.name)
         self._tracker.finish()
         self.close()
         self._accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceCon
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Response, Scorer, encode_response
+from cagsr.extras import require
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
@@ -22,7 +23,6 @@ from cagsr.reward.build import check_reward_config
 from cagsr.reward.weigh import Scales
 from cagsr.view.measure import Measured, measure
 from cagsr.view.page import render_page
-from cagsr.view.picture import save_picture
 
 UNLIMITED = 1_000_000
 
@@ -60,8 +60,12 @@ class View:
         """Write a heat map (answer tokens by prompt tokens) with the terms as bars, and return its path.
 
         Raises:
+            ConfigError: matplotlib is not installed.
             RunError: the file can't be written.
         """
+        require("The heat map", "pages", modules=["matplotlib"])
+        from cagsr.view.picture import save_picture
+
         save_picture(self.measured, Path(path))
         return Path(path)
 
