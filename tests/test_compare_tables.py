@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cagsr.compare import figures, tables
+from cagsr.compare import result_figures as figures
+from cagsr.compare import result_tables as tables
 from cagsr.compare.jobs import method_folder, plan_jobs, result_file
 from cagsr.compare.plan import Files, Method, Plan, RewardModelPlan
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results

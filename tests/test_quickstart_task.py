@@ -106,7 +106,7 @@ def test_phrases_of_one_subject_never_state_two_facts_at_once() -> None:
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_the_tokenizer_has_every_word_and_gives_the_text_back(seed: int) -> None:
-    from cagsr.quickstart.start import build_tokenizer
+    from cagsr.quickstart.start_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     for row in make_pairs(5, seed):
@@ -122,7 +122,7 @@ def test_the_tokenizer_has_every_word_and_gives_the_text_back(seed: int) -> None
 def test_the_start_is_made_by_sft_and_loads_as_any_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cagsr.quickstart.start import make_start
+    from cagsr.quickstart.start_model import make_start
 
     start = make_start(tmp_path, seed=0, pairs=64, steps=3, quiet=True)
     assert start == tmp_path / "start"

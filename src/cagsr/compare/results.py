@@ -21,7 +21,7 @@ from cagsr.compare.jobs import (
     validity_file,
 )
 from cagsr.compare.plan import START, Plan
-from cagsr.run_page.speed import step_seconds
+from cagsr.run_page.step_times import step_seconds
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]

@@ -35,9 +35,8 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.quickstart.compare import Comparison, compare
-from cagsr.quickstart.settings import QuickstartConfig
-from cagsr.quickstart.show import (
+from cagsr.quickstart.before_after import BeforeAfter, compare
+from cagsr.quickstart.quickstart_report import (
     as_markdown,
     next_steps,
     print_examples,
@@ -47,7 +46,8 @@ from cagsr.quickstart.show import (
     verdict,
     welcome,
 )
-from cagsr.quickstart.start import Recipe, as_jsonl
+from cagsr.quickstart.settings import QuickstartConfig
+from cagsr.quickstart.start_model import Recipe, as_jsonl
 from cagsr.quickstart.task import make_prompts
 from cagsr.train import train
 
@@ -65,7 +65,7 @@ REWARD = RewardConfig(
 copy coverage but no price on length one run doubled the facts said again and nearly doubled the wrong ones."""
 
 
-def run_stages(config: QuickstartConfig, console: Console | None = None) -> Comparison:
+def run_stages(config: QuickstartConfig, console: Console | None = None) -> BeforeAfter:
     """Run all stages, print what happens, and leave everything in ``config.output_dir``.
 
     Returns:
@@ -187,7 +187,7 @@ def _make(console: Console, recipe: Recipe, overwrite: bool) -> None:
     console.print(f"Made {made}/ in {time.monotonic() - began:.0f} seconds.")
 
 
-def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPrompt], Comparison]:
+def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPrompt], BeforeAfter]:
     """Load the three models and compare."""
     start, trained, judge = (
         load_model(ModelConfig(path=str(folder / name), device="cpu"), for_training=False)
@@ -201,7 +201,7 @@ def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPr
     return prompts, compare(start, trained, judge, prompts, sampling, seed=config.seed)
 
 
-def _write(config: QuickstartConfig, folder: Path, prompts: Sequence[EncodedPrompt], found: Comparison) -> None:
+def _write(config: QuickstartConfig, folder: Path, prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> None:
     """Write the report, the numbers and all answers."""
     settings = {
         "start": f"{config.pairs:,} pairs, {config.sft_steps} steps, seed {config.seed}",

@@ -20,9 +20,9 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.association import Associations
 from cagsr.reward.build import check_reward_config
 from cagsr.reward.weigh import Scales
+from cagsr.view.heat_map import save_picture
 from cagsr.view.measure import Measured, measure
-from cagsr.view.page import render_page
-from cagsr.view.picture import save_picture
+from cagsr.view.view_html import render_page
 
 UNLIMITED = 1_000_000
 

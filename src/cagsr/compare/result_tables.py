@@ -59,7 +59,7 @@ def _mean(results: Results, name: str, setting: str, measure: str) -> str:
 
 
 @dataclass(frozen=True)
-class Test:
+class PairedTest:
     """A paired difference with its interval and its p-value before correction."""
 
     method: str
@@ -69,7 +69,7 @@ class Test:
     p: float
 
 
-def gain_tests(results: Results, methods: Sequence[str], measures: Sequence[str]) -> list[Test]:
+def gain_tests(results: Results, methods: Sequence[str], measures: Sequence[str]) -> list[PairedTest]:
     """Every method against its start, in all three ways, in the given measures."""
     found = []
     for measure in measures:
@@ -80,10 +80,10 @@ def gain_tests(results: Results, methods: Sequence[str], measures: Sequence[str]
     return found
 
 
-def _test(method: str, how: str, measure: str, after: Floats, before: Floats) -> Test:
+def _test(method: str, how: str, measure: str, after: Floats, before: Floats) -> PairedTest:
     known = np.isfinite(after).all(axis=0) & np.isfinite(before).all(axis=0)
     after, before = after[:, known], before[:, known]
-    return Test(method, how, measure, paired_difference(after, before), paired_p_value(after, before))
+    return PairedTest(method, how, measure, paired_difference(after, before), paired_p_value(after, before))
 
 
 def gains(results: Results, methods: Sequence[str], measures: Sequence[str], title: str) -> list[Table]:
@@ -104,7 +104,7 @@ def gains(results: Results, methods: Sequence[str], measures: Sequence[str], tit
 def _by_measure(
     results: Results,
     title: str,
-    tests: Sequence[Test],
+    tests: Sequence[PairedTest],
     measures: Sequence[str],
     seeds: Mapping[str, int],
     columns: Mapping[str, str],

@@ -10,8 +10,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from cagsr.compare.plan import START
+from cagsr.compare.result_tables import GAINS, label_points
 from cagsr.compare.results import GREEDY, MATCHED, Results
-from cagsr.compare.tables import GAINS, label_points
 from cagsr.evaluation.intervals import paired_difference
 
 # Okabe & Ito's colours, told apart by the colour-blind; each series has a marker of its own besides.

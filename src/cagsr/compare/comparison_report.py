@@ -14,11 +14,12 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from cagsr.atomic import write_text_atomically
-from cagsr.compare import figures, tables
+from cagsr.compare import result_figures as figures
+from cagsr.compare import result_tables as tables
 from cagsr.compare.plan import START
+from cagsr.compare.result_tables import Table
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
-from cagsr.compare.schedule import Failure
-from cagsr.compare.tables import Table
+from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
 from cagsr.progress import working
 
@@ -326,7 +327,7 @@ def _line(text: str) -> str:
 
 def as_html(title: str, sections: Sequence[Section]) -> str:
     """Write the report as one page that needs no other file and no network."""
-    template = files("cagsr.compare").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = files("cagsr.compare").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["inline"] = _inline
     page: str = environment.from_string(template).render(title=title, sections=sections, anchor=_anchor)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cagsr.evaluation.metrics import paired_difference
 from cagsr.flow import EncodedPrompt
-from cagsr.quickstart.compare import MEASURES, Answered, Comparison, Measure
+from cagsr.quickstart.before_after import MEASURES, Answered, BeforeAfter, Measure
 from cagsr.quickstart.task import read_prompt, stated_facts
 
 STAGES = (
@@ -66,7 +66,7 @@ def stage(console: Console, number: int, **sizes: int) -> None:
     console.print(why.format(**sizes), width=min(console.width, 100), highlight=False)
 
 
-def table_rows(found: Comparison) -> list[tuple[Measure, dict[str, float]]]:
+def table_rows(found: BeforeAfter) -> list[tuple[Measure, dict[str, float]]]:
     """Each measure with the mean of each column."""
     return [
         (measure, {name: answered.mean(measure.key) for name, answered in found.columns().items()})
@@ -74,7 +74,7 @@ def table_rows(found: Comparison) -> list[tuple[Measure, dict[str, float]]]:
     ]
 
 
-def print_table(console: Console, found: Comparison) -> None:
+def print_table(console: Console, found: BeforeAfter) -> None:
     """Print the table of means; the columns after training stand out."""
     table = Table(title=_title(found), title_justify="left")
     table.add_column("", no_wrap=True)
@@ -93,12 +93,12 @@ def print_table(console: Console, found: Comparison) -> None:
     )
 
 
-def _title(found: Comparison) -> str:
+def _title(found: BeforeAfter) -> str:
     draws = len(found.before.answers[0])
     return f"{len(found.before.answers)} held-out prompts, {draws} sampled answers to each, or the greedy one"
 
 
-def verdict(found: Comparison) -> list[str]:
+def verdict(found: BeforeAfter) -> list[str]:
     """Say in sentences whether the facts covered went up, with 95 % intervals, and what got worse."""
     gains = {
         "sampled": _gain(found.before, found.after),
@@ -133,14 +133,14 @@ def _worse(before: Answered, after: Answered, key: str) -> bool:
     return paired_difference(after.per_prompt(key), before.per_prompt(key)).low > 0
 
 
-def example_numbers(found: Comparison, count: int = 3) -> list[int]:
+def example_numbers(found: BeforeAfter, count: int = 3) -> list[int]:
     """Pick examples that flatter nobody: prompts at even distances in the list."""
     prompts = len(found.before.answers)
     count = min(count, prompts)
     return [(2 * number + 1) * prompts // (2 * count) for number in range(count)]
 
 
-def print_examples(console: Console, prompts: Sequence[EncodedPrompt], found: Comparison) -> None:
+def print_examples(console: Console, prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> None:
     """Print example answers, greedy, with the facts they leave out and the ones they make up."""
     console.print("\n[bold]Three examples[/bold] (greedy; taken at even distances from the list, not chosen)")
     for number in example_numbers(found):
@@ -161,7 +161,7 @@ def remark(prompt: str, answer: str) -> str:
     return f"({'; '.join(parts) or 'all facts'})"
 
 
-def as_markdown(prompts: Sequence[EncodedPrompt], found: Comparison, judge: str, settings: Mapping[str, Any]) -> str:
+def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, judge: str, settings: Mapping[str, Any]) -> str:
     """The report as a Markdown file: table, verdict, examples, settings."""
     columns = list(found.columns())
     lines = ["# Quickstart: before and after CAGSR", "", *verdict(found), ""]
