@@ -2,68 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cagsr.evaluation.metrics import paired_difference
+from cagsr.evaluation.intervals import Interval, paired_difference
 from cagsr.flow import EncodedPrompt
 from cagsr.quickstart.before_after import MEASURES, Answered, BeforeAfter, Measure
+from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.task import read_prompt, stated_facts
 
-STAGES = (
-    (
-        "A start model",
-        "A tiny Llama with random weights learns to describe people, restaurants and products from {pairs:,} pairs of "
-        "prompt and answer. Their writer was in a hurry and left out one fact in four, so the model learns that too: it "
-        "can say every fact and often doesn't. This is the only stage with labels.",
-    ),
-    (
-        "A judge",
-        "The same recipe with other random weights gives a second model. It takes no part in the training; it only "
-        "tells in stage 4 how natural the answers read (perplexity).",
-    ),
-    (
-        "CAGSR: reinforcement learning without labels",
-        "Now come {prompts:,} new prompts and no answers. The start writes eight answers to a prompt; the reward is read "
-        "from its own attention while it writes: was each important word of the prompt looked at by the word that says "
-        "it, and in few words? PPO makes the better answers likelier and stays close to the start (the KL).",
-    ),
-    (
-        "Before and after",
-        "Both models answer {held_out:,} prompts that neither has seen. A checker that knows the facts counts them; the "
-        "reward never saw that checker.",
-    ),
-)
-"""Title and explanation of each stage."""
+TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 
 
 def welcome(console: Console, folder: Path) -> None:
     """Say what is about to happen."""
-    console.print(
-        Panel(
-            "A small language model is made from nothing and then improved with CAGSR: reinforcement learning on prompts "
-            "without answers, where the reward is the attention that the model itself pays to the prompt. Everything "
-            f"happens on this machine, offline, in a few minutes. Files go to [bold]{folder}/[/bold].",
-            title="cagsr quickstart",
-            title_align="left",
-            width=min(console.width, 100),
-        )
-    )
+    text = TEXTS["welcome"].format(folder=folder)
+    console.print(Panel(text, title="cagsr quickstart", title_align="left", width=min(console.width, 100)))
 
 
 def stage(console: Console, number: int, **sizes: int) -> None:
     """Print the heading of a stage, counted from 1, and why there is such a stage."""
-    title, why = STAGES[number - 1]
-    console.print()
-    console.print(f"[bold cyan]{number}/{len(STAGES)}  {title}[/bold cyan]")
-    console.print(why.format(**sizes), width=min(console.width, 100), highlight=False)
+    told = TEXTS["stages"][number - 1]
+    console.print(f"\n[bold cyan]{number}/{len(TEXTS['stages'])}  {told['title']}[/bold cyan]")
+    console.print(told["why"].format(**sizes), width=min(console.width, 100), highlight=False)
 
 
 def table_rows(found: BeforeAfter) -> list[tuple[Measure, dict[str, float]]]:
@@ -84,13 +54,8 @@ def print_table(console: Console, found: BeforeAfter) -> None:
         arrow = {"higher": " ↑", "lower": " ↓", "": ""}[measure.better]
         table.add_row(measure.label + arrow, *(f"{value:.{measure.digits}f}" for value in means.values()))
     console.print(table)
-    console.print(
-        f"↑ higher is better, ↓ lower. T = {found.peaked.temperature:.2f}: the start made as peaked as the trained model "
-        "(same entropy), because peaked models look better for that reason alone.",
-        style="dim",
-        width=min(console.width, 100),
-        highlight=False,
-    )
+    note = TEXTS["table"].format(temperature=found.peaked.temperature)
+    console.print(note, style="dim", width=min(console.width, 100), highlight=False)
 
 
 def _title(found: BeforeAfter) -> str:
@@ -101,9 +66,9 @@ def _title(found: BeforeAfter) -> str:
 def verdict(found: BeforeAfter) -> list[str]:
     """Say in sentences whether the facts covered went up, with 95 % intervals, and what got worse."""
     gains = {
-        "sampled": _gain(found.before, found.after),
-        "against the start made as peaked": _gain(found.peaked, found.after),
-        "greedy": _gain(found.before_greedy, found.after_greedy),
+        "sampled": _gain(found.before, found.after, "facts_covered"),
+        "against the start made as peaked": _gain(found.peaked, found.after, "facts_covered"),
+        "greedy": _gain(found.before_greedy, found.after_greedy, "facts_covered"),
     }
     told = "; ".join(f"{name} {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" for name, gain in gains.items())
     up = [gain.low > 0 for gain in gains.values()]
@@ -118,38 +83,37 @@ def verdict(found: BeforeAfter) -> list[str]:
     worse = [
         f"{measure.label} {found.peaked.mean(measure.key):.3f} -> {found.after.mean(measure.key):.3f}"
         for measure in MEASURES
-        if measure.key in ("wrong_facts", "said_again", "repetition") and _worse(found.peaked, found.after, measure.key)
+        if measure.key in ("wrong_facts", "said_again", "repetition")
+        and _gain(found.peaked, found.after, measure.key).low > 0
     ]
     if worse:
         sentences.append(f"Worse than the start made as peaked: {', '.join(worse)}.")
     return sentences
 
 
-def _gain(before: Answered, after: Answered) -> Any:
-    return paired_difference(after.per_prompt("facts_covered"), before.per_prompt("facts_covered"))
+def _gain(before: Answered, after: Answered, key: str) -> Interval:
+    return paired_difference(after.per_prompt(key), before.per_prompt(key))
 
 
-def _worse(before: Answered, after: Answered, key: str) -> bool:
-    return paired_difference(after.per_prompt(key), before.per_prompt(key)).low > 0
-
-
-def example_numbers(found: BeforeAfter, count: int = 3) -> list[int]:
-    """Pick examples that flatter nobody: prompts at even distances in the list."""
-    prompts = len(found.before.answers)
-    count = min(count, prompts)
-    return [(2 * number + 1) * prompts // (2 * count) for number in range(count)]
+def examples(prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Pick three prompts that flatter nobody, at even distances in the list: each with (model, greedy answer, remark)."""
+    count = min(3, len(prompts))
+    chosen = []
+    for number in ((2 * place + 1) * len(prompts) // (2 * count) for place in range(count)):
+        prompt = prompts[number].prompt.text
+        answers = {"before": found.before_greedy.answers[number][0], "after": found.after_greedy.answers[number][0]}
+        chosen.append((prompt, [(name, answer, remark(prompt, answer)) for name, answer in answers.items()]))
+    return chosen
 
 
 def print_examples(console: Console, prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> None:
     """Print example answers, greedy, with the facts they leave out and the ones they make up."""
     console.print("\n[bold]Three examples[/bold] (greedy; taken at even distances from the list, not chosen)")
-    for number in example_numbers(found):
-        prompt = prompts[number].prompt.text
+    for prompt, answers in examples(prompts, found):
         console.print(Text(f"\n{prompt}", style="italic"))
-        for name, answered in (("before", found.before_greedy), ("after ", found.after_greedy)):
-            answer = answered.answers[number][0]
-            told = Text.assemble((f"{name}  ", "bold"), answer, (f"  {remark(prompt, answer)}", "dim"))
-            console.print(Padding(told, (0, 0, 0, 2)))
+        for name, answer, told in answers:
+            line = Text.assemble((f"{name:<6}  ", "bold"), answer, (f"  {told}", "dim"))
+            console.print(Padding(line, (0, 0, 0, 2)))
 
 
 def remark(prompt: str, answer: str) -> str:
@@ -161,60 +125,27 @@ def remark(prompt: str, answer: str) -> str:
     return f"({'; '.join(parts) or 'all facts'})"
 
 
-def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, judge: str, settings: Mapping[str, Any]) -> str:
+def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, config: QuickstartConfig) -> str:
     """The report as a Markdown file: table, verdict, examples, settings."""
-    columns = list(found.columns())
-    lines = ["# Quickstart: before and after CAGSR", "", *verdict(found), ""]
-    lines += [f"| {_title(found)} | {' | '.join(columns)} |"]
-    lines += ["| --- |" + " ---: |" * len(columns)]
-    for measure, means in table_rows(found):
-        better = f", {measure.better} is better" if measure.better else ""
-        cells = " | ".join(f"{value:.{measure.digits}f}" for value in means.values())
-        lines.append(f"| {measure.label}{better} | {cells} |")
-    lines += [
-        "",
-        f"`before, T={found.peaked.temperature:.2f}` is the start at the temperature at which its entropy is the trained "
-        f"model's. The judge of the perplexity is `{judge}`: the start's recipe with other random weights, no reinforcement.",
-        "",
-        "![training curves](run/curves.png)",
-        "",
-        "## Examples (greedy, at even distances in the list)",
-    ]
-    for number in example_numbers(found):
-        prompt = prompts[number].prompt.text
-        lines += ["", f"> {prompt}", ""]
-        for name, answered in (("before", found.before_greedy), ("after", found.after_greedy)):
-            answer = answered.answers[number][0]
-            lines.append(f"- {name}: {answer} *{remark(prompt, answer)}*")
-    lines += ["", "## Settings", "", *(f"- {key}: {value}" for key, value in settings.items()), ""]
-    return "\n".join(lines)
+    environment = Environment(loader=PackageLoader("cagsr", "quickstart"), trim_blocks=True, keep_trailing_newline=True)
+    text: str = environment.get_template("report.md.jinja").render(
+        title=_title(found),
+        verdict=verdict(found),
+        columns=list(found.columns()),
+        rows=table_rows(found),
+        temperature=found.peaked.temperature,
+        examples=examples(prompts, found),
+        config=config,
+    )
+    return text
 
 
 def next_steps(console: Console, folder: Path, seconds: float) -> None:
     """Say where everything is and what to do next."""
-    files = {
-        "report.md": "this table and the examples",
-        "run/curves.png": "the training curves",
-        "run/": "the training run: config, metrics, samples, checkpoint",
-        "start/, run/final/": "the models, in Hugging Face layout",
-        "answers.jsonl": "all held-out prompts with all answers",
-    }
     console.print(f"\n[bold]Done in {seconds / 60:.1f} minutes.[/bold] In {folder}/:")
-    for name, what in files.items():
+    for name, what in TEXTS["files"].items():
         console.print(f"  {name:<19}{what}", highlight=False)
-    prompts = folder / "prompts.jsonl"
     console.print("\n[bold]Next[/bold]")
-    for command, why in (
-        (
-            f"cagsr diagnose --model {folder / 'start'} --data {prompts} --checker cagsr.quickstart.task.facts_metric",
-            "what does each reward term see in this model? Here a checker knows the truth",
-        ),
-        (f"cagsr report {folder}", "the training run as a page: curves, warnings, answers over time, costs"),
-        (
-            "cagsr diagnose --model YOUR_MODEL --data YOUR_PROMPTS.jsonl",
-            "the same for a model of yours, before you train it",
-        ),
-        ("cagsr train --model YOUR_MODEL --data YOUR_PROMPTS.jsonl --output_dir run", "CAGSR on your own model"),
-        (f"cagsr train --config {folder / 'run' / 'config.yaml'} --output_dir again", "repeat this run, change a flag"),
-    ):
-        console.print(f"  [dim]# {why}[/dim]\n  {command}", highlight=False, soft_wrap=True)
+    for one in TEXTS["next"]:
+        command = one["command"].format(folder=folder)
+        console.print(f"  [dim]# {one['why']}[/dim]\n  {command}", highlight=False, soft_wrap=True)
