@@ -32,7 +32,7 @@ import pytest
 SECONDS = 240.0
 """Patience with a process: less than a test has in all (pyproject.toml), so that the process can still be asked where it is."""
 _IMPORTED = (
-    *("cagsr.commands.main", "cagsr.train", "cagsr.run_page.serve", "cagsr.rating.server"),
+    *("cagsr.commands.main", "cagsr.train", "cagsr.run_page.live_page", "cagsr.rating.server"),
     *("http.server", "matplotlib.backends.backend_agg", "pytest", "transformers.models.llama.modeling_llama"),
 )
 _FORKED = multiprocessing.get_context("forkserver")

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from cagsr.localhost import listen
 from cagsr.rating.server import rating_app
 from cagsr.rating.store import Store
-from cagsr.run_page.serve import application
+from cagsr.run_page.live_page import application
 
 
 def serve_ratings(path: Path) -> None:

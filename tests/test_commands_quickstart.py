@@ -18,8 +18,8 @@ from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.quickstart.compare import BATCH, DRAWS, MEASURES, Answered, Comparison
-from cagsr.quickstart.show import remark, verdict
+from cagsr.quickstart.before_after import BATCH, DRAWS, MEASURES, Answered, BeforeAfter
+from cagsr.quickstart.quickstart_report import remark, verdict
 from cagsr.quickstart.stages import MAX_NEW_TOKENS
 from cagsr.quickstart.task import facts_covered, facts_said_again, make_pairs, make_prompts, wrong_facts
 from slow import every_pass_is_long
@@ -194,11 +194,11 @@ def answered(covered: float, wrong: float = 0.0, temperature: float = 1.0) -> An
 
 def test_the_verdict_says_plainly_what_did_not_work() -> None:
     low, high = answered(0.6), answered(0.8)
-    assert verdict(Comparison(low, low, high, low, high))[0].startswith("Facts covered went up:")
-    assert "not in every comparison" in verdict(Comparison(low, high, high, low, high))[0]
-    assert "did NOT go up" in verdict(Comparison(high, high, low, high, low))[0]
+    assert verdict(BeforeAfter(low, low, high, low, high))[0].startswith("Facts covered went up:")
+    assert "not in every comparison" in verdict(BeforeAfter(low, high, high, low, high))[0]
+    assert "did NOT go up" in verdict(BeforeAfter(high, high, low, high, low))[0]
     invented = answered(0.8, wrong=1.0)
-    assert "wrong facts" in verdict(Comparison(low, low, invented, low, invented))[1]
+    assert "wrong facts" in verdict(BeforeAfter(low, low, invented, low, invented))[1]
 
 
 def test_perplexity_is_averaged_geometrically_and_leaves_empty_answers_out() -> None:

@@ -14,7 +14,7 @@ import pytest
 import apart
 import tiny
 from cagsr.commands.main import main
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.store import Settings, Store
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two files of answers and a ratings file about them, half rated by one person."""
     for side in "ab":
         write(tmp_path / f"{side}.jsonl", [{"prompt": f"prompt {i}", "completion": f"{side} {i}"} for i in range(4)])
-    questions = [Question(f"prompt {i}", f"a {i}", f"b {i}") for i in range(4)]
+    questions = [RatingQuestion(f"prompt {i}", f"a {i}", f"b {i}") for i in range(4)]
     Store.create(tmp_path / "r.sqlite", questions, Settings("a.jsonl", "b.jsonl", (), 0)).close()
     rate_by_hand(tmp_path / "r.sqlite", "Ada", lambda one: {"a 0": "a", "a 1": "b", "a 2": "tie"}.get(one.a, "skip"))
     monkeypatch.chdir(tmp_path)
@@ -115,7 +115,7 @@ def _serve_once(flags: list[str]) -> None:
 def test_chat_prompts_make_conversational_pairs(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hello?"}]
     path = tmp_path / "r.sqlite"
-    Store.create(path, [Question(chat, "yes", "no")], Settings("a", "b", (), 0)).close()
+    Store.create(path, [RatingQuestion(chat, "yes", "no")], Settings("a", "b", (), 0)).close()
     rate_by_hand(path, "Ada", lambda one: "b")
     out = tmp_path / "pairs.jsonl"
     assert main(["rate", "export", "--db", str(path), "--out", str(out)]) == 0

@@ -21,7 +21,7 @@ from cagsr.errors import ConfigError, DataError, ModelError, RunError
 from cagsr.flow import Prompt
 from cagsr.preferences.pairs import PreferencePair, read_preferences
 from cagsr.preferences.reward_trainer import pair_accuracy, train_reward_model
-from cagsr.quickstart.start import build_tokenizer
+from cagsr.quickstart.start_model import build_tokenizer
 from cagsr.reward.model import encode_answered, join_answer, load_reward_model
 
 ANIMALS, COLOURS = ("cat", "dog", "bird", "tree"), ("red", "blue", "green", "small", "big")

@@ -17,7 +17,7 @@ from cagsr.commands.main import main
 from cagsr.config import DataConfig, LoraConfig, ModelConfig, SftConfig
 from cagsr.errors import CagsrError, ConfigError, DataError, ModelError, RunError
 from cagsr.pairs import IGNORED, encode_pairs
-from cagsr.quickstart.start import build_tokenizer, save_blank
+from cagsr.quickstart.start_model import build_tokenizer, save_blank
 from cagsr.quickstart.task import make_pairs
 from cagsr.runs.trainer_folder import write_model
 from cagsr.sft import sft

@@ -10,7 +10,7 @@ import yaml
 
 from cagsr.compare.jobs import plan_jobs
 from cagsr.compare.plan import read_plan
-from cagsr.compare.work import human_labels
+from cagsr.compare.worker import human_labels
 from cagsr.errors import ConfigError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cagsr.compare.jobs import Job, contents, method_folder, plan_jobs, start_folder
-from cagsr.compare.judging import _base_config
+from cagsr.compare.judge_policy import _base_config
+from cagsr.compare.make_models import make_policy, make_start
 from cagsr.compare.plan import START, Files, Method, Plan, RewardModelPlan
-from cagsr.compare.policies import make_policy, make_start
 from cagsr.compare.results import Results
 from cagsr.errors import ConfigError
 

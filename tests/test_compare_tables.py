@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cagsr.compare import figures, tables
+from cagsr.compare import result_figures as figures
+from cagsr.compare import result_tables as tables
 from cagsr.compare.jobs import method_folder, plan_jobs, result_file
 from cagsr.compare.plan import Files, Method, Plan, RewardModelPlan
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
@@ -86,7 +87,7 @@ def test_levels(results: Results):
 
 
 def test_gains_are_paired(results: Results):
-    (table,) = tables.gains(results, ["ours", "people"], ["missed"], "Gains")
+    (table,) = tables.differences(results, ["ours", "people"], ["missed"], "Gains")
     assert row(table, "Ours")[2].startswith("-0.200 [-0.200, -0.200]")
     assert row(table, "Ours")[3].startswith("-0.100 [-0.100, -0.100]")
     assert row(table, "Ours")[4] == "0.000 [0.000, 0.000]"
@@ -107,7 +108,7 @@ def test_contrasts_take_gains_at_matched_entropy(results: Results):
 
 
 def test_methods_against_one_are_paired_on_the_seeds_that_both_have(results: Results):
-    (table,) = tables.against(results, ["half", "people"], "ours", ["missed"], "Against ours")
+    (table,) = tables.differences(results, ["half", "people"], ["missed"], "Against ours", "ours")
     assert table.header[2:] == ("sampled", "gain at matched entropy", "greedy")
     # half has one of the two seeds, and on it the values of ours.
     assert row(table, "half")[1:] == ("1", *["0.000 [0.000, 0.000]"] * 3)

@@ -11,8 +11,8 @@ from examples.e2e import elsewhere, rewards
 from examples.e2e.facts import as_prompt, parse
 
 from cagsr.compare.jobs import plan_jobs
+from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import read_plan
-from cagsr.compare.policies import reward_settings
 
 ROOT = Path(__file__).parent.parent
 PLANS = sorted(

@@ -24,7 +24,7 @@ from cagsr.models.stops import stop_tokens
 from cagsr.pairs import encode_answer, encode_pairs
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.render import render_prompt
-from cagsr.quickstart.start import build_tokenizer
+from cagsr.quickstart.start_model import build_tokenizer
 from cagsr.rollout.sample import cut_responses
 
 PROMPTS = [

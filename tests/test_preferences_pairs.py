@@ -13,7 +13,7 @@ import pytest
 from cagsr.config import DataConfig, ModelConfig, RewardModelConfig
 from cagsr.errors import DataError
 from cagsr.preferences.pairs import count_pairs, read_preferences
-from cagsr.quickstart.start import build_tokenizer
+from cagsr.quickstart.start_model import build_tokenizer
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{{ '[assistant]' if add_generation_prompt }}"
 GOOD = {"prompt": "name: Mara.", "chosen": " Mara is a baker.", "rejected": " Mara."}

@@ -20,7 +20,7 @@ from rich.console import Console
 import tiny
 from cagsr import progress
 from cagsr.commands.main import main
-from cagsr.compare import schedule
+from cagsr.compare import scheduler
 from cagsr.compare.jobs import Job
 from cagsr.progress import Display, duration, each, resting, say, shown, working
 from slow import every_pass_is_long
@@ -390,7 +390,7 @@ def test_a_comparison_says_what_its_jobs_do(
         with open(log, "ab") as stream:
             began = stream.tell()
             process = subprocess.Popen([sys.executable, "-c", program], stdout=stream, process_group=0)
-        return schedule._Running(job, process, log, began, time.perf_counter())
+        return scheduler._Running(job, process, log, began, time.perf_counter())
 
     def poll(seconds: float) -> None:
         said.extend(capfd.readouterr().err.splitlines())
@@ -400,12 +400,12 @@ def test_a_comparison_says_what_its_jobs_do(
 
     said: list[str] = []
     sleep = time.sleep
-    monkeypatch.setattr(schedule._Run, "_start", start)
-    monkeypatch.setattr(schedule.time, "sleep", poll)
+    monkeypatch.setattr(scheduler._Run, "_start", start)
+    monkeypatch.setattr(scheduler.time, "sleep", poll)
     monkeypatch.setattr(Job, "is_done", lambda self, plan: self.target == "done")
     jobs = [Job("method", name, 0, (), "") for name in ("done", "one", "two")]
     with shown("cagsr compare"):
-        assert schedule.run_jobs(Plan(), tmp_path / "plan.yaml", jobs, fast=False, parallel=2) == []  # type: ignore[arg-type]
+        assert scheduler.run_jobs(Plan(), tmp_path / "plan.yaml", jobs, fast=False, parallel=2) == []  # type: ignore[arg-type]
     said += capfd.readouterr().err.splitlines()
     assert said[0] == "1 of 3 jobs are done already; 2 at a time."
     assert any(

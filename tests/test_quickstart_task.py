@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cagsr.quickstart.task import (
     DROP,
+    SUBJECTS,
     facts_covered,
     facts_metric,
     make_pairs,
@@ -19,7 +20,6 @@ from cagsr.quickstart.task import (
     stated_facts,
     wrong_facts,
 )
-from cagsr.quickstart.words import SUBJECTS
 
 MARA = "Introduce this person. name: Mara; job: baker; city: Lisbon; hobby: chess; pet: parrot."
 
@@ -106,7 +106,7 @@ def test_phrases_of_one_subject_never_state_two_facts_at_once() -> None:
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_the_tokenizer_has_every_word_and_gives_the_text_back(seed: int) -> None:
-    from cagsr.quickstart.start import build_tokenizer
+    from cagsr.quickstart.start_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     for row in make_pairs(5, seed):
@@ -122,9 +122,9 @@ def test_the_tokenizer_has_every_word_and_gives_the_text_back(seed: int) -> None
 def test_the_start_is_made_by_sft_and_loads_as_any_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cagsr.quickstart.start import make_start
+    from cagsr.quickstart.start_model import Recipe
 
-    start = make_start(tmp_path, seed=0, pairs=64, steps=3, quiet=True)
+    start = Recipe(tmp_path, "start", data_seed=0, seed=0, pairs=64, steps=3).make()
     assert start == tmp_path / "start"
     assert len([json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]) == 64
     model = AutoModelForCausalLM.from_pretrained(start)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import apart
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.store import SCALES, Settings, Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
@@ -34,7 +34,7 @@ class Served:
         for number in range(questions):
             text = f"prompt {number} {ODD * odd}"
             prompt: Any = [{"role": "user", "content": text}] if number % 2 else text
-            asked.append(Question(prompt, f"a{number} {ODD * odd}", f"b{number} {ODD * odd}"))
+            asked.append(RatingQuestion(prompt, f"a{number} {ODD * odd}", f"b{number} {ODD * odd}"))
         settings = Settings("a.jsonl", "b.jsonl", SCALES if scales else (), 0)
         Store.create(folder / "r.sqlite", asked, settings).close()
         self.start()

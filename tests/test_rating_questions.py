@@ -11,7 +11,7 @@ import pytest
 
 from cagsr.errors import DataError
 from cagsr.rating.order import draw_order
-from cagsr.rating.questions import Question, questions_from_answers, questions_from_pairs, together
+from cagsr.rating.rating_questions import RatingQuestion, questions_from_answers, questions_from_pairs, together
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
@@ -29,7 +29,11 @@ def test_answers_are_paired_by_prompt_and_place(tmp_path: Path) -> None:
     a = answers(tmp_path / "a.jsonl", ("one", "a1"), ("two", "a2"), ("one", "a3"))
     b = answers(tmp_path / "b.jsonl", ("two", "b2"), ("one", "b1"), ("one", "b3"))
     found = questions_from_answers(a, b)
-    assert found.questions == (Question("one", "a1", "b1"), Question("one", "a3", "b3"), Question("two", "a2", "b2"))
+    assert found.questions == (
+        RatingQuestion("one", "a1", "b1"),
+        RatingQuestion("one", "a3", "b3"),
+        RatingQuestion("two", "a2", "b2"),
+    )
     assert found.notes() == []
 
 
@@ -39,7 +43,7 @@ def test_what_is_not_asked_is_counted(tmp_path: Path) -> None:
     )
     b = answers(tmp_path / "b.jsonl", ("one", "same text "), ("two", "y"), ("two", "y"), ("three", "z"))
     found = questions_from_answers(a, b)
-    assert found.questions == (Question("two", "x", "y"), Question("three", "", "z"))
+    assert found.questions == (RatingQuestion("two", "x", "y"), RatingQuestion("three", "", "z"))
     assert (found.equal, found.repeated, found.unpaired) == (1, 1, 1)
     assert len(found.notes()) == 3
 
@@ -48,7 +52,7 @@ def test_chat_messages_are_prompts_in_every_form(tmp_path: Path) -> None:
     parts = [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo?"}]}]
     a = answers(tmp_path / "a.jsonl", (CHAT, "yes"))
     b = answers(tmp_path / "b.jsonl", (parts, [{"role": "assistant", "content": "no"}]))
-    assert questions_from_answers(a, b).questions == (Question(CHAT, "yes", "no"),)
+    assert questions_from_answers(a, b).questions == (RatingQuestion(CHAT, "yes", "no"),)
 
 
 def test_pairs_and_gold_questions(tmp_path: Path) -> None:
@@ -57,7 +61,11 @@ def test_pairs_and_gold_questions(tmp_path: Path) -> None:
     both = together(
         questions_from_pairs(path, "a", "b"), questions_from_pairs(gold, "chosen", "rejected", gold=True)
     ).questions
-    assert both == (Question("p", "x", "y"), Question("p", "y", "x"), Question("p", "x", "y", gold=True))
+    assert both == (
+        RatingQuestion("p", "x", "y"),
+        RatingQuestion("p", "y", "x"),
+        RatingQuestion("p", "x", "y", gold=True),
+    )
     assert len({one.id for one in both}) == 3
 
 
@@ -88,12 +96,12 @@ def test_a_prompt_that_only_b_answers_is_refused_and_equal_gold_answers_are_left
         questions_from_answers(a, b)
     rows = [{"prompt": "p", "chosen": "x", "rejected": "x "}, {"prompt": "p", "chosen": "x", "rejected": "y"}]
     found = questions_from_pairs(write(tmp_path / "g.jsonl", rows), "chosen", "rejected", gold=True)
-    assert found.questions == (Question("p", "x", "y", gold=True),)
+    assert found.questions == (RatingQuestion("p", "x", "y", gold=True),)
     assert found.notes() == ["1 pairs have two equal answers: they are not asked and count nowhere."]
 
 
 def test_the_order_is_a_draw_by_seed_rater_and_question() -> None:
-    names = [Question(f"prompt {number}", "x", "y").id for number in range(400)]
+    names = [RatingQuestion(f"prompt {number}", "x", "y").id for number in range(400)]
     order = draw_order(0, "ada", names)
     assert sorted(name for name, _ in order) == sorted(names)
     assert order == draw_order(0, "ada", names[::-1])

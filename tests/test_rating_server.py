@@ -17,12 +17,12 @@ from starlette.testclient import TestClient
 import apart
 from cagsr.errors import ConfigError
 from cagsr.localhost import listen
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.server import LARGEST, link, rating_app
 from cagsr.rating.store import SCALES, Settings, Store
 from page_server import serve_ratings
 
-QUESTIONS = [Question(f"prompt {number}", f"a {number}", f"b {number}") for number in range(3)]
+QUESTIONS = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(3)]
 READ, WRITE = ("GET", "/api/state?rater=Ada&database="), ("POST", "/api/rate")
 
 

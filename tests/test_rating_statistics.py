@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from cagsr.rating.export import preference_pairs
-from cagsr.rating.questions import Question
-from cagsr.rating.statistics import agreement, choice_agreement, prompt_means, win_score
+from cagsr.rating.rating_questions import RatingQuestion
+from cagsr.rating.rating_statistics import agreement, choice_agreement, prompt_means, win_score
 from cagsr.rating.store import Judgement, Settings
 from cagsr.rating.summary import summarize
 
 SETTINGS = Settings("a.jsonl", "b.jsonl", (), 0)
-Q = [Question(f"prompt {number}", f"a {number}", f"b {number}") for number in range(10)]
+Q = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(10)]
 
 
-def judged(rater: str, choices: Iterable[str], questions: list[Question] = Q, **more: Any) -> list[Judgement]:
+def judged(rater: str, choices: Iterable[str], questions: list[RatingQuestion] = Q, **more: Any) -> list[Judgement]:
     """Choices of a rater on the questions in their order; "-" for a question not rated."""
     names = {"-": None, "=": "tie", "x": "both_bad", "s": "skip"}
     found = [(question, names.get(one, one)) for question, one in zip(questions, choices, strict=False)]
@@ -31,7 +31,7 @@ def judged(rater: str, choices: Iterable[str], questions: list[Question] = Q, **
 
 def test_the_win_rate_is_a_mean_over_prompts() -> None:
     """Prompt 0: two raters, 1 and 0.5, and a second question with 0: (0.75 + 0) / 2; prompt 1: 1; prompt 2: skipped only."""
-    second = Question("prompt 0", "another a", "another b")
+    second = RatingQuestion("prompt 0", "another a", "another b")
     judgements = [*judged("ada", "aas"), *judged("bob", "=--"), *judged("ada", "b", [second])]
     assert prompt_means(judgements, win_score).tolist() == [0.375, 1.0]
     found = summarize(judgements, 4, SETTINGS)
@@ -60,8 +60,8 @@ def test_alpha_of_two_raters_by_hand() -> None:
     assert shared == 10
     assert alpha == pytest.approx(1 - 0.2 * 380 / 246, abs=1e-12)
     # What one of them has not rated, or skipped, is no unit and changes nothing.
-    more = [*judged("ada", "aaaabbbb==ab", [*Q, Question("p", "x", "y"), Question("q", "x", "y")])]
-    more += judged("bob", "aaabbbbb=as", [*Q, Question("p", "x", "y")])
+    more = [*judged("ada", "aaaabbbb==ab", [*Q, RatingQuestion("p", "x", "y"), RatingQuestion("q", "x", "y")])]
+    more += judged("bob", "aaabbbbb=as", [*Q, RatingQuestion("p", "x", "y")])
     assert choice_agreement(more) == (pytest.approx(alpha, abs=1e-12), 10)
 
 
@@ -82,7 +82,7 @@ def test_alpha_at_its_ends() -> None:
 
 
 def test_gold_counts_for_raters_alone() -> None:
-    gold = [Question(f"gold {number}", "right", "wrong", gold=True) for number in range(4)]
+    gold = [RatingQuestion(f"gold {number}", "right", "wrong", gold=True) for number in range(4)]
     judgements = [*judged("ada", "ab"), *judged("ada", "ab=s", gold, a_left=False), *judged("bob", "-a")]
     found = summarize(judgements, 10, SETTINGS)
     assert found.counts["a"] == 2
@@ -111,7 +111,7 @@ def test_marks_by_hand() -> None:
 
 
 def test_the_export_by_majority_and_by_each() -> None:
-    gold = [Question("gold", "right", "wrong", gold=True)]
+    gold = [RatingQuestion("gold", "right", "wrong", gold=True)]
     judgements = [
         *judged("ada", "abab=s"),
         *judged("bob", "aab=xa"),
@@ -138,8 +138,8 @@ def test_the_export_by_majority_and_by_each() -> None:
 
 
 def test_conversations_are_exported_as_messages_and_empty_answers_not_at_all() -> None:
-    chat = Question([{"role": "user", "content": "Hi"}], "yes", "no")
-    found = preference_pairs(judged("ada", "bb", [chat, Question("p", "", "text")]), "each")
+    chat = RatingQuestion([{"role": "user", "content": "Hi"}], "yes", "no")
+    found = preference_pairs(judged("ada", "bb", [chat, RatingQuestion("p", "", "text")]), "each")
     assert found.rows == (
         {
             "prompt": [{"role": "user", "content": "Hi"}],

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import apart
 from cagsr.errors import DataError, RunError
 from cagsr.rating.database import open_database, was_created
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.store import Settings, Store, rater_name
 
-QUESTIONS = [Question(f"prompt {number}", f"a {number}", f"b {number}") for number in range(6)]
+QUESTIONS = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(6)]
 SETTINGS = Settings("a.jsonl", "b.jsonl", (), 0)
 
 
@@ -206,7 +206,9 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
 
 
 def test_odd_texts_come_back_as_they_were(tmp_path: Path) -> None:
-    odd = Question([{"role": "user", "content": "\x00\u202e</script>🐱\r\n"}], "\x00'; DROP TABLE ratings; --", "")
+    odd = RatingQuestion(
+        [{"role": "user", "content": "\x00\u202e</script>🐱\r\n"}], "\x00'; DROP TABLE ratings; --", ""
+    )
     store = Store.create(tmp_path / "r.sqlite", [odd], SETTINGS)
     assert store.questions() == [odd]
     asked = store.join("Robert'); DROP TABLE raters; --").question

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tiny
 from cagsr.commands.main import main
 from cagsr.compare.jobs import plan_jobs
-from cagsr.compare.judging import BATCH, best_of_n
+from cagsr.compare.judge_policy import BATCH, best_of_n
 from cagsr.compare.plan import Files, Method, Plan
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, TrainConfig
 from cagsr.errors import RunError
@@ -27,7 +27,7 @@ from cagsr.reward.normalize import Normalizer
 from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import Scales, weigh
 from cagsr.runs.reward import read_run_reward
-from cagsr.view.notebook import view
+from cagsr.view.viewer import view
 
 
 def normalized(

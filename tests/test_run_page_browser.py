@@ -14,8 +14,8 @@ import pytest
 
 import apart
 import tiny
-from cagsr.run_page.page import render_page
-from cagsr.run_page.read import read_run
+from cagsr.run_page.read_run import read_run
+from cagsr.run_page.run_html import render_page
 from page_server import serve_runs
 from run_pages import HOSTILE, WARNING, make_run, metrics, sample, write
 

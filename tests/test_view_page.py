@@ -26,9 +26,9 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.view import View, view
 from cagsr.view.measure import Answer
-from cagsr.view.page import ROOM, as_json, pack, pack_all, page_data, quantise
-from cagsr.view.pieces import token_pieces
 from cagsr.view.planes import REWARD, Plane
+from cagsr.view.token_pieces import token_pieces
+from cagsr.view.view_html import ROOM, as_json, pack, pack_all, page_data, quantise
 
 PROMPT = "tell me about the red cat near a big house ."
 ANSWERS = ["the red cat likes the red cat .", "a small dog", "the big house near the tree"]

@@ -23,8 +23,8 @@ from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.grounded import grounded_coverage
 from cagsr.reward.said import says
 from cagsr.reward.words import pool_words
-from cagsr.view.pieces import token_pieces
 from cagsr.view.planes import Plane, read_planes
+from cagsr.view.token_pieces import token_pieces
 from examples.e2e.signal_formulas import (
     Expectation,
     Floats,

@@ -30,11 +30,11 @@ def run(config: Config) -> None:
     """Run what is missing and write the report."""
     from pathlib import Path
 
+    from cagsr.compare.comparison_report import finding, write_report
     from cagsr.compare.jobs import plan_jobs
     from cagsr.compare.plan import read_plan
-    from cagsr.compare.report import finding, write_report
     from cagsr.compare.results import Results
-    from cagsr.compare.schedule import run_jobs
+    from cagsr.compare.scheduler import run_jobs
 
     file = Path(config.plan)
     plan = read_plan(file, fast=config.fast)

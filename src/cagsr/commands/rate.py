@@ -12,7 +12,7 @@ from cagsr.config.ranges import OutputFile, Port, Seed
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from cagsr.rating.questions import QuestionSet
+    from cagsr.rating.rating_questions import RatingQuestions
     from cagsr.rating.store import Judgement, Store
 
 
@@ -158,7 +158,7 @@ def _store(config: Config, path: Path) -> Store:
     return store
 
 
-def _created(config: Config, path: Path, asked: QuestionSet) -> Store:
+def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
     from cagsr.commands.inputs import say
     from cagsr.rating.store import SCALES, Settings, Store
 
@@ -175,7 +175,7 @@ def _created(config: Config, path: Path, asked: QuestionSet) -> Store:
     return Store.create(path, asked.questions, settings)
 
 
-def _questions(config: Config, known: bool) -> QuestionSet | None:
+def _questions(config: Config, known: bool) -> RatingQuestions | None:
     """Read the questions of the files given; None where none are and the ratings file has its own."""
     sides = [name for name in (config.a, config.b) if name is not None]
     if config.pairs is None and not sides:
@@ -190,7 +190,7 @@ def _questions(config: Config, known: bool) -> QuestionSet | None:
         if name is not None and not Path(name).is_file():
             raise DataError(f"--{flag} {name}: no such file; check the path.")
 
-    from cagsr.rating.questions import questions_from_answers, questions_from_pairs, together
+    from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, together
 
     column = config.prompt_column
     if config.pairs is not None:

@@ -34,13 +34,13 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the page, or serve it until interrupted."""
-    from cagsr.run_page.locate import find_run, labels
+    from cagsr.run_page.find_run import find_run, labels
 
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:
         from cagsr.localhost import listen
-        from cagsr.run_page.serve import serve
+        from cagsr.run_page.live_page import serve
 
         for path in paths:
             find_run(path, wait=True)
@@ -50,8 +50,8 @@ def run(config: Config) -> None:
         return
 
     from cagsr.atomic import disk_errors, write_text_atomically
-    from cagsr.run_page.page import render_page
-    from cagsr.run_page.read import read_run
+    from cagsr.run_page.read_run import read_run
+    from cagsr.run_page.run_html import render_page
     from cagsr.runs.folder import REPORT
 
     folders = [find_run(path) for path in paths]

@@ -79,7 +79,7 @@ def run(config: Config) -> None:
     from cagsr.reward.build import check_reward_config
     from cagsr.reward.terms import needs_associations
     from cagsr.runs.reward import with_run_reward
-    from cagsr.view.notebook import view
+    from cagsr.view.viewer import view
 
     config, learned = with_run_reward(config, config.sampling.temperature)
     check_reward_config(config.reward)

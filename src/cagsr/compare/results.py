@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cagsr.compare.jobs import (
     validity_file,
 )
 from cagsr.compare.plan import START, Plan
-from cagsr.run_page.speed import step_seconds
+from cagsr.run_page.step_times import step_seconds
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
@@ -29,20 +30,22 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a plan that are up to date."""
+    """The results of a plan that are up to date when they are first asked for."""
 
     plan: Plan
     jobs: Sequence[Job]
     _read: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
+    @cached_property
+    def _done(self) -> list[Job]:
+        return [job for job in self.jobs if job.is_done(self.plan)]
+
+    def _done_of(self, kind: str, target: str) -> list[Job]:
+        return [job for job in self._done if job.kind == kind and job.target == target]
+
     def seeds(self, method: str) -> list[int]:
         """Seeds with which a method was judged, and its start with it."""
-        done = {
-            job.seed for job in self.jobs if job.kind == "method" and job.target == method and job.is_done(self.plan)
-        }
-        starts = {
-            job.seed for job in self.jobs if job.kind == "method" and job.target == START and job.is_done(self.plan)
-        }
+        done, starts = ({job.seed for job in self._done_of("method", name)} for name in (method, START))
         return [seed for seed in self.plan.seeds if seed in done & starts]
 
     @property
@@ -57,15 +60,12 @@ class Results:
             self._read[method, seed] = json.loads(file.read_text(encoding="utf-8"))
         return self._read[method, seed]
 
-    def has(self, method: str, setting: str, measure: str) -> bool:
-        """Whether a method was measured so with all its seeds."""
-        seeds = self.seeds(method)
-        return bool(seeds) and all(measure in self.raw(method, seed)["values"].get(setting, {}) for seed in seeds)
-
-    def values(self, method: str, setting: str, measure: str, seeds: Sequence[int] | None = None) -> Floats:
-        """``(seeds, prompts)`` values of a measure; KeyError where it was not measured."""
-        chosen = self.seeds(method) if seeds is None else seeds
-        return np.array([self.raw(method, seed)["values"][setting][measure] for seed in chosen], dtype=np.float64)
+    def values(self, method: str, setting: str, measure: str, seeds: Sequence[int] | None = None) -> Floats | None:
+        """``(seeds, prompts)`` values of a measure; None where it was not measured so with all the method's seeds."""
+        tables = {seed: self.raw(method, seed)["values"].get(setting, {}) for seed in self.seeds(method)}
+        if not tables or any(measure not in table for table in tables.values()):
+            return None
+        return np.array([tables[seed][measure] for seed in (tables if seeds is None else seeds)], dtype=np.float64)
 
     @property
     def measures(self) -> list[str]:
@@ -73,24 +73,29 @@ class Results:
         seeds = self.seeds(START)
         return list(self.raw(START, seeds[0])["values"][SAMPLED]) if seeds else []
 
-    def gain(self, method: str, how: str, measure: str, seeds: Sequence[int] | None = None) -> tuple[Floats, Floats]:
-        """A method's values and what they are compared with, ``(seeds, prompts)`` both.
+    def pair(self, method: str, how: str, measure: str, against: str = START) -> tuple[Floats, Floats] | None:
+        """A method's values and what they are compared with, on the seeds of both; ``(seeds, prompts)`` each.
 
-        ``how``: ``sampled`` against the start sampled alike, ``start_matched``: sampled against the start at matched entropy,
-        ``greedy`` against the start greedy.
+        ``how``: ``sampled`` or ``greedy``: both decoded so. ``start_matched``: the method sampled, the start at matched
+        entropy; against another method, the gains that both have so.
+
+        Returns:
+            None where one of them was not measured so.
         """
-        chosen = self.seeds(method) if seeds is None else seeds
+        seeds = [seed for seed in self.seeds(method) if seed in self.seeds(against)]
+        if method == START or not seeds:
+            return None
         if how == MATCHED:
-            return self.values(method, SAMPLED, measure, chosen), self.values(method, MATCHED, measure, chosen)
-        return self.values(method, how, measure, chosen), self.values(START, how, measure, chosen)
-
-    def can_gain(self, method: str, how: str, measure: str) -> bool:
-        """Whether :meth:`gain` has what it needs."""
-        if method == START:
-            return False
-        if how == MATCHED:
-            return self.has(method, SAMPLED, measure) and self.has(method, MATCHED, measure)
-        return self.has(method, how, measure) and self.has(START, how, measure)
+            found = [self.values(method, setting, measure, seeds) for setting in (SAMPLED, MATCHED)]
+            if against != START:
+                found += [self.values(against, setting, measure, seeds) for setting in (SAMPLED, MATCHED)]
+        else:
+            found = [self.values(name, how, measure, seeds) for name in (method, against)]
+        known = [values for values in found if values is not None]
+        if len(known) < len(found):
+            return None
+        first, second, *other = known
+        return (first - second, other[0] - other[1]) if other else (first, second)
 
     def costs(self, method: str) -> dict[str, float]:
         """Mean seconds, peak memory and labels of a method's jobs."""
@@ -98,14 +103,15 @@ class Results:
         found = {
             name: float(np.mean([row[name] for row in rows])) for name in rows[0] if all(name in row for row in rows)
         }
-        done = [job.facts(self.plan) for job in self._done("method", method)]
-        found["peak_memory_bytes"] = float(np.mean([row["peak_memory_bytes"] for row in done]))
+        found["peak_memory_bytes"] = self._mean_fact("method", method, "peak_memory_bytes")
         reward_model = None if method == START else self.plan.methods[method].reward_model
-        if reward_model is not None and self.plan.methods[method].kind != "dpo":
-            models = [job.facts(self.plan) for job in self._done("reward_model", reward_model)]
-            if models:
-                found["reward_model_seconds"] = float(np.mean([row["seconds"] for row in models]))
+        trained = reward_model is not None and self.plan.methods[method].kind != "dpo"
+        if trained and self._done_of("reward_model", str(reward_model)):
+            found["reward_model_seconds"] = self._mean_fact("reward_model", str(reward_model), "seconds")
         return found
+
+    def _mean_fact(self, kind: str, target: str, name: str) -> float:
+        return float(np.mean([job.facts(self.plan)[name] for job in self._done_of(kind, target)]))
 
     def _trained(self, method: str, seed: int) -> dict[str, float]:
         """The seconds of a run's steps: all of them, although the job that judged it may have found it trained already."""
@@ -119,25 +125,20 @@ class Results:
     def accuracies(self) -> dict[str, list[dict[str, Any]]]:
         """What each trained reward model said of itself, a row a seed."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for job in self.jobs:
-            if job.kind == "reward_model" and job.is_done(self.plan) and job.seed is not None:
+        for job in self._done:
+            if job.kind == "reward_model" and job.seed is not None:
                 file = reward_model_folder(self.plan.folder, job.target, job.seed) / "metrics.json"
                 found.setdefault(job.target, []).append(json.loads(file.read_text(encoding="utf-8")))
         return found
 
     def validity(self) -> list[dict[str, Any]]:
         """The measurements of the reward's validity, one a seed."""
-        seeds = [job.seed for job in self.jobs if job.kind == "validity" and job.is_done(self.plan)]
-        return [
-            json.loads(validity_file(self.plan, seed).read_text(encoding="utf-8")) for seed in seeds if seed is not None
-        ]
+        seeds = [job.seed for job in self._done_of("validity", "") if job.seed is not None]
+        return [json.loads(validity_file(self.plan, seed).read_text(encoding="utf-8")) for seed in seeds]
 
     def training(self, method: str) -> list[list[dict[str, float]]]:
         """The training curves of a method, one a seed."""
         return [self.raw(method, seed)["training"] for seed in self.seeds(method)]
-
-    def _done(self, kind: str, target: str) -> list[Job]:
-        return [job for job in self.jobs if job.kind == kind and job.target == target and job.is_done(self.plan)]
 
 
 __all__ = ["GREEDY", "MATCHED", "SAMPLED", "Results"]

@@ -19,9 +19,10 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from cagsr.quickstart.words import SUBJECTS
+import yaml
 
 Part = Literal["pairs", "unlabelled", "held_out"]
 
@@ -32,11 +33,41 @@ REPEAT = 0.15
 
 
 @dataclass(frozen=True)
+class Fact:
+    """One kind of fact: its values and the ways to say it."""
+
+    values: tuple[str, ...]
+    phrases: tuple[str, ...]
+    """Predicates with ``{}`` for the value, as in "lives in {}"."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kind of thing to describe."""
+
+    instructions: tuple[str, ...]
+    """First sentences of a prompt."""
+    names: dict[str, str]
+    """Name to pronoun."""
+    facts: dict[str, Fact]
+
+
+def _subject(said: dict[str, Any]) -> Subject:
+    names = {name: pronoun for pronoun, names in said["names"].items() for name in names.split()}
+    facts = {kind: Fact(tuple(one["values"].split()), tuple(one["phrases"])) for kind, one in said["facts"].items()}
+    return Subject(tuple(said["instructions"]), names, facts)
+
+
+_WORDS = yaml.safe_load(Path(__file__).with_name("task_words.yaml").read_text(encoding="utf-8"))
+SUBJECTS = {name: _subject(said) for name, said in _WORDS.items()}
+
+
+@dataclass(frozen=True)
 class Item:
     """What a prompt asks about."""
 
     subject: str
-    """A key of ``words.SUBJECTS``."""
+    """A key of ``SUBJECTS``."""
     instruction: str
     name: str
     facts: tuple[tuple[str, str], ...]
@@ -90,10 +121,13 @@ def stated_facts(prompt: str, answer: str) -> list[tuple[str, str]]:
     """
     kinds = set(read_prompt(prompt))
     subject = next(name for name, one in SUBJECTS.items() if f"this {name}" in prompt or kinds <= {"name", *one.facts})
-    found = [(match.start(), "name", match.group()) for match in re.finditer(_names(subject), answer)]
+    # A name stands at the beginning of a sentence: elsewhere the same word may be another fact, as a chef.
+    names = rf"(?:(?<=^)|(?<=\. )|(?<=^ ))(?:{'|'.join(SUBJECTS[subject].names)})\b"
+    found = [(match.start(), "name", match.group()) for match in re.finditer(names, answer)]
     for kind, fact in SUBJECTS[subject].facts.items():
+        value = f"({'|'.join(fact.values)})"
         for phrase in fact.phrases:
-            pattern = rf"\b{re.escape(phrase).replace(re.escape('{}'), f'({_any(fact.values)})')}\b"
+            pattern = rf"\b{re.escape(phrase).replace(re.escape('{}'), value)}\b"
             found += [(match.start(), kind, match.group(1)) for match in re.finditer(pattern, answer)]
     return [(kind, value) for _, kind, value in sorted(found)]
 
@@ -172,15 +206,3 @@ def _tell(
         listed = part[0] if size == 1 else f"{', '.join(part[:-1])} and {part[-1]}"
         sentences.append(f"{who} {listed}.")
     return " ".join(sentences)
-
-
-# ---- checking ----
-
-
-def _any(words: tuple[str, ...]) -> str:
-    return "|".join(words)
-
-
-def _names(subject: str) -> str:
-    """Match a name at the beginning of a sentence (elsewhere the same word may be another fact, as a chef)."""
-    return rf"(?:(?<=^)|(?<=\. )|(?<=^ ))(?:{_any(tuple(SUBJECTS[subject].names))})\b"

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from cagsr.errors import DataError, RunError
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 
 APPLICATION = 0x63616773
 """What SQLite's header says of files that are ours ("cags")."""
@@ -36,7 +36,7 @@ CREATE TABLE undone (
 """
 
 
-def create_database(path: Path, questions: Sequence[Question], settings: Mapping[str, object]) -> None:
+def create_database(path: Path, questions: Sequence[RatingQuestion], settings: Mapping[str, object]) -> None:
     """Make the file with its questions, in one transaction, readable by its owner alone (it holds the page's token).
 
     Raises:

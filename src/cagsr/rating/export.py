@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cagsr.rating.questions import Question
+from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.store import Judgement
 
 REASONS = {
@@ -55,11 +55,11 @@ def preference_pairs(judgements: Sequence[Judgement], votes: Literal["majority",
     return Exported(tuple(rows), left_out)
 
 
-def _each(judgements: Sequence[Judgement]) -> list[tuple[Question, str]]:
+def _each(judgements: Sequence[Judgement]) -> list[tuple[RatingQuestion, str]]:
     return [(one.question, one.choice) for one in judgements if one.choice in ("a", "b")]
 
 
-def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list[tuple[Question, str]]:
+def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list[tuple[RatingQuestion, str]]:
     """The side that most raters prefer, for the questions that have one; counts those that have none."""
     questions: dict[str, list[Judgement]] = {}
     for one in judgements:
@@ -75,5 +75,5 @@ def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list
     return found
 
 
-def _answer(question: Question, text: str) -> str | list[dict[str, str]]:
+def _answer(question: RatingQuestion, text: str) -> str | list[dict[str, str]]:
     return text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cagsr.errors import DataError
 from cagsr.rating.database import create_database, database_errors, open_database, transaction
 from cagsr.rating.order import draw_order
-from cagsr.rating.questions import PromptText, Question
+from cagsr.rating.rating_questions import PromptText, RatingQuestion
 
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 Shown = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -68,7 +68,7 @@ class Judgement:
     """One rating, in terms of the sides."""
 
     rater: str
-    question: Question
+    question: RatingQuestion
     choice: Choice
     a_left: bool
     """Whether A stood on the left."""
@@ -94,7 +94,7 @@ class Store:
         self.settings = Settings(meta["label_a"], meta["label_b"], tuple(meta["scales"]), meta["seed"])
 
     @classmethod
-    def create(cls, path: Path, questions: Sequence[Question], settings: Settings) -> Store:
+    def create(cls, path: Path, questions: Sequence[RatingQuestion], settings: Settings) -> Store:
         """Make a new file; raises as ``create_database``."""
         create_database(path, questions, vars(settings) | {"scales": list(settings.scales)})
         return cls(path)
@@ -191,7 +191,7 @@ class Store:
 
     # ---- reading ----
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[RatingQuestion]:
         """All questions, gold ones too, in the files' order."""
         return [_question(*row) for row in self._read("SELECT prompt, a, b, gold FROM questions ORDER BY number")]
 
@@ -248,8 +248,8 @@ def rater_name(name: str) -> str:
     return text
 
 
-def _question(prompt: str, a: str, b: str, gold: int) -> Question:
-    return Question(json.loads(prompt), a, b, bool(gold))
+def _question(prompt: str, a: str, b: str, gold: int) -> RatingQuestion:
+    return RatingQuestion(json.loads(prompt), a, b, bool(gold))
 
 
 def _now() -> str:

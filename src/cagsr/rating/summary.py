@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
-from cagsr.rating.statistics import choice_agreement, mark_agreement, mark_of, prompt_means, win_score
+from cagsr.rating.rating_statistics import choice_agreement, mark_agreement, mark_of, prompt_means, win_score
 from cagsr.rating.store import Judgement, Settings
 
 FEW = 20

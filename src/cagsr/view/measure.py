@@ -20,8 +20,8 @@ from cagsr.reward.coverage import coverage_gains
 from cagsr.reward.focus import focus
 from cagsr.reward.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
-from cagsr.view.pieces import token_pieces
 from cagsr.view.planes import REWARD, Plane, planes_with_room, read_planes
+from cagsr.view.token_pieces import token_pieces
 
 Floats = NDArray[np.float32]
 

@@ -21,9 +21,9 @@ from starlette.routing import Route
 
 from cagsr.errors import CagsrError
 from cagsr.localhost import HOST, serve_until_interrupted
-from cagsr.run_page.locate import find_run, labels
-from cagsr.run_page.page import Content, content_of, render_page
-from cagsr.run_page.read import Run, read_run
+from cagsr.run_page.find_run import find_run, labels
+from cagsr.run_page.read_run import Run, read_run
+from cagsr.run_page.run_html import Content, content_of, render_page
 from cagsr.runs.folder import CONFIG, is_being_written
 
 SHARE = 10

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cagsr.associate import associations_of
 from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
+from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
-from cagsr.compare.policies import reward_settings
 from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfig
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
 from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature

@@ -17,7 +17,7 @@ PromptText = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Question:
+class RatingQuestion:
     """Two answers to a prompt. Nothing here says who sees which on the left."""
 
     prompt: PromptText
@@ -35,10 +35,10 @@ class Question:
 
 
 @dataclass(frozen=True)
-class QuestionSet:
+class RatingQuestions:
     """The questions of some files, and what was left out of them."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[RatingQuestion, ...]
     equal: int = 0
     """Pairs of two equal answers, which nobody is asked about."""
     repeated: int = 0
@@ -60,7 +60,7 @@ class QuestionSet:
 
 def questions_from_answers(
     a: str, b: str, *, prompt_column: str = "prompt", response_column: str = "completion"
-) -> QuestionSet:
+) -> RatingQuestions:
     """Pair two files of answers by prompt; the first answer of A with the first of B, and so on.
 
     Both are as ``cagsr generate`` writes them, several rows of one prompt being its samples.
@@ -82,13 +82,13 @@ def questions_from_answers(
     for key, rows in mine.items():
         others = theirs[key]
         unpaired += abs(len(rows) - len(others))
-        pairs += [Question(one.prompt, one.text, two.text) for one, two in zip(rows, others, strict=False)]
+        pairs += [RatingQuestion(one.prompt, one.text, two.text) for one, two in zip(rows, others, strict=False)]
     return _kept(pairs, unpaired)
 
 
 def questions_from_pairs(
     path: str, a_column: str, b_column: str, *, prompt_column: str = "prompt", gold: bool = False
-) -> QuestionSet:
+) -> RatingQuestions:
     """Read a file whose rows have a prompt and both answers.
 
     Raises:
@@ -97,13 +97,13 @@ def questions_from_pairs(
     pairs = []
     for row in load_rows(_config(path, prompt_column), [a_column, b_column]):
         prompt = prompt_of(row, prompt_column)
-        pairs.append(Question(prompt, _text(row, a_column), _text(row, b_column), gold))
+        pairs.append(RatingQuestion(prompt, _text(row, a_column), _text(row, b_column), gold))
     return _kept(pairs, 0)
 
 
-def together(asked: QuestionSet, gold: QuestionSet) -> QuestionSet:
+def together(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
     """Put questions and gold questions into one set."""
-    return QuestionSet(
+    return RatingQuestions(
         (*asked.questions, *gold.questions),
         asked.equal + gold.equal,
         asked.repeated + gold.repeated,
@@ -181,18 +181,18 @@ def _message(entry: Any, position: int, where: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _equal(question: Question) -> bool:
+def _equal(question: RatingQuestion) -> bool:
     """Whether nobody could tell the answers apart: white space is not what is judged."""
     return question.a.split() == question.b.split()
 
 
-def _kept(pairs: Sequence[Question], unpaired: int) -> QuestionSet:
+def _kept(pairs: Sequence[RatingQuestion], unpaired: int) -> RatingQuestions:
     different = [pair for pair in pairs if not _equal(pair)]
     kept = tuple(_once(different))
-    return QuestionSet(kept, len(pairs) - len(different), len(different) - len(kept), unpaired)
+    return RatingQuestions(kept, len(pairs) - len(different), len(different) - len(kept), unpaired)
 
 
-def _once(pairs: Sequence[Question]) -> Iterator[Question]:
+def _once(pairs: Sequence[RatingQuestion]) -> Iterator[RatingQuestion]:
     seen: set[str] = set()
     for pair in pairs:
         if pair.id not in seen:

@@ -1,4 +1,4 @@
-"""Do one job of a plan in this process: ``python -m cagsr.compare.work PLAN JOB [--fast]``."""
+"""Do one job of a plan in this process: ``python -m cagsr.compare.worker PLAN JOB [--fast]``."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def do_job(plan: Plan, job: Job) -> None:
     Raises:
         CagsrError: bad input, in one sentence.
     """
-    from cagsr.compare import policies
+    from cagsr.compare import make_models
 
     began = time.perf_counter()
     inputs = contents([*job.reads, *job.judged_on])  # as they are when the work begins
     facts: dict[str, float] = {}
     if job.kind in ("prepare", "judges"):
         for command in plan.prepare if job.kind == "prepare" else plan.prepare_judges:
-            policies.run_command(plan, command)
+            make_models.run_command(plan, command)
     elif job.kind == "start":
-        policies.make_start(plan, job)
+        make_models.make_start(plan, job)
     elif job.kind == "reward_model":
-        policies.make_reward_model(plan, job)
+        make_models.make_reward_model(plan, job)
     elif job.kind == "method":
         facts = _method(plan, job)
     else:
-        from cagsr.compare.validity import measure_validity
+        from cagsr.compare.reward_validity import measure_validity
 
         measure_validity(plan, job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -45,8 +45,8 @@ def do_job(plan: Plan, job: Job) -> None:
 
 
 def _method(plan: Plan, job: Job) -> dict[str, float]:
-    from cagsr.compare.judging import judge_method
-    from cagsr.compare.policies import make_policy
+    from cagsr.compare.judge_policy import judge_method
+    from cagsr.compare.make_models import make_policy
 
     began = time.perf_counter()
     trains = job.target != START and plan.methods[job.target].kind != "best_of_n"

@@ -15,11 +15,11 @@ from jinja2 import Environment, PackageLoader, Template
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from cagsr.run_page.answers import MOST_CHARACTERS, answers_of
-from cagsr.run_page.chart import DASHES, MARKERS, bokeh_script, chart
-from cagsr.run_page.curves import GROUPS, MORE, curve_data, curves_of
-from cagsr.run_page.overview import changed_settings, costs, differing_settings, glance, warnings_of
-from cagsr.run_page.read import Run
+from cagsr.run_page.bokeh_chart import DASHES, MARKERS, bokeh_script, chart
+from cagsr.run_page.metric_curves import GROUPS, MORE, curve_data, curves_of
+from cagsr.run_page.overview_tables import changed_settings, costs, differing_settings, glance, warnings_of
+from cagsr.run_page.read_run import Run
+from cagsr.run_page.sample_answers import MOST_CHARACTERS, answers_of
 
 SCRIPTS = ("base.js", "charts.js", "answers.js", "controls.js")
 """The parts of the page's script, in order."""

@@ -127,7 +127,7 @@ class _Run:
 
     def _start(self, job: Job) -> _Running:
         log = self._log(job)
-        command = [sys.executable, "-m", "cagsr.compare.work", str(self._plan_file), job.name]
+        command = [sys.executable, "-m", "cagsr.compare.worker", str(self._plan_file), job.name]
         command += ["--fast"] if self._fast else []
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
         threads = str(max(1, (os.cpu_count() or 1) // self._parallel))

@@ -22,7 +22,7 @@ from cagsr.reward.association import Associations
 from cagsr.reward.build import check_reward_config
 from cagsr.reward.weigh import Scales
 from cagsr.view.measure import Measured, measure
-from cagsr.view.page import render_page
+from cagsr.view.view_html import render_page
 
 UNLIMITED = 1_000_000
 

@@ -74,7 +74,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BeforeAfter:
     """What the table shows: the start and the trained model, three ways."""
 
     before: Answered
@@ -105,7 +105,7 @@ def compare(
     sampling: SamplingConfig,
     *,
     seed: int,
-) -> Comparison:
+) -> BeforeAfter:
     """Let both models answer every prompt and measure the answers; the same seed gives the same numbers.
 
     How peaked a model is, and which temperature matches it, is what ``cagsr compare`` means by it
@@ -139,7 +139,7 @@ def compare(
         several = replace(sampling, num_generations=DRAWS)
         known = {1.0: before.entropy}
         temperature = matching_temperature(start, prompts, several, after.entropy, seed, BATCH, known=known)
-        return Comparison(
+        return BeforeAfter(
             before=before,
             peaked=answered(start, temperature),
             after=after,

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cagsr.associate import associations_of
 from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import Job, start_folder, validity_file
+from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
-from cagsr.compare.policies import reward_settings
 from cagsr.config import ModelConfig
 from cagsr.evaluation.best_of_n import correlation, oracle_share
 from cagsr.evaluation.collect import Signals, collect_signals

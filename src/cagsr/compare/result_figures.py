@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cagsr.compare.plan import START
+from cagsr.compare.result_tables import GAINS, label_points
 from cagsr.compare.results import GREEDY, MATCHED, Results
-from cagsr.compare.tables import GAINS, label_points
 from cagsr.evaluation.intervals import paired_difference
 
 # Okabe & Ito's colours, told apart by the colour-blind; each series has a marker of its own besides.
@@ -21,23 +20,23 @@ MARKERS = "osD^vPX"
 
 def gains_figure(results: Results, methods: Sequence[str], measure: str) -> str | None:
     """Each method's difference from its start, in three ways, with intervals."""
-    shown = [name for name in methods if any(results.can_gain(name, how, measure) for how in GAINS)]
+    found = {
+        how: {
+            name: paired_difference(*pair) for name in methods if (pair := results.pair(name, how, measure)) is not None
+        }
+        for how in GAINS
+    }
+    shown = [name for name in methods if any(name in own for own in found.values())]
     if not shown:
         return None
     figure = Figure(figsize=(8, 1.8 + 0.42 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for number, (how, label) in enumerate(GAINS.items()):
-        places, means, errors = [], [], []
-        for row, name in enumerate(shown):
-            if results.can_gain(name, how, measure):
-                interval = paired_difference(*results.gain(name, how, measure))
-                places.append(row + (number - 1) * 0.22)
-                means.append(interval.mean)
-                errors.append((interval.mean - interval.low, interval.high - interval.mean))
+        own = found[how].values()
         axes.errorbar(
-            means,
-            places,
-            xerr=np.array(errors).T,
+            [one.mean for one in own],
+            [shown.index(name) + (number - 1) * 0.22 for name in found[how]],
+            xerr=np.array([(one.mean - one.low, one.high - one.mean) for one in own]).T,
             fmt=MARKERS[number],
             color=COLOURS[number],
             label=label,
@@ -58,25 +57,17 @@ def label_figure(results: Results, measure: str) -> str | None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=False)
     drawn = False
+    curves = {"human": "human preferences only", "hybrid": "hybrid with the self-reward"}
     for axes, how in zip(panels, (GREEDY, MATCHED), strict=True):
-        for number, (curve, label) in enumerate(
-            (("human", "human preferences only"), ("hybrid", "hybrid with the self-reward"))
-        ):
+        for colour, marker, (curve, label) in zip(COLOURS, MARKERS, curves.items(), strict=False):
             points = label_points(results, curve, measure, how)
             if len(points) < 2:
                 continue
             drawn = True
-            labels = [labels for labels, _ in points]
-            axes.plot(
-                labels, [one.mean for _, one in points], marker=MARKERS[number], color=COLOURS[number], label=label
-            )
-            axes.fill_between(
-                labels,
-                [one.low for _, one in points],
-                [one.high for _, one in points],
-                color=COLOURS[number],
-                alpha=0.15,
-            )
+            labels, own = zip(*points, strict=True)
+            axes.plot(labels, [one.mean for one in own], marker=marker, color=colour, label=label)
+            low, high = [one.low for one in own], [one.high for one in own]
+            axes.fill_between(labels, low, high, color=colour, alpha=0.15)
         axes.axhline(0, color="#777777", linewidth=1)
         axes.set_xscale("symlog", linthresh=50)
         axes.set_xlabel("human labels (pairs)")
@@ -90,34 +81,26 @@ def label_figure(results: Results, measure: str) -> str | None:
 
 
 def training_figure(results: Results, methods: Sequence[str]) -> str | None:
-    """Held-out metric, KL, entropy and length over training, mean over seeds."""
-    series = (
-        ("held_out", "held-out metric, sampled"),
-        ("held_out_greedy", "held-out metric, greedy"),
-        ("kl", "KL, nats a sequence"),
-        ("entropy", "entropy, nats a token"),
-        ("length", "length, tokens"),
-    )
-    shown = [name for name in methods if name != START and any(results.training(name))]
+    """Held-out metric, KL, entropy and length over training, mean over seeds; of seven methods at most."""
+    series = {
+        "held_out": "held-out metric, sampled",
+        "held_out_greedy": "held-out metric, greedy",
+        "kl": "KL, nats a sequence",
+        "entropy": "entropy, nats a token",
+        "length": "length, tokens",
+    }
+    shown = [name for name in methods if any(results.training(name))]
     if not shown:
         return None
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
-    for axes, (key, label) in zip(panels, series, strict=False):
-        for number, name in enumerate(shown):
+    for axes, (key, title) in zip(panels, series.items(), strict=False):
+        for name, colour, marker in zip(shown, COLOURS, MARKERS, strict=False):
             steps, values = _mean_curve(results.training(name), key)
             if steps:
-                axes.plot(
-                    steps,
-                    values,
-                    color=COLOURS[number % len(COLOURS)],
-                    marker=MARKERS[number % len(MARKERS)] if len(steps) < 15 else None,
-                    linestyle="-" if number < len(COLOURS) else "--",
-                    linewidth=1.2,
-                    markersize=4,
-                    label=results.plan.label(name),
-                )
-        axes.set_title(label, fontsize=9)
+                style = {"linewidth": 1.2, "markersize": 4, "marker": marker if len(steps) < 15 else None}
+                axes.plot(steps, values, color=colour, label=results.plan.label(name), **style)
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -127,42 +110,39 @@ def training_figure(results: Results, methods: Sequence[str]) -> str | None:
 
 
 def over_optimisation_figure(results: Results, methods: Sequence[str]) -> str | None:
-    """The reward that is optimised against the held-out truth, along training: where they part, the reward is being gamed."""
+    """The reward that is optimised against the held-out truth, along training: where they part, the reward is being gamed.
+
+    Of seven methods at most.
+    """
     shown = [
         name
         for name in methods
-        if name != START and any("reward" in row and "held_out" in row for run in results.training(name) for row in run)
+        if any("reward" in row and "held_out" in row for run in results.training(name) for row in run)
     ]
     if not shown:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for number, name in enumerate(shown):
-        rewards, truths = [], []
-        for run in results.training(name):
-            own: list[float] = []
-            for row in run:
-                if "reward" in row:
-                    own.append(row["reward"])
-                if "held_out" in row:
-                    # The reward of a step is noisy: the mean of the five before the evaluation.
-                    rewards.append((row["step"], float(np.mean(own[-5:])) if own else 0.0))
-                    truths.append((row["step"], row["held_out"]))
-        steps = sorted({step for step, _ in rewards})
-        x = [float(np.mean([value for step, value in rewards if step == at])) for at in steps]
-        y = [float(np.mean([value for step, value in truths if step == at])) for at in steps]
-        axes.plot(
-            x,
-            y,
-            marker=MARKERS[number % len(MARKERS)],
-            color=COLOURS[number % len(COLOURS)],
-            label=results.plan.label(name),
-        )
+    for name, colour, marker in zip(shown, COLOURS, MARKERS, strict=False):
+        runs = [_at_evaluations(run) for run in results.training(name)]
+        rewards, truths = (_mean_curve(runs, key)[1] for key in ("reward", "held_out"))
+        axes.plot(rewards, truths, marker=marker, color=colour, label=results.plan.label(name))
     axes.set_xlabel("reward, in standard deviations from the first step")
     axes.set_ylabel("held-out metric, sampled")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def _at_evaluations(run: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """A run's evaluations with their reward: that of one step is noisy, so the mean of the five before."""
+    found = []
+    rewards: list[float] = []
+    for row in run:
+        rewards += [row["reward"]] if "reward" in row else []
+        if "held_out" in row:
+            found.append(row | {"reward": float(np.mean(rewards[-5:])) if rewards else 0.0})
+    return found
 
 
 def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:

@@ -48,18 +48,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128, layers: int = 2, heads: int = 4
-) -> LlamaForCausalLM:
-    """Build a Llama with random weights for the tokenizer's words (376,000 parameters at the default size)."""
+def save_blank(folder: Path, seed: int) -> None:
+    """Save an untrained Llama of 376,000 random weights and its tokenizer, as ``cagsr sft --from_scratch`` takes them."""
+    tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         # Three times the usual: at 0.02 so small a model takes thousands of steps to discover that it can copy a value
@@ -69,13 +68,7 @@ def build_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
-
-
-def save_blank(folder: Path, seed: int) -> None:
-    """Save the untrained model and its tokenizer, as ``cagsr sft --from_scratch`` takes them."""
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -91,9 +84,9 @@ class Recipe:
     """Seeds the pairs."""
     seed: int
     """Seeds the random weights and the order of the pairs."""
-    pairs: int = 12000
+    pairs: int
     """How many pairs the annotator writes."""
-    steps: int = 900
+    steps: int
     """Gradient steps of 16 pairs."""
 
     def settings(self) -> SftConfig:
@@ -132,7 +125,7 @@ class Recipe:
             and pairs.read_text(encoding="utf-8") == self.rows()
         )
 
-    def make(self, *, quiet: bool = False) -> Path:
+    def make(self) -> Path:
         """Train the model with ``sft``, from random weights, and return its folder.
 
         Raises:
@@ -141,23 +134,7 @@ class Recipe:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.folder / "pairs.jsonl", self.rows())
         save_blank(self.folder / "blank", self.seed)
-        return sft(self.settings(), quiet=quiet)
-
-
-def make_start(folder: Path, seed: int, *, pairs: int = 12000, steps: int = 900, quiet: bool = False) -> Path:
-    """Train the start model from random weights on the hasty annotator's pairs, as ``cagsr sft --from_scratch`` does.
-
-    Args:
-        folder: gets ``pairs.jsonl``, ``blank/`` (the untrained model) and ``start/`` (the result).
-        seed: seeds the pairs, the random weights and their order.
-        pairs: how many pairs the annotator writes.
-        steps: gradient steps of 16 pairs.
-        quiet: print nothing.
-
-    Returns:
-        ``folder/start``, a model in Hugging Face layout with its tokenizer.
-    """
-    return Recipe(folder, "start", seed, seed, pairs, steps).make(quiet=quiet)
+        return sft(self.settings())
 
 
 def as_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:

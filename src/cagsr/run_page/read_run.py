@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from cagsr.errors import RunError
-from cagsr.run_page.speed import with_speed
-from cagsr.run_page.state import State, state_of
+from cagsr.run_page.run_state import State, state_of
+from cagsr.run_page.step_times import with_speed
 from cagsr.runs.folder import CONFIG
 from cagsr.runs.lines import read_lines
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.config.validation import flatten
-from cagsr.run_page.curves import HELD_OUT, MORE, SPEED, Curve, points
-from cagsr.run_page.read import Run
-from cagsr.run_page.speed import PHASES, is_number, step_seconds
+from cagsr.run_page.metric_curves import HELD_OUT, MORE, SPEED, Curve, points
+from cagsr.run_page.read_run import Run
+from cagsr.run_page.step_times import PHASES, is_number, step_seconds
 
 MONITORS = {
     "kl": "KL too large",

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from cagsr.run_page.read import Run
-from cagsr.run_page.speed import is_number
+from cagsr.run_page.read_run import Run
+from cagsr.run_page.step_times import is_number
 
 MOST_CHARACTERS = 1_000_000
 """Prompts and answers on a page, over all runs, about as they stand in it."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cagsr.run_page.read import Run
-from cagsr.run_page.speed import STEP_SECONDS, TOKENS_PER_SECOND, is_number
+from cagsr.run_page.read_run import Run
+from cagsr.run_page.step_times import STEP_SECONDS, TOKENS_PER_SECOND, is_number
 
 MOST_POINTS = 45_000
 """Points on a page, over all curves of all runs: they take about 1 MB."""

@@ -1,0 +1,247 @@
+"""The tables of a report: levels, gains with intervals and corrected tests, contrasts, labels, ablations, validity, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cagsr.compare.plan import START
+from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
+from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
+from cagsr.evaluation.win_rate import win_rates as prompt_win_rates
+
+GAINS = {
+    SAMPLED: "sampled, against the start sampled alike",
+    MATCHED: "sampled, against the start at matched entropy",
+    GREEDY: "greedy, against the start greedy",
+}
+HOWS = {GREEDY: "greedy", MATCHED: "gain at matched entropy", SAMPLED: "sampled"}
+LOWER = ("missed", "added", "wrong", "perplexity", "follow_up_perplexity", "repetition", "self_bleu")
+WIN_RATE = "reward_model"
+"""The measure of an unseen reward model, which becomes a win rate."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def levels(results: Results, methods: Sequence[str]) -> Table:
+    """Mean of every measure, for each method and decoding."""
+    measures = results.measures
+    rows = []
+    for name in methods:
+        for how in (SAMPLED, GREEDY):
+            values = [results.values(name, how, measure) for measure in measures]
+            if values[0] is not None:
+                cells = ("" if one is None else f"{np.nanmean(one):.3f}" for one in values)
+                rows.append((results.plan.label(name), str(len(results.seeds(name))), how, *cells))
+    return Table("Levels", ("method", "seeds", "decoding", *measures), tuple(rows), "Means over seeds and prompts.")
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired difference with its interval and its p-value before correction."""
+
+    method: str
+    how: str
+    measure: str
+    difference: Interval
+    p: float
+
+
+def paired_test(results: Results, method: str, how: str, measure: str, against: str = START) -> PairedTest | None:
+    """A method against another in one way and measure, on the prompts that all have; None where it was not measured so."""
+    pair = results.pair(method, how, measure, against)
+    if pair is None:
+        return None
+    known = np.isfinite(pair).all(axis=(0, 1))
+    after, before = (values[:, known] for values in pair)
+    return PairedTest(method, how, measure, paired_difference(after, before), paired_p_value(after, before))
+
+
+def differences(
+    results: Results, methods: Sequence[str], measures: Sequence[str], title: str, against: str = START
+) -> list[Table]:
+    """One table a measure: each method's difference from its start, or another method, a column a way of comparing.
+
+    With 95 % intervals, and stars after Holm's correction over all the tables.
+    """
+    columns = GAINS if against == START else {how: HOWS[how] for how in GAINS}
+    keys = [(name, how, measure) for measure in measures for name in methods for how in columns]
+    tests = [test for key in keys if (test := paired_test(results, *key, against)) is not None]
+    cells = {(test.measure, test.method, test.how): cell for test, cell in zip(tests, starred(tests), strict=True)}
+    tables = []
+    for measure in measures:
+        rows = []
+        for name in methods:
+            own = [cells.get((measure, name, how), "") for how in columns]
+            if any(own):
+                seeds = set(results.seeds(name)) & set(results.seeds(against))
+                rows.append((results.plan.label(name), str(len(seeds)), *own))
+        if against == START:
+            better = "less" if measure in (*LOWER, *results.plan.lower_is_better) else "more"
+            what = (
+                f" ({better} is better), 95 % bootstrap interval over seeds and prompts. * p < 0.05 by the same bootstrap, "
+                "after"
+            )
+        else:
+            what = f" from {results.plan.label(against)} with the same seeds, paired by prompt, 95 % interval. * p < 0.05 after"
+        note = f"Difference in {measure}{what} Holm's correction for {len(tests)} comparisons."
+        if rows:
+            header = ("method", "seeds", *columns.values())
+            tables.append(Table(f"{title}: {measure}", header, tuple(rows), note))
+    return tables
+
+
+def starred(tests: Sequence[PairedTest]) -> list[str]:
+    """Each difference as text, with a star where it holds after Holm's correction over all of them."""
+    corrected = holm([test.p for test in tests])
+    return [f"{test.difference}{'*' if p < 0.05 else ''}" for test, p in zip(tests, corrected, strict=True)]
+
+
+def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
+    """Methods against each other: greedy, sampled, and by their gains over their starts at matched entropy."""
+    found: dict[tuple[str, ...], PairedTest] = {}
+    for first, second in results.plan.contrasts:
+        seeds = set(results.seeds(first)) & set(results.seeds(second))
+        for measure in measures:
+            for how, said in HOWS.items():
+                test = paired_test(results, first, how, measure, second)
+                if test is not None:
+                    labels = (results.plan.label(name) for name in (first, second))
+                    found[*labels, str(len(seeds)), measure, said] = test
+    if not found:
+        return None
+    return Table(
+        "Methods against each other",
+        ("method", "against", "seeds", "measure", "how", "difference"),
+        tuple((*row, cell) for row, cell in zip(found, starred(list(found.values())), strict=True)),
+        "First less second, paired by seed and prompt, 95 % interval. At matched entropy: the difference of their gains, each over "
+        "the start at that method's own entropy. * p < 0.05 after Holm's correction over this table.",
+    )
+
+
+def win_rates(results: Results, methods: Sequence[str]) -> Table | None:
+    """How often the unseen reward model prefers a method's answer to its start's, decoded alike."""
+    rows = []
+    for name in methods:
+        pairs = [results.pair(name, how, WIN_RATE) for how in GAINS]
+        if any(pairs):
+            rates = (
+                None if pair is None else [prompt_win_rates(a[:, None], b[:, None]) for a, b in zip(*pair, strict=True)]
+                for pair in pairs
+            )
+            cells = ("" if own is None else str(mean_interval(own)) for own in rates)
+            rows.append((results.plan.label(name), *cells))
+    if not rows:
+        return None
+    return Table(
+        "Win rate under a reward model that no method was trained against",
+        ("method", *GAINS.values()),
+        tuple(rows),
+        "Share of prompts on which the method's answer scores higher than the start's; ties count half; 95 % interval.",
+    )
+
+
+def label_points(results: Results, curve: str, measure: str, how: str) -> list[tuple[float, Interval]]:
+    """The label curve: (human labels, level of a measure), fewest first."""
+    points = []
+    for name, method in results.plan.methods.items():
+        pair = results.pair(name, how, measure) if method.curve == curve else None
+        if pair is not None:
+            points.append((results.costs(name)["human_labels"], paired_difference(*pair)))
+    if curve == "human" and points:
+        points.append((0.0, Interval(0.0, 0.0, 0.0)))  # without labels there is nothing to train on: the start itself
+    return sorted(points, key=lambda point: point[0])
+
+
+def label_table(results: Results, measure: str) -> Table | None:
+    """The label curve of people only and of the hybrid, as a table; None where no method is on the people's curve."""
+    if not any(method.curve == "human" for method in results.plan.methods.values()):
+        return None
+    rows = []
+    for how, said in HOWS.items():
+        curves = {curve: dict(label_points(results, curve, measure, how)) for curve in ("human", "hybrid")}
+        for labels in sorted(set(curves["human"]) | set(curves["hybrid"])):
+            cells = [str(curves[curve].get(labels, "")) for curve in ("human", "hybrid")]
+            rows.append((said, f"{labels:.0f}", *cells))
+    if not rows:
+        return None
+    return Table(
+        f"Human labels: {measure}",
+        ("how", "labels (pairs)", "human preferences only", "hybrid with the self-reward"),
+        tuple(rows),
+        f"Difference in {measure} from the start, 95 % interval.",
+    )
+
+
+def reward_models(results: Results) -> Table | None:
+    """Held-out accuracy of every reward model."""
+    rows = []
+    for name, found in results.accuracies().items():
+        accuracies = [row["held_out"]["accuracy"]["mean"] for row in found if row.get("held_out")]
+        pairs = found[0].get("pairs")
+        source = "people" if results.plan.reward_models[name].human else "machine"
+        accuracy = f"{np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})" if accuracies else ""
+        rows.append((name, source, str(pairs), str(len(found)), accuracy))
+    if not rows:
+        return None
+    return Table(
+        "Reward models",
+        ("reward model", "pairs from", "pairs", "seeds", "held-out accuracy"),
+        tuple(rows),
+        "Share of a prompt's held-out pairs that it ranks right, mean over prompts; mean over seeds, and the range.",
+    )
+
+
+def validity(results: Results) -> Table | None:
+    """What each term sees within the answers to one prompt."""
+    found = results.validity()
+    if not found:
+        return None
+    truths = found[0]["truths"]
+    names = [name for name in found[0]["signals"] if all(name in one["signals"] for one in found)]
+    rows = []
+    for name in names:
+        signals = [one["signals"][name] for one in found]
+        cells = [f"{np.mean([signal[column] for signal in signals]):+.2f}" for column in (*truths, "length")]
+        share, low, high = (np.mean([one["oracle_share"][key] for one in signals]) for key in ("mean", "low", "high"))
+        rows.append((name, *cells, f"{share:.0%} [{low:.0%}, {high:.0%}]"))
+    first = found[0]
+    return Table(
+        "Does the reward see the truth?",
+        (
+            "signal",
+            *(f"correlation with {truth}" for truth in truths),
+            "correlation with length",
+            "share of the oracle's best-of-8 gain",
+        ),
+        tuple(rows),
+        f"Correlations within the {first['candidates']} answers to one prompt, {first['prompts']} held-out prompts, mean over "
+        f"{len(found)} start models; the interval of the share is the mean of the starts' own over prompts. Mean {truths[0]} "
+        f"{np.mean([one['mean'] for one in found]):.3f}, best of 8 by an oracle {np.mean([one['oracle'] for one in found]):.3f}.",
+    )
+
+
+def costs(results: Results, methods: Sequence[str]) -> Table:
+    """Time, memory and labels of each method, a run."""
+    rows = []
+    for name in methods:
+        found = results.costs(name)
+        found["memory"] = found["peak_memory_bytes"] / 2**20
+        shown = ("train_seconds", "reward_model_seconds", "judge_seconds", "memory", "human_labels")
+        rows.append((results.plan.label(name), *(f"{found.get(key, 0.0):.0f}" for key in shown)))
+    return Table(
+        "Costs",
+        ("method", "training, s", "reward model, s", "judging, s", "peak memory, MiB", "human labels"),
+        tuple(rows),
+        "Means over seeds, as measured while jobs ran beside each other on the same cores; the memory is the whole process's.",
+    )
