@@ -64,7 +64,7 @@ class View:
             RunError: the file can't be written.
         """
         require("The heat map", "pages", modules=["matplotlib"])
-        from cagsr.view.picture import save_picture
+        from cagsr.view.heat_map import save_picture
 
         save_picture(self.measured, Path(path))
         return Path(path)
