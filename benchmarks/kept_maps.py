@@ -15,12 +15,12 @@ import torch
 
 from benchmarks import memory
 from benchmarks.capture import peak_of
-from cagsr.flow import Prompt, PromptBatch, Rollout, Scores
+from cagsr.flow import Prompt, PromptBatch, EpisodeBatch, Scores
 from cagsr.models.texts import TokenTexts
-from cagsr.reward.keep import AttentionKeeper, reward_batch
+from cagsr.reward.micro_batch import AttentionKeeper, reward_batch
 from cagsr.reward.terms import AttentionTerm, Coverage, GroundedCoverage
 from cagsr.reward.values import term_values
-from cagsr.rollout.rows import rollout_rows
+from cagsr.rollout.rows import episode_rows
 
 LENGTHS = (256, 1024, 4096, 16384)
 ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
@@ -39,7 +39,7 @@ def measure(prompt: int) -> dict[str, float]:
     def run(keep: bool) -> None:
         keeper = AttentionKeeper(rollout, None if keep else TERMS)
         for index in torch.arange(ANSWERS).split(MICRO_BATCH):
-            keeper.add(index, rollout_rows(rollout, index), torch.rand(len(index), RESPONSE, prompt) / prompt)
+            keeper.add(index, episode_rows(rollout, index), torch.rand(len(index), RESPONSE, prompt) / prompt)
         batch = reward_batch(rollout, scores, None, keeper.kept)
         for term in TERMS:
             term_values(term, batch)
@@ -48,7 +48,7 @@ def measure(prompt: int) -> dict[str, float]:
     return {name: peak_of(lambda keep=keep: run(keep)) for name, keep in (("worked out", False), ("kept", True))}  # type: ignore[misc]
 
 
-def _rollout(prompt: int) -> Rollout:
+def _rollout(prompt: int) -> EpisodeBatch:
     """Random answers to one prompt, half of whose tokens are salient, two to a word."""
     torch.manual_seed(0)
     numbers = torch.arange(prompt)
@@ -63,7 +63,7 @@ def _rollout(prompt: int) -> Rollout:
     )
     shape = (ANSWERS, RESPONSE)
     mask = torch.ones(shape, dtype=torch.bool)
-    return Rollout(prompts, torch.randint(0, 1000, shape), mask, torch.ones(ANSWERS).bool(), ("",) * ANSWERS)
+    return EpisodeBatch(prompts, torch.randint(0, 1000, shape), mask, torch.ones(ANSWERS).bool(), ("",) * ANSWERS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

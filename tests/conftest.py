@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cagsr.flow import Prompt, PromptAttention, PromptBatch, RewardBatch, Rollout, Scores
+from cagsr.flow import Prompt, PromptAttention, PromptBatch, RewardBatch, EpisodeBatch, Scores
 from setup_browser import CHROMIUM
 
 pytest_plugins = ["limits"]
@@ -69,7 +69,7 @@ def make_reward_batch() -> Callable[..., RewardBatch]:
         pooled = torch.stack([((word_of == w)[:, None] * attention).sum(2) for w in range(words)], dim=2)
         rows = tuple(Prompt(row=i + 1, text=f"prompt {i + 1}", columns={"answer": i}) for i in range(prompts))
         return RewardBatch(
-            rollout=Rollout(
+            rollout=EpisodeBatch(
                 prompts=PromptBatch(
                     prompts=tuple(rows[i // generations] for i in range(batch)),
                     ids=torch.randint(0, 9, (batch, prompt), generator=g),

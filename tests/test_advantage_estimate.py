@@ -12,7 +12,7 @@ from torch import Tensor
 from cagsr.advantage.estimate import estimate_advantages
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
-from cagsr.flow import Advantages, Reward, RewardBatch, Rollout, Scores
+from cagsr.flow import Advantages, Reward, RewardBatch, EpisodeBatch, Scores
 
 MakeBatch = Callable[..., RewardBatch]
 PLAIN = PPOConfig(whiten_advantages=False, missing_eos_penalty=None, gamma=1.0, lam=1.0)
@@ -24,15 +24,15 @@ def reward_of(totals: Tensor, mask: Tensor) -> Reward:
     return Reward(total=totals, per_token=last * totals[:, None], terms={}, contributions={})
 
 
-def setup(batch: RewardBatch) -> tuple[Reward, Rollout, Scores, Tensor]:
+def setup(batch: RewardBatch) -> tuple[Reward, EpisodeBatch, Scores, Tensor]:
     assert batch.reference_logprobs is not None
-    totals = torch.randn(len(batch.rollout.ended), generator=torch.Generator().manual_seed(5))
-    return reward_of(totals, batch.rollout.response_mask), batch.rollout, batch.scores, batch.reference_logprobs
+    totals = torch.randn(len(batch.episodes.ended), generator=torch.Generator().manual_seed(5))
+    return reward_of(totals, batch.episodes.sampled), batch.rollout, batch.scores, batch.reference_logprobs
 
 
 def test_returns_hold_reward_penalty_and_kl(make_reward_batch: MakeBatch) -> None:
     reward, rollout, scores, reference = setup(make_reward_batch())
-    mask = rollout.response_mask
+    mask = rollout.sampled
     config = replace(PLAIN, missing_eos_penalty=3.0)
     result = estimate_advantages(config, reward, rollout, scores, reference, 0.5)
     kl = ((scores.logprobs - reference) * mask).sum(1)
@@ -58,22 +58,22 @@ def test_k3_is_charged_when_chosen(make_reward_batch: MakeBatch) -> None:
     reward, rollout, scores, reference = setup(make_reward_batch())
     result = estimate_advantages(replace(PLAIN, kl_estimator="k3"), reward, rollout, scores, reference, 1.0)
     ratio = reference - scores.logprobs
-    k3 = ((ratio.exp() - 1 - ratio) * rollout.response_mask).sum(1)
+    k3 = ((ratio.exp() - 1 - ratio) * rollout.sampled).sum(1)
     torch.testing.assert_close(result.returns[:, 0], reward.total - k3, atol=1e-5, rtol=0)
 
 
 def test_rloo_by_hand(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=3)
     _, rollout, scores, reference = setup(batch)
-    reward = reward_of(torch.tensor([1.0, 2.0, 6.0]), rollout.response_mask)
+    reward = reward_of(torch.tensor([1.0, 2.0, 6.0]), rollout.sampled)
     config = replace(PLAIN, estimator="rloo")
     result = estimate_advantages(config, reward, rollout, replace(scores, values=None), reference, 0.0)
-    expected = torch.tensor([-3.0, -1.5, 4.5])[:, None] * rollout.response_mask
+    expected = torch.tensor([-3.0, -1.5, 4.5])[:, None] * rollout.sampled
     torch.testing.assert_close(result.advantages, expected)
     assert (result.returns == 0).all()
     # With the unit scale one factor for all: order and zeros stay.
     scaled = estimate_advantages(replace(config, whiten_advantages=True), reward, rollout, scores, reference, 0.0)
-    std = expected[rollout.response_mask].std()
+    std = expected[rollout.sampled].std()
     torch.testing.assert_close(scaled.advantages, expected / std, atol=1e-5, rtol=0)
 
 
@@ -83,13 +83,13 @@ def test_group_estimators_charge_kl_and_penalty_to_the_sum(make_reward_batch: Ma
     config = replace(PLAIN, estimator="rloo", missing_eos_penalty=1.5)
     result = estimate_advantages(config, reward, rollout, scores, reference, 0.3)
     sums = reward.total - torch.tensor([0.0, 1.5])
-    sums = sums - 0.3 * ((scores.logprobs - reference) * rollout.response_mask).sum(1)
+    sums = sums - 0.3 * ((scores.logprobs - reference) * rollout.sampled).sum(1)
     assert float(result.advantages[0, 0]) == pytest.approx(float(sums[0] - sums[1]), abs=1e-5)
 
 
 def test_a_group_of_equals_is_not_pushed(make_reward_batch: MakeBatch) -> None:
     _, rollout, scores, reference = setup(make_reward_batch(prompts=2, generations=3))
-    reward = reward_of(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 9.0]), rollout.response_mask)
+    reward = reward_of(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 9.0]), rollout.sampled)
     for estimator in ("rloo", "grpo"):
         config = PPOConfig(estimator=estimator, missing_eos_penalty=None)  # type: ignore[arg-type]
         result = estimate_advantages(config, reward, rollout, scores, reference, 0.0)
@@ -111,7 +111,7 @@ def test_padding_changes_nothing(make_reward_batch: MakeBatch, estimator: str, w
     wide = estimate_advantages(
         config,
         replace(reward, per_token=pad(reward.per_token, float("nan"))),
-        replace(rollout, response_mask=pad(rollout.response_mask, 0)),
+        replace(rollout, response_mask=pad(rollout.sampled, 0)),
         replace(scores, logprobs=pad(scores.logprobs, float("-inf")), values=pad(scores.values, float("nan"))),
         pad(reference, float("-inf")),
         0.1,
@@ -124,7 +124,7 @@ def test_padding_changes_nothing(make_reward_batch: MakeBatch, estimator: str, w
 def test_gae_is_whitened_over_response_tokens(make_reward_batch: MakeBatch) -> None:
     reward, rollout, scores, reference = setup(make_reward_batch(prompts=3))
     advantages = estimate_advantages(PPOConfig(), reward, rollout, scores, reference, 0.1).advantages
-    real = advantages[rollout.response_mask]
+    real = advantages[rollout.sampled]
     assert float(real.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(real.std()) == pytest.approx(1.0, abs=1e-4)
 
@@ -152,7 +152,7 @@ def test_what_is_missing_is_named(make_reward_batch: MakeBatch) -> None:
 
 def test_an_empty_answer_still_counts_in_its_group(make_reward_batch: MakeBatch) -> None:
     _, rollout, scores, reference = setup(make_reward_batch(prompts=1, generations=2))
-    mask = rollout.response_mask.clone()
+    mask = rollout.sampled.clone()
     mask[1] = False
     reward = reward_of(torch.tensor([1.0, -3.0]), mask)
     config = replace(PLAIN, estimator="rloo")

@@ -5,9 +5,9 @@ import torch
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader, chosen_columns, rows
 from cagsr.errors import AttentionError
-from cagsr.reward.coverage import mean_mass, saturating_coverage
-from cagsr.reward.grounded import grounded_coverage_gains
-from cagsr.reward.words import pool_words
+from cagsr.reward.terms.coverage import mean_mass, saturating_coverage
+from cagsr.reward.terms.grounded_coverage import grounded_coverage_gains
+from cagsr.reward.pooling import pool_pieces
 from test_attention_models import batch_for, captured_attention, decoder_batch, tiny_model
 
 
@@ -41,7 +41,7 @@ def test_pooling_while_reading_equals_pooling_afterwards(name, side, implementat
     model = tiny_model(name, attn_implementation=implementation)
     batch = batch_for(name, model, side)
     words = words_for(batch.region)
-    expected = pool_words(captured_attention(model, batch), words, 4)
+    expected = pool_pieces(captured_attention(model, batch), words, 4)
     with torch.no_grad():
         found = read(model, batch, batch.region.pooled(words, 4))
     assert found.shape == (3, batch.region.shape[1], 4)
@@ -53,7 +53,7 @@ def test_packed_sequences_are_pooled():
     model = tiny_model("llama", attn_implementation="sdpa")
     batch = decoder_batch(model, "right", prompts=(7, 4), responses=(3, 5))
     words = words_for(batch.region)
-    expected = pool_words(captured_attention(model, batch), words, 3)
+    expected = pool_pieces(captured_attention(model, batch), words, 3)
     real = batch.inputs["attention_mask"].bool()
     ids, positions = batch.inputs["input_ids"][real][None], batch.inputs["position_ids"][real][None]
     region = AttentionRegion.packed(torch.tensor([7, 4]), torch.tensor([3, 5])).pooled(words, 3)
@@ -75,7 +75,7 @@ def test_gradients_through_pooled_words():
         return weight.grad.clone()
 
     pooled = gradient(read(model, batch, batch.region.pooled(words, 3), with_gradients=True))
-    full = gradient(pool_words(read(model, batch, batch.region, with_gradients=True), words, 3))
+    full = gradient(pool_pieces(read(model, batch, batch.region, with_gradients=True), words, 3))
     assert full.abs().max() > 1e-3
     torch.testing.assert_close(pooled, full, rtol=0, atol=1e-5)
 
@@ -83,7 +83,7 @@ def test_gradients_through_pooled_words():
 def test_the_terms_of_the_reward_lose_nothing():
     model = tiny_model("llama", attn_implementation="sdpa")
     batch = decoder_batch(model)
-    region, mask = batch.region, batch.response_mask.bool()
+    region, mask = batch.region, batch.sampled.bool()
     words, salience = words_for(region), torch.rand(3, 3)
     width = region.shape[2]
     prompt_ids, response_ids = batch.inputs["input_ids"].split([width, region.shape[1]], dim=1)
@@ -96,7 +96,7 @@ def test_the_terms_of_the_reward_lose_nothing():
     assert tokens.shape[2] < whole.shape[2]
     torch.testing.assert_close(
         saturating_coverage(pooled, salience, mask, 0.3),
-        saturating_coverage(pool_words(whole, words, 3), salience, mask, 0.3),
+        saturating_coverage(pool_pieces(whole, words, 3), salience, mask, 0.3),
         rtol=0,
         atol=1e-6,
     )

@@ -13,7 +13,7 @@ import tiny
 from cagsr.commands.main import main
 from cagsr.config import RewardConfig
 from cagsr.models.texts import token_texts
-from cagsr.reward.combine import RewardFunction
+from cagsr.reward.function import RewardFunction
 from cagsr.reward.terms import builtin_terms
 from cagsr.reward.weigh import weigh
 
@@ -125,6 +125,6 @@ def test_the_scale_is_that_of_training(make_reward_batch):
     weights = {term.name: float(number + 1) for number, (term, _) in enumerate(terms)}
     function = RewardFunction([term for term, _ in terms], list(weights.values()), "within_prompt", clip=1.5)
     reward = function(batch)
-    weighed = weigh(reward.terms, weights, RewardConfig(clip=1.5), batch.rollout.prompts.group)
+    weighed = weigh(reward.terms, weights, RewardConfig(clip=1.5), batch.episodes.prompts.group)
     for name, part in weighed.contributions.items():
         torch.testing.assert_close(part.float(), reward.contributions[name], atol=1e-5, rtol=1e-5, msg=name)

@@ -281,7 +281,7 @@ def test_looks_back_by_hand() -> None:
     exec(_python_examples()["my_rewards.py"], made)
     mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
     mass = torch.tensor([[0.9, 0.9, 0.4, 0.2], [0.9, 0.5, 0.1, 0.7]])
-    rollout = type("Rollout", (), {"response_mask": mask})
+    rollout = type("EpisodeBatch", (), {"response_mask": mask})
     batch = type("Batch", (), {"rollout": rollout, "attention": mass[:, :, None]})
     # Late tokens: 3 and 4 of four, 2 and 3 of three.
     torch.testing.assert_close(made["LooksBack"]()(batch), torch.tensor([0.3, 0.3]))

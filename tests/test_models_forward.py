@@ -12,18 +12,18 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
-from cagsr.flow import Prompt, PromptBatch, Rollout
+from cagsr.flow import Prompt, PromptBatch, EpisodeBatch
 from cagsr.models.forward import teacher_forced
 from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
-from cagsr.rollout.rows import rollout_rows
-from cagsr.update.score import length_sorted_chunks
+from cagsr.rollout.rows import episode_rows
+from cagsr.scoring.micro_batches import micro_batches
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
 
 
-def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group: list[int]) -> Rollout:
+def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group: list[int]) -> EpisodeBatch:
     """Random tokens: rows of the given response lengths, answering prompts of the given lengths."""
     generator = torch.Generator().manual_seed(1)
     size, of_row = loaded.model.get_input_embeddings().weight.shape[0], torch.tensor(group)
@@ -36,7 +36,7 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
     batch = PromptBatch(texts, ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
     answer = torch.randint(3, size, (len(group), max(responses)), generator=generator)
     answered = torch.arange(max(responses))[None] < torch.tensor(responses)[:, None]
-    return Rollout(batch, answer, answered, torch.ones(len(group), dtype=torch.bool), tuple("" for _ in group))
+    return EpisodeBatch(batch, answer, answered, torch.ones(len(group), dtype=torch.bool), tuple("" for _ in group))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -46,11 +46,11 @@ def test_logits_hidden_states_and_gradients_are_those_of_the_plain_pass(kind: st
     # Rows of one prompt need not lie side by side; the Mistral's window of 6 is shorter than prompt and answer.
     rollout = made_up(loaded, [1, 5, 3, 4, 5, 1], [4, 7], [0, 1, 0, 0, 1, 1])
     assert shares_prompts(loaded, rollout)
-    mask = rollout.response_mask
+    mask = rollout.sampled
     everyone = torch.arange(6)
     seen = []
     for share in (False, True):
-        inputs = PassInputs.of(rollout_rows(rollout, everyone), share=share)
+        inputs = PassInputs.of(episode_rows(rollout, everyone), share=share)
         assert (inputs.shared is not None) == share
         loaded.model.zero_grad()
         logits, hidden = teacher_forced(
@@ -72,7 +72,7 @@ def test_a_prompt_is_fed_once(tmp_path: Path):
     rollout = made_up(loaded, [4] * 6, [8, 8], [0, 0, 0, 1, 1, 1])
     for share, positions in ((False, [6 * 11]), (True, [2 * 8, 6 * 3])):
         fed.clear()
-        inputs = PassInputs.of(rollout_rows(rollout, torch.arange(6)), share=share)
+        inputs = PassInputs.of(episode_rows(rollout, torch.arange(6)), share=share)
         loaded.teacher_forced(inputs)
         assert fed == positions
 
@@ -115,10 +115,10 @@ def test_micro_batches_take_the_order_that_feeds_fewer_positions(tmp_path: Path)
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     group = [0, 1, 0, 1]
     # Long prompts: a micro-batch a prompt (2 x (20 + 2 x 5) = 60 positions; by length 2 x 2 x 20 + 2 x 1 + 2 x 5 = 92).
-    parts = length_sorted_chunks(made_up(loaded, [5, 5, 1, 1], [20, 20], group), 2, share=True)
+    parts = micro_batches(made_up(loaded, [5, 5, 1, 1], [20, 20], group), 2, share=True)
     assert [sorted(part.tolist()) for part in parts] == [[0, 2], [1, 3]]
     # Long answers: by their length (2 x 2 x 2 + 2 x 1 + 2 x 30 = 70; a prompt each 2 x (2 + 2 x 30) = 124).
-    parts = length_sorted_chunks(made_up(loaded, [30, 30, 1, 1], [2, 2], group), 2, share=True)
+    parts = micro_batches(made_up(loaded, [30, 30, 1, 1], [2, 2], group), 2, share=True)
     assert [sorted(part.tolist()) for part in parts] == [[2, 3], [0, 1]]
-    some = length_sorted_chunks(made_up(loaded, [30, 30, 1, 1], [2, 2], group), 2, torch.tensor([3, 0]), share=True)
+    some = micro_batches(made_up(loaded, [30, 30, 1, 1], [2, 2], group), 2, torch.tensor([3, 0]), share=True)
     assert [part.tolist() for part in some] == [[3, 0]]

@@ -27,7 +27,7 @@ from cagsr.rollout.sample import sample_responses
 from cagsr.runs.card import save_final
 from cagsr.runs.saved import AnswerProbe
 from cagsr.update.score import score_policy
-from cagsr.update.statistics import sampling_correction
+from cagsr.scoring.statistics import sampling_correction
 
 FORCED = 3
 """A token that is no word, as a language token is not."""
@@ -152,15 +152,15 @@ def test_forbidden_tokens_are_not_sampled_and_the_correction_is_the_mass_that_is
     assert loaded.generation.never == (8, 11), "a stop token is no bad word to transformers"
     torch.manual_seed(0)
     rollout = sample_responses(loaded, batch_of(loaded, PROMPTS, 100), SamplingConfig(max_new_tokens=6))
-    sampled = rollout.response_ids[rollout.response_mask]
+    sampled = rollout.ids[rollout.sampled]
     assert not torch.isin(sampled, torch.tensor([8, 11])).any()
-    assert not (rollout.response_ids[:, 0] == 9).any()
+    assert not (rollout.ids[:, 0] == 9).any()
     assert (sampled == 9).any()
     logits = torch.tensor([[[0.0] * 28, [0.0] * 28]])
     found = sampling_correction(logits, torch.tensor([[5, 5]]), SamplingConfig(), (2,), loaded.generation)
     assert found[0].tolist() == pytest.approx([math.log(25 / 28), math.log(26 / 28)], abs=1e-6)
     scores = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=64)
-    assert (scores.sampling_correction[rollout.response_mask] < 0).all()
+    assert (scores.sampling_correction[rollout.sampled] < 0).all()
 
 
 def test_vllm_is_not_told_of_them_so_it_is_refused(tmp_path: Path) -> None:
@@ -194,24 +194,24 @@ def test_a_forced_first_token_is_read_and_neither_sampled_nor_scored(kind: str, 
     assert [step.unique().tolist() for step in raw[:2]] == [[2], [FORCED]], (
         "the decoder reads start, then the forced token"
     )
-    assert rollout.response_ids.shape[1] == 5, "the forced token takes no place of the answer's"
-    assert len(set(rollout.response_ids[:, 0].tolist())) > 1, "the first token of an answer is sampled"
-    assert int(rollout.response_mask.sum(dim=1).min()) > 2
+    assert rollout.ids.shape[1] == 5, "the forced token takes no place of the answer's"
+    assert len(set(rollout.ids[:, 0].tolist())) > 1, "the first token of an answer is sampled"
+    assert int(rollout.sampled.sum(dim=1).min()) > 2
 
     reader = PromptAttentionReader(loaded.model, layers="all")
     scores = score_policy(ActorCritic(loaded), loaded, rollout, sampling, reader=reader, micro_batch_size=3)
     # by hand: the whole decoder input, positions that predict the answer's tokens
-    fed = torch.cat([torch.tensor([[2, FORCED]]).expand(8, -1), rollout.response_ids], dim=1)
+    fed = torch.cat([torch.tensor([[2, FORCED]]).expand(8, -1), rollout.ids], dim=1)
     loaded.model.set_attn_implementation("eager")
     with torch.no_grad():
         output = loaded.model(
             input_ids=rollout.prompts.ids,
-            attention_mask=rollout.prompts.mask.long(),
+            attention_mask=rollout.prompts.real.long(),
             decoder_input_ids=fed,
             output_attentions=True,
         )
-    mask = rollout.response_mask
-    by_hand = output.logits[:, 1:-1].log_softmax(dim=-1).gather(2, rollout.response_ids[:, :, None])[:, :, 0]
+    mask = rollout.sampled
+    by_hand = output.logits[:, 1:-1].log_softmax(dim=-1).gather(2, rollout.ids[:, :, None])[:, :, 0]
     assert torch.allclose(scores.logprobs[mask], by_hand[mask], atol=1e-5)
     stop = output.logits[:, 1:3].softmax(dim=-1)[:, :, 2]  # forbidden at the answer's first two tokens
     assert torch.allclose(scores.sampling_correction[:, :2], torch.log1p(-stop), atol=1e-5)
@@ -274,7 +274,7 @@ def test_generate_with_the_saved_file_samples_what_training_sampled(
     found = ids[:, len(decoder_prefix(final)) if not loaded.architecture.one_sequence else prompts.ids.shape[1] :]
     if "forced_bos_token_id" in settings:
         assert set(ids[:, 1].tolist()) == {FORCED}
-    assert found.tolist() == rollout.response_ids.tolist()
+    assert found.tolist() == rollout.ids.tolist()
     again = load_model(ModelConfig(str(tmp_path / "final"), device="cpu"))
     assert not again.generation.off, "what is switched off is out of the file"
     assert "switched off" not in " ".join(generation_notes(again, config))

@@ -31,7 +31,7 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.collect import attention_by_layer
-from cagsr.flow import Rollout
+from cagsr.flow import EpisodeBatch
 from cagsr.models import decoder_only, sharing
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
@@ -119,19 +119,19 @@ def own(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def answered(loaded: LoadedModel, prompts: list[int], longest: int = 12) -> Rollout:
+def answered(loaded: LoadedModel, prompts: list[int], longest: int = 12) -> EpisodeBatch:
     """Four answers of different lengths to prompts of these lengths."""
     group = [number for number in range(len(prompts)) for _ in range(4)]
     responses = [1 + (5 * place) % longest for place in range(len(group) - 1)] + [longest]
     return made_up(loaded, responses, prompts, group)
 
 
-def each_by_itself(model: Any, rollout: Rollout) -> Tensor:
+def each_by_itself(model: Any, rollout: EpisodeBatch) -> Tensor:
     """``(batch, response)`` log-probabilities, a forward without a cache for each token."""
-    found = torch.zeros(rollout.response_ids.shape)
+    found = torch.zeros(rollout.ids.shape)
     for row in range(len(found)):
-        prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]]
-        answer = rollout.response_ids[row][rollout.response_mask[row]]
+        prompt = rollout.prompts.ids[row][rollout.prompts.real[row]]
+        answer = rollout.ids[row][rollout.sampled[row]]
         for token in range(len(answer)):
             before = torch.cat([prompt, answer[:token]])[None]
             with torch.no_grad():
@@ -141,7 +141,7 @@ def each_by_itself(model: Any, rollout: Rollout) -> Tensor:
     return found
 
 
-def scored(loaded: LoadedModel, rollout: Rollout, micro_batch_size: int = 8) -> Tensor:
+def scored(loaded: LoadedModel, rollout: EpisodeBatch, micro_batch_size: int = 8) -> Tensor:
     return score_policy(
         ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=micro_batch_size
     ).logprobs
@@ -182,12 +182,12 @@ def test_the_update_has_the_gradient_of_what_is_scored(value: str, rank: int, fo
     actor_critic = ActorCritic(loaded, value)
     torch.nn.init.normal_(actor_critic.value_head.weight)
     rollout = answered(loaded, PROMPTS["all"])
-    mask = rollout.response_mask
+    mask = rollout.sampled
     seen = []
     for share in (False, True):
         actor_critic.zero_grad()
         logits, values = actor_critic(PassInputs.of(rollout, share=share))
-        logprobs = logits.log_softmax(-1).gather(-1, rollout.response_ids[..., None])[..., 0]
+        logprobs = logits.log_softmax(-1).gather(-1, rollout.ids[..., None])[..., 0]
         (logprobs[mask].sum() + values[mask].square().sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in actor_critic.parameters() if p.grad is not None])
         seen.append((logprobs[mask].detach(), values[mask].detach(), gradient))
@@ -203,7 +203,7 @@ def test_greedy_answers_are_transformers_own(kind: str, lengths: str, folders: d
     prompts = answered(loaded, PROMPTS[lengths]).prompts
     greedy = SamplingConfig(temperature=0, min_new_tokens=12, max_new_tokens=12)
     found = sample_responses(loaded, prompts, greedy)
-    for row in range(0, len(found.response_ids), 4):
+    for row in range(0, len(found.ids), 4):
         ids = prompts.ids[row][prompts.mask[row]][None]
         expected = model.generate(
             ids,
@@ -213,7 +213,7 @@ def test_greedy_answers_are_transformers_own(kind: str, lengths: str, folders: d
             max_new_tokens=12,
             use_cache=kind != "llama-longrope",
         )
-        assert found.response_ids[row].tolist() == expected[0, ids.shape[1] :].tolist()
+        assert found.ids[row].tolist() == expected[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_answers_are_drawn_from_what_is_scored(kind: str, filters: dict[str, flo
     torch.manual_seed(1)
     rollout = sample_responses(loaded, answered(loaded, PROMPTS["all"]).prompts, sampling)
     scores = score_policy(ActorCritic(loaded), loaded, rollout, sampling, reader=None, micro_batch_size=5)
-    assert int((rollout.prompts.mask.sum(1) + rollout.response_mask.sum(1)).max()) > BORDER + 8
+    assert int((rollout.prompts.real.sum(1) + rollout.sampled.sum(1)).max()) > BORDER + 8
     torch.testing.assert_close(
         scores.logprobs - scores.sampling_correction, rollout.decoded_logprobs, atol=2e-5, rtol=1e-5
     )
@@ -243,9 +243,9 @@ def test_attention_across_the_border_is_eager_s(kind: str, share: bool, folders:
     reader = PromptAttentionReader(loaded.model, "all")
     scores = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=reader, micro_batch_size=5)
     expected = torch.zeros(scores.attention.maps.shape)
-    for row, column in rollout.response_mask.nonzero().tolist():
-        prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]]
-        before = torch.cat([prompt, rollout.response_ids[row, :column]])[None]
+    for row, column in rollout.sampled.nonzero().tolist():
+        prompt = rollout.prompts.ids[row][rollout.prompts.real[row]]
+        before = torch.cat([prompt, rollout.ids[row, :column]])[None]
         with torch.no_grad():
             maps = model(input_ids=before, output_attentions=True, use_cache=False).attentions
         expected[row, column, -len(prompt) :] = torch.stack(maps).mean(dim=(0, 2))[0, -1, : len(prompt)]
@@ -276,7 +276,7 @@ def test_dynamic_frequencies_are_used_where_they_are_one_model_and_refused_beyon
     torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
     sampling = SamplingConfig(max_new_tokens=10, min_new_tokens=10)
     drawn = sample_responses(loaded, rollout.prompts, sampling)
-    assert drawn.response_ids.shape[1] == 10
+    assert drawn.ids.shape[1] == 10
     with pytest.raises(ModelError, match=r"rope type dynamic .* max_position_embeddings of 16"):
         scored(loaded, answered(loaded, [8], longest=12))
     with pytest.raises(ModelError, match="17 tokens: with rope type dynamic"):
@@ -329,7 +329,7 @@ def test_the_probe_asks_at_the_lengths_of_the_batch(folders: dict[str, Path], mo
 
     def forgetful(model: Any, inputs: PassInputs, *rest: Any) -> Tensor:
         logits = genuine(model, inputs, *rest)
-        return logits if inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] < 20 else logits * 1.01
+        return logits if inputs.prompt_ids.shape[1] + inputs.ids.shape[1] < 20 else logits * 1.01
 
     monkeypatch.setattr(decoder_only, "_prefix_pass", forgetful)
     asked: list[int] = []

@@ -140,9 +140,9 @@ def test_it_ends_answers_in_rollouts_and_in_vllms_requests(tmp_path: Path) -> No
     prompts = encode_texts(["the red cat"], loaded.tokenizer, SalienceConfig(), 32)
     torch.manual_seed(0)
     rollout = sample_responses(loaded, _batch(loaded, prompts, 16), sampling)
-    said = (rollout.response_ids == 3) & rollout.response_mask
+    said = (rollout.ids == 3) & rollout.sampled
     assert said.any()  # this random model says it
-    last = rollout.response_mask.sum(dim=1) - 1
+    last = rollout.sampled.sum(dim=1) - 1
     assert (said.nonzero()[:, 1] == last[said.any(dim=1)]).all()  # and nothing behind it
     assert rollout.ended[said.any(dim=1)].all()
     assert completion_request("m", [], sampling, ids)["stop_token_ids"] == [2, 3]

@@ -29,9 +29,9 @@ from cagsr.flow import Reward, RewardBatch
 from cagsr.models.texts import token_texts
 from cagsr.reward import build
 from cagsr.reward.build import attention_terms, check_reward_config, reward_warnings
-from cagsr.reward.combine import RewardFunction, reward_metrics
+from cagsr.reward.function import RewardFunction, reward_metrics
 from cagsr.reward.metrics import variance_share, within_group_correlation
-from cagsr.reward.protocol import Partial, RewardTerm
+from cagsr.reward.term import Partial, RewardTerm
 from cagsr.reward.terms import builtin_terms
 
 MakeBatch = Callable[..., RewardBatch]
@@ -98,7 +98,7 @@ def widen(batch: RewardBatch, tokens: int) -> RewardBatch:
         filler = torch.full((x.shape[0], tokens, *x.shape[2:]), value, dtype=torch.float32).to(x.dtype)
         return torch.cat([x, filler], dim=1)
 
-    rollout, prompts = batch.rollout, batch.rollout.prompts
+    rollout, prompts = batch.rollout, batch.episodes.prompts
 
     def left(x: Tensor, value: float) -> Tensor:
         return torch.cat([torch.full((x.shape[0], tokens), value).to(x.dtype), x], dim=1)
@@ -111,8 +111,8 @@ def widen(batch: RewardBatch, tokens: int) -> RewardBatch:
             prompts=replace(
                 prompts, ids=left(prompts.ids, 0), mask=left(prompts.mask, 0), words=left(prompts.words, -1)
             ),
-            response_ids=pad(rollout.response_ids, 1),
-            response_mask=pad(rollout.response_mask, 0),
+            response_ids=pad(rollout.ids, 1),
+            response_mask=pad(rollout.sampled, 0),
         ),
         scores=replace(batch.scores, certainty=pad(batch.scores.certainty, math.inf)),
         reference_logprobs=None,
@@ -131,7 +131,7 @@ def test_z_scores_by_hand(make_reward_batch: MakeBatch) -> None:
     expected = 2 * (torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5) / math.sqrt(1.25)
     torch.testing.assert_close(reward.total, expected)
     torch.testing.assert_close(reward.terms["given"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    last = batch.rollout.response_mask.sum(1) - 1
+    last = batch.episodes.sampled.sum(1) - 1
     torch.testing.assert_close(reward.per_token.gather(1, last[:, None])[:, 0], expected)
     assert int((reward.per_token != 0).sum()) == 4
 
@@ -156,7 +156,7 @@ def test_dense_gains_are_scaled_in_place_and_centred_at_the_end(make_reward_batc
 def test_a_term_without_variance_contributes_nothing(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch()
     noise = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1]) * torch.tensor([1, 1 + 1e-7, 1, 1, 1, 1])
-    dense = batch.rollout.response_mask / batch.rollout.response_mask.sum(1, keepdim=True)
+    dense = batch.episodes.sampled / batch.episodes.sampled.sum(1, keepdim=True)
     reward = RewardFunction([Given(noise, "noise"), Given(dense, "dense")], [1.0, 1.0], "running")(batch)
     assert (reward.total == 0).all()
     assert (reward.per_token == 0).all()
@@ -171,12 +171,12 @@ def test_rows_of_per_token_sum_to_the_total(make_reward_batch: MakeBatch, normal
         reward = reward_function(batch)
         torch.testing.assert_close(reward.per_token.sum(1), reward.total, atol=2e-6, rtol=0)
         torch.testing.assert_close(sum(reward.contributions.values()), reward.total, atol=2e-6, rtol=0)
-        assert (reward.per_token[~batch.rollout.response_mask] == 0).all()
+        assert (reward.per_token[~batch.episodes.sampled] == 0).all()
 
 
 def test_answers_without_tokens_are_paid_nothing_on_tokens(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(shortest=0, seed=3, prompts=4)
-    empty = ~batch.rollout.response_mask.any(1)
+    empty = ~batch.episodes.sampled.any(1)
     assert empty.any()
     reward = build_reward(EVERYTHING, device="cpu")(batch)
     assert torch.isfinite(reward.total).all()
@@ -267,7 +267,7 @@ def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
     assert reward.terms["given"].isnan().tolist() == [False, True, False, True]
     state = reward_function.state_dict()["given"]
     assert (state["count"], state["mean"], state["m2"]) == (2.0, 2.0, 2.0)
-    metrics = reward_metrics(reward, batch.rollout.response_mask.sum(dim=1).float(), batch.rollout.prompts.group)
+    metrics = reward_metrics(reward, batch.episodes.sampled.sum(dim=1).float(), batch.episodes.prompts.group)
     assert metrics["rewards/given/mean"] == 2.0
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -278,9 +278,9 @@ def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: MakeBatch, bad: float) -> None:
     batch = make_reward_batch()
-    long = replace(batch.rollout.prompts.prompts[4], row=17, text="a\nlong prompt " + "x" * 200)
-    prompts = (*batch.rollout.prompts.prompts[:4], long, *batch.rollout.prompts.prompts[5:])
-    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.rollout.prompts, prompts=prompts)))
+    long = replace(batch.episodes.prompts.prompts[4], row=17, text="a\nlong prompt " + "x" * 200)
+    prompts = (*batch.episodes.prompts.prompts[:4], long, *batch.episodes.prompts.prompts[5:])
+    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.episodes.prompts, prompts=prompts)))
     reward_function = RewardFunction(
         [sequence([1.0] * 6), Given(torch.tensor([1.0] * 4 + [bad, 2.0]), "odd")], [1, 1], "running"
     )
@@ -294,7 +294,7 @@ def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: Mak
 
 def test_padding_may_hold_anything(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch()
-    dense = torch.where(batch.rollout.response_mask, 1.0, math.nan)
+    dense = torch.where(batch.episodes.sampled, 1.0, math.nan)
     assert torch.isfinite(RewardFunction([Given(dense)], [1.0], "running")(batch).per_token).all()
 
 
@@ -392,11 +392,11 @@ def test_variance_shares_by_hand_sum_to_one() -> None:
 def test_metrics_of_a_reward(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=4, generations=4)
     reward = build_reward(replace(EVERYTHING, length=LengthConfig(weight=0.1)), device="cpu")(batch)
-    metrics = reward_metrics(reward, batch.rollout.response_mask.sum(dim=1).float(), batch.rollout.prompts.group)
+    metrics = reward_metrics(reward, batch.episodes.sampled.sum(dim=1).float(), batch.episodes.prompts.group)
     for name in [*reward.terms, "total"]:
         assert {f"rewards/{name}/{what}" for what in ("mean", "std", "length_correlation")} <= set(metrics)
     assert metrics["rewards/length/length_correlation"] == pytest.approx(1.0)
-    assert metrics["rewards/length/mean"] == pytest.approx(float(batch.rollout.response_mask.sum(1).float().mean()))
+    assert metrics["rewards/length/mean"] == pytest.approx(float(batch.episodes.sampled.sum(1).float().mean()))
     assert sum(metrics[f"rewards/{name}/share"] for name in reward.terms) == pytest.approx(1.0)
 
 

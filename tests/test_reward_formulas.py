@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cagsr.reward.certainty import mean_certainty, self_certainty
-from cagsr.reward.coverage import copy_coverage, coverage_gains, mean_mass, normalized_salience, saturating_coverage
-from cagsr.reward.focus import focus
-from cagsr.reward.length import length
-from cagsr.reward.pay import add_at_last_token
-from cagsr.reward.repetition import repeated_ngrams, repetition, without_stop_token
-from cagsr.reward.words import pool_words
+from cagsr.reward.terms.coverage import copy_coverage, coverage_gains, mean_mass, normalized_salience, saturating_coverage
+from cagsr.reward.terms.focus import focus
+from cagsr.reward.terms.length import length
+from cagsr.reward.last_token import add_at_last_token
+from cagsr.reward.terms.repetition import repeated_ngrams, repetition, without_stop_token
+from cagsr.reward.pooling import pool_pieces
 
 T, F = True, False
 
@@ -31,25 +31,25 @@ def close(actual: Tensor, expected: list, tolerance: float = 1e-6) -> None:
 def test_pieces_of_a_word_count_once() -> None:
     attention = torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]])
     words = torch.tensor([[-1, 1, 0, 1]])
-    close(pool_words(attention, words, 3, "sum"), [[[0.3, 0.6, 0.0], [0.2, 0.4, 0.0]]])
-    close(pool_words(attention, words, 3, "max"), [[[0.3, 0.4, 0.0], [0.2, 0.3, 0.0]]])
+    close(pool_pieces(attention, words, 3, "sum"), [[[0.3, 0.6, 0.0], [0.2, 0.4, 0.0]]])
+    close(pool_pieces(attention, words, 3, "max"), [[[0.3, 0.4, 0.0], [0.2, 0.3, 0.0]]])
 
 
 def test_unimportant_tokens_do_not_leak_into_word_zero() -> None:
     attention = torch.tensor([[[0.9, 0.1]]], dtype=torch.bfloat16)
     for how in ("sum", "max"):
-        pooled = pool_words(attention, torch.tensor([[-1, 0]]), 1, how)  # type: ignore[arg-type]
+        pooled = pool_pieces(attention, torch.tensor([[-1, 0]]), 1, how)  # type: ignore[arg-type]
         assert pooled.dtype == torch.float32
         close(pooled, [[[0.1]]], 1e-3)
 
 
 def test_pooling_without_words_and_with_bad_indices() -> None:
     attention = torch.rand(2, 3, 4)
-    assert pool_words(attention, torch.full((2, 4), -1), 0).shape == (2, 3, 0)
+    assert pool_pieces(attention, torch.full((2, 4), -1), 0).shape == (2, 3, 0)
     with pytest.raises(ValueError, match="index 5"):
-        pool_words(attention, torch.full((2, 4), 5), 3)
+        pool_pieces(attention, torch.full((2, 4), 5), 3)
     with pytest.raises(ValueError, match="shape"):
-        pool_words(attention, torch.zeros(2, 5, dtype=torch.int64), 1)
+        pool_pieces(attention, torch.zeros(2, 5, dtype=torch.int64), 1)
 
 
 # --- coverage ------------------------------------------------------------------------------------------------

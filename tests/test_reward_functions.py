@@ -15,8 +15,8 @@ from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import attention_terms, build_reward
-from cagsr.reward.functions import import_dotted, load_function
-from cagsr.reward.protocol import Partial
+from cagsr.reward.user_functions import import_dotted, load_function
+from cagsr.reward.term import PartialValues
 
 MakeBatch = Callable[..., RewardBatch]
 
@@ -54,7 +54,7 @@ def on_batch(batch):
     return batch.scores.entropy
 
 def coverage(batch):
-    return batch.rollout.response_mask.sum(1)
+    return batch.episodes.sampled.sum(1)
 
 def two_things(a, b):
     return 0
@@ -65,7 +65,7 @@ async def coroutine(batch):
 class Term:
     name = "my_term"
     def __call__(self, batch):
-        return torch.ones(len(batch.rollout.completions))
+        return torch.ones(len(batch.episodes.completions))
 
 class NeedsArguments:
     name = "x"
@@ -102,7 +102,7 @@ def load(name: str) -> Any:
 def test_a_trl_function_gets_what_trl_passes(module: Any, make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=2, generations=2)
     values = load("trl")(batch)
-    assert isinstance(values, Partial)
+    assert isinstance(values, PartialValues)
     assert values.applies.tolist() == [True, True, False, False]
     assert values.values[:2].tolist() == [1.0, 1.0]
     seen = module().seen
@@ -110,17 +110,17 @@ def test_a_trl_function_gets_what_trl_passes(module: Any, make_reward_batch: Mak
     assert seen["completions"] == ["answer 0", "answer 1", "answer 2", "answer 3"]
     assert seen["columns"].pop("answer") == [0, 0, 1, 1]  # repeated for each candidate
     assert set(seen["columns"]) == {"trainer_state", "log_metric", "log_extra"}
-    lengths = batch.rollout.response_mask.sum(1).tolist()
+    lengths = batch.episodes.sampled.sum(1).tolist()
     assert seen["completion_ids"] == [
-        ids[:n].tolist() for ids, n in zip(batch.rollout.response_ids, lengths, strict=True)
+        ids[:n].tolist() for ids, n in zip(batch.episodes.ids, lengths, strict=True)
     ]
 
 
 def test_conversational_prompts_go_as_messages(module: Any, make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=2)
     chat = ({"role": "user", "content": "hi"},)
-    prompts = tuple(replace(prompt, messages=chat) for prompt in batch.rollout.prompts.prompts)
-    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.rollout.prompts, prompts=prompts)))
+    prompts = tuple(replace(prompt, messages=chat) for prompt in batch.episodes.prompts.prompts)
+    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.episodes.prompts, prompts=prompts)))
     load("trl")(batch)
     assert module().seen["prompts"] == [[{"role": "user", "content": "hi"}]] * 2
     assert module().seen["completions"][1] == [{"role": "assistant", "content": "answer 1"}]
@@ -129,14 +129,14 @@ def test_conversational_prompts_go_as_messages(module: Any, make_reward_batch: M
 def test_a_function_of_trl_itself(make_reward_batch: MakeBatch) -> None:
     pytest.importorskip("trl.rewards")
     batch = make_reward_batch(prompts=1, generations=2)
-    prompts = tuple(replace(p, messages=({"role": "user", "content": "hi"},)) for p in batch.rollout.prompts.prompts)
+    prompts = tuple(replace(p, messages=({"role": "user", "content": "hi"},)) for p in batch.episodes.prompts.prompts)
     rollout = replace(
         batch.rollout,
-        prompts=replace(batch.rollout.prompts, prompts=prompts),
+        prompts=replace(batch.episodes.prompts, prompts=prompts),
         completions=("<think>\nso\n</think>\nyes", "yes"),
     )
     values = load_function("trl.rewards.think_format_reward")(replace(batch, rollout=rollout))
-    assert isinstance(values, Partial)
+    assert isinstance(values, PartialValues)
     assert values.values.tolist() == [1.0, 0.0]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cagsr.reward.grounded import grounded_coverage, grounded_coverage_gains
+from cagsr.reward.terms.grounded_coverage import grounded_coverage, grounded_coverage_gains
 
 # prompt tokens 7 8 9 5: word 0 has the pieces 7 and 8, word 1 is 9, token 5 is no salient word
 PROMPT = torch.tensor([[7, 8, 9, 5]])

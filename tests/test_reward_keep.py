@@ -30,7 +30,7 @@ from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.build import build_reward
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 
 EVERYTHING = RewardConfig(
     coverage=CoverageConfig(weight=1.0, dense=True),
@@ -81,7 +81,7 @@ def test_the_reward_is_that_of_the_maps(kind: str, source: str, pooling: str, tm
     lean = collected(ppo, prompts)
     ppo.attention_terms = None
     whole = collected(ppo, prompts)
-    assert torch.equal(lean.rollout.response_ids, whole.rollout.response_ids)
+    assert torch.equal(lean.rollout.ids, whole.rollout.ids)
     assert set(lean.reward.terms) == set(whole.reward.terms) == {term.name for term in ppo.reward.terms}
     for name, values in whole.reward.terms.items():
         torch.testing.assert_close(lean.reward.terms[name], values, atol=1e-5, rtol=1e-5, msg=name)
@@ -94,7 +94,7 @@ def test_the_reward_is_that_of_the_maps(kind: str, source: str, pooling: str, tm
         assert whole.scores.attention.maps.shape[2] == whole.rollout.prompts.ids.shape[1]
         # What is left of the attention is one number an answer, or one a token for what is paid by token.
         assert lean.scores.attention.maps is None
-        batch, response = lean.rollout.response_ids.shape
+        batch, response = lean.rollout.ids.shape
         assert {name: tuple(value.shape) for name, value in lean.scores.attention.values.items()} == {
             "coverage": (batch, response),
             **dict.fromkeys(("copy_coverage", "grounded_coverage", "mean_mass", "focus"), (batch,)),
@@ -111,8 +111,8 @@ def test_attention_that_no_term_looks_at_is_not_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(ppo.reader, "read", lambda *given: (opened.append(given), read(*given))[1])
     experience = collected(ppo, prompts)
     assert not opened
-    assert experience.scores.attention is None
-    assert experience.reward.terms["self_certainty"].std() > 0
+    assert experience.readings.attention is None
+    assert experience.returns.terms["self_certainty"].std() > 0
     ppo.attention_terms = None
     collected(ppo, prompts)
     assert opened

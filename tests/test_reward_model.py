@@ -57,10 +57,10 @@ def alone(path: Path, text: str) -> float:
 
 
 def with_texts(batch: RewardBatch, texts: list[str], chat: bool = False) -> RewardBatch:
-    prompts = batch.rollout.prompts.prompts
+    prompts = batch.episodes.prompts.prompts
     if chat:
         prompts = tuple(replace(p, messages=({"role": "user", "content": "say it"},)) for p in prompts)
-    rollout = replace(batch.rollout, completions=tuple(texts), prompts=replace(batch.rollout.prompts, prompts=prompts))
+    rollout = replace(batch.rollout, completions=tuple(texts), prompts=replace(batch.episodes.prompts, prompts=prompts))
     return replace(batch, rollout=rollout)
 
 
@@ -73,7 +73,7 @@ def test_scores_do_not_depend_on_the_batch(tmp_path: Path, make_reward_batch: Ma
     batch = with_texts(make_reward_batch(prompts=2, generations=2), TEXTS)
     term = replace(load_reward_model(str(path), "cpu"), batch_size=batch_size)
     assert term.name == "rm"
-    rows = batch.rollout.prompts.prompts
+    rows = batch.episodes.prompts.prompts
     expected = [alone(path, p.text + text) for p, text in zip(rows, TEXTS, strict=True)]
     torch.testing.assert_close(term(batch), torch.tensor(expected), atol=1e-5, rtol=0)
     assert len(set(expected)) == 4

@@ -40,17 +40,17 @@ def test_cut_keeps_the_first_stop_token_and_nothing_after_it(llama: LoadedModel)
     cat, dog = llama.tokenizer.convert_tokens_to_ids(["cat", "dog"])
     ids = torch.tensor([[cat, 2, dog, 2], [cat, dog, dog, cat], [2, cat, cat, cat]])
     rollout = cut_responses(ids, batch_of(llama, ["the cat"] * 3), llama, (2,))
-    assert rollout.response_mask.sum(1).tolist() == [2, 4, 1]
+    assert rollout.sampled.sum(1).tolist() == [2, 4, 1]
     assert rollout.ended.tolist() == [True, False, True]
     assert rollout.completions == ("cat", "cat dog dog cat", "")
-    assert rollout.response_ids[0].tolist() == [cat, 2, 0, 0]
+    assert rollout.ids[0].tolist() == [cat, 2, 0, 0]
 
 
 def test_cut_at_a_stop_string_keeps_the_token_that_completes_it(llama: LoadedModel):
     cat, dog, dot = llama.tokenizer.convert_tokens_to_ids(["cat", "dog", "."])
     ids = torch.tensor([[cat, dot, dog, dot], [cat, dog, cat, dog]])
     rollout = cut_responses(ids, batch_of(llama, ["the"] * 2), llama, (2,), ["."])
-    assert rollout.response_mask.sum(1).tolist() == [2, 4]
+    assert rollout.sampled.sum(1).tolist() == [2, 4]
     assert rollout.ended.tolist() == [True, False]
     assert rollout.completions[0].strip() == "cat"
 
@@ -62,9 +62,9 @@ def test_greedy_answers_do_not_depend_on_padding(kind: str, tmp_path: Path):
     short, long = "a cat", "tell me about the small red bird near a house"
     alone = sample_responses(loaded, batch_of(loaded, [short]), greedy)
     together = sample_responses(loaded, batch_of(loaded, [short, long]), greedy)
-    length = int(alone.response_mask.sum())
+    length = int(alone.sampled.sum())
     assert length > 1
-    assert together.response_ids[0, :length].tolist() == alone.response_ids[0, :length].tolist()
+    assert together.ids[0, :length].tolist() == alone.ids[0, :length].tolist()
 
 
 def test_generation_defaults_of_the_model_are_switched_off_and_put_back(tmp_path: Path):
@@ -75,7 +75,7 @@ def test_generation_defaults_of_the_model_are_switched_off_and_put_back(tmp_path
     torch.manual_seed(0)
     rollout = sample_responses(loaded, prompts, SamplingConfig(max_new_tokens=1))
     # with top_k = 1 from the model's file every answer would be the same token
-    assert len(set(rollout.response_ids[:, 0].tolist())) > 5
+    assert len(set(rollout.ids[:, 0].tolist())) > 5
     assert loaded.model.generation_config is own
 
 
@@ -83,7 +83,7 @@ def test_min_and_max_new_tokens(llama: LoadedModel):
     torch.manual_seed(0)
     sampling = SamplingConfig(min_new_tokens=4, max_new_tokens=6, temperature=3.0)
     rollout = sample_responses(llama, batch_of(llama, ["the cat sees"] * 64), sampling)
-    lengths = rollout.response_mask.sum(1)
+    lengths = rollout.sampled.sum(1)
     assert int(lengths.min()) > 4 - 1
     assert int(lengths.max()) <= 6
 
@@ -114,10 +114,10 @@ def test_rows_that_leave_change_no_token(kind: str, filters: dict[str, float], t
     expected = cut_responses(_transformers_own(loaded, prompts, sampling), prompts, loaded, loaded.stop_ids)
     torch.manual_seed(3)
     found = sample_responses(loaded, prompts, sampling)
-    assert found.response_ids.tolist() == expected.response_ids.tolist()
+    assert found.ids.tolist() == expected.ids.tolist()
     assert found.ended.tolist() == expected.ended.tolist()
     if sampling.temperature and not sampling.top_k:
-        assert len(set(found.response_mask.sum(1).tolist())) > 3, "the test says nothing where all end together"
+        assert len(set(found.sampled.sum(1).tolist())) > 3, "the test says nothing where all end together"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "t5", "bart"])
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_changes_no_token(kind: str, rank: int, tmp_path:
         assert bool(training) == checkpointing
         torch.manual_seed(3)
         rollout = sample_responses(loaded, _several(loaded, texts, 4), SamplingConfig(max_new_tokens=12))
-        answers.append(rollout.response_ids.tolist())
+        answers.append(rollout.ids.tolist())
         # the update's passes are checkpointed again
         assert {name for name, module in loaded.model.named_modules() if module.training} == training
     assert answers[0] == answers[1]
@@ -150,7 +150,7 @@ def test_a_prompt_is_read_once_for_all_its_answers_and_finished_rows_are_not_fed
     finally:
         handle.remove()
     assert fed[0][0] == 2
-    lengths = rollout.response_mask.sum(1)
+    lengths = rollout.sampled.sum(1)
     for step, (rows, width) in enumerate(fed[1:], 1):
         going = int((lengths > step).sum())
         assert width == 1
@@ -161,7 +161,7 @@ def test_a_prompt_is_read_once_for_all_its_answers_and_finished_rows_are_not_fed
 def test_groups_of_different_sizes_are_sampled_row_by_row(llama: LoadedModel):
     prompts = dataclasses.replace(batch_of(llama, ["the cat", "the cat", "a dog"]), group=torch.tensor([0, 0, 1]))
     rollout = sample_responses(llama, prompts, SamplingConfig(max_new_tokens=3))
-    assert rollout.response_ids.shape[0] == 3
+    assert rollout.ids.shape[0] == 3
 
 
 def test_a_stop_string_ends_an_answer_while_sampling(llama: LoadedModel):
@@ -177,4 +177,4 @@ def test_a_stop_string_ends_an_answer_while_sampling(llama: LoadedModel):
     for row, text in enumerate(free.completions):
         assert found.completions[row] == (text[: text.find(stop)] if row in said else text)
         assert bool(found.ended[row]) == bool(row in said or free.ended[row])
-    assert int(found.response_mask.sum()) < int(free.response_mask.sum())
+    assert int(found.sampled.sum()) < int(free.sampled.sum())

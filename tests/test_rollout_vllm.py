@@ -25,7 +25,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import CagsrError, ConfigError, RolloutError
-from cagsr.flow import EncodedPrompt, Prompt, Rollout
+from cagsr.flow import EncodedPrompt, Prompt, EpisodeBatch
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
@@ -34,7 +34,7 @@ from cagsr.rollout.build import build_sampler
 from cagsr.rollout.sampler import Sampler
 from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 from cagsr.update.score import score_policy
 from vllm_server import Served, serving
 
@@ -79,7 +79,7 @@ def sampler_for(config: TrainConfig) -> tuple[Sampler, LoadedModel]:
     return build_sampler(config, loaded, Accelerator(cpu=True)), loaded
 
 
-def sampled(sampler: Sampler, loaded: LoadedModel, sampling: SamplingConfig) -> Rollout:
+def sampled(sampler: Sampler, loaded: LoadedModel, sampling: SamplingConfig) -> EpisodeBatch:
     encoded = []
     for row, text in enumerate(TEXTS, 1):
         ids = tuple(loaded.tokenizer(text).input_ids)
@@ -91,7 +91,7 @@ def sampled(sampler: Sampler, loaded: LoadedModel, sampling: SamplingConfig) -> 
     return sampler.sample(batch, sampling)
 
 
-def scored(ppo: PPO, rollout: Rollout, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+def scored(ppo: PPO, rollout: EpisodeBatch, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     found = score_policy(ppo.actor_critic, ppo.loaded, rollout, sampling, reader=None, micro_batch_size=5)
     return found.logprobs, found.sampling_correction
 
@@ -115,7 +115,7 @@ def test_the_engines_logprobs_are_the_scoring_passs(kind: str, filters: dict[str
         ppo, _ = ppo_for(config_for(tmp_path / "model", engine.url, sampling=sampling))
         rollout = sampled(ppo.sampler, ppo.loaded, sampling)
     logprobs, correction = scored(ppo, rollout, sampling)
-    mask = rollout.response_mask
+    mask = rollout.sampled
     assert rollout.sampler_logprobs is not None
     torch.testing.assert_close((logprobs - correction)[mask], rollout.sampler_logprobs[mask], atol=2e-5, rtol=1e-5)
     assert (rollout.sampler_logprobs[~mask] == 0).all()
@@ -129,9 +129,9 @@ def test_candidates_and_prompts_keep_their_order(engine: Served, folder: Path):
     rollout = sampled(sampler, loaded, sampling)
     assert len(engine.given) == 12
     for row, given in enumerate(engine.given):
-        prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist()
+        prompt = rollout.prompts.ids[row][rollout.prompts.real[row]].tolist()
         assert prompt == given["prompt_token_ids"] == loaded.tokenizer(TEXTS[row // 4]).input_ids
-        assert rollout.response_ids[row][rollout.response_mask[row]].tolist() == given["token_ids"]
+        assert rollout.ids[row][rollout.sampled[row]].tolist() == given["token_ids"]
         assert bool(rollout.ended[row]) == (given["finish_reason"] == "stop")
     (request,) = [body for path, body in engine.asked if path == "/v1/completions"]
     assert len(request["prompt"]) == 3  # once each, not once for each candidate
@@ -147,8 +147,8 @@ def test_answers_end_at_every_stop_token_and_at_the_length_limit(folder: Path):
     with serving(folder) as engine:
         rollout = sampled(*sampler_for(config_for(folder, engine.url)), sampling)
         sent = [len(given["token_ids"]) for given in engine.given]
-    lengths = rollout.response_mask.sum(1)
-    last = rollout.response_ids.gather(1, lengths[:, None] - 1)[:, 0]
+    lengths = rollout.sampled.sum(1)
+    last = rollout.ids.gather(1, lengths[:, None] - 1)[:, 0]
     assert rollout.ended.tolist() == [token in (2, cat) for token in last.tolist()]
     assert {2, cat} <= set(last.tolist())
     assert lengths[~rollout.ended].unique().tolist() == [5]
@@ -161,11 +161,11 @@ def test_answers_end_at_a_stop_string(engine: Served, folder: Path):
     sampling = SamplingConfig(num_generations=16, max_new_tokens=8, temperature=4.0, stop_strings=["dog"])
     rollout = sampled(*sampler_for(config_for(folder, engine.url)), sampling)
     dog = tiny.tokenizer().convert_tokens_to_ids("dog")
-    with_dog = (rollout.response_ids == dog).any(1)
+    with_dog = (rollout.ids == dog).any(1)
     assert with_dog.any()
     assert rollout.ended[with_dog].all()
-    lengths = rollout.response_mask.sum(1)
-    assert (rollout.response_ids.gather(1, lengths[:, None] - 1)[with_dog] == dog).all()
+    lengths = rollout.sampled.sum(1)
+    assert (rollout.ids.gather(1, lengths[:, None] - 1)[with_dog] == dog).all()
     assert all("dog" not in text for text in rollout.completions)
 
 
@@ -181,7 +181,7 @@ def test_the_server_has_the_policys_weights_after_every_update(rank: int, engine
         assert experience.sampler_metrics["sampling/sampling_logp_difference/mean"] < 1e-5
         ppo.update(experience)
         assert len(served_differs(engine, ppo.loaded)) >= 14  # every layer's projections moved
-    rollout = ppo.sampler.sample(experience.rollout.prompts, ppo.config.sampling)
+    rollout = ppo.sampler.sample(experience.episodes.prompts, ppo.config.sampling)
     assert served_differs(engine, ppo.loaded) == set()
     logprobs, _ = scored(ppo, rollout, ppo.config.sampling)
     torch.testing.assert_close(logprobs, rollout.sampler_logprobs, atol=2e-5, rtol=1e-5)
@@ -219,8 +219,8 @@ def test_a_server_with_other_weights_stops_the_run(engine: Served, folder: Path)
     metrics = experience.sampler_metrics
     assert metrics["sampling/sampling_logp_difference/mean"] > 0.5
     assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(2.0)  # truncated
-    mask = experience.rollout.response_mask
-    assert float(experience.scores.sampling_correction[mask].max()) == pytest.approx(torch.tensor(2.0).log())
+    mask = experience.episodes.sampled
+    assert float(experience.readings.sampling_correction[mask].max()) == pytest.approx(torch.tensor(2.0).log())
 
 
 @pytest.mark.parametrize(

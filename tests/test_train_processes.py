@@ -39,7 +39,7 @@ from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
 from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from cagsr.train import train
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 
 PROMPTS, GENERATIONS = 4, 4
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -293,8 +293,8 @@ def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1
         ppo.sampler.sample = lambda batch, sampling, mine=mine: mine  # type: ignore[method-assign]
         experience = ppo.collect(some[own])
         metrics = ppo.update(experience)
-        found |= {f"answer/{step}/reward": experience.reward.total}
-        found |= {f"answer/{step}/advantages": experience.advantages.advantages}
+        found |= {f"answer/{step}/reward": experience.returns.total}
+        found |= {f"answer/{step}/advantages": experience.targets.advantages}
         wanted = ("objective/", "policy/approxkl_avg", "val/ratio", "rewards/")
         found |= {f"{step}/{name}": torch.tensor(value) for name, value in metrics.items() if name.startswith(wanted)}
     moments = {f"{name}/{key}": value for name, one in reward.state_dict().items() for key, value in one.items()}
@@ -345,7 +345,7 @@ def updated(folder: Path, case: str, micro: int, process: int = 0, processes: in
         # Every process samples everything: counted once, not once for each process (whitening divides by n - 1).
         alone.setattr(ppo, "reduce", lambda tensor: tensor)
         experience = ppo.collect(prompts.prompts[:PROMPTS])
-    tokens = experience.rollout.response_mask.view(4, -1, experience.rollout.response_mask.shape[1]).sum(dim=(1, 2))
+    tokens = experience.episodes.sampled.view(4, -1, experience.episodes.sampled.shape[1]).sum(dim=(1, 2))
     assert len(set(tokens.tolist())) > 1
     assert tokens[:2].sum() != tokens[2:].sum()
     # Only the update is cut into micro-batches: the experience is the same to the last bit.
@@ -354,7 +354,7 @@ def updated(folder: Path, case: str, micro: int, process: int = 0, processes: in
     metrics = ppo.update(rows_of(experience, slice(process * count, (process + 1) * count)))
     weights = {f"weight/{name}": value.detach().clone() for name, value in full_state(loaded.model).items()}
     whole = {name: torch.tensor(float(value)) for name, value in metrics.items()}
-    return weights | whole | {"advantages": experience.advantages.advantages}
+    return weights | whole | {"advantages": experience.targets.advantages}
 
 
 def rows_of(value: Any, part: slice) -> Any:

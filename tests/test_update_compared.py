@@ -26,7 +26,7 @@ from cagsr.config import (
 from cagsr.errors import RolloutError
 from cagsr.models import decoder_only, sharing
 from cagsr.train import train
-from cagsr.update.engine_mismatch import decoding_metrics
+from cagsr.scoring.engine_mismatch import decoding_metrics
 from test_update_engine_mismatch import OURS, made
 
 NAME = "scoring/shared_prompt_logp_difference"

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from cagsr.config import RolloutConfig
 from cagsr.errors import RolloutError
-from cagsr.flow import Prompt, PromptBatch, Rollout, Scores
-from cagsr.update.engine_mismatch import account_for_engine, importance_ratio
+from cagsr.flow import Prompt, PromptBatch, EpisodeBatch, Scores
+from cagsr.scoring.engine_mismatch import account_for_engine, importance_ratio
 
 MASK = torch.tensor([[True, True], [True, False]])
 OURS = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
 ENGINE = torch.tensor([[-1.1, -2.0], [-3.0 - math.log(4.0), 0.0]])
 
 
-def made(correction: torch.Tensor | None = None, engine: torch.Tensor | None = ENGINE) -> tuple[Scores, Rollout]:
+def made(correction: torch.Tensor | None = None, engine: torch.Tensor | None = ENGINE) -> tuple[Scores, EpisodeBatch]:
     zeros = torch.zeros(2, 2)
     prompts = PromptBatch(
         (Prompt(1, "a"),) * 2,
@@ -31,7 +31,7 @@ def made(correction: torch.Tensor | None = None, engine: torch.Tensor | None = E
         torch.zeros(2, dtype=torch.long),
     )
     scores = Scores(OURS, zeros, zeros, zeros if correction is None else correction)
-    return scores, Rollout(prompts, torch.ones(2, 2, dtype=torch.long), MASK, MASK[:, 1], ("a", "b"), engine)
+    return scores, EpisodeBatch(prompts, torch.ones(2, 2, dtype=torch.long), MASK, MASK[:, 1], ("a", "b"), engine)
 
 
 def test_numbers_by_hand():

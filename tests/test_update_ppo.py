@@ -29,7 +29,7 @@ from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.reward.build import build_reward
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
 
@@ -182,8 +182,8 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
             parameter.mul_(1.05)
     torch.manual_seed(0)
     second = ppo.collect(prompts.prompts[:2])
-    same = (first.rollout.response_ids.shape == second.rollout.response_ids.shape) and bool(
-        (first.rollout.response_ids == second.rollout.response_ids).all()
+    same = (first.rollout.ids.shape == second.rollout.ids.shape) and bool(
+        (first.rollout.ids == second.rollout.ids).all()
     )
     if same:
         torch.testing.assert_close(first.reward.terms["coverage"], second.reward.terms["coverage"])
@@ -193,7 +193,7 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
 def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
     ppo, prompts = setting(tmp_path)
     experience = ppo.collect(prompts.prompts[:4])
-    shifted = dataclasses.replace(experience.scores, logprobs=experience.scores.logprobs - 0.1)
+    shifted = dataclasses.replace(experience.readings, logprobs=experience.readings.logprobs - 0.1)
     with pytest.raises(CagsrError, match="ratio before the first update"):
         ppo.update(dataclasses.replace(experience, scores=shifted))
 
@@ -206,6 +206,6 @@ def test_filters_are_corrected_and_logged(tmp_path: Path):
 def test_salience_pooling_reaches_the_reward(tmp_path: Path):
     ppo, prompts = setting(tmp_path, salience=SalienceConfig(weighting="uniform"))
     experience = ppo.collect(prompts.prompts[:2])
-    coverage = experience.reward.terms["coverage"]
+    coverage = experience.returns.terms["coverage"]
     assert ((coverage >= 0) & (coverage <= 1)).all()
     assert coverage.std() > 0

@@ -10,20 +10,20 @@ import torch
 import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
-from cagsr.flow import Prompt, PromptBatch, Rollout
+from cagsr.flow import Prompt, PromptBatch, EpisodeBatch
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import teacher_forced
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference
 from cagsr.rollout.sample import sample_responses
-from cagsr.update.score import length_sorted_chunks, score_policy, score_reference
+from cagsr.scoring.micro_batches import micro_batches, score_policy, score_reference
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
 TEXTS = ["the cat", "tell me about the small red bird near a house", "a big dog likes the tree", "blue . green"]
 
 
-def rolled_out(loaded: LoadedModel, copies: int = 2) -> Rollout:
+def rolled_out(loaded: LoadedModel, copies: int = 2) -> EpisodeBatch:
     texts = [text for text in TEXTS for _ in range(copies)]
     encoded = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side=loaded.architecture.padding_side)
     prompts = PromptBatch(
@@ -52,11 +52,11 @@ def test_one_batch_of_eight_equals_eight_batches_of_one(kind: str, tmp_path: Pat
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=2e-5, rtol=1e-4)
     maps = together.attention.maps
     torch.testing.assert_close(maps, alone.attention.maps, atol=2e-5, rtol=1e-4)
-    mask = rollout.response_mask
+    mask = rollout.sampled
     assert (together.logprobs[~mask] == 0).all()
     assert (together.logprobs[mask] < 0).all()
     assert (maps[:, 0].sum(1) > 0.01).all()  # later rows may lie beyond a sliding window
-    assert (maps.transpose(1, 2)[~rollout.prompts.mask] == 0).all()
+    assert (maps.transpose(1, 2)[~rollout.prompts.real] == 0).all()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -67,19 +67,19 @@ def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
     scores = score_policy(
         ActorCritic(loaded), loaded, rollout, SamplingConfig(temperature=1.3), reader=None, micro_batch_size=8
     )
-    row, length = 1, int(rollout.response_mask[1].sum())
-    prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]][None]
+    row, length = 1, int(rollout.sampled[1].sum())
+    prompt = rollout.prompts.ids[row][rollout.prompts.real[row]][None]
     cache, fed = None, prompt
     for t in range(length):
         if not loaded.architecture.one_sequence:
             start = torch.tensor([[loaded.model.config.decoder_start_token_id]])
-            decoder = torch.cat([start, rollout.response_ids[row : row + 1, :t]], dim=1)
+            decoder = torch.cat([start, rollout.ids[row : row + 1, :t]], dim=1)
             logits = loaded.model(input_ids=prompt, decoder_input_ids=decoder).logits
         else:
             output = loaded.model(input_ids=fed, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits
-            fed = rollout.response_ids[row : row + 1, t : t + 1]
-        expected = torch.log_softmax(logits[0, -1].float() / 1.3, dim=-1)[rollout.response_ids[row, t]]
+            fed = rollout.ids[row : row + 1, t : t + 1]
+        expected = torch.log_softmax(logits[0, -1].float() / 1.3, dim=-1)[rollout.ids[row, t]]
         torch.testing.assert_close(scores.logprobs[row, t], expected.detach(), atol=2e-5, rtol=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_a_critic_of_its_own_computes_no_logits(kind: str, tmp_path: Path):
         inputs = PassInputs.of(rollout, share=share)
         with torch.no_grad():
             (logits, expected), (same_logits, values) = shared(inputs), apart(inputs)
-        mask = rollout.response_mask
+        mask = rollout.sampled
         torch.testing.assert_close(values[mask], expected[mask], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(same_logits[mask], logits[mask], atol=1e-5, rtol=1e-5)
     assert set(positions) == {0}
@@ -160,8 +160,8 @@ def test_micro_batches_are_a_partition_sorted_by_length(tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     rollout = rolled_out(loaded)
     chosen = torch.tensor([6, 1, 3, 0, 7])
-    chunks = length_sorted_chunks(rollout, 2, chosen)
+    chunks = micro_batches(rollout, 2, chosen)
     assert [len(chunk) for chunk in chunks] == [2, 2, 1]
     assert sorted(torch.cat(chunks).tolist()) == [0, 1, 3, 6, 7]
-    lengths = rollout.prompts.mask.sum(1) + rollout.response_mask.sum(1)
+    lengths = rollout.prompts.real.sum(1) + rollout.sampled.sum(1)
     assert lengths[torch.cat(chunks)].tolist() == sorted(lengths[chosen].tolist())

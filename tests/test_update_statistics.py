@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cagsr.config import SamplingConfig
 from cagsr.reward.certainty import self_certainty
 from cagsr.update import statistics
-from cagsr.update.statistics import (
+from cagsr.scoring.statistics import (
     logprobs_and_entropy,
     logprobs_entropy_and_certainty,
     sampling_correction,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import cagsr.update.ppo
+import cagsr.training.ppo
 from benchmarks.turns import Turns
 from benchmarks.workload import KL, LEARNING_RATE, TEMPERATURE, Work
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, PPOConfig, RunConfig, SamplingConfig, TrainConfig
@@ -65,7 +65,7 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
     room = loaded.room_for_prompts(work.response)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room).prompts
     reward = build_reward(config.reward, device=loaded.device, texts=loaded.texts)
-    ppo = cagsr.update.ppo.PPO(config, loaded, reward, Accelerator(cpu=True))
+    ppo = cagsr.training.ppo.PPO(config, loaded, reward, Accelerator(cpu=True))
     scoring_begins = _moment_of("score_policy")
     torch.manual_seed(2)
     while True:
@@ -76,12 +76,12 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
         turns.add("scoring", turns.elapsed() - rollout)
         with turns.stage("update"):
             ppo.update(experience)
-        turns.end(int(experience.rollout.response_mask.sum()))
+        turns.end(int(experience.episodes.sampled.sum()))
 
 
 def _moment_of(name: str) -> Callable[[], float]:
     """Note when ``collect`` last called a function of its module: what comes before scoring is the rollout."""
-    original: Callable[..., Any] = getattr(cagsr.update.ppo, name)
+    original: Callable[..., Any] = getattr(cagsr.training.ppo, name)
     called = [0.0]
 
     @functools.wraps(original)
@@ -89,5 +89,5 @@ def _moment_of(name: str) -> Callable[[], float]:
         called[0] = time.perf_counter()
         return original(*args, **kwargs)
 
-    setattr(cagsr.update.ppo, name, noted)
+    setattr(cagsr.training.ppo, name, noted)
     return lambda: called[0]

@@ -16,13 +16,13 @@ from cagsr.config import SamplingConfig
 from cagsr.evaluation.best_of_n import correlation
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
-from cagsr.flow import EncodedPrompt, Rollout
+from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.words import find_words
-from cagsr.reward.coverage import saturating_coverage
-from cagsr.reward.grounded import grounded_coverage
-from cagsr.reward.said import says
-from cagsr.reward.words import pool_words
+from cagsr.reward.terms.coverage import saturating_coverage
+from cagsr.reward.terms.grounded_coverage import grounded_coverage
+from cagsr.reward.same_text import says
+from cagsr.reward.pooling import pool_pieces
 from cagsr.view.planes import Plane, read_planes
 from cagsr.view.token_pieces import token_pieces
 from examples.e2e.signal_formulas import (
@@ -45,7 +45,7 @@ SINKLESS = "mean, without the sink"
 class Chunk:
     """Some prompts' answers with the attention of every head."""
 
-    rollout: Rollout
+    rollout: EpisodeBatch
     logprobs: Tensor  # (batch, response)
     heads: Tensor  # (heads, batch, response, prompt) float32
     words: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
@@ -54,13 +54,13 @@ class Chunk:
     @property
     def usable(self) -> Tensor:
         """``(batch, prompt)`` bool: prompt tokens but padding and the first one, the attention sink."""
-        mask = self.rollout.prompts.mask
+        mask = self.rollout.prompts.real
         return mask & (mask.cumsum(dim=1) > 1)
 
     @property
     def sink(self) -> Tensor:
         """``(batch,)`` int64: the first prompt token."""
-        return self.rollout.prompts.mask.int().argmax(dim=1)
+        return self.rollout.prompts.real.int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def read_answers(
         scored = scorer.batch(rollout)
         terms.append(scorer.values(scored))
         read = read_planes(loaded, rollout, found, planes)
-        heads = torch.stack([read[plane] for plane in planes]) * rollout.response_mask[None, :, :, None]
+        heads = torch.stack([read[plane] for plane in planes]) * rollout.sampled[None, :, :, None]
         words = tuple(
             words_of(token_pieces(loaded.tokenizer, ids[mask].tolist()), text)
-            for ids, mask, text in zip(rollout.response_ids, rollout.response_mask, rollout.completions, strict=True)
+            for ids, mask, text in zip(rollout.ids, rollout.sampled, rollout.completions, strict=True)
         )
         chunks.append(Chunk(rollout, scored.scores.logprobs.float(), heads, words))
     answers = Answers(tuple(prompts), sampling.num_generations, tuple(chunks), {}, planes)
@@ -179,7 +179,7 @@ def calibrate(answers: Answers, scorer: Scorer, positions: int, common_share: fl
     """
     ids = scorer.loaded.texts.ids
     rates = [
-        copying_rate(chunk.heads, ids[r.response_ids], r.response_mask, ids[r.prompts.ids], chunk.usable)
+        copying_rate(chunk.heads, ids[r.ids], r.sampled, ids[r.prompts.ids], chunk.usable)
         for chunk, r in ((chunk, chunk.rollout) for chunk in answers.chunks)
     ]
     target = answers.terms["associated_coverage"]
@@ -187,9 +187,9 @@ def calibrate(answers: Answers, scorer: Scorer, positions: int, common_share: fl
         kind: torch.tensor([correlation(values, target) for values in values_of_heads(answers, scorer, kind)])
         for kind in ("coverage", "grounded_coverage")
     }
-    mask = _joined([chunk.rollout.response_mask for chunk in answers.chunks])
-    mass = _joined([prompt_mass(chunk.heads, chunk.rollout.response_mask) for chunk in answers.chunks])
-    bare = _joined([prompt_mass(chunk.heads, chunk.rollout.response_mask, chunk.sink) for chunk in answers.chunks])
+    mask = _joined([chunk.rollout.sampled for chunk in answers.chunks])
+    mass = _joined([prompt_mass(chunk.heads, chunk.rollout.sampled) for chunk in answers.chunks])
+    bare = _joined([prompt_mass(chunk.heads, chunk.rollout.sampled, chunk.sink) for chunk in answers.chunks])
     expected: dict[str, Tensor] = {how: expected_by_position(mass, mask, how, positions) for how in EXPECTATIONS}
     expected[SINKLESS] = expected_by_position(bare, mask, "mean", positions)
     residual = lookback(answers, expected)["mean"]
@@ -215,7 +215,7 @@ def lookback(answers: Answers, expected: Mapping[str, Tensor]) -> dict[str, Floa
     for name, table in expected.items():
         parts = []
         for chunk in answers.chunks:
-            mask = chunk.rollout.response_mask
+            mask = chunk.rollout.sampled
             mass = prompt_mass(chunk.heads, mask, chunk.sink if name == SINKLESS else None)
             parts.append(mean_residual(mass, mask, table))
         found[name] = answers.grid(parts)
@@ -233,12 +233,12 @@ def weighted_heads(answers: Answers, scorer: Scorer, kind: str, weights: Tensor)
     parts = []
     for chunk, attention in mixed(answers, weights):
         r = chunk.rollout
-        salience, mask = r.prompts.salience, r.response_mask
+        salience, mask = r.prompts.salience, r.sampled
         if kind == "coverage":
-            words = pool_words(attention, r.prompts.words, salience.shape[1], scorer.salience.pooling)
+            words = pool_pieces(attention, r.prompts.words, salience.shape[1], scorer.salience.pooling)
             parts.append(saturating_coverage(words, salience, mask, scorer.config.coverage.threshold))
         else:
-            same = says(scorer.loaded.texts, r.response_ids, mask, r.prompts.ids, r.prompts.words)
+            same = says(scorer.loaded.texts, r.ids, mask, r.prompts.ids, r.prompts.words)
             threshold = scorer.config.grounded_coverage.threshold
             parts.append(grounded_coverage(attention, same, r.prompts.words, salience, threshold))
     return answers.grid(parts)

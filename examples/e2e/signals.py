@@ -279,7 +279,7 @@ def doubt_signals(answers: Answers, learned: Calibration, scorer: Scorer) -> dic
     parts: list[dict[str, float]] = []
     for chunk, attention in mixed(answers, head_weights(learned.copying)):
         prompts = chunk.rollout.prompts
-        said, asked = ids[chunk.rollout.response_ids], ids[prompts.ids]
+        said, asked = ids[chunk.rollout.ids], ids[prompts.ids]
         same = (said[:, :, None] == asked[:, None, :]) & chunk.usable[:, None, :]
         for row, words in enumerate(chunk.words):
             content = [tokens for word, tokens in words if word not in learned.common]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from cagsr.errors import CagsrError
     from cagsr.flow import RewardBatch
-    from cagsr.reward.protocol import Partial, RewardTerm
+    from cagsr.reward.term import PartialValues, RewardTerm
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "PPOConfig",
-    "Partial",
+    "PartialValues",
     "PromptAttentionReader",
     "Reading",
     "RewardBatch",
@@ -63,8 +63,8 @@ _ELSEWHERE = {
     "Reading": "cagsr.attention",
     "CagsrError": "cagsr.errors",
     "RewardBatch": "cagsr.flow",
-    "Partial": "cagsr.reward.protocol",
-    "RewardTerm": "cagsr.reward.protocol",
+    "PartialValues": "cagsr.reward.term",
+    "RewardTerm": "cagsr.reward.term",
 }
 """Where the names live that are no settings."""
 

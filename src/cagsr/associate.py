@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cagsr.config import AssociationsConfig, SamplingConfig
+from cagsr.config import AssociationsConfig, RewardConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
@@ -22,6 +22,7 @@ from cagsr.reward.association import Associations, learn_associations
 
 FEWEST_PROMPTS = 20
 """Fewer prompts tell no word that goes with one of them from one that goes with all."""
+NAME_A_FILE = "give reward.associations.path the associations.json of a cagsr train run."
 SEED = 104_729
 """Added to the run's seed, so that these answers are not the first step's."""
 
@@ -101,3 +102,21 @@ def read_associations(path: Path) -> Associations:
         raise DataError(f"{path}: no readable JSON file; name the associations.json of a cagsr train run.") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def named_associations(reward: RewardConfig, why: str) -> Associations | None:
+    """Read the file that ``reward.associations.path`` names, where no answers are sampled to learn from.
+
+    Args:
+        reward: the reward.
+        why: ends the sentence for a reward that needs associations and names none.
+
+    Raises:
+        ConfigError: they are needed and none are named.
+        DataError: the file can't be read.
+    """
+    if reward.associations.path is not None:
+        return read_associations(Path(reward.associations.path))
+    if reward.needs("associations"):
+        raise ConfigError(f"The reward needs associations, and no answers are sampled here to learn them from: {why}")
+    return None

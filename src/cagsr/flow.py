@@ -1,8 +1,9 @@
-"""What flows between the rooms: prompts -> rollout -> scores -> reward -> advantage -> update.
+"""What flows between the rooms: prompts -> episodes -> readings -> returns -> targets -> update.
 
 Small frozen dataclasses with named tensors, in the order in which they come into being. Shape words used everywhere:
-``batch`` sequences (prompts times candidates), ``prompt`` and ``response`` token positions after padding, ``words``
-salient words of a prompt after padding. Masks are boolean, True for real tokens. Token ids are int64, everything that
+``batch`` sequences (prompts times candidates), ``prompt`` and ``response`` token positions after padding (the response is
+all that follows the prompt), ``context`` positions that can be looked at (the prompt; of several turns prompt and response),
+``words`` salient words of the context after padding. Masks are boolean, True for real tokens. Token ids are int64, everything that
 is computed is float32 whatever the model's precision.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -52,43 +54,136 @@ class PromptBatch:
 
     prompts: tuple[Prompt, ...]
     ids: Tensor  # (batch, prompt) int64
-    mask: Tensor  # (batch, prompt) bool
+    real: Tensor  # (batch, prompt) bool: no padding
     words: Tensor  # (batch, prompt) int64, -1: padding, template, sink or unimportant
     salience: Tensor  # (batch, words) float32, 0 on padding
     group: Tensor  # (batch,) int64: sequences with the same number answer the same prompt
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampled answers to a batch of prompts, cut at the first stop token."""
+class Segment:
+    """One stretch of an episode: what the model said, or what a task replied."""
+
+    ids: tuple[int, ...]
+    text: str
+    role: str
+    """Who speaks, as in chat messages: assistant for the model's own."""
+    turn: int
+    """The exchange that it belongs to, from 0: what is asked, and the answer to it."""
+    sampled: bool
+    """The model said it, so it carries loss and reward; False: it was read."""
+    words: tuple[int, ...] = ()
+    """For each token the index of the salient word *of this segment* it is a piece of, -1 for none."""
+    salience: tuple[float, ...] = ()
+    """Weight of each of its salient words, > 0."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a task and a policy made together: the prompt, and the segments that followed it."""
+
+    first: EncodedPrompt
+    segments: tuple[Segment, ...]
+    ended: bool
+    """The last answer stopped by itself; False: it was cut at the length limit."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The texts that the model said, turn by turn."""
+        return tuple(segment.text for segment in self.segments if segment.sampled)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the positions of episodes of several turns may look at: every salient word that stands before them."""
+
+    words: Tensor  # (batch, prompt + response) int64, the salient word of each position, -1: none
+    salience: Tensor  # (batch, words) float32, 0 on padding
+    word_turn: Tensor  # (batch, words) int64: the first turn whose answer may look at it
+    episodes: tuple[Episode, ...]
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """Episodes as tensors: the prompts, which the answers of a group share, and what followed them.
+
+    The prompts stand apart, because they are padded on their own side and read once a group: they are the prefix of a
+    decoder-only model's sequence, and the source of an encoder-decoder's.
+    """
 
     prompts: PromptBatch
-    response_ids: Tensor  # (batch, response) int64, padded on the right
-    response_mask: Tensor  # (batch, response) bool, True up to and including the stop token
-    ended: Tensor  # (batch,) bool: the answer stopped by itself (not cut at the length limit)
-    completions: tuple[str, ...]  # the answers as text, special tokens removed
+    ids: Tensor  # (batch, response) int64, what followed the prompt, padded on the right
+    real: Tensor  # (batch, response) bool: no padding
+    sampled: Tensor  # (batch, response) bool: said by the policy, stop tokens included; never more than ``real``
+    turn: Tensor  # (batch, response) int64: the exchange of each position, from 0
+    ended: Tensor  # (batch,) bool: the last answer stopped by itself (not cut at the length limit)
+    completions: tuple[str, ...]  # the last answers as text, special tokens removed
     sampler_logprobs: Tensor | None = None  # (batch, response) under the distribution an engine drew from, as it says
     decoded_logprobs: Tensor | None = None  # (batch, response) the same of our own decoding; None: greedy, or an engine
+    context: Context | None = None  # None: one turn, and the context is the prompt
+
+    @classmethod
+    def of_one_turn(
+        cls,
+        prompts: PromptBatch,
+        ids: Tensor,
+        mask: Tensor,
+        ended: Tensor,
+        completions: tuple[str, ...],
+        decoded_logprobs: Tensor | None = None,
+    ) -> EpisodeBatch:
+        """One answer to each prompt: all that is real was sampled, in turn 0.
+
+        Args:
+            prompts: ``(batch, prompt)``.
+            ids: ``(batch, response)`` int64, padded on the right.
+            mask: ``(batch, response)`` bool, true up to and including the stop token.
+            ended: ``(batch,)`` bool.
+            completions: the answers as text.
+            decoded_logprobs: see the field.
+        """
+        return cls(
+            prompts, ids, mask, mask, torch.zeros_like(ids), ended, completions, decoded_logprobs=decoded_logprobs
+        )
+
+    @property
+    def words(self) -> Tensor:
+        """``(batch, context)`` int64: the salient word of each position that can be looked at, -1 for none."""
+        return self.prompts.words if self.context is None else self.context.words
+
+    @property
+    def salience(self) -> Tensor:
+        """``(batch, words)`` float32: the weight of each salient word, 0 on padding."""
+        return self.prompts.salience if self.context is None else self.context.salience
+
+    @property
+    def context_ids(self) -> Tensor:
+        """``(batch, context)`` int64: the tokens that can be looked at."""
+        return self.prompts.ids if self.context is None else torch.cat([self.prompts.ids, self.ids], dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(batch,)`` int64: sampled tokens, all turns together."""
+        return self.sampled.sum(dim=1)
 
 
 @dataclass(frozen=True)
-class PromptAttention:
-    """What a scoring pass kept of the prompt attention, averaged over layers and heads."""
+class Attention:
+    """What was read of the attention from response positions to the context, averaged over layers and heads."""
 
-    maps: Tensor | None  # (batch, response, prompt); None: only the values below were kept
-    values: Mapping[str, Tensor] = field(default_factory=dict)  # reward term -> (batch,), or dense (batch, response)
+    maps: Tensor  # (batch, response, context)
+    words: Tensor  # (batch, response, words) the same, pieces of a word pooled
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one teacher-forced pass over prompt + response reads, at the sampling temperature."""
+class Readings:
+    """What one teacher-forced pass over prompt + response reads, at the sampling temperature; 0 where nothing was sampled."""
 
-    logprobs: Tensor  # (batch, response) log-probability of each sampled token under the scored policy
+    logprobs: Tensor  # (batch, response) log-probability of each sampled token under the policy
     entropy: Tensor  # (batch, response) entropy of each next-token distribution, nats
     certainty: Tensor  # (batch, response) KL(uniform || policy), nats (self-certainty, arXiv 2505.19590)
     sampling_correction: Tensor  # (batch, response) log policy - log sampler, 0 where both are the same distribution
     values: Tensor | None = None  # (batch, response) value estimates before each response token
-    attention: PromptAttention | None = None  # the scored policy's; None: not read
 
 
 class Trainer(Protocol):
@@ -101,46 +196,48 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """All that a reward term may look at."""
+    """All that a reward term may look at, one answer a row; of episodes of several turns each answer is a row of its own."""
 
-    rollout: Rollout
-    scores: Scores
-    reference_logprobs: Tensor | None  # (batch, response) under the frozen starting model
-    attention: Tensor | None  # (batch, response, prompt) from the policy or the reference, as configured
-    word_attention: Tensor | None  # (batch, response, words) the same, pieces of a word pooled
-    read: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # terms worked out while the attention was read, no map kept
+    episodes: EpisodeBatch
+    readings: Readings
+    reference_logprobs: Tensor | None  # (batch, response) under the frozen starting model; None: not read (yet)
+    attention: Attention | None = None  # from the policy or the reference, as configured; None: not read
     trainer: Trainer | None = None  # None: nothing is trained
 
 
 @dataclass(frozen=True)
-class Reward:
+class Returns:
     """The weighted sum of the reward terms, with what each of them gave."""
 
     total: Tensor  # (batch,) sum of ``contributions``
     per_token: Tensor  # (batch, response) the same, on the tokens it is paid at; rows sum to ``total``
-    terms: Mapping[str, Tensor]  # name -> (batch,) raw value of the term
-    contributions: Mapping[str, Tensor]  # name -> (batch,) weight * normalised value
+    by_turn: Tensor  # (batch, turns) the same, by the answer it was paid for; 0 where there is no such turn
+    terms: Mapping[
+        str, Tensor
+    ]  # name -> (batch,) raw value of the term, of several turns the mean; NaN: does not apply
+    contributions: Mapping[str, Tensor]  # name -> (batch,) weight * normalised value, of several turns the sum
 
 
 @dataclass(frozen=True)
-class Advantages:
-    """What the policy and the value head are trained on."""
+class Targets:
+    """What each position is trained towards."""
 
     advantages: Tensor  # (batch, response)
     returns: Tensor  # (batch, response) regression target of the value head; zeros for value-free estimators
+    weights: Mapping[str, Tensor]
+    """Objective -> (batch, response) float32, how strongly each position takes part in it: ``rl`` (policy, value, entropy
+    and KL: the sampled positions) and ``ce`` (imitation: none, unless somebody marks some)."""
 
 
 @dataclass(frozen=True)
 class Experience:
     """One batch ready for the update: everything that was fixed before the first gradient step."""
 
-    rollout: Rollout
-    scores: Scores
+    episodes: EpisodeBatch
+    readings: Readings
     reference_logprobs: Tensor  # (batch, response)
-    reward: Reward
-    advantages: Advantages
+    returns: Returns
+    targets: Targets
     sampler_metrics: Mapping[str, float] = field(
         default_factory=dict
     )  # how far decoding, an engine and the plain pass are from it

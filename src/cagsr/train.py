@@ -39,16 +39,16 @@ from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
-from cagsr.reward.build import build_reward, check_reward_config, reward_warnings
-from cagsr.reward.functions import TextFunction
-from cagsr.reward.terms import needs_associations
+from cagsr.reward.build import build_reward, reward_warnings
+from cagsr.reward.registry import Resources
 from cagsr.reward.trainer_calls import TrainerCalls
+from cagsr.reward.user_functions import TextFunction
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
 from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     """
     console = console or Console(soft_wrap=True, highlight=False)
     validate(config)
-    check_reward_config(config.reward)
+    validate(config.reward, "reward.")
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
@@ -96,8 +96,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     reward = build_reward(
         config.reward,
         device=loaded.device,
-        associations=associations,
-        texts=loaded.texts,
+        resources=Resources(loaded.texts, associations),
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)
@@ -171,7 +170,7 @@ def _associations(
     config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
 ) -> Associations | None:
     """Learn the associations from the starting model's own answers where the reward needs them, or read them again."""
-    if not needs_associations(config.reward):
+    if not config.reward.needs("associations"):
         return None
     settings = config.reward.associations
     stored = Path(config.output_dir) / ASSOCIATIONS
@@ -258,7 +257,7 @@ def _step(
         "collect_seconds": collected - started,
         "update_seconds": updated - collected,
         "evaluation_seconds": time.perf_counter() - updated,
-        "response_tokens": float(ppo.reduce(experience.rollout.response_mask.sum().float())),
+        "response_tokens": float(ppo.reduce(experience.episodes.sampled.sum().float())),
         **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
         "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
@@ -346,19 +345,19 @@ def _evaluate(
 
 def _sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """A few answers with their reward breakdown and what reward functions logged of them, one of each prompt first."""
-    rollout, reward = experience.rollout, experience.reward
-    generations = max(1, int((rollout.prompts.group == rollout.prompts.group[0]).sum()))
-    count = len(rollout.completions)
+    episodes, returns = experience.episodes, experience.returns
+    generations = max(1, int((episodes.prompts.group == episodes.prompts.group[0]).sum()))
+    count = len(episodes.completions)
     order = [start + offset for offset in range(generations) for start in range(0, count, generations)][:limit]
     return [
         {
-            "prompt": rollout.prompts.prompts[row].text,
-            "completion": rollout.completions[row],
-            "reward": float(reward.total[row]),
-            "terms": {name: float(value[row]) for name, value in reward.terms.items()},
-            "contributions": {name: float(value[row]) for name, value in reward.contributions.items()},
-            "tokens": int(rollout.response_mask[row].sum()),
-            "ended": bool(rollout.ended[row]),
+            "prompt": episodes.prompts.prompts[row].text,
+            "completion": episodes.completions[row],
+            "reward": float(returns.total[row]),
+            "terms": {name: float(value[row]) for name, value in returns.terms.items()},
+            "contributions": {name: float(value[row]) for name, value in returns.contributions.items()},
+            "tokens": int(episodes.sampled[row].sum()),
+            "ended": bool(episodes.ended[row]),
             **({"extra": {column: values[row] for column, values in extra.items()}} if extra else {}),
         }
         for row in order

@@ -11,75 +11,96 @@ from cagsr.advantage.kl import kl_k1, kl_k3
 from cagsr.advantage.whiten import Reduce, unit_scale, whiten
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
-from cagsr.flow import Advantages, Reward, Rollout, Scores
-from cagsr.reward.pay import add_at_last_token
+from cagsr.flow import EpisodeBatch, Readings, Returns, Targets
+from cagsr.reward.last_token import add_at_last_token
 
 
-def estimate_advantages(
+def estimate_targets(
     config: PPOConfig,
-    reward: Reward,
-    rollout: Rollout,
-    scores: Scores,
+    returns: Returns,
+    episodes: EpisodeBatch,
+    readings: Readings,
     reference_logprobs: Tensor,
     kl_coef: float,
     reduce: Reduce | None = None,
-) -> Advantages:
+) -> Targets:
     """Estimate how much better each token was than expected.
 
-    1. Token rewards: ``reward.per_token``, less ``missing_eos_penalty`` at the last token of answers that were cut,
+    1. Token rewards: ``returns.per_token``, less ``missing_eos_penalty`` at the last token of answers that were cut,
        less ``kl_coef`` times the KL per token if ``kl_in`` is ``reward``.
-    2. ``gae``: generalised advantages on the token rewards and the value estimates. ``rloo`` and ``grpo``: the sum of
-       an answer's token rewards against the other answers to its prompt, the same on all of its tokens.
-    3. ``whiten_advantages``: gae to mean 0 and deviation 1 over response tokens; the group estimators, which are
+    2. ``gae``: generalised advantages on the token rewards and the value estimates; tokens that were not sampled are skipped.
+       ``rloo`` and ``grpo``: the sum of the token rewards from an answer on, against those of the other answers in the same
+       turn of the same prompt; the same on all of the answer's tokens.
+    3. ``whiten_advantages``: gae to mean 0 and deviation 1 over sampled tokens; the group estimators, which are
        centred within each group, are only divided by their deviation.
 
     ``whiten_rewards`` divides token rewards (gae) or the sums (rloo, grpo) by their deviation and keeps their mean.
 
     Args:
         config: estimator and coefficients.
-        reward: the reward of each answer.
-        rollout: the answers.
-        scores: log-probabilities and values at the time of sampling.
+        returns: what each answer was paid.
+        episodes: the answers.
+        readings: log-probabilities and values at the time of sampling.
         reference_logprobs: ``(batch, response)`` under the frozen starting model.
         kl_coef: weight of the KL now (the controller's).
         reduce: sums a small tensor over processes; None for one process.
 
     Returns:
-        Advantages and returns, ``(batch, response)`` float32 without gradient, 0 on masked tokens.
+        Advantages and returns, ``(batch, response)`` float32 without gradient, 0 where nothing was sampled; every sampled
+        position takes part in the objectives of reinforcement, none in imitation.
 
     Raises:
         ConfigError: gae without value estimates, or rloo with a single answer to a prompt.
     """
-    mask = rollout.response_mask
-    penalty = sequence_penalty(config, rollout)
-    tokens = add_at_last_token(torch.where(mask, reward.per_token.detach().float(), 0.0), -penalty, mask)
+    mask = episodes.sampled
+    penalty = sequence_penalty(config, episodes)
+    tokens = add_at_last_token(torch.where(mask, returns.per_token.detach().float(), 0.0), -penalty, mask)
     if config.kl_in == "reward":
-        tokens = tokens - kl_coef * kl_per_token(config, scores.logprobs, reference_logprobs, mask)
+        tokens = tokens - kl_coef * kl_per_token(config, readings.logprobs, reference_logprobs, mask)
+    weights = {"rl": mask.float(), "ce": torch.zeros_like(tokens)}
     if config.estimator == "gae":
-        if scores.values is None:
+        if readings.values is None:
             raise ConfigError(
                 "ppo.estimator gae needs value estimates, but the model has no value head: use rloo or grpo"
             )
         if config.whiten_rewards:
             tokens = whiten(tokens, mask, shift_mean=False, reduce=reduce)
-        advantages, returns = generalized_advantages(tokens, scores.values.detach(), mask, config.gamma, config.lam)
+        advantages, targets = generalized_advantages(tokens, readings.values.detach(), mask, config.gamma, config.lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=reduce)
-        return Advantages(advantages=advantages, returns=returns)
-    # An answer without tokens has no place to be paid at, but the others are still compared with what it is worth.
-    sums = torch.where(mask.any(dim=1), tokens.sum(dim=1), reward.total.detach().float() - penalty)
-    if config.whiten_rewards:
-        sums = whiten(sums, torch.ones_like(sums, dtype=torch.bool), shift_mean=False, reduce=reduce)
+        return Targets(advantages, targets, weights)
     compare = leave_one_out if config.estimator == "rloo" else group_z_scores
-    advantages = torch.where(mask, compare(sums, rollout.prompts.group)[:, None], 0.0)
+    advantages = torch.zeros_like(tokens)
+    for turn in range(1 + int(torch.where(mask, episodes.turn, 0).max())):
+        own = mask & (episodes.turn == turn)
+        # Of later turns only episodes that came so far; an answer without tokens is compared all the same.
+        there = own.any(dim=1) | (turn == 0)
+        ahead = torch.where(episodes.turn >= turn, tokens, 0.0).sum(dim=1)
+        # An answer without tokens has no place to be paid at, but the others are still compared with what it is worth.
+        sums = torch.where(mask.any(dim=1), ahead, returns.total.detach().float() - penalty)
+        if config.whiten_rewards:
+            sums = whiten(sums, there, shift_mean=False, reduce=reduce)
+        group = episodes.prompts.group[there]
+        if turn > 0:
+            kept = _has_others(group)
+            there, group = there.nonzero()[:, 0][kept], group[kept]
+        found = tokens.new_zeros(len(tokens))
+        found[there] = compare(sums[there], group)
+        advantages = torch.where(own, found[:, None], advantages)
     if config.whiten_advantages:
         advantages = unit_scale(advantages, mask, reduce=reduce)
-    return Advantages(advantages=advantages, returns=torch.zeros_like(advantages))
+    return Targets(advantages, torch.zeros_like(advantages), weights)
 
 
-def sequence_penalty(config: PPOConfig, rollout: Rollout) -> Tensor:
+def _has_others(group: Tensor) -> Tensor:
+    """Which answers have another one to be compared with."""
+    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+    return count[index] > 1
+
+
+def sequence_penalty(config: PPOConfig, episodes: EpisodeBatch) -> Tensor:
     """Charge answers that did not stop by themselves, ``(batch,)`` float32."""
-    return (~rollout.ended).float() * (config.missing_eos_penalty or 0.0)
+    return (~episodes.ended).float() * (config.missing_eos_penalty or 0.0)
 
 
 def kl_per_token(config: PPOConfig, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:

@@ -114,12 +114,16 @@ class AttentionRegion:
         return replace(narrow, words=kept, num_words=num_words)
 
     @classmethod
-    def left_padded(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+    def left_padded(
+        cls, prompt_mask: Tensor, response_mask: Tensor, looked_at: Tensor | None = None
+    ) -> AttentionRegion:
         """One forward over prompts padded on the left followed by responses padded on the right.
 
         Args:
             prompt_mask: ``(batch, prompt)``, true for real tokens; the last column holds every prompt's last token.
-            response_mask: ``(batch, response)``, true for real tokens.
+            response_mask: ``(batch, response)``, true for the tokens whose predicting positions are read.
+            looked_at: ``(batch, response)``, true for response tokens that later ones are read to look at, as columns behind
+                the prompt's (all but the last token, which is not fed); None: the prompt's columns alone.
 
         Raises:
             AttentionError: the prompts are not padded on the left, or the batch sizes differ.
@@ -136,9 +140,9 @@ class AttentionRegion:
         return cls(
             batch=torch.arange(prompt.shape[0], device=prompt.device),
             rows=rows.masked_fill(~response, -1),
-            columns=_positions(prompt),
+            columns=_columns(prompt, looked_at),
             row_slice=slice(first, first + response.shape[1]),
-            column_slice=slice(0, prompt.shape[1]),
+            column_slice=slice(0, _columns(prompt, looked_at).shape[1]),
         )
 
     @classmethod
@@ -183,7 +187,9 @@ class AttentionRegion:
         return cls(batch=batch, rows=_runs(starts + prompt - 1, response), columns=_runs(starts, prompt))
 
     @classmethod
-    def after_prefix(cls, prompt_mask: Tensor, response_mask: Tensor) -> AttentionRegion:
+    def after_prefix(
+        cls, prompt_mask: Tensor, response_mask: Tensor, looked_at: Tensor | None = None
+    ) -> AttentionRegion:
         """Make the region of a forward over responses alone, their prompts' keys and values in the cache.
 
         The forward is fed ``response[:-1]``; the row of its first token predicts the second. The first response token is
@@ -191,7 +197,8 @@ class AttentionRegion:
 
         Args:
             prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
-            response_mask: ``(batch, response - 1)``, true where the token that is predicted is real.
+            response_mask: ``(batch, response - 1)``, true where the token that is predicted is read.
+            looked_at: ``(batch, response)``, as in ``left_padded``.
 
         Raises:
             AttentionError: the batch sizes differ.
@@ -200,9 +207,9 @@ class AttentionRegion:
         return cls(
             batch=torch.arange(prompt.shape[0], device=prompt.device),
             rows=_positions(response),
-            columns=_positions(prompt),
+            columns=_columns(prompt, looked_at),
             row_slice=slice(0, response.shape[1]),
-            column_slice=slice(0, prompt.shape[1]),
+            column_slice=slice(0, _columns(prompt, looked_at).shape[1]),
             keys=prompt.shape[1] + response.shape[1],
         )
 
@@ -292,6 +299,11 @@ def _lengths(prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, 
 def _positions(mask: Tensor) -> Tensor:
     """Each column's own number where the mask is true, -1 elsewhere."""
     return torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1)
+
+
+def _columns(prompt: Tensor, looked_at: Tensor | None) -> Tensor:
+    """The prompt's positions and those of the response that are looked at; the last one is never fed."""
+    return _positions(prompt if looked_at is None else torch.cat([prompt, looked_at[:, :-1]], dim=1))
 
 
 def _runs(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -64,16 +64,17 @@ def run(config: Config) -> None:
 
     from cagsr.associate import FEWEST_PROMPTS
     from cagsr.atomic import write_text_atomically
+    from cagsr.config import validate
     from cagsr.evaluation.collect import collect_signals
     from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.evaluation.report import as_json, as_markdown, as_yaml, finding, print_report
-    from cagsr.evaluation.scorer import Scorer
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
-    from cagsr.reward.build import check_reward_config, reward_warnings
+    from cagsr.reward.answers import AnswerScorer
+    from cagsr.reward.build import reward_warnings
 
-    check_reward_config(config.reward)
+    validate(config.reward, "reward.")
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
     associations = None
@@ -87,7 +88,7 @@ def run(config: Config) -> None:
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         config.reward,
         config.attention,

@@ -82,7 +82,7 @@ def run(config: Config) -> None:
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         for row, text in enumerate(rollout.completions):
             encoded = some[row // config.sampling.num_generations]
-            ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
+            ids = rollout.ids[row][rollout.sampled[row]].tolist()
             columns = encoded.prompt.columns
             kept = {name: columns[name] for name in columns if config.keep_columns or name in TEMPLATE_COLUMNS}
             made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}

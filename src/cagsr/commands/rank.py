@@ -23,9 +23,10 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.progress import each
 
 if TYPE_CHECKING:
-    from cagsr.evaluation.scorer import Response, Scorer
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
+    from cagsr.reward.answers import AnswerScorer
+    from cagsr.scoring.answers import Response
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,18 @@ def run(config: Config) -> None:
     """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
     import torch
 
-    from cagsr.evaluation.scorer import Scorer
+    from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
-    from cagsr.reward.build import check_reward_config
-    from cagsr.reward.terms import needs_associations
+    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
     config, learned = with_run_reward(config, config.sampling.temperature)
-    check_reward_config(config.reward)
+    validate(config.reward, "reward.")
     given = config.candidates_column is not None
-    if given and needs_associations(config.reward) and config.reward.associations.path is None:
+    if given and config.reward.needs("associations") and config.reward.associations.path is None:
         raise ConfigError(
             "The reward needs associations, and with --candidates_column no answers are sampled to learn them from: name the "
             "file of a training run with --reward.associations.path RUN/associations.json."
@@ -93,9 +93,9 @@ def run(config: Config) -> None:
         [config.candidates_column] if config.candidates_column is not None else [],
     )
     associations = None
-    if needs_associations(config.reward):
+    if config.reward.needs("associations"):
         associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         config.reward,
         config.attention,
@@ -138,14 +138,14 @@ class Candidate:
     terms: dict[str, float]
 
 
-def _sampled(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
+def _sampled(config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]) -> Any:
     """Yield candidates sampled for a few prompts at a time."""
     from cagsr.evaluation.sampling import sample_in_batches
 
     start = 0
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         values = scorer.values(scorer.batch(rollout))
-        lengths = rollout.response_mask.sum(dim=1).tolist()
+        lengths = rollout.sampled.sum(dim=1).tolist()
         yield [
             Candidate(
                 start + row // config.sampling.num_generations,
@@ -159,7 +159,7 @@ def _sampled(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Seque
         start += len(some)
 
 
-def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequence[EncodedPrompt]) -> Any:
+def _given(config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]) -> Any:
     """Yield each prompt's own candidates, scored."""
     context = loaded.pair_context()
     for number, encoded in enumerate(each("ranking", prompts, "prompts")):
@@ -181,8 +181,8 @@ def _given(config: Config, loaded: LoadedModel, scorer: Scorer, prompts: Sequenc
 
 
 def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, where: str) -> list[Response]:
-    from cagsr.evaluation.scorer import encode_response
     from cagsr.prompts.render import text_of
+    from cagsr.scoring.answers import encode_response
 
     column = config.candidates_column
     value = encoded.prompt.columns.get(column or "")

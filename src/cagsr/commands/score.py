@@ -19,10 +19,10 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.progress import working
 
 if TYPE_CHECKING:
-    from cagsr.evaluation.scorer import Response
     from cagsr.flow import EncodedPrompt, RewardBatch
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
+    from cagsr.scoring.answers import Response
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,22 @@ def run(config: Config) -> None:
     """Score the file; rows with every term, and a summary table on standard error."""
     import torch
 
-    from cagsr.evaluation.scorer import Scorer
+    from cagsr.config import validate
     from cagsr.models.load import load_model
-    from cagsr.reward.build import check_reward_config
-    from cagsr.reward.terms import needs_associations
+    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
     config, learned = with_run_reward(config, config.temperature)
-    check_reward_config(config.reward)
+    validate(config.reward, "reward.")
     associations = named_associations(config.reward)
-    if associations is None and needs_associations(config.reward):
+    if associations is None and config.reward.needs("associations"):
         raise ConfigError(
             "The reward needs associations, and score samples no answers to learn them from: name the file of a training run "
             "with --reward.associations.path RUN/associations.json."
         )
     loaded = load_model(config.model, for_training=False)
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         config.reward,
         config.attention,
@@ -92,7 +91,7 @@ def run(config: Config) -> None:
                 raw[name].append(value)
             start = len(details)
             details += _details(config, loaded, prompts[start : start + config.batch_size], batch)
-            task.advance(len(batch.rollout.completions))
+            task.advance(len(batch.episodes.completions))
     terms = {name: torch.cat(values) for name, values in raw.items()}
     group = torch.tensor(groups_of(prompts))
     weighed = weigh(terms, scorer.weights, config.reward, group, None if learned is None else learned.scales)
@@ -126,10 +125,10 @@ def read_pairs(
     Raises:
         DataError: a row without a response, with an empty one, or too long; the message names file and row.
     """
-    from cagsr.evaluation.scorer import encode_response
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
     from cagsr.prompts.split import split_texts
+    from cagsr.scoring.answers import encode_response
 
     rows = split_texts(load_rows(config.data, [config.response_column]), config.data)
     first = next(iter(rows))
@@ -215,16 +214,16 @@ def _details(
 ) -> list[dict[str, Any]]:
     """Give what ``per_token`` and ``per_word`` add to each row."""
     from cagsr.prompts.explain import explain_salience
-    from cagsr.reward.coverage import coverage_gains
+    from cagsr.reward.terms.coverage import coverage_gains
 
-    rollout, attention = batch.rollout, batch.word_attention
-    assert attention is not None
+    assert batch.attention is not None
+    rollout, attention = batch.episodes, batch.attention.words
     rows: list[dict[str, Any]] = [{} for _ in prompts]
-    mask = rollout.response_mask
+    mask = rollout.sampled
     if config.per_token:
-        gains = coverage_gains(attention, rollout.prompts.salience, mask, config.reward.coverage.threshold)
+        gains = coverage_gains(attention, rollout.salience, mask, config.reward.coverage.threshold)
         for number, row in enumerate(rows):
-            ids = rollout.response_ids[number][mask[number]].tolist()
+            ids = rollout.ids[number][mask[number]].tolist()
             row["per_token"] = [
                 {"token": loaded.tokenizer.decode([token]), "coverage_gain": round(gain, 6)}
                 for token, gain in zip(ids, gains[number].tolist(), strict=False)

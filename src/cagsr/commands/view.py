@@ -21,9 +21,9 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.extras import require
 
 if TYPE_CHECKING:
-    from cagsr.evaluation.scorer import Response
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
+    from cagsr.scoring.answers import Response
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,15 @@ def run(config: Config) -> None:
     """Write the page, the picture, or both."""
     if config.png is not None:
         require("--png", "pages", modules=["matplotlib"])
+    from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
-    from cagsr.reward.build import check_reward_config
-    from cagsr.reward.terms import needs_associations
     from cagsr.runs.reward import with_run_reward
     from cagsr.view.viewer import view
 
     config, learned = with_run_reward(config, config.sampling.temperature)
-    check_reward_config(config.reward)
-    learn = needs_associations(config.reward) and config.reward.associations.path is None
+    validate(config.reward, "reward.")
+    learn = config.reward.needs("associations") and config.reward.associations.path is None
     if learn and (config.prompt is not None or not config.answers):
         raise ConfigError(
             "The reward needs associations: name the file of a training run with --reward.associations.path "
@@ -146,8 +145,8 @@ def _row(config: Config, prompts: Sequence[EncodedPrompt]) -> EncodedPrompt:
 
 def _answers_of(config: Config, loaded: LoadedModel, prompt: EncodedPrompt) -> list[str | Response]:
     """Take the answers from the prompt's own row, as ``cagsr score`` (one) and ``cagsr rank`` (a list) take them."""
-    from cagsr.evaluation.scorer import encode_response
     from cagsr.prompts.render import text_of
+    from cagsr.scoring.answers import encode_response
 
     columns = prompt.prompt.columns
     value: Any = columns.get(config.response_column)

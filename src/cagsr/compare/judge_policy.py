@@ -21,12 +21,11 @@ from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfi
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
 from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.reward.terms import needs_associations
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.weigh import weigh
 from cagsr.runs.lines import read_lines
 
@@ -132,7 +131,7 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     room = loaded.room_for_prompts(config.sampling.max_new_tokens)
     training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
     associations = None
-    if needs_associations(config.reward):
+    if config.reward.needs("associations"):
         associations = associations_of(
             loaded, training.prompts, config.sampling, config.reward.associations, seed=job.seed or 0
         )
@@ -141,7 +140,7 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     weighed = prepare_prompts(
         data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
     ).prompts
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         config.reward,
         config.attention,
@@ -160,9 +159,9 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
         batch = scorer.batch(rollout)
         for name, values in scorer.values(batch).items():
             raw[name].append(values)
-        mask = rollout.response_mask
+        mask = rollout.sampled
         texts += rollout.completions
-        entropy.append((batch.scores.entropy * mask).sum(dim=1) / mask.sum(dim=1))
+        entropy.append((batch.readings.entropy * mask).sum(dim=1) / mask.sum(dim=1))
         tokens.append(mask.sum(dim=1))
         ended.append(rollout.ended)
     # As ``cagsr rank`` does it: scales from the answers to all prompts, the winner of each prompt's own.

@@ -19,10 +19,10 @@ from cagsr.evaluation.best_of_n import correlation, oracle_share
 from cagsr.evaluation.collect import Signals, collect_signals
 from cagsr.evaluation.diagnosis import load_checker, with_truth
 from cagsr.evaluation.recommend import PENALTIES, weighted_parts, within_z
-from cagsr.evaluation.scorer import Scorer
 from cagsr.models.load import load_model
 from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.reward.answers import AnswerScorer
 
 Floats = NDArray[np.float64]
 
@@ -57,7 +57,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
         data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
     ).prompts
     associations = associations_of(loaded, training.prompts, config.sampling, config.reward.associations, seed=job.seed)
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         config.reward,
         config.attention,

@@ -1,50 +1,77 @@
 """Every setting of every command, as typed dataclasses with a line under each field.
 
 The command line shows these lines as help, the run folder stores the resolved values as ``config.yaml``. Names follow
-TRL where TRL has the setting. Each states with its type what it allows; ``validate`` holds a config to that. Importing
-this needs no torch.
+TRL where TRL has the setting. Each states with its type what it allows; ``validate`` holds a config to that. Settings of a
+reward's terms stand with the terms (``reward/terms/``), and what has a reward among its settings imports torch with them; the
+others do not: they are imported when they are asked for.
 """
 
-from cagsr.config.reward import (
-    AssociatedCoverageConfig,
-    AssociationsConfig,
-    CopyCoverageConfig,
-    CoverageConfig,
-    FocusConfig,
-    GroundedCoverageConfig,
-    LengthConfig,
-    MeanMassConfig,
-    RepetitionConfig,
-    RewardConfig,
-    SelfCertaintyConfig,
-    UnsupportedConfig,
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cagsr.config.train import TrainConfig
+    from cagsr.config.trainers import (
+        CorruptionConfig,
+        DpoConfig,
+        PreferenceConfig,
+        RewardModelConfig,
+        SftConfig,
+        SynthesizeConfig,
+        TrainerConfig,
+    )
+    from cagsr.config.training import (
+        Action,
+        AttentionConfig,
+        DataConfig,
+        EvalConfig,
+        Layers,
+        LoraConfig,
+        ModelConfig,
+        MonitorConfig,
+        PPOConfig,
+        RolloutConfig,
+        RunConfig,
+        SalienceConfig,
+        SamplingConfig,
+    )
+    from cagsr.config.validation import validate
+    from cagsr.reward.settings import AssociationsConfig, RewardConfig
+    from cagsr.reward.terms.associated_coverage import AssociatedCoverageConfig
+    from cagsr.reward.terms.copy_coverage import CopyCoverageConfig
+    from cagsr.reward.terms.coverage import CoverageConfig
+    from cagsr.reward.terms.focus import FocusConfig
+    from cagsr.reward.terms.grounded_coverage import GroundedCoverageConfig
+    from cagsr.reward.terms.length import LengthConfig
+    from cagsr.reward.terms.mean_mass import MeanMassConfig
+    from cagsr.reward.terms.repetition import RepetitionConfig
+    from cagsr.reward.terms.self_certainty import SelfCertaintyConfig
+    from cagsr.reward.terms.unsupported import UnsupportedConfig
+
+_PLACES = (
+    "cagsr.config.validation",
+    "cagsr.config.training",
+    "cagsr.config.trainers",
+    "cagsr.config.train",
+    "cagsr.reward.settings",
 )
-from cagsr.config.trainers import (
-    CorruptionConfig,
-    DpoConfig,
-    PreferenceConfig,
-    RewardModelConfig,
-    SftConfig,
-    SynthesizeConfig,
-    TrainerConfig,
-)
-from cagsr.config.training import (
-    Action,
-    AttentionConfig,
-    DataConfig,
-    EvalConfig,
-    Layers,
-    LoraConfig,
-    ModelConfig,
-    MonitorConfig,
-    PPOConfig,
-    RolloutConfig,
-    RunConfig,
-    SalienceConfig,
-    SamplingConfig,
-    TrainConfig,
-)
-from cagsr.config.validation import validate
+"""Where the names of this package are, those that need no torch first."""
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    for place in _PLACES:
+        module = importlib.import_module(place)
+        if name in vars(module):
+            return vars(module)[name]
+    for term in module.TERMS:
+        if term.config.__name__ == name:
+            return term.config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Action",

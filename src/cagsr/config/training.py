@@ -20,7 +20,6 @@ from cagsr.config.ranges import (
     Share,
     ShareBelowOne,
 )
-from cagsr.config.reward import RewardConfig
 
 Layers = str | list[int]
 
@@ -220,6 +219,10 @@ class PPOConfig:
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
+    ce_coef: NonNegativeFloat = 0.0
+    """Weight of imitation: the cross-entropy of positions that a task or a user's code has marked for it."""
+    objectives: list[str] = field(default_factory=list)
+    """Your own summands of the loss as dotted paths (package.module.Objective): see cagsr.objectives.objective."""
     critic: Literal["head", "model"] = "head"
     """gae only: a value head on the policy's last hidden state, or a separate critic model."""
     kl_coef: NonNegativeFloat = 0.05
@@ -340,40 +343,3 @@ class RunConfig:
     """Start anew in a folder that holds another run (its files are removed)."""
     resume: bool = False
     """Go on from the folder's last good checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a model with CAGSR: PPO on unlabelled prompts, the reward read from the model's own attention."""
-
-    model: ModelConfig
-    data: DataConfig
-    output_dir: str
-    """Run folder: config, metrics, samples, checkpoints, final model."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    salience: SalienceConfig = field(default_factory=SalienceConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
-    monitors: MonitorConfig = field(default_factory=MonitorConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def conflicts(self) -> Iterator[str]:
-        """Yield what does not go together, a sentence each."""
-        sampling, ppo = self.sampling, self.ppo
-        if sampling.temperature == 0:
-            yield f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0."
-        if ppo.estimator != "gae" and sampling.num_generations < 2:
-            yield (
-                f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
-            )
-        if self.reward.normalize == "within_prompt" and sampling.num_generations < 2:
-            yield (
-                "--reward.normalize within_prompt: compares candidates, so sampling.num_generations must be 2 or more; or "
-                "use --reward.normalize running."
-            )
-        if ppo.num_mini_batches > self.run.batch_size * sampling.num_generations:
-            yield f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step."

@@ -26,7 +26,7 @@ def flatten(config: Any) -> dict[str, Any]:
     return {key: value for key, _, value in _settings(config)}
 
 
-def validate(config: Any) -> None:
+def validate(config: Any, prefix: str = "") -> None:
     """Refuse settings that can't be used, before anything is loaded or written.
 
     Each is held to its declared type, then each section's ``conflicts()`` says what does not go together.
@@ -34,7 +34,7 @@ def validate(config: Any) -> None:
     Raises:
         ConfigError: one sentence naming the setting and what is allowed.
     """
-    for key, kind, value in _settings(config):
+    for key, kind, value in _settings(config, prefix):
         checked(kind, value, f"--{key}", strict=True)
     for sentence in _conflicts(config):
         raise ConfigError(sentence)

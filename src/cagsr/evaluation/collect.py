@@ -20,16 +20,15 @@ from cagsr.attention.select import parse_layers
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.evaluation.metrics import repetition
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.evaluation.scorer import Scorer
-from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
+from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, Readings, RewardBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.progress import working
-from cagsr.reward.coverage import saturating_coverage
-from cagsr.reward.terms import ATTENTION_TERMS
+from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.pooling import pool_pieces
+from cagsr.reward.term import ATTENTION, needs_of
+from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.values import term_values
-from cagsr.reward.words import pool_words
-from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]
 _Key = TypeVar("_Key")
@@ -117,7 +116,7 @@ def collect_signals(
     loaded: LoadedModel,
     prompts: Sequence[EncodedPrompt],
     sampling: SamplingConfig,
-    scorer: Scorer,
+    scorer: AnswerScorer,
     attention: AttentionConfig,
     *,
     seed: int,
@@ -144,20 +143,13 @@ def collect_signals(
     configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
     parts: list[_Part] = []
     for _, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
-        scores = score_policy(
-            scorer.actor_critic,
-            loaded,
-            rollout,
-            scorer.sampling,
-            reader=None,
-            micro_batch_size=scorer.micro_batch_size,
-        )
+        scores = scorer.scorer.policy(rollout)
         parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
     return _joined(parts, prompts, sampling.num_generations, configured)
 
 
 def attention_by_layer(
-    loaded: LoadedModel, rollout: Rollout, readers: Mapping[int, PromptAttentionReader]
+    loaded: LoadedModel, rollout: EpisodeBatch, readers: Mapping[int, PromptAttentionReader]
 ) -> dict[int, Tensor]:
     """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
     inputs = PassInputs.of(rollout)
@@ -186,15 +178,15 @@ class _Part:
 @working("reading the attention of every layer")
 def _measure(
     loaded: LoadedModel,
-    rollout: Rollout,
-    scores: Scores,
+    rollout: EpisodeBatch,
+    scores: Readings,
     readers: Mapping[int, PromptAttentionReader],
     choices: Mapping[str, tuple[int, ...]],
-    scorer: Scorer,
+    scorer: AnswerScorer,
     configured: Setting,
 ) -> _Part:
     layers = attention_by_layer(loaded, rollout, readers)
-    salience, mask = rollout.prompts.salience, rollout.response_mask
+    salience, mask = rollout.salience, rollout.sampled
     terms: dict[str, Tensor] = {}
     coverage: dict[Setting, Tensor] = {}
     by_layers: dict[str, dict[str, Tensor]] = {}
@@ -202,18 +194,18 @@ def _measure(
     for name, numbers in choices.items():
         attention = torch.stack([layers[number] for number in numbers]).mean(dim=0)
         for pooling in POOLINGS:
-            words = pool_words(attention, rollout.prompts.words, salience.shape[1], pooling)
+            words = pool_pieces(attention, rollout.words, salience.shape[1], pooling)
             for threshold in thresholds:
                 coverage[Setting(name, pooling, threshold)] = saturating_coverage(words, salience, mask, threshold)
             if pooling != configured.pooling:
                 continue
-            seen = RewardBatch(rollout, scores, scores.logprobs, attention, words)
+            seen = RewardBatch(rollout, scores, scores.logprobs, Attention(attention, words))
             if name == configured.layers:
                 terms = scorer.values(seen)
             by_layers[name] = {
                 term.name: term_values(term, seen).raw
                 for term in scorer.terms
-                if term.name in ATTENTION_TERMS - {"coverage"}
+                if ATTENTION in needs_of(term) and term.name != "coverage"
             }
     return _Part(terms, coverage, by_layers, mask.sum(dim=1), rollout.ended, rollout.completions)
 

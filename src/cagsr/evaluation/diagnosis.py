@@ -26,8 +26,8 @@ from cagsr.evaluation.recommend import (
     within_z,
 )
 from cagsr.evaluation.warn import warnings_for
-from cagsr.reward.functions import import_dotted
 from cagsr.reward.normalize import Normalization
+from cagsr.reward.user_functions import import_dotted
 
 Floats = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
 from cagsr.progress import each, working
-from cagsr.reward.functions import import_dotted
+from cagsr.reward.user_functions import import_dotted
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 
@@ -114,7 +114,7 @@ def answer(
         for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
             batch = prompt_batch(loaded, mine[start : start + batch_size])
             rollout = sample_responses(loaded, batch, sampling)
-            lengths, ended = rollout.response_mask.sum(dim=1).tolist(), rollout.ended.tolist()
+            lengths, ended = rollout.sampled.sum(dim=1).tolist(), rollout.ended.tolist()
             found += zip(rollout.completions, lengths, ended, strict=True)
     everywhere = together(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)

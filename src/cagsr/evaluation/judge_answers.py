@@ -19,8 +19,8 @@ from cagsr.evaluation.relevance import embedding_relevance, load_encoder
 from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.progress import working
-from cagsr.reward.functions import import_dotted
 from cagsr.reward.model import load_reward_model
+from cagsr.reward.user_functions import import_dotted
 
 Floats = NDArray[np.float64]
 

@@ -21,14 +21,14 @@ from scipy.optimize import brentq
 from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.flow import EncodedPrompt, Rollout
+from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
 from cagsr.progress import each, working
-from cagsr.rollout.rows import rollout_rows
-from cagsr.update.score import length_sorted_chunks
-from cagsr.update.statistics import token_entropy
+from cagsr.rollout.rows import episode_rows
+from cagsr.scoring.micro_batches import micro_batches
+from cagsr.scoring.statistics import token_entropy
 
 Floats = NDArray[np.float64]
 
@@ -92,28 +92,28 @@ def answers_at(
         for place, text in zip(places, rollout.completions, strict=True):
             texts[place] = text
         entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0)
-        tokens[places] = rollout.response_mask.sum(dim=1).cpu().numpy()
+        tokens[places] = rollout.sampled.sum(dim=1).cpu().numpy()
         ended[places] = rollout.ended.cpu().numpy()
     return Answers(tuple(texts), entropy, tokens, ended)
 
 
 @torch.no_grad()
-def mean_entropy(loaded: LoadedModel, rollout: Rollout, temperature: float) -> Floats:
+def mean_entropy(loaded: LoadedModel, rollout: EpisodeBatch, temperature: float) -> Floats:
     """Mean over each answer's tokens of the entropy of ``softmax(logits / temperature)``, nats; ``(batch,)`` float64.
 
     One teacher-forced pass over prompt + answer, in micro-batches of answers of like length.
     """
-    width = rollout.response_ids.shape[1]
+    width = rollout.ids.shape[1]
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
     result = np.zeros(len(rollout.completions))
     with loaded.autocast():
         share = shares_prompts(loaded, rollout)
-        for index in each("reading entropies", length_sorted_chunks(rollout, size, share=share), "batches"):
-            inputs = PassInputs.of(rollout_rows(rollout, index), share=share)
+        for index in each("reading entropies", micro_batches(rollout, size, share=share), "batches"):
+            inputs = PassInputs.of(episode_rows(rollout, index), share=share)
             logits, _ = loaded.teacher_forced(inputs)
-            found = token_entropy(logits, temperature).masked_fill(~inputs.response_mask, 0.0)
-            mean = found.double().sum(dim=1) / inputs.response_mask.sum(dim=1)
+            found = token_entropy(logits, temperature).masked_fill(~inputs.response_real, 0.0)
+            mean = found.double().sum(dim=1) / inputs.response_real.sum(dim=1)
             result[index.cpu().numpy()] = mean.cpu().numpy()
     return result
 

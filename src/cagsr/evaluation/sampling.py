@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cagsr.config import SamplingConfig
-from cagsr.flow import EncodedPrompt, Rollout
+from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.load import LoadedModel
 from cagsr.progress import working
 from cagsr.rollout.rows import prompt_batch
@@ -16,7 +16,7 @@ from cagsr.rollout.sample import sample_responses
 
 def sample_in_batches(
     loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int, batch_size: int
-) -> Iterator[tuple[Sequence[EncodedPrompt], Rollout]]:
+) -> Iterator[tuple[Sequence[EncodedPrompt], EpisodeBatch]]:
     """Yield some prompts at a time with ``sampling.num_generations`` answers to each.
 
     Args:

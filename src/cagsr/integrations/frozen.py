@@ -18,17 +18,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cagsr.associate import NAME_A_FILE, named_associations
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.scorer import Response, encode_response, stop_token
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.integrations.live import LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
 from cagsr.prompts.load import load_rows
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.weigh import weigh
 from cagsr.runs.reward import with_run_reward
+from cagsr.scoring.answers import Response, encode_response, stop_token
 
 VARIABLE = "CAGSR_REWARD_CONFIG"
 """Environment variable with the path of the YAML file of settings."""
@@ -93,14 +94,15 @@ class FrozenScorer:
                     "it out and set it there."
                 )
         self.loaded = load_model(config.model, for_training=False)
-        self.scorer = LiveScorer(
+        self.scorer = AnswerScorer(
             self.loaded,
             config.reward,
-            # The one model here is the reference.
-            AttentionConfig(layers=config.attention.layers, heads=config.attention.heads),
+            config.attention,
             config.salience,
             temperature=config.temperature,
             micro_batch_size=config.batch_size,
+            associations=named_associations(config.reward, NAME_A_FILE),
+            every=False,
         )
         self.encoder = PromptEncoder(
             self.loaded.tokenizer,
@@ -129,7 +131,7 @@ class FrozenScorer:
             RewardError: a term fails or gives a number that is not finite.
         """
         with _one_at_a_time:
-            raw = self.scorer.terms(prompts, responses)
+            raw = self.scorer.raw_values(prompts, responses)
         weighed = weigh(raw, self.scorer.weights, self.reward, torch.arange(len(responses)), self.scales)
         return weighed.total.float(), raw
 

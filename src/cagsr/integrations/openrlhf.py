@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from cagsr.errors import DataError
-from cagsr.evaluation.scorer import Response, stop_token
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.integrations.frozen import FrozenScorer, frozen_scorer
 from cagsr.models.continuation import encode_continuation
+from cagsr.scoring.answers import Response, stop_token
 
 
 def reward_func(

@@ -11,32 +11,33 @@ TRL hands a reward function texts and token ids, never the model. ``bind(trainer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig
+from cagsr.associate import NAME_A_FILE, named_associations
+from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, validate
 from cagsr.errors import CagsrError, ConfigError, DataError, RewardError
-from cagsr.evaluation.scorer import Response
 from cagsr.flow import EncodedPrompt
-from cagsr.integrations.live import FrozenModel, LiveScorer
 from cagsr.integrations.prompts import GivenPrompt, PromptEncoder
 from cagsr.models.architecture import architecture_of
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.stops import stop_tokens
 from cagsr.prompts.render import text_of
-from cagsr.reward.build import check_reward_config
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import contributions
+from cagsr.scoring.answers import Response
+from cagsr.scoring.scorer import FrozenModel
 
 STATE_KEY = "cagsr_attention_reward"
 """Under which the running scale lies in a checkpoint's ``trainer_state.json``."""
@@ -79,7 +80,7 @@ class AttentionReward:
         self.reward = reward or RewardConfig()
         self.attention = attention or AttentionConfig()
         self.salience = salience or SalienceConfig()
-        check_reward_config(self.reward)
+        validate(self.reward, "reward.")
         self.__name__ = name
         self._prompts = prompts
         self._micro_batch_size = micro_batch_size
@@ -111,14 +112,16 @@ class AttentionReward:
         if prompts is not None:
             encoder.fit(prompts)
         loaded = _loaded(trainer)
-        self._scorer = LiveScorer(
+        self._scorer = AnswerScorer(
             loaded,
             self.reward,
             self.attention,
             self.salience,
             temperature=float(trainer.args.temperature),
             micro_batch_size=self._micro_batch_size,
+            associations=named_associations(self.reward, NAME_A_FILE),
             reference=_reference(trainer, loaded) if self.attention.source == "reference" else None,
+            every=False,
         )
         self._encoder = encoder
         self._normalizer = Normalizer(list(self._scorer.weights), self.reward.normalize, self.reward.clip)
@@ -189,7 +192,7 @@ class AttentionReward:
             answered = [row for row, ids in enumerate(completion_ids) if len(ids)]
             encoded = [self._encoded(prompts[row], row, columns, len(prompts)) for row in answered]
             responses = [self._response(completions[row], completion_ids[row]) for row in answered]
-            found = self._scorer.terms(encoded, responses, calls)
+            found = self._scorer.raw_values(encoded, responses, calls)
             for column, logged in calls.extra.items():
                 if len(logged) != len(answered):
                     raise RewardError(
@@ -312,14 +315,22 @@ def _loaded(trainer: Any) -> LoadedModel:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Starting:
+    """A frozen model, as :class:`~cagsr.scoring.scorer.FrozenModel` asks for it."""
+
+    module: nn.Module
+    model: Callable[[], AbstractContextManager[nn.Module]]
+
+
 def _reference(trainer: Any, loaded: LoadedModel) -> FrozenModel:
     """The model that training started from: TRL's own reference where it has one, else as cagsr's."""
     if loaded.lora and "ref" in loaded.model.peft_config:
-        return FrozenModel(loaded.model, partial(_starting_adapter, loaded.model))
+        return _Starting(loaded.model, partial(_starting_adapter, loaded.model))
     # With sync_ref_model TRL's reference follows the policy.
     if getattr(trainer, "ref_model", None) is not None and not getattr(trainer.args, "sync_ref_model", False):
         model = trainer.accelerator.unwrap_model(trainer.ref_model)
-        return FrozenModel(model, lambda: nullcontext(model))
+        return _Starting(model, lambda: nullcontext(model))
     if trainer.state.global_step > 0:
         raise ConfigError(
             "attention.source reference needs the starting model: call reward.bind(trainer) before train()."
@@ -328,7 +339,7 @@ def _reference(trainer: Any, loaded: LoadedModel) -> FrozenModel:
     if not loaded.lora:
         # TRL and accelerate put wrappers on the policy's forward that hold the policy itself: a copy of them would run it.
         vars(own.module).pop("forward", None)
-    return FrozenModel(own.module, own.model)
+    return _Starting(own.module, own.model)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
@@ -45,8 +46,8 @@ class DecoderOnly:
         if not borders:
             return inputs, None
         edges = torch.tensor(borders, device=inputs.prompt_ids.device)
-        prompt = inputs.prompt_mask.sum(dim=1)
-        before_last = prompt + inputs.response_mask.sum(dim=1).clamp(min=1) - 1
+        prompt = inputs.prompt_real.sum(dim=1)
+        before_last = prompt + inputs.response_real.sum(dim=1).clamp(min=1) - 1
         first, last = torch.searchsorted(edges, prompt), torch.searchsorted(edges, before_last)  # borders below
         if bool((first == last).all()):
             return replace(inputs, lengths=before_last), None
@@ -58,11 +59,13 @@ class DecoderOnly:
         tokens = torch.arange(inputs.response_ids.shape[1], device=edges.device)
         fed = PassInputs(
             inputs.prompt_ids[row],
-            inputs.prompt_mask[row],
+            inputs.prompt_real[row],
             inputs.response_ids[row],
-            inputs.response_mask[row] & (prompt[row, None] + tokens <= lengths[:, None]),
+            inputs.response_real[row] & (prompt[row, None] + tokens <= lengths[:, None]),
             None if inputs.shared is None else SharedPrompts.of(inputs.shared.of_row[row] * len(sides) + side),
             lengths,
+            None if inputs.sampled is None else inputs.sampled[row],
+            None if inputs.looked_at is None else inputs.looked_at[row],
         )
         place = (there.flatten().cumsum(dim=0) - 1).view_as(there)
         side_of_token = torch.minimum(torch.searchsorted(edges, prompt[:, None] + tokens), last[:, None])
@@ -75,8 +78,8 @@ class DecoderOnly:
         predict response tokens are computed where the model allows it.
         """
         length = fed.response_ids.shape[1]
-        response = fed.response_ids.masked_fill(~fed.response_mask, pad_token_id)[:, :-1]
-        mask = torch.cat([fed.prompt_mask, fed.response_mask[:, :-1]], dim=1)
+        response = fed.response_ids.masked_fill(~fed.response_real, pad_token_id)[:, :-1]
+        mask = torch.cat([fed.prompt_real, fed.response_real[:, :-1]], dim=1)
         if fed.shared is not None:
             return _prefix_pass(model, fed, fed.shared, response, mask)
         return forward(model, torch.cat([fed.prompt_ids, response], dim=1), mask, length, fed.lengths).logits
@@ -90,22 +93,31 @@ class DecoderOnly:
     def regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
         """A region, or two where prompts are read apart from their answers."""
         fed, _ = self.rows_fed(model, inputs)
-        prompt, response = fed.prompt_mask, fed.response_mask
+        prompt, response, later = fed.prompt_real, fed.rows_read, fed.looked_at
         if fed.shared is None:
-            return [AttentionRegion.left_padded(prompt, response)]
+            return [AttentionRegion.left_padded(prompt, response, later)]
         prompts = prompt[fed.shared.first]
         found = [AttentionRegion.left_padded(prompts, torch.ones_like(prompts[:, :1]))]
         if response.shape[1] > 1:
-            found.append(AttentionRegion.after_prefix(prompt, response[:, 1:]))
+            found.append(AttentionRegion.after_prefix(prompt, response[:, 1:], later))
         return found
 
     def attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Tensor]) -> Tensor:
         """The prompt's row for every answer's first token, the answers' rows for the others."""
         fed, held_by = self.rows_fed(model, inputs)
-        if fed.shared is None:
-            return of_batch(read[0], held_by)
-        first, *rest = read
-        return of_batch(torch.cat([first.index_select(0, fed.shared.of_row), *rest], dim=1), held_by)
+        if fed.shared is not None:
+            first, *rest = read
+            first = first.index_select(0, fed.shared.of_row)
+            if rest:
+                first = functional.pad(first, (0, rest[0].shape[2] - first.shape[2]))
+            read = [torch.cat([first, *rest], dim=1)]
+        found = of_batch(read[0], held_by)
+        # The last response position is fed to nothing, so nothing looks at it.
+        return (
+            found
+            if inputs.looked_at is None
+            else functional.pad(found, (0, inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] - found.shape[2]))
+        )
 
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Behind the prompt."""
@@ -124,7 +136,7 @@ def _prefix_pass(model: nn.Module, fed: PassInputs, shared: SharedPrompts, respo
     """The same logits: a prompt's last position predicts every answer's first token, its cache serves the others."""
     first, of_row = shared.first, shared.of_row
     lengths = None if fed.lengths is None else fed.lengths[first]
-    output = forward(model, fed.prompt_ids[first], fed.prompt_mask[first], 1, lengths, use_cache=True)
+    output = forward(model, fed.prompt_ids[first], fed.prompt_real[first], 1, lengths, use_cache=True)
     logits = output.logits[:, -1:].index_select(0, of_row)
     if response.shape[1] == 0:
         return logits

@@ -39,19 +39,19 @@ class EncoderDecoder:
                 f"its rotary frequencies beyond {borders[0]} tokens, which is read of decoder-only models alone; "
                 "ask for shorter ones."
             )
-        response = fed.response_ids.masked_fill(~fed.response_mask, pad_token_id)
+        response = fed.response_ids.masked_fill(~fed.response_real, pad_token_id)
         before = response.new_tensor(decoder_prefix(model)).expand(len(response), -1)
         decoder_ids = torch.cat([before, response[:, :-1]], dim=1)
-        decoder_mask = torch.cat([torch.ones_like(before, dtype=torch.bool), fed.response_mask[:, :-1]], dim=1)
+        decoder_mask = torch.cat([torch.ones_like(before, dtype=torch.bool), fed.response_real[:, :-1]], dim=1)
         encoder: dict[str, Any] = {"input_ids": fed.prompt_ids}
         if fed.shared is not None:
             first = fed.shared.first
-            output = model.get_encoder()(input_ids=fed.prompt_ids[first], attention_mask=fed.prompt_mask[first].long())
+            output = model.get_encoder()(input_ids=fed.prompt_ids[first], attention_mask=fed.prompt_real[first].long())
             output.last_hidden_state = output.last_hidden_state.index_select(0, fed.shared.of_row)
             encoder = {"encoder_outputs": output}
         return model(
             **encoder,
-            attention_mask=fed.prompt_mask.long(),
+            attention_mask=fed.prompt_real.long(),
             decoder_input_ids=decoder_ids,
             decoder_attention_mask=decoder_mask.long(),
             use_cache=False,
@@ -64,7 +64,7 @@ class EncoderDecoder:
     def regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
         """The cross-attention of the decoder's one forward."""
         prefix = len(decoder_prefix(model))
-        return [AttentionRegion.encoder_decoder(inputs.prompt_mask, inputs.response_mask, prefix)]
+        return [AttentionRegion.encoder_decoder(inputs.prompt_real, inputs.rows_read, prefix)]
 
     def attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Tensor]) -> Tensor:
         """What was read."""

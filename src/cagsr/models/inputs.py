@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cagsr.flow import Rollout
+from cagsr.flow import EpisodeBatch
 
 WORTH = 1.5
 """Answers to a prompt, on average, from which on its prefix is read apart: two forwards cost more than one."""
@@ -33,30 +33,40 @@ class SharedPrompts:
 
 @dataclass(frozen=True)
 class PassInputs:
-    """A batch of prompts and answers, as the model's forward takes them."""
+    """A batch of prompts and what followed them, as the model's forward takes them."""
 
     prompt_ids: Tensor  # (batch, prompt)
-    prompt_mask: Tensor  # (batch, prompt)
+    prompt_real: Tensor  # (batch, prompt)
     response_ids: Tensor  # (batch, response)
-    response_mask: Tensor  # (batch, response)
+    response_real: Tensor  # (batch, response)
     shared: SharedPrompts | None = None  # where each prompt is read once for its answers
     lengths: Tensor | None = None  # (batch,) tokens by which a row's rotary frequencies go; None: they do not change
+    sampled: Tensor | None = None  # (batch, response) whose attention is read; None: of all that is real
+    looked_at: Tensor | None = None  # (batch, response) whose columns are read, besides the prompt's; None: of none
 
     @classmethod
-    def of(cls, rollout: Rollout, *, share: bool = False) -> PassInputs:
-        """Take the tensors of a rollout.
+    def of(cls, episodes: EpisodeBatch, *, share: bool = False) -> PassInputs:
+        """Take the tensors of episodes.
 
         Args:
-            rollout: prompts and answers.
+            episodes: prompts and what followed them.
             share: read a prompt once for all of its answers, where that pays; only for models that
                 :func:`~cagsr.models.sharing.shares_prompts` says yes of.
         """
-        prompts = rollout.prompts
+        prompts = episodes.prompts
         shared = SharedPrompts.of(prompts.group) if share else None
-        return cls(prompts.ids, prompts.mask, rollout.response_ids, rollout.response_mask, shared)
+        sampled = looked_at = None
+        if episodes.context is not None:
+            sampled, looked_at = episodes.sampled, episodes.context.words[:, prompts.ids.shape[1] :] >= 0
+        return cls(prompts.ids, prompts.real, episodes.ids, episodes.real, shared, sampled=sampled, looked_at=looked_at)
 
     @classmethod
     def tiny(cls, device: torch.device) -> PassInputs:
         """Make the smallest batch any model takes."""
         ids = torch.ones(1, 2, dtype=torch.long, device=device)
         return cls(ids, ids.bool(), ids, ids.bool())
+
+    @property
+    def rows_read(self) -> Tensor:
+        """``(batch, response)`` bool: the tokens whose predicting positions' attention is read."""
+        return self.response_real if self.sampled is None else self.sampled

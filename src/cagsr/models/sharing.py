@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cagsr.flow import Rollout
+from cagsr.flow import EpisodeBatch
 from cagsr.models.cache import rows_can_be_picked
 from cagsr.models.checkpointing import is_checkpointed
 from cagsr.models.decoder_only import forward
@@ -16,7 +16,7 @@ from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.load import LoadedModel
 
 
-def shares_prompts(loaded: LoadedModel, rollout: Rollout) -> bool:
+def shares_prompts(loaded: LoadedModel, rollout: EpisodeBatch) -> bool:
     """Whether this model can read a prompt once for all its answers: its log-probabilities are then the same.
 
     Asked of the model itself: by one tiny batch, once, and by the longest row of each rollout that is longer than all
@@ -34,13 +34,11 @@ def shares_prompts(loaded: LoadedModel, rollout: Rollout) -> bool:
     if model not in _KNOWN:
         _KNOWN[model] = (_agrees_on_tiny_batch(loaded), 0)
     agrees, asked = _KNOWN[model]
-    lengths = rollout.prompts.mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
+    lengths = rollout.prompts.real.sum(dim=1) + rollout.real.sum(dim=1)
     longest = int(lengths.max())
     if agrees and longest > asked:
         row = lengths.argmax().repeat(2)
-        inputs = PassInputs(
-            rollout.prompts.ids[row], rollout.prompts.mask[row], rollout.response_ids[row], rollout.response_mask[row]
-        )
+        inputs = PassInputs(rollout.prompts.ids[row], rollout.prompts.real[row], rollout.ids[row], rollout.real[row])
         _KNOWN[model] = (_agrees(loaded, inputs, torch.zeros_like(row)), longest)
     return _KNOWN[model][0]
 
@@ -83,6 +81,6 @@ def _agrees(loaded: LoadedModel, plain: PassInputs, group: Tensor) -> bool:
     """The logits of both passes, side by side; ``group`` says which rows have the same prompt."""
     shared = replace(plain, shared=SharedPrompts.of(group))
     with loaded.autocast():
-        found = [loaded.teacher_forced(inputs)[0].float()[plain.response_mask] for inputs in (plain, shared)]
+        found = [loaded.teacher_forced(inputs)[0].float()[plain.response_real] for inputs in (plain, shared)]
     largest = float(found[0].abs().max())
     return float((found[0] - found[1]).abs().max()) <= _TOLERANCE[loaded.compute_dtype] * max(1.0, largest)

@@ -52,7 +52,7 @@ def collate_prompts(
     return PromptBatch(
         prompts=tuple(one.prompt for one in encoded for _ in range(num_generations)),
         ids=repeat(ids),
-        mask=repeat(mask),
+        real=repeat(mask),
         words=repeat(words),
         salience=repeat(salience),
         group=repeat(group),

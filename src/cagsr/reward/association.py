@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
+from torch import Tensor
 
 from cagsr.errors import DataError
+from cagsr.flow import EpisodeBatch
 from cagsr.prompts.words import find_words
 
 FORMAT = "phi of prompt n-grams and answer words"
@@ -238,6 +241,13 @@ def learn_associations(
         word for words, _ in asked for word in words if prompt_counts[word] > len(distinct) - min_count
     )
     return Associations(prompt_index, answer_index, matrix.tocsr(), everywhere - prompt_index.keys(), rare, total)
+
+
+def by_text(measure: Callable[[str, str, Sequence[tuple[int, int]]], float], episodes: EpisodeBatch) -> Tensor:
+    """``(batch,)`` float32: a measure of prompt and answer, as texts, of each row."""
+    pairs = zip(episodes.prompts.prompts, episodes.completions, strict=True)
+    values = [measure(prompt.text, completion, prompt.template) for prompt, completion in pairs]
+    return torch.tensor(values, dtype=torch.float32, device=episodes.sampled.device)
 
 
 def _frequent(counts: Mapping[str, int], total: int, least: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cagsr.flow import Reward
+from cagsr.flow import Returns
 
 
 def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
@@ -49,7 +49,7 @@ def variance_share(contribution: Tensor, total: Tensor) -> float:
     return float((summand - summand.mean()) @ centred) / variance if variance > 1e-12 else 0.0
 
 
-def reward_metrics(reward: Reward, length: Tensor, group: Tensor) -> dict[str, float]:
+def reward_metrics(returns: Returns, length: Tensor, group: Tensor) -> dict[str, float]:
     """Describe a reward for the log; with several processes hand in the answers of all of them.
 
     For each term and for ``total``: ``rewards/<name>/mean`` and ``/std`` (population) of the raw values over the
@@ -57,16 +57,16 @@ def reward_metrics(reward: Reward, length: Tensor, group: Tensor) -> dict[str, f
     ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
 
     Args:
-        reward: of the answers.
+        returns: of the answers.
         length: ``(batch,)`` tokens.
         group: ``(batch,)`` int64, equal for answers to the same prompt.
     """
     metrics: dict[str, float] = {}
-    for name, values in {**reward.terms, "total": reward.total}.items():
+    for name, values in {**returns.terms, "total": returns.total}.items():
         known = values[torch.isfinite(values)].cpu().double()
         metrics[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else 0.0
         metrics[f"rewards/{name}/std"] = float(known.std(correction=0)) if len(known) else 0.0
         metrics[f"rewards/{name}/length_correlation"] = within_group_correlation(values, length, group)
-        if name in reward.contributions:
-            metrics[f"rewards/{name}/share"] = variance_share(reward.contributions[name], reward.total)
+        if name in returns.contributions:
+            metrics[f"rewards/{name}/share"] = variance_share(returns.contributions[name], returns.total)
     return metrics

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +39,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 class RewardModel:
     """The score of a reward model for prompt + answer, written with the reward model's own tokenizer."""
 
+    needs: ClassVar[frozenset[str]] = frozenset()
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -54,8 +56,8 @@ class RewardModel:
             RewardError: a text is longer than the reward model can read.
             ModelError: conversational prompts, and its tokenizer has no chat template.
         """
-        scores = self.score(batch.rollout.prompts.prompts, batch.rollout.completions)
-        return scores.to(batch.rollout.response_mask.device)
+        scores = self.score(batch.episodes.prompts.prompts, batch.episodes.completions)
+        return scores.to(batch.episodes.ids.device)
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Tensor:
         """Return ``(answers,)`` float32 scores on the CPU, one prompt for each answer. Raises as a call does."""

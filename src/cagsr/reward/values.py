@@ -9,7 +9,33 @@ from torch import Tensor
 
 from cagsr.errors import CagsrError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.reward.protocol import Partial, RewardTerm
+from cagsr.reward.term import ATTENTION, PartialValues, RewardTerm
+
+
+@dataclass(frozen=True)
+class RawValues:
+    """What a term returned, of a known shape, not yet looked at."""
+
+    values: Tensor  # (batch,), or dense (batch, response), float32
+    applies: Tensor  # (batch,) bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether each token has a value."""
+        return self.values.dim() == 2
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device) -> RawValues:
+        """Zeros, to be filled by :meth:`put`."""
+        return cls(torch.zeros(shape, device=device), torch.ones(shape[0], dtype=torch.bool, device=device))
+
+    def put(self, index: Tensor, part: RawValues) -> None:
+        """Put in the values of some rows, dense ones as wide as theirs are."""
+        self.applies[index] = part.applies
+        if part.dense:
+            self.values[index, : part.values.shape[1]] = part.values
+        else:
+            self.values[index] = part.values
 
 
 @dataclass(frozen=True)
@@ -37,14 +63,16 @@ def quote_prompt(prompt: Prompt) -> str:
     return f"the prompt of row {prompt.row} ({' '.join(prompt.text.split())[:80]!r})"
 
 
-def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
-    """Call a term and check what it returns.
+def ask(term: RewardTerm, batch: RewardBatch) -> RawValues:
+    """Call a term.
 
     Raises:
-        RewardError: the term raises, returns another shape than ``(batch,)`` or ``(batch, response)``, or a number
-            that is not finite; the message names the term and, for a number, the prompt.
+        RewardError: it raises, looks at attention that was not read, or returns another shape than ``(batch,)`` or
+            ``(batch, response)``; the message names the term.
     """
-    mask = batch.rollout.response_mask
+    if ATTENTION in getattr(term, "needs", ()) and batch.attention is None:
+        raise RewardError(f"reward term {term.name!r} reads the attention, but none was captured for this batch")
+    mask = batch.episodes.sampled
     try:
         given = term(batch)
     except CagsrError:
@@ -54,7 +82,7 @@ def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
             f"reward term {term.name!r} failed with {type(error).__name__}: {error}; mend the term or take it out of "
             "the reward"
         ) from error
-    values, applies = (given.values, given.applies) if isinstance(given, Partial) else (given, None)
+    values, applies = (given.values, given.applies) if isinstance(given, PartialValues) else (given, None)
     if not isinstance(values, Tensor):
         raise RewardError(
             f"reward term {term.name!r} returned {type(values).__name__}, a tensor of shape (batch,) or "
@@ -63,20 +91,38 @@ def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
     values = values.detach().to(mask.device, torch.float32)
     everywhere = torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
     applies = everywhere if applies is None else applies.to(mask.device, torch.bool)
-    dense = values.shape == mask.shape
-    if applies.shape != mask.shape[:1] or not (dense or values.shape == mask.shape[:1]):
+    if applies.shape != mask.shape[:1] or values.shape not in (mask.shape, mask.shape[:1]):
         raise RewardError(
             f"reward term {term.name!r} returned shape {tuple(values.shape)} for {mask.shape[0]} answers of up to "
             f"{mask.shape[1]} tokens; return (batch,) or (batch, response)"
         )
-    if dense:
+    return RawValues(values, applies)
+
+
+def checked_values(term: RewardTerm, found: RawValues, batch: RewardBatch) -> TermValues:
+    """Look at what a term gave for a batch.
+
+    Raises:
+        RewardError: a number that is not finite; the message names the term and the prompt.
+    """
+    values, applies, mask = found.values, found.applies, batch.episodes.sampled
+    if found.dense:
         values = torch.where(mask & applies[:, None], values, 0.0)
-    total = torch.where(applies, values.sum(dim=1) if dense else values, 0.0)
+    total = torch.where(applies, values.sum(dim=1) if found.dense else values, 0.0)
     bad = (~torch.isfinite(total)).nonzero()
     if len(bad):
         row = int(bad[0, 0])
         raise RewardError(
             f"reward term {term.name!r} gave {float(total[row])} for "
-            f"{quote_prompt(batch.rollout.prompts.prompts[row])}; every value must be a finite number"
+            f"{quote_prompt(batch.episodes.prompts.prompts[row])}; every value must be a finite number"
         )
-    return TermValues(total=total, tokens=values if dense else None, applies=applies)
+    return TermValues(total=total, tokens=values if found.dense else None, applies=applies)
+
+
+def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
+    """Call a term and check what it returns.
+
+    Raises:
+        RewardError: as :func:`ask` and :func:`checked_values`.
+    """
+    return checked_values(term, ask(term, batch), batch)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from cagsr.config import SamplingConfig
-from cagsr.flow import PromptBatch, Rollout
+from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
 
-def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
     """Sample one answer for each row of a prompt batch.
 
     The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
@@ -41,7 +41,7 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
         ids = loaded.model.generate(
             input_ids=prompts.ids[::many],
-            attention_mask=prompts.mask[::many].long(),
+            attention_mask=prompts.real[::many].long(),
             custom_generate=decode,
             answers_per_prompt=many,
             drawn=drawn,
@@ -52,7 +52,7 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
     rollout = cut_responses(ids[:, start:], prompts, loaded, stop_ids, stop_strings)
     if not drawn:
         return rollout
-    mask, forced = rollout.response_mask, len(loaded.generation.forced)  # a forced token is drawn, but is no answer's
+    mask, forced = rollout.sampled, len(loaded.generation.forced)  # a forced token is drawn, but is no answer's
     logprobs = torch.stack(drawn[forced:], dim=1)[:, : mask.shape[1]]
     return replace(rollout, decoded_logprobs=logprobs.masked_fill(~mask, 0.0))
 
@@ -100,7 +100,7 @@ def cut_responses(
     loaded: LoadedModel,
     stop_ids: Sequence[int],
     stop_strings: Sequence[str] = (),
-) -> Rollout:
+) -> EpisodeBatch:
     """Cut raw continuations at their first stop token (kept) or at the token that completes a stop string (kept).
 
     Args:
@@ -137,7 +137,7 @@ def cut_responses(
     mask = positions[None, :] < lengths[:, None]
     padded = torch.nn.functional.pad(ids, (0, max(0, width - length)))[:, :width]
     response = padded.masked_fill(~mask, loaded.pad_token_id)
-    return Rollout(prompts, response, mask, ended, tuple(completions))
+    return EpisodeBatch.of_one_turn(prompts, response, mask, ended, tuple(completions))
 
 
 def _tokens_until(tokens: list[int], stop_strings: Sequence[str], loaded: LoadedModel) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from cagsr.config import SamplingConfig
-from cagsr.flow import PromptBatch, Rollout
+from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sample import sample_responses
 
@@ -20,7 +20,7 @@ class Sampler(Protocol):
     notes: tuple[str, ...]
     """What the user should know about the sampler, one sentence each."""
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
         """Sample one answer for each row of this process's prompts.
 
         Args:
@@ -48,7 +48,7 @@ class TransformersSampler:
         self._loaded = loaded
         self.notes: tuple[str, ...] = ()
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
         """As the protocol; every process samples for itself."""
         return sample_responses(self._loaded, prompts, sampling)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
-from cagsr.flow import PromptBatch, Rollout
+from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main
 from cagsr.progress import working
@@ -65,7 +66,7 @@ class VLLMSampler:
             f"{self._served.context or 'an untold number of'} tokens.",
         )
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> Rollout:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
         """As the protocol: all processes' prompts go to the server in one request."""
         if self._stale:
             self._send_weights()
@@ -124,7 +125,7 @@ def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
     Raises:
         ValueError: the rows are no such repetitions.
     """
-    ids, mask, group = prompts.ids.cpu(), prompts.mask.cpu(), prompts.group.cpu()
+    ids, mask, group = prompts.ids.cpu(), prompts.real.cpu(), prompts.group.cpu()
     if len(group) % generations or not torch.equal(group, group[::generations].repeat_interleave(generations)):
         raise ValueError(f"each prompt must stand there {generations} times in a row")
     return [
@@ -135,7 +136,7 @@ def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
 
 def assemble(
     answers: Sequence[EngineAnswer], prompts: PromptBatch, loaded: LoadedModel, sampling: SamplingConfig
-) -> Rollout:
+) -> EpisodeBatch:
     """Pad an engine's answers into a rollout, cut as the built-in sampler's are.
 
     Args:
@@ -158,14 +159,14 @@ def assemble(
     cut = cut_responses(ids.to(device), prompts, loaded, *loaded.stops(sampling))
     # An answer may be over before its stop shows in our text (the engine's own idea of a stop string), and what comes
     # after it is filling, not tokens.
-    width = cut.response_ids.shape[1]
-    mask = cut.response_mask & (torch.arange(width)[None, :] < lengths[:, None]).to(device)
+    width = cut.ids.shape[1]
+    mask = cut.real & (torch.arange(width)[None, :] < lengths[:, None]).to(device)
     ended = cut.ended | torch.tensor([answer.ended for answer in answers], device=device)
-    return Rollout(
-        cut.prompts,
-        cut.response_ids.masked_fill(~mask, loaded.pad_token_id),
-        mask,
-        ended,
-        cut.completions,
-        logprobs[:, :width].to(device).masked_fill(~mask, 0.0),
+    return replace(
+        cut,
+        ids=cut.ids.masked_fill(~mask, loaded.pad_token_id),
+        real=mask,
+        sampled=mask,
+        ended=ended,
+        sampler_logprobs=logprobs[:, :width].to(device).masked_fill(~mask, 0.0),
     )

@@ -41,7 +41,7 @@ from cagsr.runs.reward import write_scales
 from cagsr.runs.rng import gather_rng_states
 from cagsr.runs.saved import answer_probe, chosen_dtype, on_device_of, saved_facts
 from cagsr.runs.tracker import start_tracker
-from cagsr.update.ppo import PPO
+from cagsr.training.ppo import PPO
 
 TOLD_SETTINGS = (
     "sampling",

@@ -16,7 +16,6 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.parse import from_yaml
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
-from cagsr.reward.terms import needs_associations
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
@@ -68,7 +67,7 @@ def read_run_reward(run: str) -> RunReward:
         raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
     config: TrainConfig = from_yaml(TrainConfig, folder / CONFIG)
     reward = config.reward
-    if needs_associations(reward) and reward.associations.path is None:
+    if reward.needs("associations") and reward.associations.path is None:
         path = str(folder / ASSOCIATIONS)
         reward = dataclasses.replace(reward, associations=dataclasses.replace(reward.associations, path=path))
     try:

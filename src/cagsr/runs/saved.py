@@ -416,7 +416,7 @@ def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest:
     some = sorted(prompts[: 16 * TEXTS], key=lambda prompt: len(prompt.ids))[:TEXTS]
     batch = prompt_batch(loaded, some)
     rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
-    answers = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    answers = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.sampled, strict=True)]
     return AnswerProbe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])
 
 

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cagsr.attention.probe import find_attention_layers
-from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.explain import explain_salience
-from cagsr.reward.coverage import coverage_gains
-from cagsr.reward.focus import focus
-from cagsr.reward.repetition import repeated_ngrams, without_stop_token
+from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.terms.coverage import coverage_gains
+from cagsr.reward.terms.focus import focus
+from cagsr.reward.terms.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
+from cagsr.scoring.answers import Response
 from cagsr.view.planes import REWARD, Plane, planes_with_room, read_planes
 from cagsr.view.token_pieces import token_pieces
 
@@ -83,7 +84,7 @@ def measure(
     loaded: LoadedModel,
     prompt: EncodedPrompt,
     responses: Sequence[Response],
-    scorer: Scorer,
+    scorer: AnswerScorer,
     scales: Scales | None = None,
 ) -> Measured:
     """Score answers to one prompt and read what they looked at.
@@ -104,20 +105,20 @@ def measure(
     config = scorer.config
     found = find_attention_layers(loaded.model)
     elements = len(prompt.ids) * sum(len(response.ids) for response in responses)
-    planes = planes_with_room(found, scorer.reader.layers, elements)
+    planes = planes_with_room(found, scorer.scorer.reader.layers, elements)
     batches: list[tuple[RewardBatch, dict[str, Tensor], dict[Plane, Tensor]]] = []
     for batch, values in scorer.score_texts([prompt] * len(responses), responses):
-        batches.append((batch, values, read_planes(loaded, batch.rollout, found, planes)))
+        batches.append((batch, values, read_planes(loaded, batch.episodes, found, planes)))
     raw = {name: torch.cat([values[name] for _, values, _ in batches]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config, torch.zeros(len(responses), dtype=torch.int64), scales)
     answers: list[Answer] = []
     for batch, _, read in batches:
-        for row in range(len(batch.rollout.completions)):
+        for row in range(len(batch.episodes.completions)):
             number = len(answers)
             details = _details(batch, row, scorer)
             length = len(responses[number].ids)
             assert batch.attention is not None
-            looked = {REWARD: batch.attention.cpu(), **read}
+            looked = {REWARD: batch.attention.maps.cpu(), **read}
             answers.append(
                 Answer(
                     number=number + 1,
@@ -140,7 +141,7 @@ def measure(
         # sorted is stable: equal answers stay in their order, as in cagsr rank.
         answers=tuple(sorted(answers, key=lambda answer: -answer.reward)),
         weights=scorer.weights,
-        layers=tuple(scorer.reader.layers),
+        layers=tuple(scorer.scorer.reader.layers),
         planes=(REWARD, *planes),
         threshold=config.coverage.threshold,
         pooling=scorer.salience.pooling,
@@ -155,17 +156,17 @@ def _array(values: Tensor) -> Floats:
     return values.detach().float().cpu().numpy()
 
 
-def _details(batch: RewardBatch, row: int, scorer: Scorer) -> dict[str, Any]:
+def _details(batch: RewardBatch, row: int, scorer: AnswerScorer) -> dict[str, Any]:
     """Everything about one answer of a batch that is read token by token or word by word."""
-    rollout, attention = batch.rollout, batch.word_attention
-    assert attention is not None
-    mask = rollout.response_mask[row : row + 1]
+    assert batch.attention is not None
+    rollout, attention = batch.episodes, batch.attention.words
+    mask = rollout.sampled[row : row + 1]
     length = int(mask.sum())
-    looked, salience = attention[row : row + 1, :length], rollout.prompts.salience[row : row + 1]
+    looked, salience = attention[row : row + 1, :length], rollout.salience[row : row + 1]
     mask = mask[:, :length]
     config = scorer.config
     counted = without_stop_token(mask, rollout.ended[row : row + 1])
-    ends = repeated_ngrams(rollout.response_ids[row : row + 1, :length], counted, config.repetition.n)[0] > 0
+    ends = repeated_ngrams(rollout.ids[row : row + 1, :length], counted, config.repetition.n)[0] > 0
     repeated = [bool(ends[place : place + config.repetition.n].any()) for place in range(length)]
     # Each token as an answer of its own: the term is the mean over tokens, so these are its summands.
     alone = focus(looked[0][:, None], salience.expand(length, -1), mask.new_ones(length, 1), config.focus.entropy_floor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cagsr.attention import Reading
 from cagsr.attention.probe import AttentionLayers
-from cagsr.flow import Rollout
+from cagsr.flow import EpisodeBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 
@@ -53,7 +53,7 @@ def planes_with_room(found: AttentionLayers, chosen: Sequence[int], elements: in
 
 
 def read_planes(
-    loaded: LoadedModel, rollout: Rollout, found: AttentionLayers, planes: Sequence[Plane]
+    loaded: LoadedModel, rollout: EpisodeBatch, found: AttentionLayers, planes: Sequence[Plane]
 ) -> dict[Plane, Tensor]:
     """Read single layers and heads in one forward: plane -> ``(batch, response, prompt)`` float32 on the CPU."""
     if not planes:

@@ -9,18 +9,18 @@ from functools import cached_property
 from pathlib import Path
 
 from cagsr.atomic import write_text_atomically
-from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, validate
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.evaluation.scorer import Response, Scorer, encode_response
 from cagsr.extras import require
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
-from cagsr.reward.build import check_reward_config
 from cagsr.reward.weigh import Scales
+from cagsr.scoring.answers import Response, encode_response
 from cagsr.view.measure import Measured, measure
 from cagsr.view.view_html import render_page
 
@@ -106,7 +106,7 @@ def view(
         ModelError: the model can't be loaded or its attention can't be read.
     """
     reward = reward or RewardConfig()
-    check_reward_config(reward)
+    validate(reward, "reward.")
     if isinstance(answers, str):
         answers = [answers]
     if answers == 0 or (not isinstance(answers, int) and len(answers) == 0):
@@ -124,7 +124,7 @@ def view(
         if context is not None and isinstance(answers, int) and loaded.architecture.one_sequence:
             room = max(1, context - sampling.max_new_tokens)
         prompt = encode_texts([prompt], loaded.tokenizer, salience, room, frequency, source="the prompt")[0]
-    scorer = Scorer(
+    scorer = AnswerScorer(
         loaded,
         reward,
         attention or AttentionConfig(),
@@ -144,7 +144,7 @@ def sampled(loaded: LoadedModel, prompt: EncodedPrompt, sampling: SamplingConfig
     """Sample ``sampling.num_generations`` answers to a prompt; the global random generators are left as they were."""
     (_, rollout), *_ = sample_in_batches(loaded, [prompt], sampling, seed, 1)
     return [
-        Response(text, tuple(rollout.response_ids[row][rollout.response_mask[row]].tolist()), bool(rollout.ended[row]))
+        Response(text, tuple(rollout.ids[row][rollout.sampled[row]].tolist()), bool(rollout.ended[row]))
         for row, text in enumerate(rollout.completions)
     ]
 

@@ -1,0 +1,58 @@
+"""All settings of ``cagsr train``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cagsr.config.training import (
+    AttentionConfig,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    MonitorConfig,
+    PPOConfig,
+    RolloutConfig,
+    RunConfig,
+    SalienceConfig,
+    SamplingConfig,
+)
+from cagsr.reward.settings import RewardConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model with CAGSR: PPO on unlabelled prompts, the reward read from the model's own attention."""
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    """Run folder: config, metrics, samples, checkpoints, final model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    salience: SalienceConfig = field(default_factory=SalienceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    monitors: MonitorConfig = field(default_factory=MonitorConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        sampling, ppo = self.sampling, self.ppo
+        if sampling.temperature == 0:
+            yield f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0."
+        if ppo.estimator != "gae" and sampling.num_generations < 2:
+            yield (
+                f"--ppo.estimator {ppo.estimator}: compares candidates, so sampling.num_generations must be 2 or more."
+            )
+        if self.reward.normalize == "within_prompt" and sampling.num_generations < 2:
+            yield (
+                "--reward.normalize within_prompt: compares candidates, so sampling.num_generations must be 2 or more; or "
+                "use --reward.normalize running."
+            )
+        if ppo.num_mini_batches > self.run.batch_size * sampling.num_generations:
+            yield f"--ppo.num_mini_batches {ppo.num_mini_batches}: more than there are answers in a step."

@@ -1,0 +1,1 @@
+"""Objectives: the losses that an update sums, one a file."""

@@ -1,0 +1,130 @@
+"""Every reward term for finished answers outside a training run: for files, for pages, for other loops' trainers.
+
+The same passes, terms and salience as in training; raw values, which are brought to one scale once all of them are known
+(``reward/weigh.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config.validation import validate
+from cagsr.errors import CagsrError
+from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch, Trainer
+from cagsr.models.load import LoadedModel
+from cagsr.reward.association import Associations
+from cagsr.reward.build import weighted_terms
+from cagsr.reward.micro_batch import TermVisitor
+from cagsr.reward.registry import Resources
+from cagsr.reward.settings import TERMS
+from cagsr.reward.term import RewardTerm
+from cagsr.reward.values import RawValues, checked_values, term_values
+from cagsr.scoring.answers import Response, answered
+from cagsr.scoring.scorer import FrozenModel, Scorer, evaluating
+
+
+class AnswerScorer:
+    """Reads what the reward looks at from one pass over prompt + answer, and asks every term.
+
+    The model is left as it was: training flags, gradients, adapters.
+
+    Args:
+        loaded: the model whose answers are judged; its weights are read at each call.
+        reward: terms, their settings and weights.
+        attention: which layers and heads, and with ``source`` whose: the model's own or, if there is one, that of ``reference``.
+        salience: how the pieces of a word are pooled.
+        temperature: divides the logits for log-probabilities and self-certainty, as in sampling.
+        micro_batch_size: answers in memory at once.
+        associations: what the association terms read; without them these terms are left out, whatever their weights.
+        reference: a frozen model; None: the model is its own reference.
+        every: registered terms of weight 0 too.
+
+    Raises:
+        ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used.
+        AttentionError: the model's attention can't be read.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        reward: RewardConfig,
+        attention: AttentionConfig,
+        salience: SalienceConfig,
+        *,
+        temperature: float = 1.0,
+        micro_batch_size: int = 32,
+        associations: Associations | None = None,
+        reference: FrozenModel | None = None,
+        every: bool = True,
+    ) -> None:
+        if associations is None:
+            lacking = [term.name for term in TERMS if "associations" in term.needs]
+            reward = replace(reward, **{name: replace(getattr(reward, name), weight=0.0) for name in lacking})
+        validate(reward, "reward.")
+        self.loaded = loaded
+        self.config = reward
+        self.salience = salience
+        self.micro_batch_size = micro_batch_size
+        sampling = SamplingConfig(temperature=temperature or 1.0)
+        self.scorer = Scorer(loaded, attention, sampling, micro_batch_size, reference=reference)
+        resources = Resources(texts=loaded.texts, associations=associations)
+        found = weighted_terms(reward, loaded.device, resources, every=every)
+        self.terms: tuple[RewardTerm, ...] = tuple(term for term, _ in found)
+        self.weights: dict[str, float] = {term.name: float(weight) for term, weight in found}
+
+    def batch(self, episodes: EpisodeBatch, trainer: Trainer | None = None) -> RewardBatch:
+        """Everything that terms look at, attention maps included."""
+        return self._read(episodes, trainer, keep_maps=True)[0]
+
+    def values(self, batch: RewardBatch) -> dict[str, Tensor]:
+        """Give every term's raw values, name -> ``(batch,)`` float32 on the CPU, NaN where a term does not apply.
+
+        Raises:
+            RewardError: a term fails or gives a number that is not finite.
+        """
+        return {term.name: term_values(term, batch).raw.cpu() for term in self.terms}
+
+    def score_texts(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]
+    ) -> Iterator[tuple[RewardBatch, dict[str, Tensor]]]:
+        """Score answers in their order, ``micro_batch_size`` at a time: what the terms saw and what they gave."""
+        for start in range(0, len(prompts), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            batch = self.batch(answered(self.loaded, prompts[part], responses[part]))
+            yield batch, self.values(batch)
+
+    def raw_values(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response], trainer: Trainer | None = None
+    ) -> dict[str, Tensor]:
+        """Every term's raw values, name -> ``(answers,)`` float32 on the CPU, NaN where a term does not apply.
+
+        ``trainer`` is what TRL's reward functions may ask; None: nothing is trained.
+
+        Raises:
+            DataError: an answer without a token.
+            RewardError: a term fails or gives a number that is not finite.
+        """
+        found: dict[str, list[Tensor]] = {term.name: [] for term in self.terms}
+        for start in range(0, len(prompts), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            batch, known = self._read(answered(self.loaded, prompts[part], responses[part]), trainer)
+            for term in self.terms:
+                value = known.get(term.name)
+                if isinstance(value, CagsrError):
+                    raise value
+                values = term_values(term, batch) if value is None else checked_values(term, value, batch)
+                found[term.name].append(values.raw.cpu())
+        return {name: torch.cat(values) if values else torch.zeros(0) for name, values in found.items()}
+
+    def _read(
+        self, episodes: EpisodeBatch, trainer: Trainer | None, *, keep_maps: bool = False
+    ) -> tuple[RewardBatch, Mapping[str, RawValues | CagsrError]]:
+        visitor = TermVisitor(episodes, self.terms, self.salience.pooling, keep_maps=keep_maps)
+        with evaluating(self.loaded.model):
+            readings, reference = self.scorer.read(episodes, visitor if visitor.wants_attention else None)
+        return RewardBatch(episodes, readings, reference, visitor.attention(), trainer), visitor.values

@@ -1,0 +1,132 @@
+"""The reward: each term normalised, weighted, summed, and paid at the tokens it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cagsr.errors import CagsrError, ConfigError, RewardError
+from cagsr.flow import Returns, RewardBatch
+from cagsr.reward.last_token import add_at_last_token
+from cagsr.reward.normalize import Normalization, Normalizer, Reduce
+from cagsr.reward.term import RewardTerm
+from cagsr.reward.turns import Exchanges
+from cagsr.reward.values import RawValues, TermValues, ask, checked_values
+
+
+class RewardFunction:
+    """A weighted sum of terms, each brought to one scale by its running moments over the run."""
+
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        weights: Sequence[float],
+        normalize: Normalization,
+        clip: float = 5.0,
+        reduce: Reduce | None = None,
+    ) -> None:
+        """Bind the terms.
+
+        Args:
+            terms: the terms, each with a name of its own.
+            weights: one weight for each term.
+            normalize: see :class:`~cagsr.reward.normalize.Normalizer`, as for ``clip`` and ``reduce``.
+            clip: normalised values are clipped to plus or minus this; 0 does not clip.
+            reduce: sums over processes, so that the moments are those of all processes; None for one process.
+
+        Raises:
+            ConfigError: no term, two terms of one name, or another number of weights than terms.
+        """
+        if not terms:
+            raise ConfigError("the reward has no term: give at least one term a weight other than 0")
+        if len(terms) != len(weights):
+            raise ConfigError(f"the reward has {len(terms)} terms but {len(weights)} weights: give one for each term")
+        self.names = tuple(term.name for term in terms)
+        twice = {name for name in self.names if self.names.count(name) > 1}
+        if twice:
+            raise ConfigError(f"two reward terms are called {sorted(twice)[0]!r}: give each a name of its own")
+        self.terms = tuple(terms)
+        self.weights = tuple(float(weight) for weight in weights)
+        self.normalizer = Normalizer(self.names, normalize, clip, reduce)
+
+    def __call__(
+        self,
+        batch: RewardBatch,
+        known: Mapping[str, RawValues | CagsrError] | None = None,
+        *,
+        update: bool = True,
+    ) -> Returns:
+        """Compute the reward of a batch.
+
+        Args:
+            batch: the answers and everything known of them.
+            known: what terms have given (or how they failed) while the attention was read (``TermVisitor.values``).
+            update: take the batch into the running moments first (training); False leaves them as they are and
+                exchanges nothing between processes (evaluation). Before the first update every term counts 0.
+
+        Returns:
+            The reward. A term without variance contributes 0; where a term does not apply to an answer its raw value
+            is NaN and it contributes 0. Rows of ``per_token`` sum to ``total``, except that an answer without tokens
+            is paid nothing on tokens. Of several turns each answer is judged among the answers of that turn.
+
+        Raises:
+            RewardError: a term fails or gives a number that is not finite (the moments are then unchanged).
+            ConfigError: ``within_prompt`` and no prompt has two answers.
+        """
+        exchanges = Exchanges.of(batch)
+        mask, group = exchanges.batch.episodes.sampled, exchanges.group
+        if self.normalizer.normalize == "within_prompt" and len(torch.unique(group)) == len(group):
+            raise ConfigError(
+                "reward.normalize within_prompt compares the answers to one prompt and there is one answer each: "
+                "use --reward.normalize running, or sample more with --sampling.num_generations"
+            )
+        values = self._values(exchanges, known or {}, update)
+        if update:
+            self.normalizer.update(values, group)
+        total = torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
+        per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        contributions: dict[str, Tensor] = {}
+        for name, weight in zip(self.names, self.weights, strict=True):
+            term = values[name]
+            amount, scale = self.normalizer(name, term, group), self.normalizer.scale(name)
+            # Dense gains keep their place, scaled; the centring and the clipping of the sum fall on the last token.
+            tokens = torch.zeros_like(per_token) if term.tokens is None else term.tokens * scale
+            tokens = add_at_last_token(tokens, amount - tokens.sum(dim=1), mask)
+            contributions[name] = weight * amount
+            total = total + contributions[name]
+            per_token = per_token + weight * tokens
+        raw = {name: value.raw for name, value in values.items()}
+        return exchanges.folded(total, per_token, raw, contributions)
+
+    def _values(
+        self, exchanges: Exchanges, known: Mapping[str, RawValues | CagsrError], update: bool
+    ) -> dict[str, TermValues]:
+        failure: CagsrError | None = None
+        values: dict[str, TermValues] = {}
+        try:
+            for term in self.terms:
+                found = known.get(term.name)
+                if isinstance(found, CagsrError):
+                    raise found
+                batch = exchanges.seen_by(term)
+                values[term.name] = checked_values(term, ask(term, batch) if found is None else found, batch)
+        except CagsrError as error:
+            failure = error
+        # All processes learn of a failure together: one that raised alone would leave the others waiting for ever.
+        failed = torch.tensor([float(failure is not None)])
+        if update and float(self.normalizer.summed(failed, exchanges.batch.episodes.ids.device)) > 0:
+            failure = failure or RewardError("a reward term failed on another process: its message names the term")
+        if failure is not None:
+            raise failure
+        return values
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The running moments, see :meth:`Normalizer.state_dict`."""
+        return self.normalizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over running moments, see :meth:`Normalizer.load_state_dict`."""
+        self.normalizer.load_state_dict(state)

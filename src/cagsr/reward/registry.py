@@ -1,0 +1,136 @@
+"""The terms that have a section of their own in the settings: those of ``reward/terms/``, and those of other packages.
+
+A term is one file: the formula, its settings and what it needs. ``@register`` makes it known by its ``name``::
+
+    @register
+    @dataclass(frozen=True)
+    class Exclamations:
+        name: ClassVar = "exclamations"
+        needs: ClassVar = frozenset()
+        settings: ExclamationsConfig
+
+        def __call__(self, batch: RewardBatch) -> Tensor: ...
+
+``settings`` is annotated with the term's dataclass of settings, which has a ``weight`` (:class:`TermConfig`). A package offers
+such terms by entry points of the group ``cagsr.reward_terms`` that name their classes or modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from cagsr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cagsr.models.texts import TokenTexts
+    from cagsr.reward.association import Associations
+    from cagsr.reward.term import RewardTerm
+
+GROUP = "cagsr.reward_terms"
+"""Entry points of other packages."""
+LAST = 1000
+_ClassT = TypeVar("_ClassT", bound=type[Any])
+
+
+@dataclass(frozen=True)
+class TermConfig:
+    """What the settings of every term have."""
+
+    weight: float = 0.0
+    """Weight in the reward; 0 leaves the term out."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What terms may need besides the batch; a term gets those that it names in ``needs``, by the same names."""
+
+    texts: TokenTexts | None = None
+    """What each token says (:attr:`cagsr.models.load.LoadedModel.texts`)."""
+    associations: Associations | None = None
+    """Which words go together, learned from the model's own answers."""
+
+    def hold(self, needs: Iterable[str]) -> bool:
+        """Whether everything is there of what a term needs."""
+        return all(getattr(self, name) is not None for name in RESOURCES & set(needs))
+
+
+RESOURCES = frozenset(Resources.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class TermClass:
+    """A registered term."""
+
+    name: str
+    build: Callable[..., RewardTerm]
+    config: type[Any]
+    """Its settings, a dataclass with a ``weight``."""
+    needs: frozenset[str]
+    place: int
+    advice: Callable[[Any, Any], Iterable[str]]
+    """``(its settings, the whole reward's) -> sentences``: what is known to go wrong with them."""
+
+    def term(self, settings: Any, resources: Resources) -> RewardTerm:
+        """The term with these settings.
+
+        Raises:
+            ValueError: a resource that it needs is not there.
+        """
+        given = {name: getattr(resources, name) for name in sorted(self.needs & RESOURCES)}
+        missing = next((name for name, value in given.items() if value is None), None)
+        if missing is not None:
+            raise ValueError(f"the reward term {self.name} needs {missing}, and none were given")
+        return self.build(settings, **given)
+
+
+_TERMS: dict[str, TermClass] = {}
+
+
+def register(cls: _ClassT) -> _ClassT:
+    """Make a class of terms known by its name.
+
+    Raises:
+        ConfigError: the name is another term's, or its settings have no weight.
+    """
+    config = get_type_hints(cls)["settings"]
+    found = TermClass(
+        name=cls.name,
+        build=cls,
+        config=config,
+        needs=frozenset(cls.needs),
+        place=getattr(cls, "place", LAST),
+        advice=getattr(cls, "advice", lambda settings, reward: ()),
+    )
+    other = _TERMS.get(found.name)
+    if other is not None and (other.build.__module__, other.config.__name__) != (cls.__module__, config.__name__):
+        raise ConfigError(f"two reward terms are called {found.name!r} ({other.build.__module__}, {cls.__module__})")
+    if "weight" not in config.__dataclass_fields__:
+        raise ConfigError(f"the settings of the reward term {found.name!r} have no weight: derive them from TermConfig")
+    _TERMS[found.name] = found
+    return cls
+
+
+def registered_terms() -> tuple[TermClass, ...]:
+    """All terms with a section in the settings: ours in their places, then those of other packages by name.
+
+    Raises:
+        ConfigError: a package's entry point can't be loaded.
+    """
+    from cagsr.reward import terms
+
+    for module in pkgutil.iter_modules(terms.__path__, f"{terms.__name__}."):
+        importlib.import_module(module.name)
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # importing runs another package's code, which can raise anything
+            raise ConfigError(
+                f"the reward term {point.name!r} of {point.value} can't be loaded ({type(error).__name__}: {error}); mend or "
+                "uninstall its package"
+            ) from error
+    return tuple(sorted(_TERMS.values(), key=lambda term: (term.place, term.name)))

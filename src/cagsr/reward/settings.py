@@ -1,0 +1,98 @@
+"""Settings of the reward: a section for each registered term, and how they are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from cagsr.config.ranges import NonNegativeFloat, PositiveInt, PositiveShare
+from cagsr.reward.registry import registered_terms
+
+TERMS = registered_terms()
+"""The terms that have a section; one that is registered later is named in ``reward.functions``."""
+
+
+@dataclass(frozen=True)
+class AssociationsConfig:
+    """Which words go together, learned before the first step from the starting model's own answers (no labels)."""
+
+    path: str | None = None
+    """associations.json of an earlier run; None: learn them, if a term with a weight needs them."""
+    answers: PositiveInt = 1024
+    """How many answers to sample for it."""
+    min_count: PositiveInt = 5
+    """Words that occur in fewer of the prompts or answers have no strength of their own."""
+    floor: PositiveShare = 0.2
+    """Weaker associations (phi) count as none."""
+
+
+if TYPE_CHECKING:
+
+    class _Sections:
+        def __init__(self, **sections: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Sections = dataclasses.make_dataclass(
+        "_Sections",
+        [(term.name, term.config, field(default_factory=term.config)) for term in TERMS],
+        frozen=True,
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig(_Sections):
+    """The reward: a weighted sum of terms, each brought to one scale first."""
+
+    associations: AssociationsConfig = field(default_factory=AssociationsConfig)
+    functions: list[str] = field(default_factory=list)
+    """Your own terms as dotted paths (package.module.function): a RewardTerm, or TRL's
+    f(prompts, completions, completion_ids, **columns)."""
+    function_weights: list[float] = field(default_factory=list)
+    """One weight for each function; empty: 1 each."""
+    function_settings: list[str] = field(default_factory=list)
+    """Settings of your own terms that are classes, as name.key=value."""
+    models: list[str] = field(default_factory=list)
+    """Sequence-classification reward models (folder or Hub id) with one output."""
+    model_weights: list[float] = field(default_factory=list)
+    """One weight for each reward model; empty: 1 each."""
+    normalize: Literal["within_prompt", "running", "none"] = "within_prompt"
+    """within_prompt: each term is centred on the mean of the prompt's candidates and divided by its standard deviation
+    within prompts over the run, so that weights compare what training can follow; running: centred and divided over all
+    answers of the run; none: raw values."""
+    clip: NonNegativeFloat = 5.0
+    """Normalised terms are clipped to plus or minus this; 0 does not clip."""
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each registered term."""
+        return {term.name: getattr(self, term.name).weight for term in TERMS}
+
+    def needs(self, what: str) -> bool:
+        """Whether a registered term with a weight needs it."""
+        return any(what in term.needs and getattr(self, term.name).weight != 0 for term in TERMS)
+
+    def conflicts(self) -> Iterator[str]:
+        """What does not go together, a sentence each."""
+        for kind, paths, given in (
+            ("function", self.functions, self.function_weights),
+            ("model", self.models, self.model_weights),
+        ):
+            if given and len(given) != len(paths):
+                yield (
+                    f"reward.{kind}_weights has {len(given)} values for {len(paths)} {kind}s: give one for each, or none"
+                )
+        own = [
+            *weights_of(self.functions, self.function_weights),
+            *weights_of(self.models, self.model_weights),
+        ]
+        if not any([*self.weights().values(), *own]):
+            yield (
+                "the reward is empty: every weight is 0; give at least one term a weight, as --reward.coverage.weight 1"
+            )
+
+
+def weights_of(paths: list[str], weights: list[float]) -> list[float]:
+    """The weights that were given, or 1 for each path."""
+    return weights or [1.0] * len(paths)

@@ -1,0 +1,69 @@
+"""Copy coverage: was each important word said by the very token that looks at it hardest?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cagsr.flow import RewardBatch
+from cagsr.models.texts import TokenTexts
+from cagsr.reward.pooling import normalized_salience
+from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.same_text import same_text
+from cagsr.reward.term import ATTENTION
+
+
+@dataclass(frozen=True)
+class CopyCoverageConfig(TermConfig):
+    """Copy coverage: a salient word counts when the response token that looks at it hardest says it."""
+
+
+@register
+@dataclass(frozen=True)
+class CopyCoverage:
+    """Copy coverage, :func:`copy_coverage`."""
+
+    name: ClassVar[str] = "copy_coverage"
+    needs: ClassVar[frozenset[str]] = frozenset({ATTENTION, "texts"})
+    by_micro_batch: ClassVar[bool] = True
+    place: ClassVar[int] = 2
+    settings: CopyCoverageConfig
+    texts: TokenTexts
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Return ``(batch,)``."""
+        assert batch.attention is not None
+        episodes = batch.episodes
+        same = same_text(self.texts, episodes)
+        return copy_coverage(batch.attention.words, episodes.salience, same, episodes.sampled, episodes.words)
+
+
+def copy_coverage(word_attention: Tensor, salience: Tensor, same: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+    """Copy coverage: the share of salience whose word is said by the token that looks at it hardest.
+
+    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says.
+
+    Args:
+        word_attention: ``(batch, response, words)``.
+        salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
+        same: ``(batch, response, prompt)`` bool, the response token says what the salient prompt token says
+            (:func:`cagsr.reward.same_text.says`); False on padding.
+        mask: ``(batch, response)`` bool, real response tokens.
+        words: ``(batch, prompt)`` int64, the word of each prompt token, -1 for none.
+
+    Returns:
+        ``(batch,)`` float32 in [0, 1]; 0 for an answer without tokens. A word that no token looks at does not count.
+    """
+    num_words = word_attention.shape[2]
+    if word_attention.shape[1] == 0 or num_words == 0:
+        return torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
+    looked = torch.where(mask[:, :, None], word_attention.float(), 0.0)
+    strongest, position = looked.max(dim=1)  # (batch, words)
+    index = words.clamp(min=0)
+    hardest = position.gather(1, index)[:, None]  # (batch, 1, prompt): where the word of each prompt token is looked at
+    hit = (same.gather(1, hardest)[:, 0] & (words >= 0)).float()
+    copied = torch.zeros_like(strongest).scatter_reduce(1, index, hit, reduce="amax")
+    return (copied * (strongest > 0) * normalized_salience(salience)).sum(dim=1)

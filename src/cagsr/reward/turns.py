@@ -1,0 +1,151 @@
+"""Episodes of several turns as exchanges: each answer a row of its own, with all that stands before it as its context.
+
+So a term is written for one answer, and judges conversations and steps as it judges single answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cagsr.flow import Attention, Context, EpisodeBatch, Prompt, PromptBatch, Readings, Returns, RewardBatch
+from cagsr.reward.term import RewardTerm
+
+Turns = Literal["all", "first", "latest"]
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """The answers of a batch of episodes, a row each; of one turn the batch itself."""
+
+    batch: RewardBatch
+    group: Tensor
+    """``(answers,)`` int64: answers with the same number stand in the same turn of the same prompt."""
+    row: Tensor | None = None
+    """``(answers,)`` int64: the episode of each answer; None: the batch was of one turn."""
+    turn: Tensor | None = None
+    """``(answers,)`` int64: its turn."""
+    size: tuple[int, int] = (0, 1)
+    """Episodes and turns."""
+
+    @classmethod
+    def of(cls, batch: RewardBatch) -> Exchanges:
+        """Take episodes apart."""
+        episodes = batch.episodes
+        if episodes.context is None:
+            return cls(batch, episodes.prompts.group, size=(len(episodes.ids), 1))
+        turns = 1 + int(torch.where(episodes.sampled, episodes.turn, 0).max())
+        there = torch.stack([(episodes.sampled & (episodes.turn == turn)).any(dim=1) for turn in range(turns)], dim=1)
+        row, turn = there.nonzero(as_tuple=True)
+        return cls(
+            _answers(batch, row, turn), episodes.prompts.group[row] * turns + turn, row, turn, (len(there), turns)
+        )
+
+    def seen_by(self, term: RewardTerm) -> RewardBatch:
+        """The batch with the words of those turns alone that the term looks over (its attribute ``turns``)."""
+        turns: Turns = getattr(term, "turns", "all")
+        context = self.batch.episodes.context
+        if turns == "all" or context is None or self.turn is None:
+            return self.batch
+        wanted = 0 if turns == "first" else self.turn[:, None]
+        return replace(
+            self.batch, episodes=replace(self.batch.episodes, context=_only(context, context.word_turn == wanted))
+        )
+
+    def folded(
+        self, total: Tensor, per_token: Tensor, terms: Mapping[str, Tensor], contributions: Mapping[str, Tensor]
+    ) -> Returns:
+        """Put what the answers were paid together by episode."""
+        if self.row is None or self.turn is None:
+            return Returns(total, per_token, total[:, None], terms, contributions)
+        row, episodes = self.row, self.size[0]
+
+        def summed(values: Tensor) -> Tensor:
+            return values.new_zeros(episodes, *values.shape[1:]).index_add(0, row, values)
+
+        def mean(values: Tensor) -> Tensor:
+            known = torch.isfinite(values)
+            return summed(torch.where(known, values, 0.0)) / summed(
+                known.to(values.dtype)
+            )  # 0 / 0 is NaN: does not apply
+
+        by_turn = total.new_zeros(self.size).index_put((row, self.turn), total)
+        return Returns(
+            summed(total),
+            summed(per_token),
+            by_turn,
+            {name: mean(values) for name, values in terms.items()},
+            {name: summed(values) for name, values in contributions.items()},
+        )
+
+
+def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
+    """Each answer with its own tokens as the only sampled ones, and the words that stand before it as its context."""
+    episodes, context = batch.episodes, batch.episodes.context
+    assert context is not None
+    own = episodes.sampled[row] & (episodes.turn[row] == turn[:, None])
+    last = torch.stack(
+        [(episodes.sampled & (episodes.turn == t)).any(dim=1) for t in range(int(turn.max()) + 2)], dim=1
+    )
+    is_last = ~last[row, turn + 1]
+    numbers, turns = row.tolist(), turn.tolist()
+    told = [_as_prompt(episodes.prompts.prompts[i], context, i, t) for i, t in zip(numbers, turns, strict=True)]
+    answers = EpisodeBatch(
+        prompts=PromptBatch(
+            prompts=tuple(told),
+            ids=episodes.prompts.ids[row],
+            real=episodes.prompts.real[row],
+            words=episodes.prompts.words[row],
+            salience=episodes.prompts.salience[row],
+            group=episodes.prompts.group[row],
+        ),
+        ids=episodes.ids[row],
+        real=own,
+        sampled=own,
+        turn=episodes.turn[row],
+        ended=torch.where(is_last, episodes.ended[row], True),  # an answer that was cut ends its episode
+        completions=tuple(context.episodes[i].answers[t] for i, t in zip(numbers, turns, strict=True)),
+        context=_only(
+            Context(context.words[row], context.salience[row], context.word_turn[row], context.episodes),
+            context.word_turn[row] <= turn[:, None],
+        ),
+    )
+    readings = batch.readings
+    picked = Readings(
+        readings.logprobs[row],
+        readings.entropy[row],
+        readings.certainty[row],
+        readings.sampling_correction[row],
+        None if readings.values is None else readings.values[row],
+    )
+    reference = None if batch.reference_logprobs is None else batch.reference_logprobs[row]
+    attention = batch.attention
+    if attention is not None:
+        attention = Attention(attention.maps[row], attention.words[row])
+    return RewardBatch(answers, picked, reference, attention, batch.trainer)
+
+
+def _only(context: Context, counts: Tensor) -> Context:
+    """The context with some of its words alone; ``counts`` ``(batch, words)`` bool."""
+    there = counts.gather(1, context.words.clamp(min=0)) & (context.words >= 0)
+    return replace(
+        context,
+        words=context.words.masked_fill(~there, -1),
+        salience=context.salience.masked_fill(~counts, 0.0),
+    )
+
+
+def _as_prompt(prompt: Prompt, context: Context, row: int, turn: int) -> Prompt:
+    """The prompt as it stands before an answer: what was said since is part of it."""
+    said = [segment for segment in context.episodes[row].segments if segment.turn < turn or not segment.sampled]
+    before = [segment for segment in said if segment.turn <= turn]
+    if not before:
+        return prompt
+    messages = prompt.messages
+    if messages is not None:
+        messages = (*messages, *({"role": one.role, "content": one.text} for one in before))
+    return replace(prompt, text=prompt.text + "".join(segment.text for segment in before), messages=messages)

@@ -1,0 +1,200 @@
+"""The one scorer: teacher-forced passes over prompt + response that give log-probabilities, values and attention together.
+
+Training, ``diagnose``, ``score``, ``rank``, ``view``, ``compare`` and the integrations all read answers through it. What is made
+of the attention is a visitor's business, which is handed each micro-batch's while it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cagsr.attention import PromptAttentionReader
+from cagsr.config import AttentionConfig, SamplingConfig
+from cagsr.flow import EpisodeBatch, Readings
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.inputs import PassInputs
+from cagsr.models.load import LoadedModel
+from cagsr.models.sharing import shares_prompts
+from cagsr.progress import each
+from cagsr.rollout.rows import episode_rows
+from cagsr.scoring.micro_batches import micro_batches
+from cagsr.scoring.reading import attention_of, reading
+from cagsr.scoring.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
+
+
+class FrozenModel(Protocol):
+    """A model of the policy's kind that is not trained: the starting model, mostly."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What an attention reader watches."""
+        ...
+
+    def model(self) -> AbstractContextManager[nn.Module]:
+        """Gives the model for forward passes inside a ``with`` block."""
+        ...
+
+
+class Visitor(Protocol):
+    """Is handed the attention of each micro-batch while it is there."""
+
+    def visit(self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor) -> None:
+        """Take in a micro-batch.
+
+        Args:
+            index: which sequences of the batch it holds, ``(n,)`` int64.
+            part: those sequences, cut to their own length.
+            readings: the policy's, of them.
+            attention: ``(n, response, context)`` float32.
+        """
+        ...
+
+
+class Scorer:
+    """Reads the policy's and the reference's view of finished answers.
+
+    Args:
+        loaded: the policy.
+        attention: which layers and heads, and whose attention (without a reference the policy's).
+        sampling: temperature (0 counts as 1) and filters, as the answers were sampled.
+        micro_batch_size: answers in memory at once.
+        actor_critic: the policy with what estimates values; None: the policy alone.
+        reference: the frozen model; None: the policy is its own reference, and its attention is read.
+
+    Raises:
+        ConfigError: a choice of layers or heads that can't be used.
+        AttentionError: the model's attention can't be read.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        attention: AttentionConfig,
+        sampling: SamplingConfig,
+        micro_batch_size: int,
+        *,
+        actor_critic: ActorCritic | None = None,
+        reference: FrozenModel | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.sampling = sampling
+        self.micro_batch_size = micro_batch_size
+        self.actor_critic = actor_critic or ActorCritic(loaded)
+        self.reference = reference
+        self.reads_policy = attention.source == "policy" or reference is None
+        watched = loaded.model if self.reads_policy or reference is None else reference.module
+        self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+
+    def read(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> tuple[Readings, Tensor]:
+        """The policy's pass, then the reference's.
+
+        Args:
+            episodes: prompts and answers.
+            visitor: gets the attention of the configured model; None: it is not read.
+
+        Returns:
+            The policy's readings, and the reference's log-probabilities ``(batch, response)`` (the policy's own without a
+            reference).
+        """
+        readings = self.policy(episodes, visitor if self.reads_policy else None)
+        return readings, self.reference_logprobs(episodes, readings, None if self.reads_policy else visitor)
+
+    def policy(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> Readings:
+        """Read everything the reward and the update need from one pass over the policy.
+
+        Args:
+            episodes: prompts and answers.
+            visitor: gets the policy's attention; None: it is not read in this pass.
+
+        Returns:
+            ``(batch, response)`` each, zero where nothing was sampled.
+        """
+        loaded, model = self.loaded, self.loaded.model
+        zeros = torch.zeros(episodes.ids.shape, device=episodes.ids.device)
+        names = [field.name for field in fields(Readings)]
+        parts = {name: zeros.clone() for name in names}
+        temperature = self.sampling.temperature or 1.0
+        with torch.no_grad(), loaded.autocast(), without_checkpointing(self.actor_critic):
+            share = shares_prompts(loaded, episodes)
+            for index in each("scoring", micro_batches(episodes, self.micro_batch_size, share=share), "batches"):
+                part = episode_rows(episodes, index)
+                inputs = PassInputs.of(part, share=share)
+                reader = None if visitor is None else self.reader
+                with reading(reader, loaded.architecture, model, inputs) as read:
+                    logits, values = self.actor_critic(inputs)
+                logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, part.ids, temperature)
+                stops = loaded.stops(self.sampling)[0]
+                correction = sampling_correction(logits, part.ids, self.sampling, stops, loaded.generation)
+                del logits
+                found = Readings(logprobs, entropy, certainty, correction, values)
+                for name in names:
+                    if (value := getattr(found, name)) is not None:
+                        parts[name][index, : value.shape[1]] = value.masked_fill(~part.sampled, 0.0)
+                if visitor is not None and read is not None:
+                    attention = attention_of(read, loaded.architecture, model, inputs)
+                    visitor.visit(index, part, found, attention)
+        if self.actor_critic.value_head is None:
+            del parts["values"]
+        return Readings(**parts)
+
+    def reference_logprobs(self, episodes: EpisodeBatch, readings: Readings, visitor: Visitor | None = None) -> Tensor:
+        """Log-probabilities of the answers under the frozen model.
+
+        Args:
+            episodes: prompts and answers.
+            readings: of the policy.
+            visitor: gets the frozen model's attention; None: it is not read in this pass.
+
+        Returns:
+            ``(batch, response)`` float32, zero where nothing was sampled.
+        """
+        loaded = self.loaded
+        if self.reference is None:
+            return readings.logprobs
+        logprobs = torch.zeros(episodes.ids.shape, device=episodes.ids.device)
+        with (
+            self.reference.model() as model,
+            evaluating(model),
+            torch.no_grad(),
+            loaded.autocast(),
+            without_checkpointing(loaded.model),
+        ):
+            share = shares_prompts(loaded, episodes)
+            chunks = micro_batches(episodes, self.micro_batch_size, share=share)
+            for index in each("scoring by the reference", chunks, "batches"):
+                part = episode_rows(episodes, index)
+                inputs = PassInputs.of(part, share=share)
+                reader = None if visitor is None else self.reader
+                with reading(reader, loaded.architecture, model, inputs) as read:
+                    logits, _ = loaded.teacher_forced(inputs, model)
+                if visitor is not None and read is not None:
+                    attention = attention_of(read, loaded.architecture, model, inputs)
+                    visitor.visit(index, part, readings_of(readings, index, part.ids.shape[1]), attention)
+                found = token_logprobs(logits, part.ids, self.sampling.temperature or 1.0)
+                logprobs[index, : found.shape[1]] = found.masked_fill(~part.sampled, 0.0)
+        return logprobs
+
+
+def readings_of(readings: Readings, index: Tensor, width: int) -> Readings:
+    """Readings of some rows, ``(n, width)`` each."""
+    picked = {name: value[index, :width] for name, value in vars(readings).items() if value is not None}
+    return Readings(**picked)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode inside the block and give every module its own training flag back after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

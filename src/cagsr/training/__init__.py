@@ -1,0 +1,1 @@
+"""Training: the loop, and what one step of it does."""

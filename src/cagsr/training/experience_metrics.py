@@ -1,0 +1,86 @@
+"""What is logged of a batch of experience, averaged over all processes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cagsr.advantage.kl import kl_k1, kl_k3
+from cagsr.flow import Experience, Returns
+from cagsr.objectives.value import explained_variance
+from cagsr.reward.metrics import reward_metrics
+from cagsr.reward.terms.repetition import ngram_repetition, without_stop_token
+
+
+def experience_metrics(experience: Experience, kl_coef: float, accelerator: Accelerator) -> dict[str, float]:
+    """Metrics by their TRL names; every process calls it and gets the same.
+
+    Args:
+        experience: of this process.
+        kl_coef: weight of the KL now.
+        accelerator: brings the processes' sums together.
+    """
+
+    def reduce(tensor: Tensor) -> Tensor:
+        return accelerator.reduce(tensor, reduction="sum")
+
+    episodes, readings, returns = experience.episodes, experience.readings, experience.returns
+    mask = episodes.sampled
+    lengths = mask.sum(dim=1).float()
+    kl = kl_k1(readings.logprobs, experience.reference_logprobs).masked_fill(~mask, 0.0).sum(dim=1)
+    k3 = kl_k3(readings.logprobs, experience.reference_logprobs).masked_fill(~mask, 0.0).sum(dim=1)
+    per_sequence = torch.stack(
+        [
+            kl,
+            k3,
+            (readings.entropy * mask).sum(dim=1),
+            lengths,
+            returns.total,
+            episodes.ended.float(),
+            # Repeated 3-grams are watched whatever the reward is made of.
+            ngram_repetition(episodes.ids, without_stop_token(mask, episodes.ended), n=3),
+            (readings.sampling_correction * mask).sum(dim=1),
+            torch.ones_like(lengths),
+        ]
+    ).sum(dim=1)
+    sums = reduce(per_sequence).tolist()
+    sequences = sums[-1]
+    kl_mean, k3_mean, entropy_mean, length, score, ended, repeated, correction = (
+        value / sequences for value in sums[:-1]
+    )
+    metrics = {
+        "objective/kl": kl_mean,
+        "objective/kl_k3": k3_mean,
+        "objective/entropy": entropy_mean,
+        "objective/scores": score,
+        "objective/rlhf_reward": score - kl_coef * kl_mean,
+        "policy/entropy_avg": entropy_mean / length,
+        "response/length": length,
+        "response/ended": ended,
+        "response/repetition": repeated,
+        "sampling/correction_avg": correction / length,
+    }
+    if readings.values is not None:
+        metrics["val/explained_variance"] = explained_variance(
+            readings.values, experience.targets.returns, mask, reduce
+        )
+    return metrics | reward_metrics(*_of_all_processes(returns, lengths, episodes.prompts.group, accelerator))
+
+
+def _of_all_processes(
+    returns: Returns, lengths: Tensor, group: Tensor, accelerator: Accelerator
+) -> tuple[Returns, Tensor, Tensor]:
+    """The answers of all processes together, so that what is logged does not depend on how many there are."""
+    if accelerator.num_processes == 1:
+        return returns, lengths, group
+    # Every process numbers its prompts from 0.
+    apart = group * accelerator.num_processes + accelerator.process_index
+    everywhere = Returns(
+        total=accelerator.gather(returns.total),
+        per_token=returns.per_token,
+        by_turn=returns.by_turn,
+        terms={name: accelerator.gather(values) for name, values in returns.terms.items()},
+        contributions={name: accelerator.gather(values) for name, values in returns.contributions.items()},
+    )
+    return everywhere, accelerator.gather(lengths), accelerator.gather(apart)

@@ -1,0 +1,342 @@
+"""One step of the method, to be read from top to bottom.
+
+``PPO.collect``: prompts -> episodes -> one scoring pass (log-probabilities, values, attention) -> returns -> targets.
+``PPO.update``: a few epochs of the objectives' sum on them. What the checklist of "The N+
+Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done where it belongs and said in a comment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cagsr.advantage.estimate import estimate_targets
+from cagsr.advantage.kl import KLController
+from cagsr.clock import Clock
+from cagsr.config import TrainConfig
+from cagsr.errors import CagsrError
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Targets, Trainer
+from cagsr.models.actor_critic import ActorCritic
+from cagsr.models.inputs import PassInputs
+from cagsr.models.load import LoadedModel
+from cagsr.models.reference import Reference
+from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
+from cagsr.objectives.build import build_objectives
+from cagsr.objectives.objective import UpdateBatch
+from cagsr.progress import each, working
+from cagsr.reward.function import RewardFunction
+from cagsr.reward.micro_batch import TermVisitor
+from cagsr.rollout.build import build_sampler
+from cagsr.rollout.rows import episode_rows, prompt_batch
+from cagsr.scoring.compared import compare_with_plain
+from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
+from cagsr.scoring.micro_batches import micro_batches
+from cagsr.scoring.scorer import Scorer, readings_of
+from cagsr.scoring.statistics import logprobs_and_entropy, token_logprobs
+from cagsr.training.experience_metrics import experience_metrics
+from cagsr.training.schedule import learning_rate_factor
+
+FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+class PPO:
+    """The policy, its frozen reference, the reward and the optimizer, and what one step does with them.
+
+    Args:
+        config: all settings.
+        loaded: the starting model.
+        reward: the weighted sum of reward terms.
+        accelerator: device placement and processes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, loaded: LoadedModel, reward: RewardFunction, accelerator: Accelerator
+    ) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.sampler = build_sampler(config, loaded, accelerator)
+        self.reward = reward
+        self.accelerator = accelerator
+        self.reference = Reference(loaded)
+        self.actor_critic = ActorCritic.build(loaded, config.ppo)
+        self.kl_controller = KLController.build(config.ppo)
+        self.objectives = build_objectives(config.ppo, self.kl_controller)
+        self.scorer = Scorer(
+            loaded,
+            config.attention,
+            config.sampling,
+            config.ppo.micro_batch_size,
+            actor_critic=self.actor_critic,
+            reference=self.reference,
+        )
+        self.clock = Clock(loaded.device, exact=config.run.profile)
+        self._first_means: dict[str, float] = {}
+        self._logged = [one.name for one in self.objectives if getattr(one, "logged", True)]
+        self._warnings: list[str] = []
+        self.optimizer = self._build_optimizer()
+        self._learning_rate_factor = partial(learning_rate_factor, ppo=config.ppo, steps=config.run.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
+        self.module: torch.nn.Module = self._distributed()
+
+    def collect(self, prompts: Sequence[EncodedPrompt], trainer: Trainer | None = None) -> Experience:
+        """Sample, score and reward answers to a batch of prompts.
+
+        Args:
+            prompts: one process's share of the step's prompts.
+            trainer: what TRL's reward functions may ask; None: nothing is trained.
+
+        Returns:
+            Everything the update needs, fixed before its first gradient step.
+
+        Raises:
+            RewardError: a term fails or gives a value that is not finite.
+            RolloutError: an engine that samples fails, or samples from something else than the policy.
+        """
+        config, loaded = self.config, self.loaded
+        first_group = self.accelerator.process_index * len(prompts)
+        batch = prompt_batch(loaded, prompts, config.sampling.num_generations, first_group)
+        with whole(self.actor_critic):
+            with self.clock.part("rollout"):
+                episodes = self.sampler.sample(batch, config.sampling)
+            visitor, readings, pass_metrics = self._score(episodes)
+        limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
+        pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
+        readings, engine_metrics = account_for_engine(readings, episodes, config.rollout, self.accelerator.gather)
+        with self.clock.part("reference"):
+            # Whose attention is read is one of the two models': the other pass has no visitor.
+            visiting = None if self.scorer.reads_policy or not visitor.wants_attention else visitor
+            reference_logprobs = self.scorer.reference_logprobs(episodes, readings, visiting)
+        with self.clock.part("reward"), working("computing the reward"):
+            known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
+            returns = self.reward(known, visitor.values)
+            targets = estimate_targets(
+                config.ppo, returns, episodes, readings, reference_logprobs, self.kl_controller.kl_coef, self.reduce
+            )
+        metrics = pass_metrics | engine_metrics
+        return Experience(episodes, readings, reference_logprobs, returns, targets, metrics)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Train on one batch of experience.
+
+        Args:
+            experience: what ``collect`` gave.
+
+        Returns:
+            Metrics by their TRL names, averaged over processes.
+        """
+        ppo = self.config.ppo
+        count = experience.episodes.ids.shape[0]
+        mini_batches = min(ppo.num_mini_batches, count)
+        totals: dict[str, float] = {}
+        first_ratio_error = 0.0
+        with working("updating", ppo.num_ppo_epochs * mini_batches, "gradient steps") as task:
+            for epoch in range(ppo.num_ppo_epochs):
+                # Not chunk(): it makes fewer parts than asked for, the last one small.
+                for number, index in enumerate(torch.randperm(count).tensor_split(mini_batches)):
+                    found = self._gradient_step(experience, index.to(self.loaded.device))
+                    if epoch == 0 and number == 0:
+                        first_ratio_error = found["ratio_error"]
+                    for name, value in found.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                    task.advance()
+        self.sampler.policy_changed()
+        self._check_first_ratio(first_ratio_error)
+        steps = ppo.num_ppo_epochs * mini_batches
+        means = {name: value / steps for name, value in totals.items()}
+        metrics = self._experience_metrics(experience) | dict(experience.sampler_metrics)
+        metrics |= {
+            "policy/approxkl_avg": means["approx_kl"],
+            "policy/clipfrac_avg": means["clipped"],
+            "policy/grad_norm": means["grad_norm"],
+            **{f"loss/{name}_avg": means[f"{name}_loss"] for name in self._logged},
+            "val/ratio": means["ratio"],
+            "val/ratio_first_error": first_ratio_error,
+            "lr": self.scheduler.get_last_lr()[0],
+            "kl_coef": self.kl_controller.kl_coef,
+        }
+        sequences = float(self.reduce(torch.tensor(float(count), device=self.loaded.device)))
+        self.kl_controller.update(metrics["objective/kl"], int(sequences))
+        self.scheduler.step()
+        return metrics
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What a checkpoint holds: the policy and what estimates values."""
+        found = {"policy": self.loaded.model}
+        if self.actor_critic.value_head is not None:
+            found["value_head"] = self.actor_critic.value_head
+        if self.actor_critic.critic is not None:
+            found["critic"] = self.actor_critic.critic
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The small state outside modules and optimizer, as JSON values."""
+        return {
+            "scheduler_step": self.scheduler.last_epoch,
+            "kl_controller": self.kl_controller.state_dict(),
+            "reward": self.reward.state_dict(),
+            "first_means": self._first_means,
+            "stopped_sharing": sharing_stopped(self.loaded.model),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave (the optimizer's state must have been restored before)."""
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.reward.load_state_dict(state["reward"])
+        self._first_means = dict(state["first_means"])
+        if state.get("stopped_sharing", False):  # older checkpoints don't say
+            stop_sharing(self.loaded.model)
+        self.scheduler.last_epoch = int(state["scheduler_step"])
+        factor = self._learning_rate_factor(self.scheduler.last_epoch)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * factor
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def take_warnings(self) -> list[str]:
+        """What the user should know, a sentence each, since the last call."""
+        taken, self._warnings = self._warnings, []
+        return taken
+
+    def _score(self, episodes: EpisodeBatch) -> tuple[TermVisitor, Readings, dict[str, float]]:
+        """The scoring pass, compared with the plain one; where they differ, the plain one from now on."""
+        config, loaded = self.config, self.loaded
+
+        def scored() -> tuple[TermVisitor, Readings]:
+            visitor = TermVisitor(episodes, self.reward.terms, config.salience.pooling)
+            visits = self.scorer.reads_policy and visitor.wants_attention
+            with self.clock.part("scoring"):
+                return visitor, self.scorer.policy(episodes, visitor if visits else None)
+
+        visitor, readings = scored()
+        with self.clock.part("comparison"):
+            metrics, warning = compare_with_plain(
+                readings,
+                loaded,
+                episodes,
+                config.sampling.temperature,
+                config.ppo.micro_batch_size,
+                self.accelerator.gather,
+            )
+        if warning is not None:
+            self._warnings.append(warning)
+            visitor, readings = scored()
+        return visitor, readings, metrics
+
+    def _gradient_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
+        """One optimizer step on the sequences ``index``, in micro-batches."""
+        ppo, episodes, processes = self.config.ppo, experience.episodes, self.accelerator.num_processes
+        # Normalised by the weights of the whole mini-batch over all processes; DDP averages gradients over
+        # processes, hence the factor.
+        kinds = experience.targets.weights
+        sums = self.reduce(torch.stack([weight[index].sum() for weight in kinds.values()])) / processes
+        totals = dict(zip(kinds, sums.unbind(), strict=True))
+        found: dict[str, Tensor] = {}
+        ratio_error = torch.zeros((), device=self.loaded.device)
+        # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
+        share = not self.accelerator.is_fsdp2 and shares_prompts(self.loaded, episodes)
+        chunks = micro_batches(episodes, ppo.micro_batch_size, index, share=share)
+        for number, chunk in enumerate(each("forward and backward", chunks, "batches")):
+            part = episode_rows(episodes, chunk)
+            last = number == len(chunks) - 1
+            # Sharded gradients are brought together each time: kept back, they would be held whole.
+            wait = not last and not self.accelerator.is_fsdp2
+            with self.accelerator.no_sync(self.module) if wait else nullcontext():
+                batch = self._pass(experience, chunk, part, totals, share)
+                loss = torch.zeros((), device=self.loaded.device)
+                for objective in self.objectives:
+                    one = objective(batch)
+                    loss = loss + objective.coefficient * one.loss
+                    for name, value in {f"{objective.name}_loss": one.loss.detach(), **one.metrics}.items():
+                        found[name] = found.get(name, torch.zeros_like(value)) + value
+                with self.clock.part("backward"):
+                    self.accelerator.backward(loss)
+            moved = (batch.logprobs.detach() - batch.readings.logprobs).masked_fill(~part.sampled, 0.0)
+            ratio_error = torch.maximum(ratio_error, (moved.exp() - 1).abs().max())
+        with self.clock.part("optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), ppo.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        averages = self.reduce(torch.stack([value.float() for value in found.values()])) / processes
+        result = dict(zip(found, averages.tolist(), strict=True))
+        result["grad_norm"] = float(full_tensor(grad_norm))
+        # Of all processes: one that stopped alone would leave the others waiting.
+        result["ratio_error"] = float(self.accelerator.gather(ratio_error[None]).max())
+        return result
+
+    def _pass(
+        self, experience: Experience, index: Tensor, part: EpisodeBatch, totals: Mapping[str, Tensor], share: bool
+    ) -> UpdateBatch:
+        """The update's pass over a micro-batch, with what was fixed of it before."""
+        inputs = PassInputs.of(part, share=share)
+        with self.clock.part("forward"), self.loaded.autocast():
+            logits, values = self.module(inputs)
+        temperature, entropy = self.config.sampling.temperature, None
+        if any(getattr(objective, "needs_entropy", False) for objective in self.objectives):
+            logprobs, entropy = logprobs_and_entropy(logits, part.ids, temperature)
+        else:
+            logprobs = token_logprobs(logits, part.ids, temperature)
+        width, targets = part.ids.shape[1], experience.targets
+        return UpdateBatch(
+            episodes=part,
+            logprobs=logprobs,
+            entropy=entropy,
+            values=values,
+            readings=readings_of(experience.readings, index, width),
+            reference_logprobs=experience.reference_logprobs[index, :width],
+            targets=Targets(
+                targets.advantages[index, :width],
+                targets.returns[index, :width],
+                {kind: weight[index, :width] for kind, weight in targets.weights.items()},
+            ),
+            totals=totals,
+        )
+
+    def _check_first_ratio(self, error: float) -> None:
+        """Before the first gradient step the policy is the one that was scored: the ratio must be 1."""
+        if not math.isfinite(error) or error > FIRST_RATIO_TOLERANCE[self.loaded.compute_dtype]:
+            raise CagsrError(
+                f"The probability ratio before the first update is off by {error:.2g} instead of 0: the model's forward "
+                "pass is not deterministic (dropout inside it, or a batch-dependent layer), so PPO would be wrong."
+            )
+
+    def _experience_metrics(self, experience: Experience) -> dict[str, float]:
+        metrics = experience_metrics(experience, self.kl_controller.kl_coef, self.accelerator)
+        # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
+        # first step, each in its own unit of spread.
+        means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.names}
+        if not self._first_means:
+            self._first_means = means
+        metrics["objective/raw_scores"] = sum(
+            weight * self.reward.normalizer.scale(name) * (means[name] - self._first_means[name])
+            for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
+        )
+        return metrics
+
+    def _distributed(self) -> torch.nn.Module:
+        """Wrap the module for the processes: DDP around it, or its weights divided in place (FSDP2)."""
+        if not self.accelerator.is_fsdp2:
+            return self.accelerator.prepare_model(self.actor_critic)
+        shard(self.accelerator, self.actor_critic, self.optimizer)
+        with first_pass(self.actor_critic), self.loaded.autocast():
+            self.actor_critic(PassInputs.tiny(self.loaded.device))
+        self.reference.shard(self.accelerator)
+        return self.actor_critic
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        ppo = self.config.ppo
+        policy = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
+        groups = [{"params": policy, "lr": ppo.learning_rate}]
+        if values := self.actor_critic.value_parameters():
+            groups.append({"params": values, "lr": ppo.value_learning_rate})
+        return torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=ppo.weight_decay)

@@ -1,1 +1,0 @@
-"""Update: the teacher-forced pass, the losses and the PPO loop."""
