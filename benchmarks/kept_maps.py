@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.capture import peak_of
-from cagsr.flow import Prompt, PromptBatch, EpisodeBatch, Scores
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch, Scores
 from cagsr.models.texts import TokenTexts
 from cagsr.reward.micro_batch import AttentionKeeper, reward_batch
 from cagsr.reward.terms import AttentionTerm, Coverage, GroundedCoverage

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cagsr.flow import Prompt, PromptAttention, PromptBatch, RewardBatch, EpisodeBatch, Scores
+from cagsr.flow import EpisodeBatch, Prompt, PromptAttention, PromptBatch, RewardBatch, Scores
 from setup_browser import CHROMIUM
 
 pytest_plugins = ["limits"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from cagsr.advantage.estimate import estimate_advantages
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
-from cagsr.flow import Advantages, Reward, RewardBatch, EpisodeBatch, Scores
+from cagsr.flow import Advantages, EpisodeBatch, Reward, RewardBatch, Scores
 
 MakeBatch = Callable[..., RewardBatch]
 PLAIN = PPOConfig(whiten_advantages=False, missing_eos_penalty=None, gamma=1.0, lam=1.0)

@@ -5,9 +5,9 @@ import torch
 
 from cagsr.attention import AttentionRegion, PromptAttentionReader, chosen_columns, rows
 from cagsr.errors import AttentionError
+from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.terms.coverage import mean_mass, saturating_coverage
 from cagsr.reward.terms.grounded_coverage import grounded_coverage_gains
-from cagsr.reward.pooling import pool_pieces
 from test_attention_models import batch_for, captured_attention, decoder_batch, tiny_model
 
 

@@ -12,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
-from cagsr.flow import Prompt, PromptBatch, EpisodeBatch
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch
 from cagsr.models.forward import teacher_forced
 from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.load import LoadedModel, load_model

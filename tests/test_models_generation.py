@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cagsr.update.score import score_policy
 from transformers import GenerationConfig
 
 import tiny
@@ -26,7 +27,6 @@ from cagsr.rollout.build import build_sampler
 from cagsr.rollout.sample import sample_responses
 from cagsr.runs.card import save_final
 from cagsr.runs.saved import AnswerProbe
-from cagsr.update.score import score_policy
 from cagsr.scoring.statistics import sampling_correction
 
 FORCED = 3

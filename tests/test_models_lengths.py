@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cagsr.update.score import score_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +40,6 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.sample import sample_responses
-from cagsr.update.score import score_policy
 from test_models_forward import made_up
 
 BORDER = 16

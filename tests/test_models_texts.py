@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cagsr.evaluation.scorer import Scorer, encode_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig
-from cagsr.evaluation.scorer import Scorer, encode_response
 from cagsr.flow import Prompt
 from cagsr.models.load import load_model
 from cagsr.models.texts import token_texts

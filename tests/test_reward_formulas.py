@@ -6,17 +6,23 @@ import math
 
 import pytest
 import torch
+from cagsr.reward.certainty import mean_certainty, self_certainty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cagsr.reward.certainty import mean_certainty, self_certainty
-from cagsr.reward.terms.coverage import copy_coverage, coverage_gains, mean_mass, normalized_salience, saturating_coverage
+from cagsr.reward.last_token import add_at_last_token
+from cagsr.reward.pooling import pool_pieces
+from cagsr.reward.terms.coverage import (
+    copy_coverage,
+    coverage_gains,
+    mean_mass,
+    normalized_salience,
+    saturating_coverage,
+)
 from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.length import length
-from cagsr.reward.last_token import add_at_last_token
 from cagsr.reward.terms.repetition import repeated_ngrams, repetition, without_stop_token
-from cagsr.reward.pooling import pool_pieces
 
 T, F = True, False
 

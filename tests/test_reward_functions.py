@@ -15,8 +15,8 @@ from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import attention_terms, build_reward
-from cagsr.reward.user_functions import import_dotted, load_function
 from cagsr.reward.term import PartialValues
+from cagsr.reward.user_functions import import_dotted, load_function
 
 MakeBatch = Callable[..., RewardBatch]
 
@@ -111,9 +111,7 @@ def test_a_trl_function_gets_what_trl_passes(module: Any, make_reward_batch: Mak
     assert seen["columns"].pop("answer") == [0, 0, 1, 1]  # repeated for each candidate
     assert set(seen["columns"]) == {"trainer_state", "log_metric", "log_extra"}
     lengths = batch.episodes.sampled.sum(1).tolist()
-    assert seen["completion_ids"] == [
-        ids[:n].tolist() for ids, n in zip(batch.episodes.ids, lengths, strict=True)
-    ]
+    assert seen["completion_ids"] == [ids[:n].tolist() for ids, n in zip(batch.episodes.ids, lengths, strict=True)]
 
 
 def test_conversational_prompts_go_as_messages(module: Any, make_reward_batch: MakeBatch) -> None:

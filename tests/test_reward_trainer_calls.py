@@ -21,8 +21,8 @@ from cagsr.config import RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.integrations.trl import AttentionReward
-from cagsr.reward.user_functions import load_function
 from cagsr.reward.trainer_calls import TrainerCalls
+from cagsr.reward.user_functions import load_function
 
 MakeBatch = Callable[..., RewardBatch]
 

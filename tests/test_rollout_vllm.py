@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from cagsr.update.score import score_policy
 from torch import Tensor
 
 import tiny
@@ -25,7 +26,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import CagsrError, ConfigError, RolloutError
-from cagsr.flow import EncodedPrompt, Prompt, EpisodeBatch
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Prompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
@@ -35,7 +36,6 @@ from cagsr.rollout.sampler import Sampler
 from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
 from cagsr.training.ppo import PPO
-from cagsr.update.score import score_policy
 from vllm_server import Served, serving
 
 TEXTS = ["a cat", "tell me about the small red bird near a house", "the dog sees a tree"]

@@ -25,8 +25,8 @@ from cagsr.config import (
 )
 from cagsr.errors import RolloutError
 from cagsr.models import decoder_only, sharing
-from cagsr.train import train
 from cagsr.scoring.engine_mismatch import decoding_metrics
+from cagsr.train import train
 from test_update_engine_mismatch import OURS, made
 
 NAME = "scoring/shared_prompt_logp_difference"

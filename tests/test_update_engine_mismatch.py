@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cagsr.config import RolloutConfig
 from cagsr.errors import RolloutError
-from cagsr.flow import Prompt, PromptBatch, EpisodeBatch, Scores
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch, Scores
 from cagsr.scoring.engine_mismatch import account_for_engine, importance_ratio
 
 MASK = torch.tensor([[True, True], [True, False]])

@@ -10,7 +10,7 @@ import torch
 import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
-from cagsr.flow import Prompt, PromptBatch, EpisodeBatch
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import teacher_forced
 from cagsr.models.inputs import PassInputs

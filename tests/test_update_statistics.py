@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cagsr.reward.certainty import self_certainty
+from cagsr.update import statistics
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cagsr.config import SamplingConfig
-from cagsr.reward.certainty import self_certainty
-from cagsr.update import statistics
 from cagsr.scoring.statistics import (
     logprobs_and_entropy,
     logprobs_entropy_and_certainty,

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from cagsr.evaluation.scorer import Scorer
 
 from cagsr.associate import associations_of
 from cagsr.atomic import write_text_atomically
@@ -36,7 +37,6 @@ from cagsr.config import (
 from cagsr.errors import ConfigError
 from cagsr.evaluation.best_of_n import correlation
 from cagsr.evaluation.recommend import within_z
-from cagsr.evaluation.scorer import Scorer
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from examples.e2e.rewards import report
