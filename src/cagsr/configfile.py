@@ -65,9 +65,9 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; check its path") from None
+        raise ConfigError(f"config file {path} does not exist; check the path after --config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read ({error}); give a UTF-8 text file in YAML") from None
+        raise ConfigError(f"config file {path} can't be read ({error}); give a UTF-8 text file in YAML") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
