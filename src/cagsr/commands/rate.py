@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cagsr.config.ranges import OutputFile, Port, Seed
+from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -127,13 +128,7 @@ def _store(config: Config, path: Path) -> Store:
     from cagsr.rating.database import was_created
     from cagsr.rating.store import Store
 
-    if path.is_dir() or not path.parent.is_dir():
-        what = (
-            "is a folder; give the name of a file"
-            if path.is_dir()
-            else f"the folder {path.parent} does not exist; create it first"
-        )
-        raise ConfigError(f"--db {path}: {what}.")
+    checked(OutputFile, config.db, "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
