@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.processes import from_main, share, together
 from cagsr.progress import each, working
 from cagsr.reward.user_functions import import_dotted
+from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 
@@ -90,6 +92,7 @@ def answer(
     seed: int,
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
+    player: EpisodePlayer | None = None,
 ) -> Answers:
     """Answer each prompt once and judge the answers; every random generator is left as it was.
 
@@ -102,6 +105,7 @@ def answer(
         batch_size: prompts at once.
         accelerator: divides the prompts among its processes, which all call this and get the same; the metric is
             computed by the main one.
+        player: plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
 
     Raises:
         ConfigError: the metric gives another number of values than there are prompts.
@@ -112,10 +116,11 @@ def answer(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
         for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
-            batch = prompt_batch(loaded, mine[start : start + batch_size])
-            rollout = sample_responses(loaded, batch, sampling)
-            lengths, ended = rollout.sampled.sum(dim=1).tolist(), rollout.ended.tolist()
-            found += zip(rollout.completions, lengths, ended, strict=True)
+            some = mine[start : start + batch_size]
+            sample = partial(sample_responses, loaded, sampling=sampling)
+            episodes = played(player, sample, some, prompt_batch(loaded, some))
+            lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()
+            found += zip(episodes.completions, lengths, ended, strict=True)
     everywhere = together(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)
     values = from_main(lambda: judge(metric, prompts, completions), accelerator)

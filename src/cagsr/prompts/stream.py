@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from cagsr.errors import DataError, RunError
-from cagsr.flow import EncodedPrompt
+from cagsr.flow import EncodedPrompt, Returns
 from cagsr.prompts.promptset import PromptSet
 
 BUFFER_ROWS = 1_000
@@ -45,7 +45,7 @@ class PromptStream:
             return float(self._epoch)
         return self._epoch + self._position / len(self._prompts.prompts)
 
-    def next_batch(self) -> list[EncodedPrompt]:
+    def next(self) -> list[EncodedPrompt]:
         """Return this process's next ``batch_size`` prompts.
 
         Raises:
@@ -54,6 +54,9 @@ class PromptStream:
         together = [self._take() for _ in range(self._batch_size * self._num_processes)]
         first = self._process_index * self._batch_size
         return together[first : first + self._batch_size]
+
+    def observe(self, prompts: Sequence[EncodedPrompt], returns: Returns) -> None:
+        """Nothing: the order does not depend on how the answers do."""
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands, the same in every process; goes into JSON."""
