@@ -76,9 +76,8 @@ def main() -> None:
         if given.data:
             texts = [json.loads(line)["prompt"] for line in given.data.read_text(encoding="utf-8").splitlines()]
         found = loop(load_model(ModelConfig(model, device="cpu")), texts, given.steps, given.seed)
-    print(
-        f"raw reward, mean of ten steps: {sum(rewards[:10]) / 10:.3f} at first, {sum(rewards[-10:]) / 10:.3f} at last"
-    )
+    first, last = sum(found[:10]) / 10, sum(found[-10:]) / 10
+    print(f"grounded coverage, mean of ten steps: {first:.3f} at first, {last:.3f} at last")
 
 
 def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[float]:
