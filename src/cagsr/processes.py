@@ -101,22 +101,25 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         )
 
 
-def share(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
-    """Return this process's run of the items; ``together`` puts the results of all runs in order again."""
+def split_between_processes(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
+    """This process's run of the items, which may be empty; ``gather_objects`` puts the results of all in order again.
+
+    accelerate's function of that name gives a process that would have none the last item once more.
+    """
     if accelerator is None or accelerator.num_processes == 1:
         return items
     rank, processes = accelerator.process_index, accelerator.num_processes
     return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
 
 
-def together(items: Sequence[T], accelerator: Accelerator | None) -> list[T]:
+def gather_objects(items: Sequence[T], accelerator: Accelerator | None) -> list[T]:
     """Collect the (picklable) items of all processes, in the order of their ranks; every process calls it."""
     if accelerator is None or accelerator.num_processes == 1:
         return list(items)
     return gather_object(list(items))
 
 
-def from_main(make: Callable[[], T], accelerator: Accelerator | None) -> T:
+def broadcast(make: Callable[[], T], accelerator: Accelerator | None) -> T:
     """Compute something (picklable) on the main process and tell all; an error is raised in all of them.
 
     Every process calls it. A process that raised alone would leave the others waiting for ever.

@@ -32,8 +32,8 @@ from cagsr.extras import install_command, is_installed
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.models.sharding import whole
-from cagsr.processes import check_precision, check_processes, from_main, start_accelerator, together
+from cagsr.models.sharding import gathered
+from cagsr.processes import broadcast, check_precision, check_processes, gather_objects, start_accelerator
 from cagsr.progress import say, shown, working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
@@ -115,7 +115,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     # Everything that can be refused has been checked: only now is anything written.
     record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
     try:
-        trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
+        trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
             told = [
                 dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
@@ -176,7 +176,7 @@ def _associations(
     settings = config.reward.associations
     stored = Path(config.output_dir) / ASSOCIATIONS
     # Whether the file is there is asked once: the answer must be the same in every process.
-    if from_main(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
         settings = dataclasses.replace(settings, path=str(stored))
     started = time.perf_counter()
     found = associations_of(
@@ -239,7 +239,7 @@ def _step(
     except RewardError as error:  # of this process's answers: the others may know nothing of it
         raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
     except RolloutError as error:
-        raise RolloutError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
+        raise RolloutError(f"step {step}: {error} {broadcast(record.where_to_resume, ppo.accelerator)}") from error
     collected = time.perf_counter()
     metrics = ppo.update(experience)
     updated = time.perf_counter()
@@ -250,9 +250,9 @@ def _step(
         metrics |= found
     if any(isinstance(term, TextFunction) for term in ppo.reward.terms):
         try:
-            metrics |= trainer.averages(lambda items: together(items, ppo.accelerator), metrics)
+            metrics |= trainer.averages(lambda items: gather_objects(items, ppo.accelerator), metrics)
         except RewardError as error:
-            raise RewardError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
+            raise RewardError(f"step {step}: {error} {broadcast(record.where_to_resume, ppo.accelerator)}") from error
     trainer.state.log_history.append({"step": step, **metrics})
     timings = {
         "collect_seconds": collected - started,
@@ -276,7 +276,7 @@ def _step(
     if last or stopping or _is_due(step, config.run.save_every):
         record.save(step)
     if stopping:
-        raise MonitorStop(f"step {step}: {' '.join(stopping)} {from_main(record.where_to_resume, ppo.accelerator)}")
+        raise MonitorStop(f"step {step}: {' '.join(stopping)} {broadcast(record.where_to_resume, ppo.accelerator)}")
     return timings
 
 
@@ -329,7 +329,7 @@ def _evaluate(
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
         return answer(loaded, prompts, sampling, metric, seed=config.run.seed, accelerator=accelerator)
 
-    with whole(loaded.model):
+    with gathered(loaded.model):
         sampled, greedy = answers(config.sampling.temperature), answers(0.0)
     rows = [
         {

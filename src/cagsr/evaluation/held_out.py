@@ -17,7 +17,7 @@ from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_o
 from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main, share, together
+from cagsr.processes import broadcast, gather_objects, split_between_processes
 from cagsr.progress import each, working
 from cagsr.reward.functions import import_dotted
 from cagsr.rollout.rows import prompt_batch
@@ -106,7 +106,7 @@ def answer(
     Raises:
         ConfigError: the metric gives another number of values than there are prompts.
     """
-    mine = share(prompts, accelerator)
+    mine = split_between_processes(prompts, accelerator)
     found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -116,9 +116,9 @@ def answer(
             rollout = sample_responses(loaded, batch, sampling)
             lengths, ended = rollout.response_mask.sum(dim=1).tolist(), rollout.ended.tolist()
             found += zip(rollout.completions, lengths, ended, strict=True)
-    everywhere = together(found, accelerator)
+    everywhere = gather_objects(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)
-    values = from_main(lambda: judge(metric, prompts, completions), accelerator)
+    values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
     return Answers(
         completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
     )

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main
+from cagsr.processes import broadcast
 from cagsr.progress import working
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
@@ -59,7 +59,7 @@ class VLLMSampler:
             self._channel = channel(self._server)
             return served
 
-        self._served = from_main(connect, accelerator)
+        self._served = broadcast(connect, accelerator)
         self.notes: tuple[str, ...] = (
             f"Rollouts: vLLM at {self._server.url}, weights by {rollout.weights}; its context is "
             f"{self._served.context or 'an untold number of'} tokens.",
@@ -74,7 +74,7 @@ class VLLMSampler:
         everyone = self._everyones(own)
         asked = [question for questions in everyone for question in questions]
         with working("sampling by vLLM"):
-            answers = from_main(lambda: self._ask(asked, sampling), self._accelerator)
+            answers = broadcast(lambda: self._ask(asked, sampling), self._accelerator)
         before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
         first = before * sampling.num_generations
         mine = answers[first : first + len(own) * sampling.num_generations]
@@ -101,11 +101,11 @@ class VLLMSampler:
     @working("sending the weights to vLLM")
     def _send_weights(self) -> None:
         weights = policy_weights(self._loaded)
-        from_main(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)
+        broadcast(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)
         if not self._accelerator.is_main_process:
             for weight in weights:
                 weight.tensor()  # a sharded weight is put together by all processes
-        from_main(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
+        broadcast(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
 
     def _everyones(self, own: list[Question]) -> list[list[Question]]:
         if self._accelerator.num_processes == 1:

@@ -29,7 +29,7 @@ from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
-from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
 from cagsr.progress import each, working
 from cagsr.reward.build import attention_terms
@@ -104,7 +104,7 @@ class PPO:
         terms, pooling = self.attention_terms, config.salience.pooling
         reader = None if terms == [] else self.reader  # no term looks at the attention: it is not read
         from_policy = config.attention.source == "policy"
-        with whole(self.actor_critic):
+        with gathered(self.actor_critic):
             with self.clock.part("rollout"):
                 rollout = self.sampler.sample(batch, config.sampling)
             scores, pass_metrics = self._score(rollout, reader if from_policy else None)
