@@ -31,8 +31,7 @@ from cagsr.runs.checkpoint import (
     save_checkpoint,
 )
 from cagsr.runs.rng import gather_rng_states
-from cagsr.runs.tensors import load_tree, save_tree
-from cagsr.runs.trees import pack_tree, unpack_tree
+from cagsr.runs.state_files import load_tree, pack_tree, save_tree, unpack_tree
 from saving import save_without_pause
 
 
@@ -63,17 +62,15 @@ def trainer(seed: int, model: nn.Module | None = None, trainable_only: bool = Fa
         eps=1e-5,
         amsgrad=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return CheckpointState(
         modules={"policy": policy, "value_head": value_head},
         optimizers={"policy": optimizer},
-        schedulers={"policy": schedule},
         trainable_only=trainable_only,
     )
 
 
 def train(state: CheckpointState, steps: int) -> list[float]:
-    """Steps on random tokens: the losses depend on weights, moments, schedule and RNG alike."""
+    """Steps on random tokens: the losses depend on weights, moments and RNG alike."""
     policy, value_head = state.modules["policy"], state.modules["value_head"]
     losses = []
     for _ in range(steps):
@@ -84,7 +81,6 @@ def train(state: CheckpointState, steps: int) -> list[float]:
         state.optimizers["policy"].zero_grad()
         loss.backward()
         state.optimizers["policy"].step()
-        state.schedulers["policy"].step()
         losses.append(loss.item())
     return losses
 

@@ -102,7 +102,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def split_between_processes(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
-    """This process's run of the items, which may be empty; ``gather_objects`` puts the results of all in order again.
+    """Give this process its run of the items, which may be empty; ``gather_objects`` puts the results of all in order again.
 
     accelerate's function of that name gives a process that would have none the last item once more.
     """

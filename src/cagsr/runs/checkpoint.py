@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
-A checkpoint folder ``step-000020`` holds one safetensors file per module, a JSON (and safetensors) file per optimizer,
-scheduler and extra state, one RNG state per process, and ``manifest.json`` with the size and SHA-256 of each. The
+A checkpoint folder ``step-000020`` holds one safetensors file per module, a JSON (and safetensors) file per optimizer
+and for the extra state, one RNG state per process, and ``manifest.json`` with the size and SHA-256 of each. The
 folder is written under a temporary name and renamed, so one that a kill cut short is never taken for a checkpoint;
 one that was damaged later is found by its manifest and skipped.
 """
@@ -23,7 +23,7 @@ from cagsr.atomic import remove_folder, replace_folder
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
 from cagsr.runs.rng import reseed, rng_state, set_rng_state
-from cagsr.runs.tensors import load_tree, load_weights, save_tree, save_weights, stored_names
+from cagsr.runs.state_files import load_tree, load_weights, save_tree, save_weights, stored_names
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -38,8 +38,6 @@ class CheckpointState:
     """``policy``, ``value_head`` ... Tied weights are stored once."""
     optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
     """Moments, step counts and parameter groups, exactly."""
-    schedulers: Mapping[str, Any] = field(default_factory=dict)
-    """Anything with ``state_dict`` and ``load_state_dict``: learning rate schedulers."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The rest as plain data (numbers, text, tensors, containers): data position, KL controller, running moments,
     monitors. Not restored in place: ``load_checkpoint`` returns it."""
@@ -143,8 +141,6 @@ def save_checkpoint(
             save_weights(weights, temporary / f"{name}.safetensors")
         for name, optimizer in tensors.optimizers.items():
             save_tree(optimizer, temporary / f"optimizer-{name}")
-        for name, scheduler in state.schedulers.items():
-            save_tree(scheduler.state_dict(), temporary / f"scheduler-{name}")
         save_tree(dict(state.extra), temporary / "extra")
         for rank, one in enumerate(ranks):
             save_tree(dict(one), temporary / f"rng-rank{rank}")
@@ -217,7 +213,7 @@ def latest_checkpoint(folder: Path) -> Latest:
 
 
 def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1, *, seed: int = 0) -> Loaded:
-    """Restore modules, optimizers, schedulers and this process's RNG in place, and return the rest.
+    """Restore modules, optimizers and this process's RNG in place, and return the rest.
 
     Every process calls it. The random state is set last, so that nothing done here moves it. A checkpoint of another
     number of processes holds everything but their random states: these start anew, and a note says so.
@@ -238,9 +234,10 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["trainable_only"] != state.trainable_only:
         raise RunError(f"The checkpoint {path} was written with the other setting of lora.r: resume with the same.")
-    wanted = [f"{name}.safetensors" for name in state.modules]
-    wanted += [f"optimizer-{name}.json" for name in state.optimizers]
-    wanted += [f"scheduler-{name}.json" for name in state.schedulers]
+    wanted = [
+        *(f"{name}.safetensors" for name in state.modules),
+        *(f"optimizer-{name}.json" for name in state.optimizers),
+    ]
     absent = [name for name in wanted if name not in manifest["files"]]
     if absent:
         raise RunError(
@@ -257,8 +254,6 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
                 f"The checkpoint {path} doesn't fit the optimizer {name} ({error}): resume with the settings the run "
                 "was started with."
             ) from error
-    for name, scheduler in state.schedulers.items():
-        scheduler.load_state_dict(load_tree(path / f"scheduler-{name}"))
     extra = load_tree(path / "extra")
     if manifest["processes"] == processes:
         notes = set_rng_state(load_tree(path / f"rng-rank{rank}"))

@@ -25,9 +25,9 @@ import fcntl
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
@@ -80,13 +80,13 @@ MAY_DIFFER = (
 runs. Everything else would make the second half another experiment than the first."""
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``section.key``."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flat_tree(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
@@ -98,7 +98,7 @@ def differing_keys(
     A setting that the old one lacks, because it was written by an older version, is taken at its default: ``defaults``, or
     those of training.
     """
-    old, new = _flat(yaml.safe_load(old_yaml)), _flat(yaml.safe_load(new_yaml))
+    old, new = flat_tree(yaml.safe_load(old_yaml)), flat_tree(yaml.safe_load(new_yaml))
     absent = object()
     known = flat_defaults(TrainConfig) if defaults is None else defaults
     old = {key: value for key, value in known.items() if key in new} | old
@@ -112,15 +112,11 @@ def differing_keys(
 
 def flat_defaults(kind: Any) -> dict[str, Any]:
     """Every default of a config with a model, data and an output folder, ``section.key``; of these three an empty text."""
-    return _flat(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
-
-
-def _entries(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []
+    return flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
 
 
 @dataclass
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A run's folder, locked against other processes. Only the main process opens it; others need no folder."""
 
     path: Path
@@ -165,7 +161,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: give a folder as output_dir.")
         with disk_errors(path):
-            holds_files = bool(_entries(path))
+            holds_files = path.is_dir() and any(path.iterdir())
             is_run = (path / LOCK).exists() or ((path / CONFIG).exists() and (path / LOGS[0]).exists())
             if holds_files and not is_run:
                 raise RunError(f"{path} holds files that are not a cagsr run: choose an empty or new folder.")
@@ -208,31 +204,13 @@ class RunFolder:
         """File of the metrics."""
         return self.path / LOGS[0]
 
-    def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add one line to ``metrics.jsonl``. Deterministic values only: nothing read from a clock.
+    def append(self, log: str, step: int, *rows: Mapping[str, Any]) -> None:
+        """Add one line for each row to a log (``metrics``, ``samples`` ...). Into ``metrics`` goes nothing read from a clock.
 
         Raises:
-            RunError: the disk is full or the file can't be written (so for all ``append_`` functions).
+            RunError: the disk is full or the file can't be written.
         """
-        append_lines(self.path / "metrics.jsonl", [{"step": step, **metrics}])
-
-    def append_timings(self, step: int, timings: Mapping[str, Any]) -> None:
-        """Add one line to ``timings.jsonl``: seconds, rates, memory."""
-        append_lines(self.path / "timings.jsonl", [{"step": step, **timings}])
-
-    def append_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add one line for each answer to ``samples.jsonl``."""
-        append_lines(self.path / "samples.jsonl", [{"step": step, **row} for row in rows])
-
-    def append_held_out(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add one line for each answer to ``held_out.jsonl``."""
-        append_lines(self.path / "held_out.jsonl", [{"step": step, **row} for row in rows])
-
-    def append_warning(self, step: int, name: str, sentence: str, action: str = "warn") -> None:
-        """Add what a monitor said to ``warnings.jsonl``."""
-        append_lines(
-            self.path / "warnings.jsonl", [{"step": step, "name": name, "sentence": sentence, "action": action}]
-        )
+        append_lines(self.path / f"{log}.jsonl", [{"step": step, **row} for row in rows])
 
     def save_checkpoint(
         self,
@@ -254,12 +232,7 @@ class RunFolder:
         """Release the lock; the folder may then be opened again."""
         self._lock.close()
 
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -352,7 +325,7 @@ def _resume(
     notes = list(latest.notes)
     if fingerprint is not None:
         notes += check_fingerprint(path, fingerprint, f"The run in {path}")
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(config_yaml))
+    before, after = flat_tree(yaml.safe_load(old)), flat_tree(yaml.safe_load(config_yaml))
     decays = after.get("ppo.lr_scheduler", "constant") != "constant"
     if decays and before.get("run.steps") != after.get("run.steps"):
         notes.append(

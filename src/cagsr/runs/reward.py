@@ -20,7 +20,7 @@ from cagsr.reward.terms import needs_associations
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
-from cagsr.runs.tensors import load_tree
+from cagsr.runs.state_files import load_tree
 
 
 class Judging(Protocol):
