@@ -15,7 +15,7 @@ from cagsr.config import AttentionConfig, CoverageConfig, ModelConfig, RewardCon
 from cagsr.evaluation.scorer import Scorer, encode_response
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
-from cagsr.prompts.split import split_at_space
+from cagsr.prompts.rows import split_at_space
 
 PAIRS = [
     {"prompt": "tell me about the red cat", "completion": "the red cat sees a bird ."},

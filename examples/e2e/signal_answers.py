@@ -18,7 +18,7 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.load import LoadedModel
-from cagsr.prompts.words import find_words
+from cagsr.prompts.find_words import find_words
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.grounded import grounded_coverage
 from cagsr.reward.said import says

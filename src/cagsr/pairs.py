@@ -11,7 +11,7 @@ from cagsr.flow import Prompt
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.stops import turn_end
 from cagsr.progress import working
-from cagsr.prompts.answered import text_after
+from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form, about_messages
@@ -110,7 +110,7 @@ def unending(answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> tuple
 def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
     """Give the text that follows the prompt's text.
 
-    For a conversation it is what the chat template adds when it is answered (:func:`cagsr.prompts.answered.text_after`).
+    For a conversation it is what the chat template adds when it is answered (:func:`cagsr.prompts.answer_text.text_after`).
     """
     if column not in prompt.columns:
         present = ", ".join(prompt.columns) or "none"
@@ -138,10 +138,7 @@ def _said(answer: Any, where: str) -> str | tuple[dict[str, Any], ...]:
         DataError: it is neither; ``where`` (file, row, column) opens the message.
     """
     if isinstance(answer, str) or is_parts(answer):
-        try:
-            text = text_of(answer)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+        text = text_of(answer, where)
         return text if text.strip() else ""
     if not answer:
         return ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say
-from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.commands.inputs import OptionalDataConfig, plain, read_prompts, say, table_console
+from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
 from cagsr.extras import install_command
@@ -104,23 +105,16 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample or read, judge, compare; print the tables and write what was asked for."""
-    from rich.console import Console
-
     from cagsr.atomic import write_text_atomically
-    from cagsr.commands.inputs import plain
     from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:
         say([f"Left out: {'; '.join(report.left_out)}."])
-    console = Console()
-    # A file or a pipe has no width of its own; the tables need more than the usual 80.
-    print_report(report, console if console.is_terminal else Console(width=130))
+    print_report(report, table_console())
     judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
     say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
     if config.output is not None:
-        import json
-
         text = json.dumps(plain(as_tree(report)), ensure_ascii=False, allow_nan=False, indent=1)
         write_text_atomically(Path(config.output), text + "\n")
         say([f"All numbers: {config.output}"])
@@ -130,8 +124,8 @@ def run(config: Config) -> None:
 
 
 def _sampling(config: Config, temperature: float) -> SamplingConfig:
-    values = {one.name: getattr(config.sampling, one.name) for one in dataclasses.fields(config.sampling)}
-    return SamplingConfig(num_generations=config.samples if temperature > 0 else 1, temperature=temperature, **values)
+    generations = config.samples if temperature > 0 else 1
+    return SamplingConfig(num_generations=generations, temperature=temperature, **dataclasses.asdict(config.sampling))
 
 
 def _judges(config: Config) -> Judges:
@@ -195,7 +189,7 @@ def _from_model(config: Config) -> EvalReport:
     judge = AnswerJudge(_judges(config), loaded.device)
     judge.left_out(prompts)  # refuses what would fail only after sampling
     told = generation_notes(loaded, _sampling(config, config.temperatures[0]))
-    say([*loaded.notes, *told, *(note for note in notes if "--salience." not in note)])
+    say([*loaded.notes, *told, *notes])
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
     comparisons: list[Comparison] = []
@@ -229,10 +223,8 @@ def _from_model(config: Config) -> EvalReport:
 
 
 def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
-    # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
-    salience = SalienceConfig(weighting="uniform", skip_sink=False)
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
-    return read_prompts(config.data, None, salience, None, loaded, config.sampling.max_new_tokens, columns)
+    return read_prompts(config.data, None, None, None, loaded, config.sampling.max_new_tokens, columns)
 
 
 def _load_other(config: Config) -> LoadedModel:
@@ -310,7 +302,6 @@ def _report(
         one = min(map(len, mine[0].answers)) == 1
         why = "one answer to each prompt; --samples 2 or more" if one else install_command("nltk")
         left_out.append(f"self-BLEU ({why})")
-    settings: dict[str, Any] = dataclasses.asdict(config)
     return EvalReport(
         model=str(config.answers or config.model.path),
         against=config.against or config.against_answers,
@@ -319,7 +310,7 @@ def _report(
         theirs=theirs,
         comparisons=comparisons,
         left_out=(*left_out, *lacking),
-        settings=settings,
+        settings=dataclasses.asdict(config),
     )
 
 

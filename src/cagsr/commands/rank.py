@@ -11,7 +11,6 @@ from cagsr.commands.inputs import (
     about_idf,
     data_or_prompt,
     groups_of,
-    learned_associations,
     prompt_as_given,
     read_prompts,
     say,
@@ -65,6 +64,7 @@ def run(config: Config) -> None:
     """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
     import torch
 
+    from cagsr.associate import associations_of
     from cagsr.evaluation.scorer import Scorer
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
     )
     associations = None
     if needs_associations(config.reward):
-        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+        associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     scorer = Scorer(
         loaded,
         config.reward,
@@ -213,13 +213,13 @@ def _ranking(encoded: EncodedPrompt, candidates: Sequence[tuple[float, Candidate
         "reward": own[0][0],
         "candidates": [
             {
-                "completion": answer.completion,
+                "completion": one.completion,
                 "reward": value,
-                "terms": answer.terms,
-                "tokens": answer.tokens,
-                "ended": answer.ended,
+                "terms": one.terms,
+                "tokens": one.tokens,
+                "ended": one.ended,
             }
-            for value, answer in own
+            for value, one in own
         ],
     }
 

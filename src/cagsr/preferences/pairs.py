@@ -82,10 +82,8 @@ def count_pairs(path: str, chosen_column: str = "chosen", rejected_column: str =
     """
     count = 0
     for row in load_rows(DataConfig(path=path), [chosen_column, rejected_column]):
-        try:
-            chosen, rejected = (text_of(row.values.get(column)) for column in (chosen_column, rejected_column))
-        except DataError as error:
-            raise DataError(f"{row.source}, row {row.number}: {error}") from error
+        where = f"{row.source}, row {row.number}"
+        chosen, rejected = (text_of(row.values.get(column), where) for column in (chosen_column, rejected_column))
         count += not _equal(chosen, rejected)
     return count
 
@@ -206,10 +204,7 @@ def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not is_parts(value):
             _check_message(value, prompt, column, where)
-        try:
-            value = text_of(value)
-        except DataError as error:
-            raise DataError(f"{where}: column '{column}': {error}") from error
+        value = text_of(value, f"{where}: column '{column}'")
     if not isinstance(value, str) and value is not None:
         raise DataError(f"{where}: column '{column}' must hold text or a list with one chat message.")
     if not value or not value.strip():

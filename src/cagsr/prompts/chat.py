@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from cagsr.errors import DataError
-from cagsr.prompts.ranges import Range, outside
+from cagsr.prompts.character_ranges import Range, outside
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns of a row that its chat template reads: they belong to the prompt, and go where it goes."""

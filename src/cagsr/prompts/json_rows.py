@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cagsr.errors import DataError
-from cagsr.prompts.row import Row, number_as_text
+from cagsr.prompts.rows import Row, number_as_text
 
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()

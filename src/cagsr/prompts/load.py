@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from cagsr.config import DataConfig
 from cagsr.errors import DataError
 from cagsr.models.files import is_lfs_pointer
 from cagsr.prompts.json_rows import read_document, read_lines
-from cagsr.prompts.row import TEXT_COLUMNS, Row, with_text, without_messages
+from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, with_text, without_messages
 
 __all__ = ["Row", "Rows", "load_rows"]
 
@@ -25,20 +23,6 @@ _SPLITS = {
 }
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that ``datasets`` puts beside data: they describe it and hold no rows."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a data set, read anew at every iteration: nothing is kept in memory."""
-
-    source: str
-    """What the user named."""
-    open: Callable[[], Iterator[Row]]
-    """Starts reading from the first row."""
-    limit: int | None = None
-
-    def __iter__(self) -> Iterator[Row]:
-        return islice(self.open(), self.limit)
 
 
 def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:

@@ -9,9 +9,9 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.prompts.character_ranges import Range, cut
 from cagsr.prompts.chat import Rendered, render_chat
-from cagsr.prompts.ranges import Range, cut
-from cagsr.prompts.written import written_marks
+from cagsr.prompts.template_marks import written_marks
 
 
 def render_prompt(
@@ -73,29 +73,30 @@ def render_prompt(
     )
 
 
-def text_of(value: Any) -> str:
+def text_of(value: Any, where: str | None = None) -> str:
     """Return the text of a completion or reference column in either of TRL's formats: text, or chat messages.
 
     Text may also come as the content of a message does, in parts ``{"type": "text", "text": ...}``.
 
     Raises:
-        DataError: ``value`` is neither.
+        DataError: ``value`` is neither; ``where`` (file, row, column) opens the message.
     """
+    about = "" if where is None else f"{where}: "
     if isinstance(value, str):
         return value
     if is_parts(value):
         if (text := content_of(value)) is not None:
             return text
-        raise DataError("A part of it is not text (images are not supported).")
+        raise DataError(f"{about}A part of it is not text (images are not supported).")
     if isinstance(value, Sequence) and all(isinstance(entry, Mapping) for entry in value):
         spoken = [entry for entry in value if not only_calls(entry)]
         contents = [content_of(entry.get("content")) for entry in spoken]
         if value and not spoken:
-            raise DataError("The messages only call tools, and there is no text to read.")
+            raise DataError(f"{about}The messages only call tools, and there is no text to read.")
         if all(content is not None for content in contents):
             return "\n".join(content for content in contents if content is not None)
-        raise DataError("A message's content is not text (images are not supported).")
-    raise DataError(f"Expected text or a list of chat messages, found {_kind(value)}.")
+        raise DataError(f"{about}A message's content is not text (images are not supported).")
+    raise DataError(f"{about}Expected text or a list of chat messages, found {_kind(value)}.")
 
 
 def is_parts(value: Any) -> bool:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 
 from cagsr.errors import DataError
-from cagsr.prompts.words import find_words
+from cagsr.prompts.find_words import find_words
 
 FORMAT = "phi of prompt n-grams and answer words"
 DENSE_UP_TO = 2**22

@@ -15,7 +15,7 @@ from cagsr.attention.probe import find_attention_layers
 from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch
 from cagsr.models.load import LoadedModel
-from cagsr.prompts.explain import explain_salience
+from cagsr.prompts.word_tokens import explain_salience
 from cagsr.reward.coverage import coverage_gains
 from cagsr.reward.focus import focus
 from cagsr.reward.repetition import repeated_ngrams, without_stop_token
