@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
-from cagsr.processes import broadcast
+from cagsr.processes import broadcast, gather_objects
 from cagsr.progress import working
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
@@ -26,14 +26,7 @@ from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
 
 
 class VLLMSampler:
-    """A ``Sampler`` whose answers come from a vLLM server.
-
-    Args:
-        loaded: the policy.
-        model: where it came from.
-        rollout: the server's address and how long to wait.
-        accelerator: which process this is.
-        channel: makes the way of the weights, in the main process, from the server.
+    """A ``Sampler`` whose answers come from a vLLM server; ``channel`` makes the way of the weights in the main process.
 
     Raises:
         RolloutError: the server isn't there or isn't fit (in every process).
@@ -70,15 +63,13 @@ class VLLMSampler:
         if self._stale:
             self._send_weights()
             self._stale = False
-        own = questions_of(prompts, sampling.num_generations)
-        everyone = self._everyones(own)
+        own, rank = questions_of(prompts, sampling.num_generations), self._accelerator.process_index
+        everyone = gather_objects([own], self._accelerator)
         asked = [question for questions in everyone for question in questions]
         with working("sampling by vLLM"):
             answers = broadcast(lambda: self._ask(asked, sampling), self._accelerator)
-        before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
-        first = before * sampling.num_generations
-        mine = answers[first : first + len(own) * sampling.num_generations]
-        return assemble(mine, prompts, self._loaded, sampling)
+        first = sum(len(questions) for questions in everyone[:rank]) * sampling.num_generations
+        return assemble(answers[first : first + len(prompts.group)], prompts, self._loaded, sampling)
 
     def policy_changed(self) -> None:
         """As the protocol: the weights are sent before the next answers."""
@@ -107,22 +98,12 @@ class VLLMSampler:
                 weight.tensor()  # a sharded weight is put together by all processes
         broadcast(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
 
-    def _everyones(self, own: list[Question]) -> list[list[Question]]:
-        if self._accelerator.num_processes == 1:
-            return [own]
-        found: list[list[Question]] = gather_object([own])
-        return found
-
 
 def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
-    """The prompts without padding and without their repetitions.
-
-    Args:
-        prompts: ``(batch, prompt)``, padded on either side.
-        generations: how often each prompt stands there, in a row.
+    """The prompts without padding and without their repetitions, each standing there ``generations`` times in a row.
 
     Raises:
-        ValueError: the rows are no such repetitions.
+        ValueError: they are no such repetitions.
     """
     ids, mask, group = prompts.ids.cpu(), prompts.mask.cpu(), prompts.group.cpu()
     if len(group) % generations or not torch.equal(group, group[::generations].repeat_interleave(generations)):
@@ -136,25 +117,16 @@ def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
 def assemble(
     answers: Sequence[EngineAnswer], prompts: PromptBatch, loaded: LoadedModel, sampling: SamplingConfig
 ) -> Rollout:
-    """Pad an engine's answers into a rollout, cut as the built-in sampler's are.
+    """Pad an engine's answers, one for each row of ``prompts``, into a rollout on their device, cut as the built-in sampler's.
 
-    Args:
-        answers: one for each row of ``prompts``.
-        prompts: ``(batch, prompt)``.
-        loaded: tokenizer, stop and PAD tokens.
-        sampling: stop strings.
-
-    Returns:
-        The rollout on the prompts' device; ``sampler_logprobs`` is 0 on padding.
+    ``sampler_logprobs`` is 0 on padding.
     """
     device = prompts.ids.device
     lengths = torch.tensor([len(answer.ids) for answer in answers])
-    width = int(lengths.max())
-    ids = torch.full((len(answers), width), loaded.pad_token_id, dtype=torch.long)
-    logprobs = torch.zeros(len(answers), width)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer.ids)] = torch.tensor(answer.ids)
-        logprobs[row, : len(answer.ids)] = torch.tensor(answer.logprobs)
+    ids = pad_sequence(
+        [torch.tensor(answer.ids) for answer in answers], batch_first=True, padding_value=loaded.pad_token_id
+    )
+    logprobs = pad_sequence([torch.tensor(answer.logprobs) for answer in answers], batch_first=True)
     cut = cut_responses(ids.to(device), prompts, loaded, *loaded.stops(sampling))
     # An answer may be over before its stop shows in our text (the engine's own idea of a stop string), and what comes
     # after it is filling, not tokens.
