@@ -108,10 +108,7 @@ def unending(answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> tuple
 
 
 def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
-    """Give the text that follows the prompt's text.
-
-    For a conversation it is what the chat template adds when it is answered (:func:`cagsr.prompts.answer_text.text_after`).
-    """
+    """Give the text that follows the prompt's text; for a conversation it is what the chat template adds."""
     if column not in prompt.columns:
         present = ", ".join(prompt.columns) or "none"
         raise DataError(

@@ -27,7 +27,6 @@ from cagsr.errors import CagsrError, ConfigError
 
 T = TypeVar("T")
 
-
 PATIENCE = 1800.0
 """Seconds that processes wait for one of them: writing a large checkpoint, a user's slow metric. NCCL's own are 600."""
 
@@ -35,9 +34,7 @@ PATIENCE = 1800.0
 def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
     """Join the processes that ``accelerate launch`` or ``torchrun`` started, as its configuration says (DDP or FSDP2).
 
-    Args:
-        cpu: run on the CPU although there is a GPU.
-        longest_wait: seconds that one process may have to wait for a server while the others wait for it.
+    ``cpu`` runs on the CPU although there is a GPU; one process may have to wait ``longest_wait`` seconds for a server.
 
     Raises:
         ConfigError: a way of distributing (FSDP1, DeepSpeed, Megatron) or a setting of it that is not supported.
@@ -54,7 +51,8 @@ def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
             f"{started} processes were started and accelerate joined {accelerator.num_processes}: start them with accelerate "
             "launch or torchrun, as docs/scale.md shows."
         )
-    if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _shard_on_cpu()
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(accelerator.state.fsdp_plugin)
@@ -139,10 +137,6 @@ def broadcast(make: Callable[[], T], accelerator: Accelerator | None) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
-
-
-def _asks_for_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _shard_on_cpu() -> None:

@@ -214,8 +214,7 @@ class Display:
 def shown(name: str) -> Iterator[None]:
     """Show the work of this block (or function), unless it is shown already or this is not the main process.
 
-    Args:
-        name: what is said where nothing is known of the work, as ``cagsr sft``.
+    ``name`` is said where nothing is known of the work, as ``cagsr sft``.
     """
     # RANK is what torchrun and accelerate tell their processes, before any of them has begun.
     if _CURRENT.get() is not None or os.environ.get("RANK", "0") != "0":
@@ -246,14 +245,7 @@ def resting() -> Iterator[None]:
 
 @contextmanager
 def working(what: str, total: int | None = None, unit: str = "", *, done: int = 0) -> Iterator[Task]:
-    """Tell that this block (or function) does ``what``; yields the task, which is told what was done.
-
-    Args:
-        what: as ``scoring``.
-        total: how many units there are; None: unknown.
-        unit: what is counted, in the plural.
-        done: units that were done before.
-    """
+    """Tell that this block (or function) does ``what``; yields the task (see there), which is told what was done."""
     task, display = Task(what, total, unit, done), _CURRENT.get()
     if display is None:
         yield task

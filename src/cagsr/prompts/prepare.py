@@ -39,13 +39,13 @@ def prepare_prompts(
     """Read the prompts that ``data`` names and encode them with their salience.
 
     Args:
-        data: Where the prompts are, how they are read, what happens to long ones: ``truncate`` leaves out a
+        data: where the prompts are, how they are read, what happens to long ones: ``truncate`` leaves out a
             conversation's earliest turns, then the earliest text, never special tokens or the chat template.
-        salience: Which words matter.
-        tokenizer: A fast tokenizer.
-        max_length: Longest prompt in tokens, special tokens included: what the model's context leaves after the
+        salience: which words matter.
+        tokenizer: a fast one.
+        max_length: longest prompt in tokens, special tokens included: what the model's context leaves after the
             answer. ``data.max_prompt_length`` lowers it further.
-        frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
+        frequency: document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
         text_columns: columns that are text beside the usual ones (``load_rows``).
 
@@ -95,13 +95,8 @@ def encode_texts(
 ) -> list[EncodedPrompt]:
     """Encode prompts that come from no file: texts, or conversations as lists of chat messages.
 
-    Args:
-        texts: The prompts.
-        tokenizer: A fast tokenizer.
-        salience: Which words matter.
-        max_length: Longest prompt in tokens.
-        frequency: Document frequencies of a run or a prompt set; None: counted on ``texts`` themselves.
-        source: Where the prompts come from, for messages.
+    ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; the rest as
+    :func:`prepare_prompts`.
 
     Raises:
         DataError: a prompt that is empty, too long or holds no word that matters, named by its number.

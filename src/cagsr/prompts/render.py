@@ -32,13 +32,7 @@ def render_prompt(
     their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
     ``spans_column`` count in the content of the last user message, and markers may stand in any message.
 
-    Args:
-        row: Column name -> value.
-        number: 1-based position in the file, for messages.
-        config: The columns and the system prompt.
-        salience: Its ``markers`` are used.
-        tokenizer: Used for its chat template only.
-        source: File that the row comes from, for messages; ``config.path`` when None.
+    The row stands at ``number`` (from 1) in the file ``source`` (None: ``config.path``), for messages.
 
     Raises:
         DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the

@@ -55,12 +55,7 @@ class Collected:
 
 
 def collect_state(state: CheckpointState, *, keep: bool = True) -> Collected:
-    """Put together what ``save_checkpoint`` writes; where the model is sharded every process calls it.
-
-    Args:
-        state: what to save.
-        keep: False on processes that only take part.
-    """
+    """Put together what ``save_checkpoint`` writes; every process calls it, with ``keep`` False where it only takes part."""
     return Collected(
         {
             name: full_state(module, keep=keep, names=stored_names(module) if state.trainable_only else None)
@@ -112,19 +107,15 @@ def save_checkpoint(
     rng: Sequence[Mapping[str, Any]] | None = None,
     collected: Collected | None = None,
 ) -> Path:
-    """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep``. Only the main process calls it.
+    """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep`` (at least 1). Only the main process calls it.
 
     Args:
         folder: the run's ``checkpoints`` folder, made where it is absent.
         step: steps done.
         state: what to save.
-        keep: how many checkpoints to keep, at least 1. Older ones go only after the new one is in place.
+        keep: how many checkpoints to keep. Older ones go only after the new one is in place.
         rng: the RNG state of every process (``gather_rng_states``, which all processes call); None: this process's.
-        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: no module is
-            sharded.
-
-    Returns:
-        The checkpoint's folder.
+        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: none is sharded.
 
     Raises:
         ConfigError: ``keep`` is below 1.
@@ -144,17 +135,9 @@ def save_checkpoint(
         save_tree(dict(state.extra), temporary / "extra")
         for rank, one in enumerate(ranks):
             save_tree(dict(one), temporary / f"rng-rank{rank}")
-        files = {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())
-        }
-        manifest = {
-            "format": "cagsr-checkpoint",
-            "version": VERSION,
-            "step": step,
-            "processes": len(ranks),
-            "trainable_only": state.trainable_only,
-            "files": files,
-        }
+        files = {one.name: {"size": one.stat().st_size, "sha256": _sha256(one)} for one in sorted(temporary.iterdir())}
+        manifest = {"format": "cagsr-checkpoint", "version": VERSION, "step": step, "processes": len(ranks)}
+        manifest |= {"trainable_only": state.trainable_only, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _delete_old(folder, step, keep)
     return target
@@ -173,12 +156,7 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
 
 
 def checkpoint_problem(path: Path, *, thorough: bool = True) -> str | None:
-    """Why a checkpoint folder is not valid, or None where it is.
-
-    Args:
-        path: the checkpoint.
-        thorough: compare contents (SHA-256) too, not only names and sizes.
-    """
+    """Why a checkpoint folder is not valid, or None; ``thorough`` compares contents (SHA-256) too, not only names and sizes."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != "cagsr-checkpoint" or manifest["version"] != VERSION:
@@ -215,15 +193,9 @@ def latest_checkpoint(folder: Path) -> Latest:
 def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1, *, seed: int = 0) -> Loaded:
     """Restore modules, optimizers and this process's RNG in place, and return the rest.
 
-    Every process calls it. The random state is set last, so that nothing done here moves it. A checkpoint of another
-    number of processes holds everything but their random states: these start anew, and a note says so.
-
-    Args:
-        path: a valid checkpoint (``latest_checkpoint``).
-        state: the objects to fill; ``state.extra`` is not read.
-        rank: this process's number.
-        processes: how many there are.
-        seed: the run's, from which random states start anew where the number of processes has changed.
+    Every process calls it. ``state.extra`` is not read. The random state is set last, so that nothing done here moves it. A
+    checkpoint of another number of processes holds everything but their random states: these start anew, from the run's
+    ``seed``, and a note says so.
 
     Raises:
         RunError: the checkpoint is broken or doesn't fit the objects.

@@ -96,8 +96,7 @@ def fingerprint_path(path: str) -> str | None:
 
 
 def _of_file(path: Path) -> str:
-    state = path.stat()
-    return _read_file(str(path), state.st_mtime_ns, state.st_size)
+    return _read_file(str(path), path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @lru_cache(maxsize=1024)
@@ -112,18 +111,10 @@ def write_fingerprint(folder: Path, found: Mapping[str, str | None]) -> None:
 
 
 def check_fingerprint(folder: Path, found: Mapping[str, str | None], what: str) -> list[str]:
-    """Compare what is read now with what a stopped training has read.
-
-    Args:
-        folder: where :func:`write_fingerprint` has left it.
-        found: as it is now.
-        what: opens the message: what can't be resumed.
-
-    Returns:
-        Sentences about what can't be compared.
+    """Compare what is read now with what a stopped training has read; gives sentences about what can't be compared.
 
     Raises:
-        RunError: something has changed; it is named.
+        RunError: something has changed; it is named. ``what`` can't be resumed opens the message.
     """
     try:
         before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))

@@ -1,23 +1,4 @@
-"""The run folder: what a run writes, who may write it, and how it goes on after a stop.
-
-config.yaml      the resolved settings
-metrics.jsonl    one line a step, deterministic values only: a resumed run's file is bit for bit the same
-timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
-samples.jsonl    answers with their reward breakdown
-held_out.jsonl   greedy answers to the same held-out prompts at each evaluation, step 0 being the start's
-warnings.jsonl   what the monitors said
-checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
-fingerprint.json hashes of the data and the models that the run reads, compared when it is resumed
-associations.json  which words go together, where the reward needs it (learned before the first step)
-frequency.json   how many prompts hold each word, for the IDF weights
-scales.json      the scales of the reward's terms as learned so far (``runs/reward.py`` reads them for other commands)
-profile.md       where the time went, if asked for
-rollout-weights/  the policy on its way to a vLLM server, while a run goes on
-final/           the trained model in Hugging Face layout, with its card as README.md
-final-adapter/   the LoRA adapter alone, where one was trained
-final-differs/   in place of these: what was saved, where it is not what was trained
-report.html      the run's page, where cagsr report has written it
-"""
+"""The run folder: what a run writes (docs/commands.md tells of each file), who may write it, how it goes on after a stop."""
 
 from __future__ import annotations
 
@@ -145,7 +126,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
         Args:
             path: the folder, made where it is absent.
-            config_yaml: the resolved settings, as YAML.
+            config_yaml: the resolved settings.
             resume: go on from the last checkpoint of the run in this folder, if there is one.
             overwrite: remove the run in this folder first.
             fingerprint: what the run reads (``cagsr.runs.fingerprint``), kept, and on ``resume`` compared first; None: neither.

@@ -53,19 +53,14 @@ TOLD_SETTINGS = (
     "run.batch_size",
     "run.seed",
 )
+"""What the card tells, by the beginnings of the names."""
 
 
 class RunRecord:
     """The record of a run, opened once everything that can be refused has been checked.
 
-    Args:
-        config: all settings.
-        accelerator: which process this is.
-        ppo: policy, optimizer, KL controller and running moments.
-        monitors: their first values and streaks.
-        stream: the data position.
-        frequency: the IDF table; kept in the folder, as the associations are, for what judges answers by this reward.
-        associations: also for a resumed run.
+    ``ppo``, ``monitors`` and ``stream`` are what a checkpoint holds the state of. The IDF table and the associations are kept
+    in the folder for what judges answers by this reward.
 
     Raises:
         RunError: the folder holds another run, is in use, or can't be written or resumed.
@@ -81,11 +76,8 @@ class RunRecord:
         frequency: DocumentFrequency,
         associations: Associations | None = None,
     ) -> None:
-        self._config = config
-        self._accelerator = accelerator
-        self._ppo = ppo
-        self._monitors = monitors
-        self._stream = stream
+        self._config, self._accelerator = config, accelerator
+        self._ppo, self._monitors, self._stream = ppo, monitors, stream
         self._folder: RunFolder | None = None
         self._warnings: list[str] = []
         self.notes: tuple[str, ...] = ()
@@ -197,9 +189,7 @@ class RunRecord:
         after: Mapping[str, float],
         held_out: int,
     ) -> str:
-        """Write the final model with its card and the curves, and close the folder.
-
-        Every process calls it: each may hold a part of the model.
+        """Write the final model with its card and the curves, and close the folder; every process may hold a part of the model.
 
         Returns:
             What the user is told of the model that was saved; empty where this process saves none.

@@ -104,9 +104,7 @@ def _scales(run: str, reward: RewardConfig) -> Scales:
 def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, RunReward | None]:
     """Put the reward of the run that ``--reward_from`` names into a command's settings; unchanged without one.
 
-    Args:
-        config: has ``reward_from``, ``reward``, ``attention`` and ``salience``.
-        temperature: that the command divides logits by.
+    ``temperature`` is what the command divides logits by.
 
     Raises:
         RunError: no run, or one that has learned no scales yet.

@@ -12,11 +12,7 @@ from accelerate.utils import gather_object, set_seed
 
 
 def rng_state() -> dict[str, Any]:
-    """Read this process's generators: Python, NumPy (legacy global), torch on CPU, every CUDA device and MPS.
-
-    Returns:
-        A tree of numbers and CPU tensors that ``pack_tree`` can store.
-    """
+    """The generators of this process (Python, NumPy's global, torch on CPU, every CUDA device, MPS) as numbers and CPU tensors."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -31,11 +27,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> list[str]:
-    """Put the generators of this process where ``rng_state`` found them.
-
-    Returns:
-        Notes for the user: devices whose generator can't be restored here (another machine), empty otherwise.
-    """
+    """Put the generators of this process where ``rng_state`` found them; notes tell of devices where that can't be done."""
     notes = []
     random.setstate(state["python"])
     algorithm, keys, *rest = state["numpy"]

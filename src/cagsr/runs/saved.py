@@ -142,7 +142,7 @@ def dtype_note(choice: str, loaded: LoadedModel, flag: str) -> str:
     dtype = chosen_dtype(choice, loaded)
     why = "as the starting model is" if choice == "auto" else "as asked"
     more = "" if dtype == torch.float32 else f"; {flag} float32 would keep every digit of the training"
-    return f"To be saved in {_name(dtype)}, {why}{more}."
+    return f"To be saved in {str(dtype).removeprefix('torch.')}, {why}{more}."
 
 
 def save_compared(
@@ -158,8 +158,7 @@ def save_compared(
 ) -> Saved:
     """Write a trained model (adapters merged) and its tokenizer, load them again and compare.
 
-    The trained model is left as it is. Memory: a copy of the model in float32, beside one for merging where there are
-    adapters.
+    The trained model is left as it is. Memory: a copy in float32, beside one for merging where there are adapters.
 
     Args:
         folder: an empty folder, of a temporary name.
@@ -174,6 +173,7 @@ def save_compared(
     Raises:
         RunError: what was loaded again is not the trained model, or that one gives no numbers.
     """
+    precision = str(dtype).removeprefix("torch.")
     full, trained = _without_adapters(model, probe)
     if bool(trained.logits.isnan().any()):
         raise RunError(
@@ -195,7 +195,7 @@ def save_compared(
         _write(kept, full, torch.float32, generation)
         loaded.tokenizer.save_pretrained(kept)
         raise RunError(
-            f"{place} was not written, because in {_name(dtype)} the trained model gives no numbers any more (save_dtype): it "
+            f"{place} was not written, because in {precision} the trained model gives no numbers any more (save_dtype): it "
             f"is in {kept} instead, in float32."
         )
     if problem:
@@ -206,7 +206,7 @@ def save_compared(
         )
     off = (found.told - trained.told).abs()
     sentence = (
-        f"Saved in {_name(dtype)}, loaded again and compared: {found.unit} differ from the trained model's by "
+        f"Saved in {precision}, loaded again and compared: {found.unit} differ from the trained model's by "
         f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
     )
     more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
@@ -382,10 +382,6 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(own)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> AnswerProbe:
