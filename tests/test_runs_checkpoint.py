@@ -30,7 +30,7 @@ from cagsr.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from cagsr.runs.rng import gather_rng_states
+from cagsr.runs.rng import rng_state
 from cagsr.runs.state_files import load_tree, pack_tree, save_tree, unpack_tree
 from saving import save_without_pause
 
@@ -153,7 +153,7 @@ def test_each_process_gets_its_own_rng(tmp_path: Path) -> None:
     ranks = []
     for seed in (10, 11):
         torch.manual_seed(seed)
-        ranks += gather_rng_states()
+        ranks.append(rng_state())
     path = save_checkpoint(tmp_path, 1, CheckpointState(), keep=1, rng=ranks)
     for rank, seed in enumerate((10, 11)):
         load_checkpoint(path, CheckpointState(), rank=rank, processes=2)
@@ -163,7 +163,7 @@ def test_each_process_gets_its_own_rng(tmp_path: Path) -> None:
 
 
 def test_another_number_of_processes_starts_random_numbers_anew(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 7, CheckpointState(), keep=1, rng=gather_rng_states() * 2)
+    path = save_checkpoint(tmp_path, 7, CheckpointState(), keep=1, rng=[rng_state()] * 2)
 
     def drawn(rank: int, processes: int, seed: int) -> list[float]:
         loaded = load_checkpoint(path, CheckpointState(), rank, processes, seed=seed)

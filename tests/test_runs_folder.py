@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs.checkpoint import CheckpointState
+from cagsr.runs.checkpoint import CheckpointState, save_checkpoint
 from cagsr.runs.folder import RunFolder, differing_keys
 from cagsr.runs.lines import append_lines, read_lines, truncate_lines
 
@@ -30,7 +30,8 @@ def started(path: Path, steps: int = 0, checkpoint: int | None = None) -> None:
             folder.append("metrics", step, {"loss": 1 / step})
             folder.append("samples", step, {"completion": "a"}, {"completion": "b"})
             if step == checkpoint:
-                folder.save_checkpoint(step, CheckpointState(), keep=1)
+                folder.sync_logs()
+                save_checkpoint(folder.checkpoints, step, CheckpointState(), keep=1)
 
 
 def test_a_new_run_writes_its_config_and_empty_logs(tmp_path: Path) -> None:

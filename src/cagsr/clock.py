@@ -20,10 +20,8 @@ OPERATORS = 10
 class Clock:
     """Adds up the seconds of named parts.
 
-    Args:
-        device: where the work runs.
-        exact: wait for an accelerator at both ends of a part. Without it a part on a GPU holds only the time until the
-            work was handed over; the waiting slows training down a little.
+    ``exact`` waits for an accelerator at both ends of a part. Without it a part on a GPU holds only the time until the work was
+    handed over; the waiting slows training down a little.
     """
 
     def __init__(self, device: torch.device, *, exact: bool = False) -> None:

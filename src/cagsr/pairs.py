@@ -30,14 +30,10 @@ def encode_pairs(
     The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``). A plain one gets
     the end token; a conversation's gets what its chat template writes, up to the token that ends the answer.
 
-    Args:
-        config: where the pairs are.
-        tokenizer: a fast one.
-        max_length: longest pair in tokens; None: no limit.
-        notes: what is worth saying about the rows is added to it.
+    What is worth saying about the rows is added to ``notes``.
 
     Returns:
-        The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens.
+        The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens (None: no limit).
 
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long

@@ -94,12 +94,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows the work that goes on, outermost first: a bar for each on a terminal, else one line now and then.
 
-    Args:
-        name: what is said where nothing is known of the work, as ``cagsr sft``.
-        console: where; None: standard error.
-        first: seconds until the first line; None: ``FIRST``.
-        every: seconds from line to line; None: ``EVERY``.
-        clock: gives seconds.
+    ``name`` is said where nothing is known of the work; the first line comes after ``first`` seconds on ``clock`` (None:
+    ``FIRST``), further ones ``every`` seconds (None: ``EVERY``).
     """
 
     def __init__(

@@ -124,9 +124,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             _introduce(console, config, loaded, train_set, held_out, metric, (*told, *ppo.sampler.notes, *record.notes))
         if record.first_step == 0:
             start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
-            record.log(0, start, {}, [])
+            record.log(0, start, {}, [], answered)
             trainer.state.log_history.append({"step": 0, **start})
-            record.keep_answers(0, answered)
             monitors.observe(0, start)
         timings: list[dict[str, float]] = []
         operators: list[tuple[str, float, int]] = []
@@ -262,8 +261,7 @@ def _step(
         **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
         "peak_memory_bytes": peak_memory_bytes(loaded.device),
     }
-    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows, trainer.extra))
-    record.keep_answers(step, answered)
+    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows, trainer.extra), answered)
     numbers.step(step, metrics)
     alerts = monitors.observe(step, metrics)
     alerts += [Alert("shared_prompts", step, sentence, "warn") for sentence in ppo.take_warnings()]

@@ -81,8 +81,6 @@ def about_idf(salience: SalienceConfig, reward_from: str | None) -> list[str]:
     return ["IDF: counted on the prompts at hand (--reward_from RUN takes a run's)."]
 
 
-
-
 def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
     """Write rows as JSON lines: to a file at once (never half of it), or to standard output.
 

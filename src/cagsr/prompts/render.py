@@ -215,16 +215,12 @@ def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str,
         cuts += [(start, start + len(opening)), (end, end + len(closing))]
         inside.append((start + len(opening), end))
         cursor = end + len(closing)
-    if closing in text[cursor:] or any(closing in text[a:b] for a, b in _between(cuts)):
+    # What stands before the first pair of markers, between one pair and the next, and behind the last.
+    outside = zip([0, *(end for _, end in cuts[1::2])], [*(start for start, _ in cuts[0::2]), len(text)], strict=True)
+    if any(closing in text[start:end] for start, end in outside):
         raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
     shorter, (ranges,) = cut(text, cuts, inside)
     return shorter, tuple((start, end) for start, end in ranges if start < end)
-
-
-def _between(cuts: Sequence[Range]) -> list[Range]:
-    """Return the stretches before the first pair of markers and between one pair and the next."""
-    starts = [0, *(end for _, end in cuts[1::2])]
-    return list(zip(starts, (start for start, _ in cuts[0::2]), strict=False))
 
 
 def _given_spans(

@@ -114,7 +114,7 @@ def save_checkpoint(
         step: steps done.
         state: what to save.
         keep: how many checkpoints to keep. Older ones go only after the new one is in place.
-        rng: the RNG state of every process (``gather_rng_states``, which all processes call); None: this process's.
+        rng: the RNG state of every process (``rng_state``), in the order of their ranks; None: this process's.
         collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: none is sharded.
 
     Raises:

@@ -55,7 +55,7 @@ def save_final(
     """Write the trained model with tokenizer, generation config and card to ``folder/final``, whole or not at all.
 
     With LoRA ``final`` holds the merged full model, loadable without peft, and ``final-adapter`` the adapter alone. Both are
-    loaded again and compared with the model in memory, which is left as it was (``runs/saved.py``).
+    loaded again and compared with the model in memory, which is left as it was (``save_compared``).
 
     Args:
         folder: the run folder.

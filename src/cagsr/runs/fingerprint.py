@@ -50,17 +50,12 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
         DataError: data that can't be read.
     """
     part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if config.data.streaming else ""
-    found: Fingerprint = {
-        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
-        f"model.path {config.model.path}": fingerprint_model(config.model.path),
-    }
-    path = config.evaluation.path
-    if path is not None:
+    found = _data_and_model(config, part)
+    if (path := config.evaluation.path) is not None:
         held_out = dataclasses.replace(config.data, path=path, limit=config.evaluation.held_out, streaming=False)
         found[f"evaluation.path {path}"] = fingerprint_rows(held_out)
     found |= {f"reward.models {model}": fingerprint_model(model) for model in config.reward.models}
-    path = config.reward.associations.path
-    if path is not None:
+    if (path := config.reward.associations.path) is not None:
         found[f"reward.associations.path {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
 
@@ -72,15 +67,17 @@ def fingerprint_trainer(config: TrainerConfig) -> Fingerprint:
     Raises:
         DataError: data that can't be read.
     """
-    found: Fingerprint = {
-        f"data.path {config.data.path}": fingerprint_rows(config.data),
+    found = _data_and_model(config)
+    if isinstance(config, RewardModelConfig) and (path := config.eval_data) is not None:
+        found[f"eval_data {path}"] = fingerprint_rows(dataclasses.replace(config.data, path=path))
+    return found
+
+
+def _data_and_model(config: TrainConfig | TrainerConfig, part: str = "") -> Fingerprint:
+    return {
+        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
         f"model.path {config.model.path}": fingerprint_model(config.model.path),
     }
-    if isinstance(config, RewardModelConfig) and config.eval_data is not None:
-        found[f"eval_data {config.eval_data}"] = fingerprint_rows(
-            dataclasses.replace(config.data, path=config.eval_data)
-        )
-    return found
 
 
 @working("taking fingerprints of what is read")

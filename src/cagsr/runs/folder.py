@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -19,9 +19,6 @@ from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.fingerprint import FINGERPRINT, check_fingerprint, write_fingerprint
 from cagsr.runs.lines import append_lines, truncate_lines
-
-if TYPE_CHECKING:  # who only reads a folder (cagsr report) does not wait for torch
-    from cagsr.runs.checkpoint import CheckpointState, Collected
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -193,21 +190,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """
         append_lines(self.path / f"{log}.jsonl", [{"step": step, **row} for row in rows])
 
-    def save_checkpoint(
-        self,
-        step: int,
-        state: CheckpointState,
-        keep: int,
-        rng: Sequence[Mapping[str, Any]] | None = None,
-        collected: Collected | None = None,
-    ) -> Path:
-        """As ``checkpoint.save_checkpoint``, after bringing the logs to the disk: none may lag behind a checkpoint."""
+    def sync_logs(self) -> None:
+        """Bring the logs to the disk before a checkpoint is saved: none may lag behind it."""
         with disk_errors(self.path):
             for name in LOGS:
                 sync(self.path / name)
-        from cagsr.runs.checkpoint import save_checkpoint
-
-        return save_checkpoint(self.checkpoints, step, state, keep, rng, collected)
 
     def close(self) -> None:
         """Release the lock; the folder may then be opened again."""
@@ -283,7 +270,9 @@ def _resume(
     path: Path, config_yaml: str, fingerprint: Mapping[str, str | None] | None
 ) -> tuple[Path | None, int, list[str]]:
     """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
-    from cagsr.runs.checkpoint import latest_checkpoint
+    from cagsr.runs.checkpoint import (
+        latest_checkpoint,  # who only reads a folder (cagsr report) does not wait for torch
+    )
 
     config = path / CONFIG
     if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:

@@ -25,19 +25,19 @@ from cagsr.extras import is_installed
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
-from cagsr.processes import broadcast
+from cagsr.processes import broadcast, gather_objects
 from cagsr.progress import working
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
-from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint, save_checkpoint
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_run
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
-from cagsr.runs.rng import gather_rng_states
+from cagsr.runs.rng import rng_state
 from cagsr.runs.saved import Saved, answer_probe, chosen_dtype, saved_facts
 from cagsr.runs.tracker import start_tracker
 from cagsr.update.ppo import PPO
@@ -116,8 +116,9 @@ class RunRecord:
         metrics: Mapping[str, float],
         timings: Mapping[str, float],
         samples: Sequence[Mapping[str, Any]],
+        held_out: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write a step's metrics, timings and sample answers.
+        """Write a step's metrics, timings, sample answers, and answers to held-out prompts (for the run's page).
 
         Raises:
             RunError: the disk is full or a file can't be written (so for all methods).
@@ -128,13 +129,9 @@ class RunRecord:
         if timings:
             self._folder.append("timings", step, timings)
         self._folder.append("samples", step, *samples)
+        self._folder.append("held_out", step, *held_out)
         if self._tracker is not None:
             self._tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, step=step)
-
-    def keep_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write answers to held-out prompts, for the run's page to tell from the start's."""
-        if self._folder is not None:
-            self._folder.append("held_out", step, *rows)
 
     def warn(self, alerts: Sequence[Alert]) -> None:
         """Write what the monitors said."""
@@ -147,7 +144,7 @@ class RunRecord:
     @working("saving a checkpoint")
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
-        states = gather_rng_states() if self._accelerator.num_processes > 1 else None
+        states = gather_objects([rng_state()], self._accelerator)
         extra = {
             "ppo": self._ppo.state_dict(),
             "stream": self._stream.state_dict(),
@@ -157,8 +154,9 @@ class RunRecord:
         state = self._checkpoint_state(extra)
         collected = collect_state(state, keep=self._folder is not None)
         if self._folder is not None:
+            self._folder.sync_logs()
             keep = max(1, self._config.run.save_total_limit)
-            self._folder.save_checkpoint(step, state, keep, states, collected)
+            save_checkpoint(self._folder.checkpoints, step, state, keep, states, collected)
             write_scales(self._folder.path, self._ppo.reward.state_dict())
         self._accelerator.wait_for_everyone()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
 
 def rng_state() -> dict[str, Any]:
@@ -53,8 +53,3 @@ def reseed(seed: int, step: int, rank: int, processes: int) -> None:
     """Start every generator of this process anew, from what the run is and where it stands, and nothing else."""
     text = f"{seed}/{step}/{rank}/{processes}"
     set_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
-
-
-def gather_rng_states() -> list[dict[str, Any]]:
-    """Collect the ``rng_state`` of every process in the order of their ranks; every process must call it."""
-    return gather_object([rng_state()])

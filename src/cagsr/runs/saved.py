@@ -118,8 +118,6 @@ class Saved:
 
     model: PreTrainedModel
     """What was loaded again, in float32."""
-    dtype: torch.dtype
-    """The precision it was saved in."""
     sentence: str
     """What the user is told of it."""
 
@@ -210,7 +208,7 @@ def save_compared(
         f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
     )
     more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
-    return Saved(again, dtype, f"{sentence}{more}.")
+    return Saved(again, f"{sentence}{more}.")
 
 
 def save_adapter_compared(
