@@ -22,7 +22,6 @@ from accelerate.utils import (
     gather_object,
 )
 
-from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError, ConfigError
 
 T = TypeVar("T")
@@ -79,22 +78,21 @@ def check_precision(accelerator: Accelerator, compute_dtype: torch.dtype) -> Non
     )
 
 
-def check_processes(config: TrainConfig, processes: int) -> None:
-    """Refuse a step that can't be divided among the processes.
+def check_processes(batch: int, answers: int, mini_batches: int, processes: int) -> None:
+    """Refuse a step of ``batch`` prompts with ``answers`` to each that can't be divided among the processes.
 
     Raises:
         ConfigError: one sentence naming the setting and what to do.
     """
-    batch, answers = config.run.batch_size, config.sampling.num_generations
     if batch % processes:
         below, above = batch - batch % processes, batch + processes - batch % processes
         raise ConfigError(
             f"--run.batch_size {batch}: the prompts of a step are divided among {processes} processes, so give a multiple of "
             f"{processes}, as {f'{below} or {above}' if below else above}."
         )
-    if config.ppo.num_mini_batches > batch // processes * answers:
+    if mini_batches > batch // processes * answers:
         raise ConfigError(
-            f"--ppo.num_mini_batches {config.ppo.num_mini_batches}: more than the {batch // processes * answers} answers of "
+            f"--ppo.num_mini_batches {mini_batches}: more than the {batch // processes * answers} answers of "
             f"each of {processes} processes in a step."
         )
 

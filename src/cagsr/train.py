@@ -83,7 +83,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
-    check_processes(config, accelerator.num_processes)
+    sizes = (config.run.batch_size, config.sampling.num_generations, config.ppo.num_mini_batches)
+    check_processes(*sizes, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
 
