@@ -21,7 +21,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apart
-from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.checkpoint import (
     CheckpointState,
@@ -32,6 +31,7 @@ from cagsr.runs.checkpoint import (
 )
 from cagsr.runs.rng import rng_state
 from cagsr.runs.state_files import load_tree, pack_tree, save_tree, unpack_tree
+from cagsr.support import atomic
 from saving import save_without_pause
 
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.checkpoint import CheckpointState, save_checkpoint
 from cagsr.runs.folder import RunFolder, differing_keys
 from cagsr.runs.lines import append_lines, read_lines, truncate_lines
+from cagsr.support import atomic
 
 CONFIG = "output_dir: a\nppo:\n  kl_coef: 0.05\n  lr_scheduler: linear\nrun:\n  steps: 10\n  seed: 0\n"
 

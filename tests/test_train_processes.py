@@ -32,12 +32,12 @@ from cagsr.config import (
 from cagsr.errors import ConfigError
 from cagsr.models.load import load_model
 from cagsr.models.sharding import divided_like, full_state, is_sharded
-from cagsr.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
 from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
+from cagsr.support.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.train import train
 from cagsr.update.ppo import PPO
 

@@ -23,7 +23,6 @@ import torch
 import tyro
 
 from cagsr.associate import associations_of
-from cagsr.atomic import write_text_atomically
 from cagsr.config import (
     AssociationsConfig,
     AttentionConfig,
@@ -39,6 +38,7 @@ from cagsr.evaluation.recommend import within_z
 from cagsr.evaluation.scorer import Scorer
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.support.atomic import write_text_atomically
 from examples.e2e.rewards import report
 from examples.e2e.signal_answers import (
     Answers,

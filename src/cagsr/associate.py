@@ -16,9 +16,9 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import broadcast, gather_objects, split_between_processes
-from cagsr.progress import working
 from cagsr.reward.association import Associations, learn_associations
+from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.progress import working
 
 FEWEST_PROMPTS = 20
 """Fewer prompts tell no word that goes with one of them from one that goes with all."""

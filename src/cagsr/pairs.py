@@ -10,12 +10,12 @@ from cagsr.errors import DataError
 from cagsr.flow import Prompt
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.stops import turn_end
-from cagsr.progress import working
 from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form, about_messages
 from cagsr.prompts.render import is_parts, messages_of, render_prompt, text_of
+from cagsr.support.progress import working
 
 IGNORED = -100
 """Label of a token that is not learnt."""

@@ -23,18 +23,14 @@ from rich.markdown import Markdown
 from transformers import TrainerState
 
 from cagsr.associate import associations_of
-from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig, validate
 from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
 from cagsr.evaluation.monitors import Alert, Monitors
-from cagsr.extras import install_command, is_installed
 from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharding import gathered
-from cagsr.processes import broadcast, check_precision, check_processes, gather_objects, start_accelerator
-from cagsr.progress import say, shown, working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -48,6 +44,10 @@ from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
 from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
+from cagsr.support.clock import operators_of, peak_memory_bytes, profile_text
+from cagsr.support.extras import install_command, is_installed
+from cagsr.support.processes import broadcast, check_precision, check_processes, gather_objects, start_accelerator
+from cagsr.support.progress import say, shown, working
 from cagsr.update.ppo import PPO
 
 

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from cagsr.commands.inputs import read_prompts, say, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Config:
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
     from cagsr.associate import FEWEST_PROMPTS, associations_of
-    from cagsr.atomic import write_text_atomically
     from cagsr.evaluation.collect import collect_signals
     from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
     from cagsr.evaluation.held_out import choose_metric
@@ -70,6 +69,7 @@ def run(config: Config) -> None:
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.build import check_reward_config, reward_warnings
+    from cagsr.support.atomic import write_text_atomically
 
     check_reward_config(config.reward)
     loaded = load_model(config.model, for_training=False)

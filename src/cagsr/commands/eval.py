@@ -13,8 +13,8 @@ from cagsr.commands.inputs import OptionalDataConfig, plain, read_prompts, say, 
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
-from cagsr.extras import install_command
-from cagsr.progress import working
+from cagsr.support.extras import install_command
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +104,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample or read, judge, compare; print the tables and write what was asked for."""
-    from cagsr.atomic import write_text_atomically
     from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
+    from cagsr.support.atomic import write_text_atomically
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:

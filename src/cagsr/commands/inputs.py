@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr import progress
 from cagsr.config import DataConfig, SalienceConfig
+from cagsr.support import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
     Raises:
         RunError: the file can't be written.
     """
-    from cagsr.atomic import write_text_atomically
+    from cagsr.support.atomic import write_text_atomically
 
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if output is None:

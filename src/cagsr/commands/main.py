@@ -25,9 +25,9 @@ from rich.text import Text
 from cagsr import __version__
 from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
-from cagsr.extras import require
 from cagsr.parse import parse_command
-from cagsr.progress import shown
+from cagsr.support.extras import require
+from cagsr.support.progress import shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130

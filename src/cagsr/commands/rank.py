@@ -19,7 +19,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.progress import each
+from cagsr.support.progress import each
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response, Scorer

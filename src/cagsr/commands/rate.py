@@ -99,8 +99,8 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.localhost import listen
     from cagsr.rating.server import link, serve
+    from cagsr.support.localhost import listen
 
     taken = listen(config.port)
     path = Path(config.db)
@@ -205,8 +205,8 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
 def _summary(config: Config) -> None:
     import json
 
-    from cagsr.atomic import write_text_atomically
     from cagsr.rating.summary import summarize
+    from cagsr.support.atomic import write_text_atomically
 
     with closing(_opened(config)) as store:
         questions = sum(not one.gold for one in store.questions())

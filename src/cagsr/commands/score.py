@@ -16,7 +16,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cagsr.commands.inputs import say, write_rows
 from cagsr.config import SynthesizeConfig as Config
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     from cagsr.preferences.corrupt import SupervisedPair

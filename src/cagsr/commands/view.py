@@ -16,7 +16,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.extras import require
+from cagsr.support.extras import require
 
 if TYPE_CHECKING:
     from cagsr.evaluation.scorer import Response

@@ -24,11 +24,11 @@ from cagsr.evaluation.scorer import Scorer
 from cagsr.flow import EncodedPrompt, RewardBatch, Rollout, Scores
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.progress import working
 from cagsr.reward.coverage import saturating_coverage
 from cagsr.reward.terms import ATTENTION_TERMS
 from cagsr.reward.values import term_values
 from cagsr.reward.words import pool_words
+from cagsr.support.progress import working
 from cagsr.update.score import score_policy
 
 Floats = NDArray[np.float64]

@@ -14,14 +14,14 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
-from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import broadcast, gather_objects, split_between_processes
-from cagsr.progress import each, working
 from cagsr.reward.functions import import_dotted
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.extras import has_extra, install_command
+from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.progress import each, working
 
 ResultT = TypeVar("ResultT")
 Metric = Callable[..., Sequence[float]]

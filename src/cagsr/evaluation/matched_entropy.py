@@ -25,8 +25,8 @@ from cagsr.flow import EncodedPrompt, Rollout
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.progress import each, working
 from cagsr.rollout.rows import rollout_rows
+from cagsr.support.progress import each, working
 from cagsr.update.score import length_sorted_chunks
 from cagsr.update.statistics import token_entropy
 

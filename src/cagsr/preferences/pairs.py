@@ -12,10 +12,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from cagsr.config import DataConfig, PreferenceConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
-from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
 from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
+from cagsr.support.progress import each, working
 
 
 @dataclass(frozen=True)

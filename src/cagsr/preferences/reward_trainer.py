@@ -31,7 +31,6 @@ from cagsr.preferences.pairs import (
     within_limit,
 )
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
-from cagsr.progress import working
 from cagsr.reward.model import RewardModel, encode_answered
 from cagsr.runs.saved import TEXTS, Saved, ScoreProbe, dtype_note, saved_facts
 from cagsr.runs.trainer_folder import (
@@ -45,6 +44,7 @@ from cagsr.runs.trainer_folder import (
     settings_file,
     trainer_arguments,
 )
+from cagsr.support.progress import working
 
 COMMAND = "reward-model"
 

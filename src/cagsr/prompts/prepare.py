@@ -10,7 +10,6 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.progress import working
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
@@ -19,6 +18,7 @@ from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import split_texts
 from cagsr.prompts.salience import DocumentFrequency, salient_words
 from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.support.progress import working
 
 FREQUENCY_ROWS = 10_000
 """Rows of a streamed set on which document frequencies are estimated."""

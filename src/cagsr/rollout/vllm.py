@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import PromptBatch, Rollout
 from cagsr.models.load import LoadedModel
-from cagsr.processes import broadcast, gather_objects
-from cagsr.progress import working
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
 from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
 from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
+from cagsr.support.processes import broadcast, gather_objects
+from cagsr.support.progress import working
 
 
 class VLLMSampler:

@@ -17,11 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cagsr.atomic import clean_leftovers, disk_errors, replace_folder
 from cagsr.errors import ConfigError, RolloutError
-from cagsr.extras import require
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
+from cagsr.support.atomic import clean_leftovers, disk_errors, replace_folder
+from cagsr.support.extras import require
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cagsr.atomic import remove_folder, replace_folder
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
 from cagsr.runs.rng import reseed, rng_state, set_rng_state
 from cagsr.runs.state_files import load_tree, load_weights, save_tree, save_weights, stored_names
+from cagsr.support.atomic import remove_folder, replace_folder
 
 MANIFEST = "manifest.json"
 VERSION = 1

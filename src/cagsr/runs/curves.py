@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from cagsr.atomic import write_bytes_atomically
 from cagsr.errors import RunError
 from cagsr.runs.lines import read_lines
+from cagsr.support.atomic import write_bytes_atomically
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from cagsr.atomic import delete, replace_folder, write_text_atomically
 from cagsr.models.load import LoadedModel
 from cagsr.runs.saved import DIFFERS, Probe, Saved, save_adapter_compared, save_compared
+from cagsr.support.atomic import delete, replace_folder, write_text_atomically
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -14,13 +14,13 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import DataConfig, RewardModelConfig, TrainConfig, TrainerConfig
 from cagsr.errors import RunError
 from cagsr.models.files import fingerprint_model
-from cagsr.progress import working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.prepare import HEAD_ROWS
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 FINGERPRINT = "fingerprint.json"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cagsr.atomic import disk_errors, write_bytes_atomically
 from cagsr.errors import RunError
+from cagsr.support.atomic import disk_errors, write_bytes_atomically
 
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 

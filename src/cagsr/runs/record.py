@@ -16,17 +16,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.configfile import to_yaml
 from cagsr.evaluation.monitors import Alert, Monitors
-from cagsr.extras import is_installed
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
-from cagsr.processes import broadcast, gather_objects
-from cagsr.progress import working
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
@@ -40,6 +36,10 @@ from cagsr.runs.reward import write_scales
 from cagsr.runs.rng import rng_state
 from cagsr.runs.saved import Saved, answer_probe, chosen_dtype, saved_facts
 from cagsr.runs.tracker import start_tracker
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.extras import is_installed
+from cagsr.support.processes import broadcast, gather_objects
+from cagsr.support.progress import working
 from cagsr.update.ppo import PPO
 
 TOLD_SETTINGS = (

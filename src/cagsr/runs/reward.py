@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.errors import ConfigError, RunError
@@ -21,6 +20,7 @@ from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
 from cagsr.runs.state_files import load_tree
+from cagsr.support.atomic import write_text_atomically
 
 
 class Judging(Protocol):

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cagsr.atomic import delete
 from cagsr.config import SamplingConfig
 from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt
@@ -36,6 +35,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.tied import UNTIED
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.atomic import delete
 
 TOLERANCE = 1e-3
 """How far a logit may be off, as a share of the largest (or of 1). All is computed in float32, so what is left is sums in

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from cagsr.atomic import disk_errors
 from cagsr.errors import ConfigError
 from cagsr.runs.folder import flat_tree
+from cagsr.support.atomic import disk_errors
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 

@@ -18,17 +18,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cagsr.atomic import delete, disk_errors, replace_folder, write_text_atomically
 from cagsr.config import LoraConfig, TrainerConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
-from cagsr.progress import Task, now, say, shown, working
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import DIFFERS, Probe, Saved, chosen_dtype, save_adapter_compared, save_compared
+from cagsr.support.atomic import delete, disk_errors, replace_folder, write_text_atomically
+from cagsr.support.progress import Task, now, say, shown, working
 
 CHECKPOINTS = "checkpoints"
 RECENT = 50

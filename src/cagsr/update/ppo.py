@@ -21,7 +21,6 @@ from torch import Tensor
 from cagsr.advantage.estimate import estimate_advantages
 from cagsr.advantage.kl import KLController, kl_k1, kl_k3
 from cagsr.attention import PromptAttentionReader
-from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, Experience, Reward, Rollout, Scores, Trainer
@@ -31,7 +30,6 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
-from cagsr.progress import each, working
 from cagsr.reward.build import attention_terms
 from cagsr.reward.combine import RewardFunction
 from cagsr.reward.keep import reward_batch
@@ -39,6 +37,8 @@ from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.repetition import repetition, without_stop_token
 from cagsr.rollout.build import build_sampler
 from cagsr.rollout.rows import prompt_batch, rollout_rows
+from cagsr.support.clock import Clock
+from cagsr.support.progress import each, working
 from cagsr.update.compared import compare_with_plain
 from cagsr.update.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss

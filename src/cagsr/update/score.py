@@ -16,10 +16,10 @@ from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.progress import each
 from cagsr.reward.keep import AttentionKeeper
 from cagsr.reward.terms import AttentionTerm
 from cagsr.rollout.rows import rollout_rows
+from cagsr.support.progress import each
 from cagsr.update.reading import attention_of, reading
 from cagsr.update.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
 

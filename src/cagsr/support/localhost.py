@@ -9,7 +9,7 @@ from collections.abc import Callable
 import uvicorn
 
 from cagsr.errors import ConfigError
-from cagsr.progress import resting
+from cagsr.support.progress import resting
 
 HOST = "127.0.0.1"
 
