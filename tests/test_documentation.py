@@ -195,6 +195,7 @@ RUN_FOLDERS = {
     "final-differs/",
     "checkpoints/",
     "quickstart/",
+    "rollout-weights/",
     "adapter/",
     "differs/",
 }
