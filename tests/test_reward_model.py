@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.answer_text import answered_messages
 from cagsr.reward.build import build_reward
 from cagsr.reward.model import encode_answered, load_reward_model
 

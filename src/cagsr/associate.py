@@ -16,9 +16,9 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main, share, together
-from cagsr.progress import working
 from cagsr.reward.association import Associations, learn_associations
+from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.progress import working
 
 FEWEST_PROMPTS = 20
 """Fewer prompts tell no word that goes with one of them from one that goes with all."""
@@ -58,7 +58,7 @@ def associations_of(
     """
     if config.path is not None:
         path = Path(config.path)
-        return from_main(lambda: read_associations(path), accelerator)
+        return broadcast(lambda: read_associations(path), accelerator)
     if len(prompts) < FEWEST_PROMPTS:
         raise ConfigError(
             f"Associations are learned from answers to {FEWEST_PROMPTS} prompts or more, and there are {len(prompts)}: give more "
@@ -71,15 +71,15 @@ def associations_of(
         num_generations=math.ceil(config.answers / len(chosen)),
         temperature=sampling.temperature or 1.0,
     )
-    mine = share(chosen, accelerator)
+    mine = split_between_processes(chosen, accelerator)
     rank = 0 if accelerator is None else accelerator.process_index
     found: list[tuple[tuple[str, tuple[tuple[int, int], ...]], str]] = []
     per_batch = max(1, batch_size // each.num_generations)
     for _, rollout in sample_in_batches(loaded, mine, each, seed + SEED + rank, per_batch):
         asked = [(prompt.text, prompt.template) for prompt in rollout.prompts.prompts]
         found += zip(asked, rollout.completions, strict=True)
-    found = together(found, accelerator)
-    return from_main(
+    found = gather_objects(found, accelerator)
+    return broadcast(
         lambda: learn_associations(
             [prompt for prompt, _ in found],
             [answer for _, answer in found],

@@ -23,16 +23,12 @@ from rich.markdown import Markdown
 from transformers import TrainerState
 
 from cagsr.associate import associations_of
-from cagsr.clock import operators_of, profile_text
 from cagsr.config import TrainConfig, validate
 from cagsr.errors import MonitorStop, RolloutError
 from cagsr.evaluation.held_out import HeldOutMetric, choose_metric
 from cagsr.evaluation.monitors import Monitors
-from cagsr.extras import install_command, is_installed
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.processes import check_precision, check_processes, from_main, start_accelerator
-from cagsr.progress import shown, working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
@@ -46,6 +42,15 @@ from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
 from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
+from cagsr.support.clock import operators_of, profile_text
+from cagsr.support.extras import install_command, is_installed
+from cagsr.support.processes import (
+    broadcast,
+    check_precision,
+    check_processes,
+    start_accelerator,
+)
+from cagsr.support.progress import shown, working
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.task import load_task
 from cagsr.training.ppo import PPO
@@ -83,7 +88,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
-    check_processes(config, accelerator.num_processes)
+    sizes = (config.run.batch_size, config.sampling.num_generations, config.ppo.num_mini_batches)
+    check_processes(*sizes, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
 
@@ -119,7 +125,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     # Everything that can be refused has been checked: only now is anything written.
     record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
     try:
-        trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
+        trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
             told = [
                 dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
@@ -175,7 +181,7 @@ def _associations(
     settings = config.reward.associations
     stored = Path(config.output_dir) / ASSOCIATIONS
     # Whether the file is there is asked once: the answer must be the same in every process.
-    if from_main(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
         settings = dataclasses.replace(settings, path=str(stored))
     started = time.perf_counter()
     found = associations_of(

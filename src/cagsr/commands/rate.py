@@ -100,8 +100,8 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.localhost import listen
     from cagsr.rating.server import link, serve
+    from cagsr.support.localhost import listen
 
     taken = listen(config.port)
     path = Path(config.db)
@@ -185,7 +185,7 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
         if name is not None and not Path(name).is_file():
             raise DataError(f"--{flag} {name}: no such file; check the path.")
 
-    from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, together
+    from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, with_gold
 
     column = config.prompt_column
     if config.pairs is not None:
@@ -194,14 +194,14 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
         found = questions_from_answers(*sides, prompt_column=column, response_column=config.response_column)
     if config.gold is None:
         return found
-    return together(found, questions_from_pairs(config.gold, "chosen", "rejected", prompt_column=column, gold=True))
+    return with_gold(found, questions_from_pairs(config.gold, "chosen", "rejected", prompt_column=column, gold=True))
 
 
 def _summary(config: Config) -> None:
     import json
 
-    from cagsr.atomic import write_text_atomically
     from cagsr.rating.summary import summarize
+    from cagsr.support.atomic import write_text_atomically
 
     with closing(_opened(config)) as store:
         questions = sum(not one.gold for one in store.questions())

@@ -39,8 +39,8 @@ def run(config: Config) -> None:
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:
-        from cagsr.localhost import listen
         from cagsr.run_page.live_page import serve
+        from cagsr.support.localhost import listen
 
         for path in paths:
             find_run(path, wait=True)
@@ -49,10 +49,10 @@ def run(config: Config) -> None:
         serve(paths, bound, lambda: say([line]))
         return
 
-    from cagsr.atomic import disk_errors, write_text_atomically
     from cagsr.run_page.read_run import read_run
     from cagsr.run_page.run_html import render_page
     from cagsr.runs.folder import REPORT
+    from cagsr.support.atomic import disk_errors, write_text_atomically
 
     folders = [find_run(path) for path in paths]
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]

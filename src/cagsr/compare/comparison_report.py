@@ -17,14 +17,14 @@ from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from cagsr.atomic import write_text_atomically
 from cagsr.compare import result_figures as figures
 from cagsr.compare import result_tables as tables
 from cagsr.compare.plan import START
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
-from cagsr.progress import working
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)

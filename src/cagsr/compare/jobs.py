@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cagsr.atomic import write_text_atomically
 from cagsr.compare.plan import START, Plan
 from cagsr.errors import ConfigError
 from cagsr.runs.fingerprint import fingerprint_path
+from cagsr.support.atomic import write_text_atomically
 
 Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
 SAMPLED, GREEDY, MATCHED = "sampled", "greedy", "start_matched"

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
-from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
@@ -23,11 +22,12 @@ from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_tempe
 from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.weigh import weigh
 from cagsr.runs.lines import read_lines
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 

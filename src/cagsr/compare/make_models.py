@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cagsr.atomic import remove_folder, write_text_atomically
 from cagsr.compare.jobs import Job, changed, contents, method_folder, model_folder, reward_model_folder, start_folder
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
-from cagsr.progress import resting
+from cagsr.support.atomic import remove_folder, write_text_atomically
+from cagsr.support.progress import resting
 
 
 def run_command(plan: Plan, command: str, **names: object) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cagsr.associate import associations_of
-from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import Job, start_folder, validity_file
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
@@ -20,9 +19,10 @@ from cagsr.evaluation.collect import Signals, collect_signals
 from cagsr.evaluation.diagnosis import load_checker, with_truth
 from cagsr.evaluation.recommend import PENALTIES, weighted_parts, within_z
 from cagsr.models.load import load_model
-from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 

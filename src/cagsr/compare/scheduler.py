@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cagsr.atomic import disk_errors
 from cagsr.compare.jobs import Job
 from cagsr.compare.plan import Plan
 from cagsr.errors import RunError
-from cagsr.progress import Task, duration, say, working
+from cagsr.support.atomic import disk_errors
+from cagsr.support.progress import Task, duration, say, working
 
 
 @dataclass(frozen=True)

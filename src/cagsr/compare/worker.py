@@ -13,7 +13,7 @@ from pathlib import Path
 from cagsr.compare.jobs import Job, contents, plan_jobs, reward_model_folder
 from cagsr.compare.plan import START, Plan, read_plan
 from cagsr.errors import CagsrError, ConfigError
-from cagsr.progress import shown
+from cagsr.support.progress import shown
 
 
 def do_job(plan: Plan, job: Job) -> None:

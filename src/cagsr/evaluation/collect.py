@@ -23,12 +23,12 @@ from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, Readings, RewardBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.progress import working
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.term import ATTENTION, needs_of
 from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.values import term_values
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 _Key = TypeVar("_Key")

@@ -13,8 +13,8 @@ from cagsr.evaluation.diversity import distinct_of_draws, self_bleu
 from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
 from cagsr.evaluation.judge_answers import AnswerJudge
 from cagsr.evaluation.win_rate import win_rates
-from cagsr.extras import has_extra
 from cagsr.flow import EncodedPrompt
+from cagsr.support.extras import has_extra
 
 Floats = NDArray[np.float64]
 

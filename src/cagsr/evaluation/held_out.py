@@ -15,15 +15,15 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
-from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main, share, together
-from cagsr.progress import each, working
 from cagsr.reward.user_functions import import_dotted
 from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.extras import has_extra, install_command
+from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.progress import each, working
 
 ResultT = TypeVar("ResultT")
 Metric = Callable[..., Sequence[float]]
@@ -110,7 +110,7 @@ def answer(
     Raises:
         ConfigError: the metric gives another number of values than there are prompts.
     """
-    mine = share(prompts, accelerator)
+    mine = split_between_processes(prompts, accelerator)
     found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -121,9 +121,9 @@ def answer(
             episodes = played(player, sample, some, prompt_batch(loaded, some))
             lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()
             found += zip(episodes.completions, lengths, ended, strict=True)
-    everywhere = together(found, accelerator)
+    everywhere = gather_objects(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)
-    values = from_main(lambda: judge(metric, prompts, completions), accelerator)
+    values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
     return Answers(
         completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
     )

@@ -25,10 +25,10 @@ from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.progress import each, working
 from cagsr.rollout.rows import episode_rows
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.statistics import token_entropy
+from cagsr.support.progress import each, working
 
 Floats = NDArray[np.float64]
 

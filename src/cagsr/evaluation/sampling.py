@@ -9,9 +9,9 @@ import torch
 from cagsr.config import SamplingConfig
 from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.load import LoadedModel
-from cagsr.progress import working
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.progress import working
 
 
 def sample_in_batches(

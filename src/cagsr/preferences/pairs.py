@@ -12,10 +12,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from cagsr.config import DataConfig, PreferenceConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
-from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
 from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
+from cagsr.support.progress import each, working
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,8 @@ def count_pairs(path: str, chosen_column: str = "chosen", rejected_column: str =
     """
     count = 0
     for row in load_rows(DataConfig(path=path), [chosen_column, rejected_column]):
-        try:
-            chosen, rejected = (text_of(row.values.get(column)) for column in (chosen_column, rejected_column))
-        except DataError as error:
-            raise DataError(f"{row.source}, row {row.number}: {error}") from error
+        where = f"{row.source}, row {row.number}"
+        chosen, rejected = (text_of(row.values.get(column), where) for column in (chosen_column, rejected_column))
         count += not _equal(chosen, rejected)
     return count
 
@@ -191,10 +189,7 @@ def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not is_parts(value):
             _check_message(value, prompt, column, where)
-        try:
-            value = text_of(value)
-        except DataError as error:
-            raise DataError(f"{where}: column '{column}': {error}") from error
+        value = text_of(value, f"{where}: column '{column}'")
     if not isinstance(value, str) and value is not None:
         raise DataError(f"{where}: column '{column}' must hold text or a list with one chat message.")
     if not value or not value.strip():

@@ -28,10 +28,10 @@ from cagsr.preferences.pairs import (
     read_preferences,
 )
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
-from cagsr.progress import working
 from cagsr.reward.model import RewardModel, encode_answered
 from cagsr.runs.saved import TEXTS, Saved, ScoreProbe
 from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl
+from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)

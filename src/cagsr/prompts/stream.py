@@ -29,11 +29,8 @@ class PromptStream:
             raise ValueError("PromptStream needs batch_size >= 1 and 0 <= process_index < num_processes")
         if not prompts.prompts:
             raise DataError("There is no prompt to train on; give more prompts or hold out fewer.")
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._seed = seed
-        self._process_index = process_index
-        self._num_processes = num_processes
+        self._prompts, self._batch_size, self._seed = prompts, batch_size, seed
+        self._process_index, self._num_processes = process_index, num_processes
         self._epoch = 0
         self._position = 0  # prompts taken from this epoch by all processes together
         self._rest: Iterator[EncodedPrompt] | None = None
@@ -51,9 +48,9 @@ class PromptStream:
         Raises:
             DataError: a row of a streamed set that can't be used, or a streamed set that has become empty.
         """
-        together = [self._take() for _ in range(self._batch_size * self._num_processes)]
+        everyones = [self._take() for _ in range(self._batch_size * self._num_processes)]
         first = self._process_index * self._batch_size
-        return together[first : first + self._batch_size]
+        return everyones[first : first + self._batch_size]
 
     def observe(self, prompts: Sequence[EncodedPrompt], returns: Returns) -> None:
         """Nothing: the order does not depend on how the answers do."""

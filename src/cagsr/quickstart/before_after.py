@@ -17,8 +17,8 @@ from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
-from cagsr.progress import working
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cagsr.atomic import disk_errors, write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig, TrainConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
@@ -35,6 +34,7 @@ from cagsr.quickstart.quickstart_report import (
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.start_model import Recipe, as_jsonl
 from cagsr.quickstart.task import make_prompts
+from cagsr.support.atomic import disk_errors, write_text_atomically
 from cagsr.train import train
 
 SETTINGS = "quickstart.yaml"

@@ -101,7 +101,7 @@ def questions_from_pairs(
     return _kept(pairs, 0)
 
 
-def together(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
+def with_gold(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
     """Put questions and gold questions into one set."""
     return RatingQuestions(
         (*asked.questions, *gold.questions),

@@ -21,9 +21,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import DataError
-from cagsr.localhost import HOST, serve_until_interrupted
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
+from cagsr.support.localhost import HOST, serve_until_interrupted
 
 LARGEST = 16_384
 """Bytes of a message from the page; the largest that it sends has some hundred."""

@@ -15,32 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.configfile import to_yaml
-from cagsr.errors import CagsrError
 from cagsr.evaluation.monitors import Alert, Monitors
-from cagsr.extras import is_installed
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
-from cagsr.models.sharding import is_sharded, unsharded
-from cagsr.progress import working
+from cagsr.models.sharding import unsharded
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
-from cagsr.runs.card import CardFacts, model_card, save_final
-from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint, save_checkpoint
+from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_run
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
-from cagsr.runs.rng import gather_rng_states
-from cagsr.runs.saved import answer_probe, chosen_dtype, on_device_of, saved_facts
+from cagsr.runs.rng import rng_state
+from cagsr.runs.saved import Saved, answer_probe, chosen_dtype, saved_facts
 from cagsr.runs.tracker import start_tracker
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.extras import is_installed
+from cagsr.support.processes import broadcast, gather_objects
+from cagsr.support.progress import working
 from cagsr.training.ppo import PPO
 
 TOLD_SETTINGS = (
@@ -54,19 +53,14 @@ TOLD_SETTINGS = (
     "run.batch_size",
     "run.seed",
 )
+"""What the card tells, by the beginnings of the names."""
 
 
 class RunRecord:
     """The record of a run, opened once everything that can be refused has been checked.
 
-    Args:
-        config: all settings.
-        accelerator: which process this is.
-        ppo: policy, optimizer, KL controller and running moments.
-        monitors: their first values and streaks.
-        stream: the data position.
-        frequency: the IDF table; kept in the folder, as the associations are, for what judges answers by this reward.
-        associations: also for a resumed run.
+    ``ppo``, ``monitors`` and ``stream`` are what a checkpoint holds the state of. The IDF table and the associations are kept
+    in the folder for what judges answers by this reward.
 
     Raises:
         RunError: the folder holds another run, is in use, or can't be written or resumed.
@@ -82,45 +76,34 @@ class RunRecord:
         frequency: DocumentFrequency,
         associations: Associations | None = None,
     ) -> None:
-        self._config = config
-        self._accelerator = accelerator
-        self._ppo = ppo
-        self._monitors = monitors
-        self._stream = stream
+        self._config, self._accelerator = config, accelerator
+        self._ppo, self._monitors, self._stream = ppo, monitors, stream
         self._folder: RunFolder | None = None
         self._warnings: list[str] = []
         self.notes: tuple[str, ...] = ()
         """What the user should know about how the folder was opened."""
         run = config.run
-        found: list[Any] = [None, 0, None]
-        if accelerator.is_main_process:
-            try:
-                # How this start treats the folder is no setting of the run: the stored file must be usable for another.
-                stored = dataclasses.replace(
-                    config, run=dataclasses.replace(run, resume=False, overwrite=False, profile=False)
-                )
-                self._folder = RunFolder.open(
-                    config.output_dir,
-                    to_yaml(stored),
-                    resume=run.resume,
-                    overwrite=run.overwrite,
-                    fingerprint=fingerprint_run(config),
-                )
-                found = [self._folder.checkpoint, self._folder.step, None]
-                write_text_atomically(self._folder.path / FREQUENCY, json.dumps(frequency.to_json()))
-                if associations is not None:
-                    write_text_atomically(self._folder.path / ASSOCIATIONS, json.dumps(associations.to_json()))
-                self.notes = self._folder.notes
-            except CagsrError as error:
-                found = [None, 0, error]
-        # A refusal must reach every process: the others would wait for the main one for ever.
-        broadcast_object_list(found)
-        if found[2] is not None:
-            raise found[2]
-        self.first_step: int = found[1]
+
+        def opened() -> tuple[Path | None, int]:
+            # How this start treats the folder is no setting of the run: the stored file must be usable for another.
+            plain = dataclasses.replace(run, resume=False, overwrite=False, profile=False)
+            self._folder = folder = RunFolder.open(
+                config.output_dir,
+                to_yaml(dataclasses.replace(config, run=plain)),
+                resume=run.resume,
+                overwrite=run.overwrite,
+                fingerprint=fingerprint_run(config),
+            )
+            write_text_atomically(folder.path / FREQUENCY, json.dumps(frequency.to_json()))
+            if associations is not None:
+                write_text_atomically(folder.path / ASSOCIATIONS, json.dumps(associations.to_json()))
+            self.notes = folder.notes
+            return folder.checkpoint, folder.step
+
+        checkpoint, self.first_step = broadcast(opened, accelerator)
         """Steps already done."""
-        if found[0] is not None:
-            self._restore(found[0])
+        if checkpoint is not None:
+            self._restore(checkpoint)
             if self._folder is not None:
                 write_scales(self._folder.path, ppo.reward.state_dict())  # as old as the checkpoint
         self._tracker = start_tracker(
@@ -133,48 +116,47 @@ class RunRecord:
         metrics: Mapping[str, float],
         timings: Mapping[str, float],
         samples: Sequence[Mapping[str, Any]],
+        held_out: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write a step's metrics, timings and sample answers.
+        """Write a step's metrics, timings, sample answers, and answers to held-out prompts (for the run's page).
 
         Raises:
             RunError: the disk is full or a file can't be written (so for all methods).
         """
         if self._folder is None:
             return
-        self._folder.append_metrics(step, metrics)
+        self._folder.append("metrics", step, metrics)
         if timings:
-            self._folder.append_timings(step, timings)
-        self._folder.append_samples(step, samples)
-        self._tracker.log(step, metrics)
-
-    def keep_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write answers to held-out prompts, for the run's page to tell from the start's."""
-        if self._folder is not None:
-            self._folder.append_held_out(step, rows)
+            self._folder.append("timings", step, timings)
+        self._folder.append("samples", step, *samples)
+        self._folder.append("held_out", step, *held_out)
+        if self._tracker is not None:
+            self._tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, step=step)
 
     def warn(self, alerts: Sequence[Alert]) -> None:
         """Write what the monitors said."""
         for alert in alerts:
             self._warnings.append(f"step {alert.step}: {alert.sentence}")
             if self._folder is not None:
-                self._folder.append_warning(alert.step, alert.name, alert.sentence, alert.action)
+                row = {"name": alert.name, "sentence": alert.sentence, "action": alert.action}
+                self._folder.append("warnings", alert.step, row)
 
     @working("saving a checkpoint")
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
-        states = gather_rng_states() if self._accelerator.num_processes > 1 else None
+        states = gather_objects([rng_state()], self._accelerator)
         extra = {
             "ppo": self._ppo.state_dict(),
             "stream": self._stream.state_dict(),
             "monitors": self._monitors.state_dict(),
             "warnings": list(self._warnings),
         }
-        state, collected = self._checkpoint_state(extra), None
-        if is_sharded(self._ppo.module):
-            collected = collect_state(state, keep=self._folder is not None)
+        state = self._checkpoint_state(extra)
+        collected = collect_state(state, keep=self._folder is not None)
         if self._folder is not None:
+            self._folder.sync_logs()
             keep = max(1, self._config.run.save_total_limit)
-            self._folder.save_checkpoint(step, state, keep, states, collected)
+            save_checkpoint(self._folder.checkpoints, step, state, keep, states, collected)
             write_scales(self._folder.path, self._ppo.reward.state_dict())
         self._accelerator.wait_for_everyone()
 
@@ -205,9 +187,7 @@ class RunRecord:
         after: Mapping[str, float],
         held_out: int,
     ) -> str:
-        """Write the final model with its card and the curves, and close the folder.
-
-        Every process calls it: each may hold a part of the model.
+        """Write the final model with its card and the curves, and close the folder; every process may hold a part of the model.
 
         Returns:
             What the user is told of the model that was saved; empty where this process saves none.
@@ -221,31 +201,35 @@ class RunRecord:
             assert model is not None  # of those that write
             served = "`generation_config.json` has `model.generate()` sample as training did."
             generation = "".join(f"\n- {note}" for note in (served, *generation_notes(loaded, config.sampling)))
-            told = {key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)}
-            facts = CardFacts(
-                name=self._folder.path.name,
-                base_model=config.model.path,
-                data=config.data.path,
-                prompts=len(train_set.prompts),
-                steps=config.run.steps,
-                command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
-                settings=told,
-                estimator=config.ppo.estimator,
-                pipeline_tag=loaded.architecture.pipeline_tag,
-                before=before,
-                after=after,
-                held_out=held_out,
-                warnings=self._warnings,
-                versions={name: version(name) for name in ("cagsr", "torch", "transformers", "peft")},
-            )
-            longest = config.sampling.max_new_tokens
-            probe = answer_probe(on_device_of(loaded, model), train_set.prompts, longest)
+            name = self._folder.path.name
+
+            def card(saved: Saved) -> str:
+                return model_card(
+                    name=name,
+                    base_model=config.model.path,
+                    data=config.data.path,
+                    prompts=len(train_set.prompts),
+                    steps=config.run.steps,
+                    command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
+                    settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)},
+                    estimator=config.ppo.estimator,
+                    pipeline_tag=loaded.architecture.pipeline_tag,
+                    before=before,
+                    after=after,
+                    held_out=held_out,
+                    warnings=self._warnings,
+                    saved=saved_facts(loaded, saved) + generation,
+                    versions={package: version(package) for package in ("cagsr", "torch", "transformers", "peft")},
+                )
+
+            # What was put together from shards lies elsewhere than the policy.
+            compared = dataclasses.replace(loaded, model=model, device=next(model.parameters()).device)
             saved = save_final(
                 self._folder.path,
                 model,
                 loaded,
-                probe,
-                lambda saved: model_card(dataclasses.replace(facts, saved=saved_facts(loaded, saved) + generation)),
+                answer_probe(compared, train_set.prompts, config.sampling.max_new_tokens),
+                card,
                 chosen_dtype(config.run.save_dtype, loaded),
                 served_with(loaded, config.sampling),
             )
@@ -253,8 +237,9 @@ class RunRecord:
             if is_installed("matplotlib"):
                 from cagsr.runs.curves import plot_training_curves
 
-                plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", self._folder.path.name)
-        self._tracker.finish()
+                plot_training_curves(self._folder.metrics, self._folder.path / "curves.png", title=name)
+        if self._tracker is not None:
+            self._tracker.finish()
         self.close()
         self._accelerator.wait_for_everyone()
         return found

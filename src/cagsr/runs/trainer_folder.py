@@ -10,14 +10,14 @@ from pathlib import Path
 
 import yaml
 
-from cagsr.atomic import delete, disk_errors, write_text_atomically
 from cagsr.config import TrainerConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
-from cagsr.progress import working
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.saved import DIFFERS, Saved
+from cagsr.support.atomic import delete, disk_errors, write_text_atomically
+from cagsr.support.progress import working
 
 CHECKPOINTS = "checkpoints"
 

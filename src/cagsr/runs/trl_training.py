@@ -18,12 +18,10 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cagsr import __version__
-from cagsr.atomic import delete, disk_errors, replace_folder
 from cagsr.config import RewardModelConfig, TrainerConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
-from cagsr.progress import Task, now, say, shown, working
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import (
     DIFFERS,
@@ -36,6 +34,8 @@ from cagsr.runs.saved import (
     saved_facts,
 )
 from cagsr.runs.trainer_folder import CHECKPOINTS, check_trainer_config, open_trainer_folder, settings_file, write_model
+from cagsr.support.atomic import delete, disk_errors, replace_folder
+from cagsr.support.progress import Task, now, say, shown, working
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
 

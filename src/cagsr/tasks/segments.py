@@ -16,11 +16,11 @@ from cagsr.flow import EncodedPrompt, Episode, Prompt, Segment
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.load import LoadedModel
 from cagsr.models.stops import turn_end
-from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import Tokens
-from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
+from cagsr.prompts.word_tokens import words_of_tokens
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SegmentEncoder:
         prompt, config = Prompt(row=0, text=text), replace(self.salience, skip_sink=False)
         try:
             salient = salient_words(prompt, config, self.frequency, "")
-            found: EncodedPrompt = pool_words(prompt, tokens, salient, config, "")
+            found: EncodedPrompt = words_of_tokens(prompt, tokens, salient, config, "")
         except DataError:  # nothing that later answers could look at
             return segment
         return replace(segment, words=found.words, salience=found.salience)

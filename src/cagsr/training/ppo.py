@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
-from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, PromptBatch, Readings, RewardBatch, Targets, Trainer
@@ -27,11 +26,10 @@ from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
-from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
 from cagsr.objectives.build import build_objectives
 from cagsr.objectives.objective import UpdateBatch
-from cagsr.progress import each, working
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.build import build_sampler
@@ -42,6 +40,8 @@ from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decodin
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer, readings_of
 from cagsr.scoring.statistics import logprobs_and_entropy, token_logprobs
+from cagsr.support.clock import Clock
+from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
 from cagsr.training.schedule import learning_rate_factor
 
@@ -111,7 +111,7 @@ class PPO:
         config, loaded = self.config, self.loaded
         many = config.sampling.num_generations
         batch = prompt_batch(loaded, prompts, many, self.accelerator.process_index * len(prompts))
-        with whole(self.actor_critic):
+        with gathered(self.actor_critic):
             with self.clock.part("rollout"):
                 episodes = played(self.player, self._sample, [one for one in prompts for _ in range(many)], batch)
             visitor, readings, pass_metrics = self._score(episodes)

@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cagsr.clock import peak_memory_bytes
 from cagsr.config import TrainConfig
 from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, evaluation_metrics
 from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.flow import EncodedPrompt, Episode, Experience
 from cagsr.models.load import LoadedModel
-from cagsr.models.sharding import whole
-from cagsr.processes import from_main, together
-from cagsr.progress import say
+from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.user_functions import TextFunction
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.record import RunRecord
+from cagsr.support.clock import peak_memory_bytes
+from cagsr.support.processes import broadcast, gather_objects
+from cagsr.support.progress import say
 from cagsr.tasks.curriculum import Curriculum
 from cagsr.training.ppo import PPO
 
@@ -43,9 +43,8 @@ class Steps:
     def start(self) -> None:
         """Evaluate the starting model, before the first step."""
         metrics, answered = self._evaluate()
-        self.record.log(0, metrics, {}, [])
+        self.record.log(0, metrics, {}, [], answered)
         self.trainer.state.log_history.append({"step": 0, **metrics})
-        self.record.keep_answers(0, answered)
         self.monitors.observe(0, metrics)
 
     def step(self, step: int, numbers: StepNumbers) -> dict[str, float]:
@@ -76,7 +75,7 @@ class Steps:
             metrics |= found
         if any(isinstance(term, TextFunction) for term in ppo.reward.terms):
             try:
-                metrics |= self.trainer.averages(lambda items: together(items, ppo.accelerator), metrics)
+                metrics |= self.trainer.averages(lambda items: gather_objects(items, ppo.accelerator), metrics)
             except RewardError as error:
                 raise RewardError(f"step {step}: {error} {self._where_to_resume()}") from error
         self.trainer.state.log_history.append({"step": step, **metrics})
@@ -88,8 +87,8 @@ class Steps:
             **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
             "peak_memory_bytes": peak_memory_bytes(self.loaded.device),
         }
-        record.log(step, metrics, timings, sample_rows(experience, config.run.sample_rows, self.trainer.extra))
-        record.keep_answers(step, answered)
+        samples = sample_rows(experience, config.run.sample_rows, self.trainer.extra)
+        record.log(step, metrics, timings, samples, answered)
         numbers.step(step, metrics)
         self._watch(step, metrics, last)
         return timings
@@ -111,7 +110,7 @@ class Steps:
 
     def _where_to_resume(self) -> str:
         """The main process's sentence, which all of them say."""
-        return from_main(self.record.where_to_resume, self.ppo.accelerator)
+        return broadcast(self.record.where_to_resume, self.ppo.accelerator)
 
     def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The held-out metrics, and the greedy answers to the first ``evaluation.samples`` prompts as rows."""
@@ -126,7 +125,7 @@ class Steps:
                 self.loaded, prompts, sampling, self.metric, seed=seed, accelerator=accelerator, player=player
             )
 
-        with whole(self.loaded.model):
+        with gathered(self.loaded.model):
             sampled, greedy = answers(config.sampling.temperature), answers(0.0)
         rows = [
             {

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, validate
 from cagsr.errors import ConfigError, DataError
 from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.extras import require
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
@@ -21,6 +19,8 @@ from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
 from cagsr.reward.weigh import Scales
 from cagsr.scoring.answers import Response, encode_response
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.extras import require
 from cagsr.view.measure import Measured, measure
 from cagsr.view.view_html import render_page
 

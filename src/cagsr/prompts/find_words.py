@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import regex
 
-from cagsr.prompts.ranges import outside
+from cagsr.prompts.character_ranges import outside
 
 # Scripts written without spaces: a run of their letters is a clause, so each character stands for itself.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"

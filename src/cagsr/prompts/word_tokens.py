@@ -1,9 +1,11 @@
-"""Where words meet tokens: which salient word each token is a piece of."""
+"""Where words meet tokens: which salient word each token is a piece of, and what the words are as the model sees them."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 from cagsr.config import SalienceConfig
 from cagsr.errors import DataError
@@ -12,7 +14,7 @@ from cagsr.prompts.encode import Tokens
 from cagsr.prompts.salience import SalientWord
 
 
-def pool_words(
+def words_of_tokens(
     prompt: Prompt, tokens: Tokens, salient: Sequence[SalientWord], config: SalienceConfig, where: str
 ) -> EncodedPrompt:
     """Give every token the index of the salient word it belongs to, and every index its weight.
@@ -76,3 +78,16 @@ def _host(start: int, end: int, tokens: Tokens, owners: Sequence[int | None]) ->
         if owner is not None and token_start < end and start < token_end:
             return owner
     return None
+
+
+def explain_salience(encoded: EncodedPrompt, tokenizer: Any) -> list[tuple[str, float]]:
+    """Return the salient words of a prompt with their weights, in the order of their first occurrence.
+
+    A word is shown as the text of its tokens at its first occurrence, so that words that share a token, and pieces
+    that a tokenizer glues to a word, show as what they are to the model.
+    """
+    shown: dict[int, str] = {}
+    for word, run in groupby(zip(encoded.words, encoded.ids, strict=True), key=lambda pair: pair[0]):
+        if word >= 0 and word not in shown:
+            shown[word] = tokenizer.decode([token for _, token in run]).strip()
+    return [(shown[index], weight) for index, weight in enumerate(encoded.salience)]

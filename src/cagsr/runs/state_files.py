@@ -1,4 +1,8 @@
-"""Module weights in safetensors files: shared (tied) tensors once, everything back in its place."""
+"""State as files, exactly: module weights in safetensors, nested Python state (optimizer, RNG, counters) in JSON beside it.
+
+safetensors holds nothing but tensors and JSON nothing but JSON; together they hold what a training run needs without
+pickle, which would run code from the file when loaded.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,11 @@ from torch import Tensor, nn
 
 from cagsr.errors import RunError
 from cagsr.models.sharding import divided_like
-from cagsr.runs.trees import pack_tree, unpack_tree
+
+_TENSOR = "__tensor__"
+_TUPLE = "__tuple__"
+_PAIRS = "__pairs__"
+_MARKS = (_TENSOR, _TUPLE, _PAIRS)
 
 
 def _storable(tensor: Tensor) -> Tensor:
@@ -101,3 +109,56 @@ def load_tree(path: Path) -> Any:
     value = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
     tensors_file = path.with_name(path.name + ".safetensors")
     return unpack_tree(value, load_file(tensors_file) if tensors_file.exists() else {})
+
+
+def pack_tree(tree: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
+    """Split nested dicts, lists and tuples into a JSON value and its tensors by name, ``{"__tensor__": name}`` in their place.
+
+    Floats, integers, strings, booleans and None are kept exactly (JSON writes the shortest text that reads back as
+    the same float; NaN and infinities as Python's ``json`` does), tuples stay tuples and integer keys integers. The tensors'
+    names begin with ``name``, as in ``state.0.exp_avg``.
+
+    Raises:
+        TypeError: the state holds an object that is neither of these.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any, at: str) -> Any:
+        # bool is an int; NumPy's float64 is a float but its float32 is not, so it ends in the TypeError below.
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Tensor):
+            while at in tensors:  # {"a": {"b": x}, "a.b": y} would give both tensors one name
+                at += "'"
+            tensors[at] = value.detach()
+            return {_TENSOR: at}
+        if isinstance(value, tuple):
+            return {_TUPLE: [pack(item, f"{at}.{i}") for i, item in enumerate(value)]}
+        if isinstance(value, list):
+            return [pack(item, f"{at}.{i}") for i, item in enumerate(value)]
+        if isinstance(value, dict):
+            plain = all(isinstance(key, str) and key not in _MARKS for key in value)
+            packed = [(key, pack(item, f"{at}.{key}")) for key, item in value.items()]
+            return dict(packed) if plain else {_PAIRS: [[key, item] for key, item in packed]}
+        raise TypeError(f"{at} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text and containers.")
+
+    return pack(tree, name), tensors
+
+
+def unpack_tree(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo ``pack_tree``.
+
+    Raises:
+        KeyError: a tensor named in ``value`` is not in ``tensors``.
+    """
+    if isinstance(value, list):
+        return [unpack_tree(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        if _TUPLE in value:
+            return tuple(unpack_tree(item, tensors) for item in value[_TUPLE])
+        if _PAIRS in value:
+            return {key: unpack_tree(item, tensors) for key, item in value[_PAIRS]}
+        return {key: unpack_tree(item, tensors) for key, item in value.items()}
+    return value

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import uvicorn
 
 from cagsr.errors import ConfigError
-from cagsr.progress import resting
+from cagsr.support.progress import resting
 
 HOST = "127.0.0.1"
 
@@ -35,10 +35,7 @@ def listen(port: int) -> socket.socket:
 def serve_until_interrupted(settings: uvicorn.Config, taken: socket.socket, ready: Callable[[], None]) -> None:
     """Serve on the port of ``listen`` until Ctrl-C.
 
-    Args:
-        settings: the application and how it is served.
-        taken: the port.
-        ready: called once the server listens to Ctrl-C too: one that comes before can be lost in an import.
+    ``ready`` is called once the server listens to Ctrl-C too: one that comes before can be lost in an import.
     """
 
     class Server(uvicorn.Server):

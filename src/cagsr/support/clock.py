@@ -20,10 +20,8 @@ OPERATORS = 10
 class Clock:
     """Adds up the seconds of named parts.
 
-    Args:
-        device: where the work runs.
-        exact: wait for an accelerator at both ends of a part. Without it a part on a GPU holds only the time until the
-            work was handed over; the waiting slows training down a little.
+    ``exact`` waits for an accelerator at both ends of a part. Without it a part on a GPU holds only the time until the work was
+    handed over; the waiting slows training down a little.
     """
 
     def __init__(self, device: torch.device, *, exact: bool = False) -> None:
@@ -62,9 +60,8 @@ def peak_memory_bytes(device: torch.device) -> float:
 def operators_of(found: list[tuple[str, float, int]], device: torch.device) -> Iterator[None]:
     """Record the operators that run inside the ``with`` block.
 
-    Args:
-        found: is filled with ``(name, seconds of its own, calls)``, the costliest first, at most ``OPERATORS``.
-        device: on CUDA the seconds are the device's, else the CPU's.
+    ``found`` is filled with ``(name, seconds of its own, calls)``, the costliest first, at most ``OPERATORS``; on CUDA the
+    seconds are the device's, else the CPU's.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -78,15 +75,12 @@ def operators_of(found: list[tuple[str, float, int]], device: torch.device) -> I
 
 
 def profile_text(steps: Sequence[Mapping[str, float]], operators: Sequence[tuple[str, float, int]]) -> str:
-    """Say where the time went, as Markdown.
+    """Say where the time went, as Markdown: parts (seconds a step, share of all), tokens per second, memory, operators.
 
     Args:
         steps: the timings of each step, as ``timings.jsonl`` holds them: ``<part>_seconds``, ``collect_seconds``,
             ``update_seconds``, ``evaluation_seconds``, ``response_tokens``, ``peak_memory_bytes``.
         operators: of one step, from :func:`operators_of`.
-
-    Returns:
-        A table of the parts (seconds a step, share of all), tokens per second, memory, and a table of the operators.
     """
     count = max(1, len(steps))
     whole = sum(row["collect_seconds"] + row["update_seconds"] + row["evaluation_seconds"] for row in steps)

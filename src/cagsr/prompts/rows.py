@@ -1,11 +1,15 @@
-"""One row of the data, and what is done to every row wherever it comes from: text columns, OpenAI's ``messages``."""
+"""The rows of the data, and what is done to them wherever they come from: text columns, OpenAI's ``messages``, texts cut in two."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from typing import Any, NamedTuple
+
+from cagsr.config import DataConfig
 
 MESSAGES = "messages"
 TEXT_COLUMNS = ("completion", "chosen", "rejected", "response", "reference", "references", "follow_up")
@@ -23,6 +27,20 @@ class Row(NamedTuple):
     """Column name -> value."""
     from_messages: bool = False
     """Prompt and answer were taken from a column ``messages``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set, read anew at every iteration: nothing is kept in memory."""
+
+    source: str
+    """What the user named."""
+    open: Callable[[], Iterator[Row]]
+    """Starts reading from the first row."""
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return islice(self.open(), self.limit)
 
 
 def number_as_text(value: Any) -> Any:
@@ -63,3 +81,33 @@ def without_messages(row: Row, prompt_column: str) -> Row:
         end = next((n for n in range(end, 0, -1) if messages[n - 1].get("role") not in ("assistant", "tool")), 0)
         values["completion"] = list(messages[end:])
     return row._replace(values={"prompt": list(messages[:end]), **values}, from_messages=True)
+
+
+def split_texts(rows: Rows, config: DataConfig) -> Rows:
+    """Cut each row's text as ``config.split_text`` says; 0 leaves the rows as they are.
+
+    The prompt column keeps the beginning and ``completion`` holds the rest, which scoring takes as the response and
+    evaluation as the reference. Rows whose prompt column holds no text stay as they are.
+    """
+    if config.split_text == 0:
+        return rows
+
+    def halves() -> Iterator[Row]:
+        for row in rows:
+            text = row.values.get(config.prompt_column)
+            if isinstance(text, str):
+                prompt, rest = split_at_space(text, config.split_text)
+                row = row._replace(values={**row.values, config.prompt_column: prompt, "completion": rest})
+            yield row
+
+    return Rows(rows.source, halves)
+
+
+def split_at_space(text: str, share: float) -> tuple[str, str]:
+    """Cut a text at the first white space from ``share`` of its characters on; the rest begins with that space.
+
+    A text without white space there is all prompt, its rest empty.
+    """
+    start = max(1, round(len(text) * share))
+    position = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
+    return text[:position], text[position:]

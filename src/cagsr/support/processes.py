@@ -22,11 +22,9 @@ from accelerate.utils import (
     gather_object,
 )
 
-from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError, ConfigError
 
 T = TypeVar("T")
-
 
 PATIENCE = 1800.0
 """Seconds that processes wait for one of them: writing a large checkpoint, a user's slow metric. NCCL's own are 600."""
@@ -35,9 +33,7 @@ PATIENCE = 1800.0
 def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
     """Join the processes that ``accelerate launch`` or ``torchrun`` started, as its configuration says (DDP or FSDP2).
 
-    Args:
-        cpu: run on the CPU although there is a GPU.
-        longest_wait: seconds that one process may have to wait for a server while the others wait for it.
+    ``cpu`` runs on the CPU although there is a GPU; one process may have to wait ``longest_wait`` seconds for a server.
 
     Raises:
         ConfigError: a way of distributing (FSDP1, DeepSpeed, Megatron) or a setting of it that is not supported.
@@ -54,7 +50,8 @@ def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
             f"{started} processes were started and accelerate joined {accelerator.num_processes}: start them with accelerate "
             "launch or torchrun, as docs/scale.md shows."
         )
-    if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _shard_on_cpu()
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(accelerator.state.fsdp_plugin)
@@ -81,42 +78,44 @@ def check_precision(accelerator: Accelerator, compute_dtype: torch.dtype) -> Non
     )
 
 
-def check_processes(config: TrainConfig, processes: int) -> None:
-    """Refuse a step that can't be divided among the processes.
+def check_processes(batch: int, answers: int, mini_batches: int, processes: int) -> None:
+    """Refuse a step of ``batch`` prompts with ``answers`` to each that can't be divided among the processes.
 
     Raises:
         ConfigError: one sentence naming the setting and what to do.
     """
-    batch, answers = config.run.batch_size, config.sampling.num_generations
     if batch % processes:
         below, above = batch - batch % processes, batch + processes - batch % processes
         raise ConfigError(
             f"--run.batch_size {batch}: the prompts of a step are divided among {processes} processes, so give a multiple of "
             f"{processes}, as {f'{below} or {above}' if below else above}."
         )
-    if config.ppo.num_mini_batches > batch // processes * answers:
+    if mini_batches > batch // processes * answers:
         raise ConfigError(
-            f"--ppo.num_mini_batches {config.ppo.num_mini_batches}: more than the {batch // processes * answers} answers of "
+            f"--ppo.num_mini_batches {mini_batches}: more than the {batch // processes * answers} answers of "
             f"each of {processes} processes in a step."
         )
 
 
-def share(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
-    """Return this process's run of the items; ``together`` puts the results of all runs in order again."""
+def split_between_processes(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
+    """Give this process its run of the items, which may be empty; ``gather_objects`` puts the results of all in order again.
+
+    accelerate's function of that name gives a process that would have none the last item once more.
+    """
     if accelerator is None or accelerator.num_processes == 1:
         return items
     rank, processes = accelerator.process_index, accelerator.num_processes
     return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
 
 
-def together(items: Sequence[T], accelerator: Accelerator | None) -> list[T]:
+def gather_objects(items: Sequence[T], accelerator: Accelerator | None) -> list[T]:
     """Collect the (picklable) items of all processes, in the order of their ranks; every process calls it."""
     if accelerator is None or accelerator.num_processes == 1:
         return list(items)
     return gather_object(list(items))
 
 
-def from_main(make: Callable[[], T], accelerator: Accelerator | None) -> T:
+def broadcast(make: Callable[[], T], accelerator: Accelerator | None) -> T:
     """Compute something (picklable) on the main process and tell all; an error is raised in all of them.
 
     Every process calls it. A process that raised alone would leave the others waiting for ever.
@@ -136,10 +135,6 @@ def from_main(make: Callable[[], T], accelerator: Accelerator | None) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
-
-
-def _asks_for_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _shard_on_cpu() -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import regex
 
 from cagsr.errors import DataError
+from cagsr.prompts.character_ranges import Range
 from cagsr.prompts.chat import apply_template
-from cagsr.prompts.ranges import Range
 
 _HOLDER = "\ue000"
 _CONVERSATIONS = (("user",), ("system", "user"), ("user", "assistant", "user"))

@@ -94,12 +94,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows the work that goes on, outermost first: a bar for each on a terminal, else one line now and then.
 
-    Args:
-        name: what is said where nothing is known of the work, as ``cagsr sft``.
-        console: where; None: standard error.
-        first: seconds until the first line; None: ``FIRST``.
-        every: seconds from line to line; None: ``EVERY``.
-        clock: gives seconds.
+    ``name`` is said where nothing is known of the work; the first line comes after ``first`` seconds on ``clock`` (None:
+    ``FIRST``), further ones ``every`` seconds (None: ``EVERY``).
     """
 
     def __init__(
@@ -214,8 +210,7 @@ class Display:
 def shown(name: str) -> Iterator[None]:
     """Show the work of this block (or function), unless it is shown already or this is not the main process.
 
-    Args:
-        name: what is said where nothing is known of the work, as ``cagsr sft``.
+    ``name`` is said where nothing is known of the work, as ``cagsr sft``.
     """
     # RANK is what torchrun and accelerate tell their processes, before any of them has begun.
     if _CURRENT.get() is not None or os.environ.get("RANK", "0") != "0":
@@ -246,14 +241,7 @@ def resting() -> Iterator[None]:
 
 @contextmanager
 def working(what: str, total: int | None = None, unit: str = "", *, done: int = 0) -> Iterator[Task]:
-    """Tell that this block (or function) does ``what``; yields the task, which is told what was done.
-
-    Args:
-        what: as ``scoring``.
-        total: how many units there are; None: unknown.
-        unit: what is counted, in the plural.
-        done: units that were done before.
-    """
+    """Tell that this block (or function) does ``what``; yields the task (see there), which is told what was done."""
     task, display = Task(what, total, unit, done), _CURRENT.get()
     if display is None:
         yield task
