@@ -99,8 +99,8 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.localhost import listen
-    from cagsr.rating.server import link, serve
+    from cagsr.localhost import listen, serve_until_interrupted
+    from cagsr.rating.server import link, rating_app
 
     taken = listen(config.port)
     path = Path(config.db)
@@ -111,7 +111,8 @@ def _serve(config: Config) -> None:
                 f"Open {link(store, taken)}",
                 f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
             ]
-            serve(store, taken, lambda: say(lines))
+            application = rating_app(store, taken.getsockname()[1])
+            serve_until_interrupted(application, taken, lambda: say(lines))
         except KeyboardInterrupt:
             pass
         finally:

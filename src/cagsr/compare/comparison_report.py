@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
@@ -24,6 +23,7 @@ from cagsr.compare.plan import START
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
+from cagsr.html_page import templates
 from cagsr.progress import working
 
 
@@ -131,13 +131,7 @@ def _content(results: Results) -> dict[str, Any]:
 
 def _render(kind: str, content: dict[str, Any]) -> str:
     """Fill ``report.jinja`` with the macros of a format, ``markdown`` or ``html``."""
-    environment = Environment(
-        loader=PackageLoader("cagsr", "compare"),
-        autoescape=kind == "html",
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.do"],
-    )
+    environment = templates("compare", html=kind == "html")
     markdown = MarkdownIt("commonmark", {"html": False})
     environment.filters |= {
         "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),

@@ -6,11 +6,8 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Annotated, Any, Literal, TypeVar
 
-import uvicorn
-from jinja2 import Environment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,7 +18,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import DataError
-from cagsr.localhost import HOST, serve_until_interrupted
+from cagsr.html_page import page_file, templates
+from cagsr.localhost import HOST
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
 
@@ -80,7 +78,8 @@ def rating_app(store: Store, port: int) -> Starlette:
     Writes answer with where the rater stands, so that the page needs no second request. Status 409: another rating stands
     there; 412: the page was opened for another file; 503: the disk refused, nothing was kept.
     """
-    page = _page(store)
+    scales = {name: SCALE_TEXTS[name] for name in store.settings.scales}
+    page = templates("rating").get_template("page.html.jinja").render(database=store.database, scales=scales)
 
     async def show(request: Request) -> Response:
         response = HTMLResponse(page)
@@ -137,36 +136,13 @@ def rating_app(store: Store, port: int) -> Starlette:
     )
 
 
-def serve(store: Store, taken: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until interrupted; ``ready`` is called when the page can be opened."""
-    port = taken.getsockname()[1]
-    settings = uvicorn.Config(
-        rating_app(store, port),
-        log_level="warning",
-        access_log=False,  # its lines would show the token
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=3,
-    )
-    serve_until_interrupted(settings, taken, ready)
-
-
 def link(store: Store, taken: socket.socket) -> str:
     """Give the address of the page, token included."""
     return f"http://{HOST}:{taken.getsockname()[1]}/?token={store.token}"
 
 
-def _page(store: Store) -> str:
-    template = (files("cagsr.rating") / "page.html.jinja").read_text(encoding="utf-8")
-    scales = [(name, SCALE_TEXTS[name]) for name in store.settings.scales]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(database=store.database, scales=scales)
-
-
 def _file(name: str, kind: str) -> Callable[[Request], Any]:
-    content = (files("cagsr.rating") / name).read_text(encoding="utf-8")
+    content = page_file("rating", name)
 
     async def give(request: Request) -> Response:
         return Response(content, media_type=kind)

@@ -8,35 +8,9 @@ from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.config.validation import flatten
-from cagsr.run_page.metric_curves import HELD_OUT, MORE, SPEED, Curve, points
+from cagsr.run_page.metric_curves import HELD_OUT, MORE, NAMES, SPEED, Curve, points
 from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import PHASES, is_number, step_seconds
-
-MONITORS = {
-    "kl": "KL too large",
-    "negative_kl": "KL below zero",
-    "length_drift": "Length drifts",
-    "repetition": "Repetition",
-    "ended": "Answers don't end",
-    "entropy": "Entropy collapses",
-    "dominance": "One term dominates",
-    "metric_drop": "Reward up, held-out metric down",
-}
-PHASE_NAMES = dict(zip(PHASES, ("sampling, scoring, reward", "update", "held-out evaluation"), strict=True))
-INSIDE = {
-    "collect_seconds": {
-        "rollout_seconds": "sampling",
-        "scoring_seconds": "scoring, with attention",
-        "reference_seconds": "reference",
-        "reward_seconds": "reward and advantages",
-    },
-    "update_seconds": {
-        "forward_seconds": "update: forward",
-        "backward_seconds": "update: backward",
-        "optimizer_seconds": "update: optimizer",
-    },
-}
-"""What lies inside the phases, where a run has recorded it."""
+from cagsr.run_page.step_times import is_number, step_seconds
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,7 @@ def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "run": number,
             "label": run.label,
             "step": row["step"],
-            "name": MONITORS.get(str(row.get("name")), str(row.get("name", "")).replace("_", " ")),
+            "name": NAMES["monitors"].get(str(row.get("name")), [str(row.get("name", "")).replace("_", " ")])[0],
             "sentence": str(row.get("sentence", "")),
             "stop": row.get("action") == "stop",
         }
@@ -125,12 +99,12 @@ def costs(run: Run) -> dict[str, Any] | None:
 def _parts(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """``(what, key, seconds)``: each phase, or what lies inside it and the rest of it."""
     found: list[tuple[str, str, float]] = []
-    for phase, name in PHASE_NAMES.items():
+    for phase, names in NAMES["phases"].items():
         if phase not in seconds:
             continue
-        inside = [(what, key, seconds[key]) for key, what in INSIDE.get(phase, {}).items() if key in seconds]
+        inside = [(what, key, seconds[key]) for key, what in names["inside"].items() if key in seconds]
         rest = seconds[phase] - sum(value for _, _, value in inside)
-        found += [*inside, (f"{name}: the rest" if inside else name, phase, max(0.0, rest))]
+        found += [*inside, (f"{names['name']}: the rest" if inside else names["name"], phase, max(0.0, rest))]
     return found
 
 
