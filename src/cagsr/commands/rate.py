@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cagsr.config.ranges import OutputFile, Port, Seed
+from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Config:
 
 
 ONLY = {
-    "serve": (
+    "serve": [
         "a",
         "b",
         "pairs",
@@ -81,8 +82,8 @@ ONLY = {
         "scales",
         "seed",
         "port",
-    ),
-    "export": ("votes",),
+    ],
+    "export": ["votes"],
 }
 """Settings that one mode alone reads."""
 
@@ -128,13 +129,7 @@ def _store(config: Config, path: Path) -> Store:
     from cagsr.rating.database import was_created
     from cagsr.rating.store import Store
 
-    if path.is_dir() or not path.parent.is_dir():
-        what = (
-            "is a folder; give the name of a file"
-            if path.is_dir()
-            else f"the folder {path.parent} does not exist; create it first"
-        )
-        raise ConfigError(f"--db {path}: {what}.")
+    checked(OutputFile, str(path), "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
@@ -166,11 +161,10 @@ def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
     if not any(not one.gold for one in asked.questions):
         raise DataError("There is nothing to rate: all pairs have two equal answers.")
     say(asked.notes())
-    labels = (config.a, config.b) if config.pairs is None else (config.a_column, config.b_column)
-    prefix = "" if config.pairs is None else f"{config.pairs}, column "
-    settings = Settings(
-        f"{prefix}{labels[0]}", f"{prefix}{labels[1]}", SCALES if config.scales else (), config.seed or 0
-    )
+    a, b = str(config.a), str(config.b)
+    if config.pairs is not None:
+        a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+    settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
     gold = sum(one.gold for one in asked.questions)
     say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
     return Store.create(path, asked.questions, settings)
@@ -207,22 +201,23 @@ def _summary(config: Config) -> None:
     import json
 
     from cagsr.atomic import write_text_atomically
+    from cagsr.rating.store import Store
     from cagsr.rating.summary import summarize
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         questions = sum(not one.gold for one in store.questions())
         found = summarize(_that_count(config, store), questions, store.settings)
-    for line in found.lines():
-        print(line)
+    print(found.text())
     if config.out is not None:
-        write_text_atomically(Path(config.out), json.dumps(found.plain(), indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(Path(config.out), json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
 
 
 def _export(config: Config) -> None:
     from cagsr.commands.inputs import say, write_rows
     from cagsr.rating.export import preference_pairs
+    from cagsr.rating.store import Store
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:
         raise DataError(
@@ -230,12 +225,6 @@ def _export(config: Config) -> None:
         )
     write_rows(found.rows, config.out)
     say([f"{config.out or 'Standard output'}: {found.sentence()}"])
-
-
-def _opened(config: Config) -> Store:
-    from cagsr.rating.store import Store
-
-    return Store(Path(config.db))
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:
