@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -103,25 +103,17 @@ def _serve(config: Config) -> None:
     from cagsr.localhost import listen, serve_until_interrupted
     from cagsr.rating.server import link, rating_app
 
-    taken = listen(config.port)
     path = Path(config.db)
-    try:
-        store = _store(config, path)
-        try:
-            lines = [
-                f"Open {link(store, taken)}",
-                f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
-            ]
-            application = rating_app(store, taken.getsockname()[1])
+    with closing(listen(config.port)) as taken, closing(_store(config, path)) as store:
+        lines = [
+            f"Open {link(store, taken)}",
+            f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
+        ]
+        application = rating_app(store, taken.getsockname()[1])
+        with suppress(KeyboardInterrupt):
             serve_until_interrupted(application, taken, lambda: say(lines))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            count = len(store.judgements())
-            store.close()
-        say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
-    finally:
-        taken.close()
+        count = len(store.judgements())
+    say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
 
 
 def _store(config: Config, path: Path) -> Store:

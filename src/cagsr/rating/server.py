@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 import sqlite3
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
@@ -119,8 +118,8 @@ def rating_app(store: Store, port: int) -> Starlette:
     return Starlette(
         routes=[
             Route("/", show),
-            Route("/rate.js", _file("rate.js", "text/javascript")),
-            Route("/rate.css", _file("rate.css", "text/css")),
+            Route("/rate.js", lambda request: Response(page_file("rating", "rate.js"), media_type="text/javascript")),
+            Route("/rate.css", lambda request: Response(page_file("rating", "rate.css"), media_type="text/css")),
             Route("/api/state", state),
             Route("/api/rater", join, methods=["POST"]),
             Route("/api/rate", rate, methods=["POST"]),
@@ -139,15 +138,6 @@ def rating_app(store: Store, port: int) -> Starlette:
 def link(store: Store, taken: socket.socket) -> str:
     """Give the address of the page, token included."""
     return f"http://{HOST}:{taken.getsockname()[1]}/?token={store.token}"
-
-
-def _file(name: str, kind: str) -> Callable[[Request], Any]:
-    content = page_file("rating", name)
-
-    async def give(request: Request) -> Response:
-        return Response(content, media_type=kind)
-
-    return give
 
 
 async def _read(request: Request, kind: type[MessageT], store: Store) -> MessageT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -40,10 +40,7 @@ def content_of(runs: Sequence[Run]) -> Content:
             {"label": run.label, "state": run.state.kind, "sentence": run.state.sentence, "written": run.state.written}
             for run in runs
         ],
-        "curves": [
-            {"key": one.key, "title": one.title, "unit": one.unit, "group": one.group, "floor": one.floor}
-            for one in curves
-        ],
+        "curves": [asdict(one) for one in curves],
         "groups": GROUPS,
         "lazy": MORE,
         "figure": chart(len(runs)),
