@@ -32,14 +32,12 @@ SCALE_TEXTS = {
 
 
 class _Message(BaseModel):
+    """What every message says; with no more than that somebody gives a name."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
     database: str
     """Which ratings file the page was opened for."""
     rater: Annotated[str, Field(min_length=1, max_length=400)]
-
-
-class JoinMessage(_Message):
-    """Somebody gives a name."""
 
 
 Mark = Annotated[int, Field(ge=1, le=5)]
@@ -63,14 +61,6 @@ class UndoMessage(_Message):
 MessageT = TypeVar("MessageT", bound=_Message)
 
 
-class Refusal(Exception):
-    """A message that can't be served: one sentence and an HTTP status."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
 def rating_app(store: Store, port: int) -> Starlette:
     """Make the ASGI application for one ratings file.
 
@@ -89,11 +79,11 @@ def rating_app(store: Store, port: int) -> Starlette:
         _check_database(store, request.query_params.get("database", ""))
         found = await run_in_threadpool(store.progress, request.query_params.get("rater", ""))
         if found is None:
-            raise Refusal(404, "Nobody of that name rates here yet.")
+            raise HTTPException(404, "Nobody of that name rates here yet.")
         return _progress(found)
 
     async def join(request: Request) -> Response:
-        message = await _read(request, JoinMessage, store)
+        message = await _read(request, _Message, store)
         return _progress(await run_in_threadpool(store.join, message.rater))
 
     async def rate(request: Request) -> Response:
@@ -112,7 +102,7 @@ def rating_app(store: Store, port: int) -> Starlette:
     async def _answer(outcome: str, message: _Message) -> Response:
         found = await run_in_threadpool(store.progress, message.rater)
         if outcome == "unknown" or found is None:
-            raise Refusal(404, "No such rater or question in this ratings file.")
+            raise HTTPException(404, "No such rater or question in this ratings file.")
         return _progress(found, outcome, 409 if outcome == "conflict" else 200)
 
     return Starlette(
@@ -127,7 +117,6 @@ def rating_app(store: Store, port: int) -> Starlette:
         ],
         middleware=[Middleware(Guard, token=store.token, port=port)],
         exception_handlers={
-            Refusal: lambda request, error: JSONResponse({"error": str(error)}, error.status),
             DataError: lambda request, error: JSONResponse({"error": str(error)}, 400),
             HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code),
             sqlite3.Error: lambda request, error: JSONResponse({"error": f"The ratings file refuses: {error}."}, 503),
@@ -143,24 +132,24 @@ def link(store: Store, taken: socket.socket) -> str:
 async def _read(request: Request, kind: type[MessageT], store: Store) -> MessageT:
     """Read and check the page's message."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refusal(415, "A message must be JSON.")
+        raise HTTPException(415, "A message must be JSON.")
     content = b""
     async for part in request.stream():
         content += part
         if len(content) > LARGEST:
-            raise Refusal(413, "The message is too long.")
+            raise HTTPException(413, "The message is too long.")
     try:
         message = kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'The message'}: {first['msg']}.") from None
+        raise HTTPException(400, f"{'.'.join(map(str, first['loc'])) or 'The message'}: {first['msg']}.") from None
     _check_database(store, message.database)
     return message
 
 
 def _check_database(store: Store, named: str) -> None:
     if named != store.database:
-        raise Refusal(412, "This page was opened for another ratings file than the one served here now.")
+        raise HTTPException(412, "This page was opened for another ratings file than the one served here now.")
 
 
 def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
@@ -169,7 +158,7 @@ def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
     marks = message.marks or {}
     if any(set(marks.get(side, {})) != set(scales) for side in ("left", "right")):
         wanted = ", ".join(scales) or "no scales"
-        raise Refusal(400, f"Both answers need marks for: {wanted}.")
+        raise HTTPException(400, f"Both answers need marks for: {wanted}.")
 
 
 def _progress(progress: Progress, outcome: str = "done", status: int = 200) -> Response:

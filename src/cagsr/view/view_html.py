@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -41,17 +42,12 @@ def pack_all(measured: Measured) -> tuple[tuple[Plane, ...], list[str | None]]:
         The planes on the page, and each answer's bytes, None where they are left out.
     """
     without_heads = tuple(plane for plane in measured.planes if plane.head is None)
-    for planes in dict.fromkeys((measured.planes, without_heads)):
-        packed: list[str | None] = [pack(answer, planes) for answer in measured.answers]
-        if sum(len(one or "") for one in packed) <= ROOM:
-            return planes, packed
-    only = (REWARD,)
-    packed, used = [], 0
-    for answer in measured.answers:
-        one = pack(answer, only)
-        used += len(one)
-        packed.append(one if used <= ROOM else None)
-    return only, packed
+    for planes in dict.fromkeys((measured.planes, without_heads, (REWARD,))):
+        packed = [pack(answer, planes) for answer in measured.answers]
+        used = list(accumulate(map(len, packed)))
+        if used[-1] <= ROOM:
+            break
+    return planes, [one if size <= ROOM else None for one, size in zip(packed, used, strict=True)]
 
 
 def page_data(measured: Measured) -> dict[str, Any]:
