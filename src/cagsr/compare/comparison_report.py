@@ -51,14 +51,7 @@ def finding(results: Results) -> str:
 def write_report(results: Results, command: str, failures: Sequence[Failure], path: Path) -> tuple[Path, Path]:
     """Write the report as ``path`` (Markdown), its pictures into a folder of that name, and all in one as ``.html``.
 
-    Args:
-        results: what is done.
-        command: the command that makes it, printed at its top.
-        failures: jobs that failed, named in it.
-        path: Markdown file.
-
-    Returns:
-        The Markdown and the HTML file.
+    The command that makes it and the jobs that failed are named in it. Returns the Markdown and the HTML file.
 
     Raises:
         RunError: nothing is done yet.

@@ -41,13 +41,9 @@ SAMPLING_SEED = 7
 
 @working("judging the method")
 def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, float]) -> None:
-    """Judge one method with one seed and write its result.
+    """Judge one method with one seed and write its result, with its costs so far (seconds and labels).
 
-    Args:
-        plan: the comparison.
-        job: which method and seed.
-        model: the policy's folder; None for the start and for best of N, which have no policy of their own.
-        costs: seconds and labels so far, kept with the result.
+    ``model`` is the policy's folder; None for the start and for best of N, which have no policy of their own.
     """
     assert job.seed is not None
     began = time.perf_counter()
@@ -169,13 +165,7 @@ def prompts_and_scorer(
 ) -> tuple[Sequence[EncodedPrompt], Scorer, Associations | None]:
     """Prompts of ``data`` and a method's reward: words weigh, and go together, as in its training prompts.
 
-    Args:
-        config: the method's settings.
-        loaded: the start.
-        data: the prompts.
-        seed: of the answers that associations are learned from.
-        associated: whether they are learned.
-        micro_batch_size: answers that are scored at once.
+    What goes together is learned, if ``associated``, from answers of the start, which ``seed`` draws.
     """
     room = loaded.room_for_prompts(config.sampling.max_new_tokens)
     training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)

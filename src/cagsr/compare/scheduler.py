@@ -36,15 +36,7 @@ def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, pa
 
     A job that fails takes those that need it with it; the others go on, so that a night is not lost.
 
-    Args:
-        plan: the comparison.
-        plan_file: its file, which the jobs read again.
-        jobs: all of them.
-        fast: the plan's fast version.
-        parallel: jobs at a time; the cores are shared among them.
-
-    Returns:
-        What failed.
+    The jobs read ``plan_file`` again; ``parallel`` of them run at a time and share the cores. Returns what failed.
 
     Raises:
         RunError: another process works on the same folder.

@@ -24,11 +24,6 @@ from cagsr.rating.store import Progress, Store
 
 LARGEST = 16_384
 """Bytes of a message from the page; the largest that it sends has some hundred."""
-SCALE_TEXTS = {
-    "relevance": "Does it answer what was asked?",
-    "fluency": "Is it well written?",
-    "helpfulness": "Is it of use to whoever asked?",
-}
 
 
 class _Message(BaseModel):
@@ -67,8 +62,8 @@ def rating_app(store: Store, port: int) -> Starlette:
     Writes answer with where the rater stands, so that the page needs no second request. Status 409: another rating stands
     there; 412: the page was opened for another file; 503: the disk refused, nothing was kept.
     """
-    scales = {name: SCALE_TEXTS[name] for name in store.settings.scales}
-    page = templates("rating").get_template("page.html.jinja").render(database=store.database, scales=scales)
+    template = templates("rating").get_template("page.html.jinja")
+    page = template.render(database=store.database, scales=store.settings.scales)
 
     async def show(request: Request) -> Response:
         response = HTMLResponse(page)

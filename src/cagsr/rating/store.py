@@ -217,11 +217,11 @@ class Store:
 
     def _progress(self, key: str) -> Progress:
         rater, name = self._connection.execute("SELECT id, name FROM raters WHERE key = ?", (key,)).fetchone()
-        total = self._connection.execute("SELECT count(*) FROM orders WHERE rater = ?", (rater,)).fetchone()[0]
-        done, latest = self._connection.execute(
-            "SELECT count(*), max(id) FROM ratings WHERE rater = ?", (rater,)
+        total, done, last = self._connection.execute(
+            "SELECT (SELECT count(*) FROM orders WHERE rater = :rater), (SELECT count(*) FROM ratings WHERE rater = :rater), "
+            "(SELECT client_id FROM ratings WHERE rater = :rater ORDER BY id DESC LIMIT 1)",
+            {"rater": rater},
         ).fetchone()
-        last = self._connection.execute("SELECT client_id FROM ratings WHERE id = ?", (latest,)).fetchone()
         row = self._connection.execute(
             "SELECT questions.id, prompt, a, b, a_left FROM orders JOIN questions ON questions.id = orders.question "
             "LEFT JOIN ratings ON ratings.rater = orders.rater AND ratings.question = orders.question "
@@ -232,7 +232,7 @@ class Store:
         if row is not None:
             question, prompt, a, b, a_left = row
             asked = Asked(question, json.loads(prompt), *((a, b) if a_left else (b, a)))
-        return Progress(name, done, total, None if last is None else last[0], asked)
+        return Progress(name, done, total, last, asked)
 
 
 def draw_order(seed: int, rater: str, questions: Sequence[str]) -> list[tuple[str, bool]]:

@@ -37,12 +37,12 @@ def ends(run: Run, key: str) -> Ends | None:
 
 def glance(runs: Sequence[Run], curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """The rows of the first table: what matters, for each run."""
-    found = []
-    for curve in curves:
-        if curve.group in (MORE, SPEED) or (curve.group == HELD_OUT and curve.key.endswith(("/ended", "/repetition"))):
-            continue
-        found.append({"curve": curve, "runs": [ends(run, curve.key) for run in runs]})
-    return found
+    return [
+        {"curve": curve, "runs": [ends(run, curve.key) for run in runs]}
+        for curve in curves
+        if curve.group not in (MORE, SPEED)
+        and not (curve.group == HELD_OUT and curve.key.endswith(("/ended", "/repetition")))
+    ]
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -72,18 +72,14 @@ def costs(run: Run) -> dict[str, Any] | None:
     """
     if not run.timings:
         return None
-    seconds = {
-        key: sum(row[key] for row in run.timings if is_number(row.get(key)))
-        for key in dict.fromkeys(key for row in run.timings for key in row if key.endswith("_seconds"))
-    }
+    recorded = [(key, value) for row in run.timings for key, value in row.items() if is_number(value)]
+    seconds: dict[str, float] = {}
+    for key, value in recorded:
+        if key.endswith("_seconds"):
+            seconds[key] = seconds.get(key, 0.0) + value
     total = sum(step_seconds(row) for row in run.timings)
-    tokens = sum(row["response_tokens"] for row in run.timings if is_number(row.get("response_tokens")))
-    memory = [
-        row[key]
-        for row in run.timings
-        for key in row
-        if "memory" in key and key.endswith("_bytes") and is_number(row[key])
-    ]
+    tokens = sum(value for key, value in recorded if key == "response_tokens")
+    memory = [value for key, value in recorded if "memory" in key and key.endswith("_bytes")]
     collecting = seconds.get("collect_seconds", 0.0)
     return {
         "parts": [(what, key, value, value / total if total else 0.0) for what, key, value in _parts(seconds)],
@@ -112,13 +108,9 @@ def changed_settings(run: Run) -> list[tuple[str, str, str]]:
     """The settings that are not the default ones: dotted key, value, default (empty where there is none)."""
     defaults = flatten(TrainConfig(model=ModelConfig(path=""), data=DataConfig(path=""), output_dir=""))
     needed = ("model.path", "data.path", "output_dir")
-    found = []
-    for key, value in _flat(run.settings).items():
-        if key in needed or key not in defaults:
-            found.append((key, _text(value), ""))
-        elif _text(value) != _text(defaults[key]):
-            found.append((key, _text(value), _text(defaults[key])))
-    return found
+    known = {key: _text(value) for key, value in defaults.items() if key not in needed}
+    rows = [(key, _text(value), known.get(key, "")) for key, value in _flat(run.settings).items()]
+    return [row for row in rows if row[0] not in known or row[1] != row[2]]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
