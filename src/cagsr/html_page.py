@@ -24,7 +24,7 @@ def templates(room: str, *, html: bool = True) -> Environment:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    environment.filters |= {"number": lambda value: minus(f"{value:.4g}"), "minus": minus}
+    environment.filters.update(number=lambda value: minus(f"{value:.4g}"), minus=minus, duration=duration)
     environment.tests["finite"] = math.isfinite
     return environment
 
@@ -32,6 +32,15 @@ def templates(room: str, *, html: bool = True) -> Environment:
 def minus(number: str) -> str:
     """A number as text, with a true minus."""
     return number.replace("-", "\N{MINUS SIGN}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``48.2 s``, ``5 min 12 s``, ``3 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def page_file(room: str, name: str) -> Markup:

@@ -69,22 +69,20 @@ class Config:
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
-ONLY = {
-    "serve": [
-        "a",
-        "b",
-        "pairs",
-        "gold",
-        "prompt_column",
-        "response_column",
-        "a_column",
-        "b_column",
-        "scales",
-        "seed",
-        "port",
-    ],
-    "export": ["votes"],
-}
+SERVE = (
+    "a",
+    "b",
+    "pairs",
+    "gold",
+    "prompt_column",
+    "response_column",
+    "a_column",
+    "b_column",
+    "scales",
+    "seed",
+    "port",
+)
+ONLY = {"serve": SERVE, "export": ("votes",)}
 """Settings that one mode alone reads."""
 
 

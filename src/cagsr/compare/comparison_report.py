@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
 from cagsr.html_page import templates
 from cagsr.progress import working
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot as SVG text."""
-
-    title: str
-    svg: str
 
 
 def finding(results: Results) -> str:
@@ -62,7 +53,7 @@ def write_report(results: Results, command: str, failures: Sequence[Failure], pa
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in content["pictures"].items():
-        write_text_atomically(folder / f"{name}.svg", picture.svg)
+        write_text_atomically(folder / f"{name}.svg", picture["svg"])
     content["folder"] = os.path.relpath(folder, path.parent)
     page = path.with_suffix(".html")
     write_text_atomically(path, re.sub(r"\n{3,}", "\n\n", _render("markdown", content)).rstrip() + "\n")
@@ -111,7 +102,7 @@ def _content(results: Results) -> dict[str, Any]:
         "groups": groups,
         "main": main,
         "labels": labels,
-        "pictures": {name: Picture(title, svg) for name, (title, svg) in drawn.items() if svg is not None},
+        "pictures": {name: {"title": title, "svg": svg} for name, (title, svg) in drawn.items() if svg is not None},
         "by_seeds": sorted(by_seeds.items(), reverse=True),
         "validity": next(iter(results.validity()), None),
         "start": results.raw(START, first) | {"seed": first},

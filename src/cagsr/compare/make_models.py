@@ -206,7 +206,6 @@ def _config(kind: Any, files: list[str], settings: dict[str, Any], keep: Path | 
     flags = [flag for file in files for flag in ("--config", file)]
     with TemporaryDirectory() as folder:
         file = keep or Path(folder) / "settings.yaml"
-        _write(
-            file, yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
-        )
+        given = {key: value for key, value in settings.items() if value is not None}
+        _write(file, yaml.safe_dump(given, sort_keys=False))
         return parse_command(kind, [*flags, "--config", str(file)], prog="cagsr compare")

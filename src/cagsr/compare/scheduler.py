@@ -104,7 +104,7 @@ class _Run:
                         continue
                     del running[name]
                     if one.process.returncode != 0:
-                        failures.append(self._failure(one.job, one.process.returncode))
+                        failures.append(_failure(one))
                         say(f"{name}: failed: {failures[-1].reason}")
                         lost.add(name)
                         continue
@@ -118,7 +118,7 @@ class _Run:
         return failures
 
     def _start(self, job: Job) -> _Running:
-        log = self._log(job)
+        log = self.plan.folder / "logs" / f"{job.name}.log"
         command = [sys.executable, "-m", "cagsr.compare.worker", str(self.plan_file), job.name]
         command += ["--fast"] if self.fast else []
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
@@ -139,13 +139,10 @@ class _Run:
                 )
         return _Running(job, process, log, size, time.perf_counter())
 
-    def _log(self, job: Job) -> Path:
-        return self.plan.folder / "logs" / f"{job.name}.log"
 
-    def _failure(self, job: Job, status: int) -> Failure:
-        log = self._log(job)
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return Failure(job, log, f"exit status {status}: {lines[-1] if lines else 'no output'}")
+def _failure(one: _Running) -> Failure:
+    lines = [line for line in one.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return Failure(one.job, one.log, f"exit status {one.process.returncode}: {lines[-1] if lines else 'no output'}")
 
 
 @contextmanager

@@ -73,16 +73,16 @@ def questions_from_answers(
     for name, other, (first, second) in ((a, b, (mine, theirs)), (b, a, (theirs, mine))):
         lacking = next((key for key in first if key not in second), None)
         if lacking is not None:
-            row = first[lacking][0]
+            row, *_ = first[lacking][0]
             raise DataError(
-                f"{name}, row {row.number}: its prompt is not answered in {other}; both files must answer the same prompts."
+                f"{name}, row {row}: its prompt is not answered in {other}; both files must answer the same prompts."
             )
     pairs = []
     unpaired = 0
     for key, rows in mine.items():
         others = theirs[key]
         unpaired += abs(len(rows) - len(others))
-        pairs += [RatingQuestion(one.prompt, one.text, two.text) for one, two in zip(rows, others, strict=False)]
+        pairs += [RatingQuestion(prompt, a, b) for (_, prompt, a), (*_, b) in zip(rows, others, strict=False)]
     return _kept(pairs, unpaired)
 
 
@@ -131,20 +131,13 @@ def prompt_of(row: Row, column: str = "prompt") -> PromptText:
     raise DataError(f'{where}: column \'{column}\' must hold text or chat messages {{"role": ..., "content": ...}}.')
 
 
-@dataclass(frozen=True)
-class _Answer:
-    number: int
-    prompt: PromptText
-    text: str
-
-
-def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[_Answer]]:
-    """Answers of a file under their prompts, in the order of the prompts' first mention."""
-    found: dict[str, list[_Answer]] = {}
+def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[tuple[int, PromptText, str]]]:
+    """A file's answers under their prompts, in the order of these: number of the row, prompt, answer."""
+    found: dict[str, list[tuple[int, PromptText, str]]] = {}
     for row in load_rows(DataConfig(path=path, prompt_column=prompt_column), [response_column]):
         prompt = prompt_of(row, prompt_column)
         found.setdefault(json.dumps(prompt, sort_keys=True), []).append(
-            _Answer(row.number, prompt, _text(row, response_column, "--response_column"))
+            (row.number, prompt, _text(row, response_column, "--response_column"))
         )
     return found
 

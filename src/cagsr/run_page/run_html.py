@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from cagsr.html_page import page_file, script_digest, script_json, templates
@@ -50,7 +49,7 @@ def content_of(runs: Sequence[Run]) -> Content:
         "dashes": DASHES,
         "markers": MARKERS,
     }
-    parts: Any = _templates().get_template("sections.html.jinja").module
+    parts: Any = templates("run_page").get_template("sections.html.jinja").module
     html = {
         "state": parts.state(runs),
         "glance": parts.glance(runs, glance(runs, curves)),
@@ -80,7 +79,7 @@ def render_page(runs: Sequence[Run], content: Content | None = None, *, live: st
     parts = "\n".join(page_file("run_page", name) for name in SCRIPTS)
     scripts = [bokeh_script(), f'(async () => {{\n"use strict";\n{parts}}})();']
     page: str = (
-        _templates()
+        templates("run_page")
         .get_template("page.html.jinja")
         .render(
             title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
@@ -95,18 +94,3 @@ def render_page(runs: Sequence[Run], content: Content | None = None, *, live: st
         )
     )
     return page
-
-
-def _templates() -> Environment:
-    environment = templates("run_page")
-    environment.filters["duration"] = _duration
-    return environment
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: ``48.2 s``, ``5 min 12 s``, ``3 h 05 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -100,7 +100,6 @@ def render_page(measured: Measured) -> str:
             answers=measured.answers,
             maps=[one["map"] for one in data["answers"]],
             most=most or 1.0,
-            layers=_layers(measured.layers),
             planes=data["planes"],
             single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
             headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
@@ -112,12 +111,3 @@ def render_page(measured: Measured) -> str:
         )
     )
     return page
-
-
-def _layers(numbers: Sequence[int]) -> str:
-    """Name layers: ``layer 3``, ``layers 2 to 5``, ``layers 1, 4``."""
-    if len(numbers) == 1:
-        return f"layer {numbers[0]}"
-    if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"layers {numbers[0]} to {numbers[-1]}"
-    return f"layers {', '.join(map(str, numbers))}"
