@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from cagsr.errors import DataError
-from cagsr.rating.order import draw_order
-from cagsr.rating.rating_questions import RatingQuestion, questions_from_answers, questions_from_pairs, with_gold
+from cagsr.rating.rating_questions import (
+    RatingQuestion,
+    questions_from_answers,
+    questions_from_pairs,
+    with_gold,
+)
+from cagsr.rating.store import draw_order
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,22 +69,20 @@ class Config:
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
-ONLY = {
-    "serve": (
-        "a",
-        "b",
-        "pairs",
-        "gold",
-        "prompt_column",
-        "response_column",
-        "a_column",
-        "b_column",
-        "scales",
-        "seed",
-        "port",
-    ),
-    "export": ("votes",),
-}
+SERVE = (
+    "a",
+    "b",
+    "pairs",
+    "gold",
+    "prompt_column",
+    "response_column",
+    "a_column",
+    "b_column",
+    "scales",
+    "seed",
+    "port",
+)
+ONLY = {"serve": SERVE, "export": ("votes",)}
 """Settings that one mode alone reads."""
 
 
@@ -100,27 +98,20 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.rating.server import link, serve
-    from cagsr.support.localhost import listen
+    from cagsr.rating.server import link, rating_app
+    from cagsr.support.localhost import listen, serve_until_interrupted
 
-    taken = listen(config.port)
     path = Path(config.db)
-    try:
-        store = _store(config, path)
-        try:
-            lines = [
-                f"Open {link(store, taken)}",
-                f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
-            ]
-            serve(store, taken, lambda: say(lines))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            count = len(store.judgements())
-            store.close()
-        say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
-    finally:
-        taken.close()
+    with closing(listen(config.port)) as taken, closing(_store(config, path)) as store:
+        lines = [
+            f"Open {link(store, taken)}",
+            f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
+        ]
+        application = rating_app(store, taken.getsockname()[1])
+        with suppress(KeyboardInterrupt):
+            serve_until_interrupted(application, taken, lambda: say(lines))
+        count = len(store.judgements())
+    say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
 
 
 def _store(config: Config, path: Path) -> Store:
@@ -128,7 +119,7 @@ def _store(config: Config, path: Path) -> Store:
     from cagsr.rating.database import was_created
     from cagsr.rating.store import Store
 
-    checked(OutputFile, config.db, "--db")
+    checked(OutputFile, str(path), "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
@@ -160,11 +151,10 @@ def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
     if not any(not one.gold for one in asked.questions):
         raise DataError("There is nothing to rate: all pairs have two equal answers.")
     say(asked.notes())
-    labels = (config.a, config.b) if config.pairs is None else (config.a_column, config.b_column)
-    prefix = "" if config.pairs is None else f"{config.pairs}, column "
-    settings = Settings(
-        f"{prefix}{labels[0]}", f"{prefix}{labels[1]}", SCALES if config.scales else (), config.seed or 0
-    )
+    a, b = str(config.a), str(config.b)
+    if config.pairs is not None:
+        a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+    settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
     gold = sum(one.gold for one in asked.questions)
     say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
     return Store.create(path, asked.questions, settings)
@@ -200,23 +190,24 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
 def _summary(config: Config) -> None:
     import json
 
+    from cagsr.rating.store import Store
     from cagsr.rating.summary import summarize
     from cagsr.support.atomic import write_text_atomically
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         questions = sum(not one.gold for one in store.questions())
         found = summarize(_that_count(config, store), questions, store.settings)
-    for line in found.lines():
-        print(line)
+    print(found.text())
     if config.out is not None:
-        write_text_atomically(Path(config.out), json.dumps(found.plain(), indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(Path(config.out), json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
 
 
 def _export(config: Config) -> None:
     from cagsr.commands.inputs import say, write_rows
     from cagsr.rating.export import preference_pairs
+    from cagsr.rating.store import Store
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:
         raise DataError(
@@ -224,12 +215,6 @@ def _export(config: Config) -> None:
         )
     write_rows(found.rows, config.out)
     say([f"{config.out or 'Standard output'}: {found.sentence()}"])
-
-
-def _opened(config: Config) -> Store:
-    from cagsr.rating.store import Store
-
-    return Store(Path(config.db))
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:

@@ -39,14 +39,14 @@ def run(config: Config) -> None:
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:
-        from cagsr.run_page.live_page import serve
-        from cagsr.support.localhost import listen
+        from cagsr.run_page.live_page import application
+        from cagsr.support.localhost import listen, serve_until_interrupted
 
         for path in paths:
             find_run(path, wait=True)
         bound = listen(config.port)
         line = f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."
-        serve(paths, bound, lambda: say([line]))
+        serve_until_interrupted(application(paths), bound, lambda: say([line]))
         return
 
     from cagsr.run_page.read_run import read_run

@@ -103,11 +103,7 @@ def train_config(config: QuickstartConfig, folder: Path) -> TrainConfig:
 
 
 def _open(config: QuickstartConfig, folder: Path) -> str:
-    """Make the folder, or take over an earlier quickstart's; give a note about what was found there.
-
-    Raises:
-        RunError: a file, or a folder that holds something else.
-    """
+    """Make the folder, or take over an earlier quickstart's; give a note about what was found there."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: give a folder as --output_dir.")
     with disk_errors(folder):

@@ -126,11 +126,7 @@ class Recipe:
         )
 
     def make(self) -> Path:
-        """Train the model with ``sft``, from random weights, and return its folder.
-
-        Raises:
-            CagsrError: a folder in the way, a full disk.
-        """
+        """Train the model with ``sft``, from random weights, and return its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.folder / "pairs.jsonl", self.rows())
         save_blank(self.folder / "blank", self.seed)

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from cagsr.errors import ConfigError
 from cagsr.support.progress import resting
@@ -32,8 +33,8 @@ def listen(port: int) -> socket.socket:
     return taken
 
 
-def serve_until_interrupted(settings: uvicorn.Config, taken: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve on the port of ``listen`` until Ctrl-C.
+def serve_until_interrupted(application: ASGIApp, taken: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve an application on the port of ``listen`` until Ctrl-C.
 
     ``ready`` is called once the server listens to Ctrl-C too: one that comes before can be lost in an import.
     """
@@ -43,5 +44,15 @@ def serve_until_interrupted(settings: uvicorn.Config, taken: socket.socket, read
             await super().startup(sockets)
             ready()
 
+    settings = uvicorn.Config(
+        application,
+        log_level="warning",
+        access_log=False,  # its lines would show a token
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=3,
+    )
     with resting():
         Server(settings).run(sockets=[taken])

@@ -24,8 +24,6 @@ from cagsr.support.extras import require
 from cagsr.view.measure import Measured, measure
 from cagsr.view.view_html import render_page
 
-UNLIMITED = 1_000_000
-
 
 @dataclass(frozen=True)
 class View:
@@ -119,10 +117,7 @@ def view(
     sampling = sampling or SamplingConfig()
     salience = salience or SalienceConfig()
     if not isinstance(prompt, EncodedPrompt):
-        context = loaded.context_length()
-        room = UNLIMITED if context is None else context
-        if context is not None and isinstance(answers, int) and loaded.architecture.one_sequence:
-            room = max(1, context - sampling.max_new_tokens)
+        room = loaded.room_for_prompts(sampling.max_new_tokens if isinstance(answers, int) else 0)
         prompt = encode_texts([prompt], loaded.tokenizer, salience, room, frequency, source="the prompt")[0]
     scorer = AnswerScorer(
         loaded,
