@@ -47,7 +47,7 @@ api: $(STAMP)  ## the API's pages from the docstrings, in build/api
 	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/api $(API)
 
 html: $(STAMP)  ## the documents as HTML, in build/html
-	$(BIN)/python -m tools.html build/html README.md CHANGELOG.md docs examples
+	$(BIN)/python -m tools.html build/html README.md CONTRIBUTING.md CHANGELOG.md docs examples
 
 figures: $(STAMP)  ## make the figures small that a command has written into docs
 	$(BIN)/python -m tools.compact_svg docs
