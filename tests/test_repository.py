@@ -98,7 +98,8 @@ def test_a_document_becomes_a_page_that_needs_no_other_file(tmp_path: Path, monk
     (tmp_path / "docs").mkdir()
     _figure(tmp_path / "docs" / "picture.svg")
     (tmp_path / "docs" / "one.md").write_text(
-        "# One\n\n## A `b` c, d\n\n![of y](picture.svg)\n\n| a | b |\n| --- | --- |\n| 1 | <b> |\n\n[two](two.md#name) [x](https://a.org/x.md)\n"
+        "# One\n\n## A `b` c, d\n\n![of y](picture.svg)\n\n| a | b |\n| --- | --- |\n| 1 | <b> |\n\n"
+        "[two](two.md#name) [x](https://a.org/x.md) [p](picture.svg)\n"
     )
     (tmp_path / "docs" / "two.md").write_text("# Name\n\n[one](one.md#a-b-c-d)\n")
     monkeypatch.chdir(tmp_path)

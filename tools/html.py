@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,16 +19,27 @@ STYLE = (
 KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-def page(document: Path) -> str:
+def page(document: Path, target: Path) -> str:
     """Write a Markdown file as HTML: its pictures within it, headings with names, links to other documents to their HTML."""
+
+    def picture(found: re.Match[str]) -> str:
+        return f'<img src="{_data(document.parent / found[1])}"'
+
+    def heading(found: re.Match[str]) -> str:
+        return f'<{found[1]} id="{_anchor(found[2])}">{found[2]}</{found[1]}>'
+
+    def link(found: re.Match[str]) -> str:
+        path, anchor = found[1], found[2] or ""
+        if path.endswith(".md"):
+            return f'<a href="{path.removesuffix(".md")}.html{anchor}"'
+        return (
+            f'<a href="{os.path.relpath(document.parent / path, target.parent)}{anchor}"'  # a file that is no document
+        )
+
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(document.read_text(encoding="utf-8"))
-    body = re.sub(
-        r'(<img src=")([^":]+)(")', lambda found: found[1] + _data(document.parent / found[2]) + found[3], body
-    )
-    body = re.sub(
-        r"<(h\d)>(.*?)</\1>", lambda found: f'<{found[1]} id="{_anchor(found[2])}">{found[2]}</{found[1]}>', body
-    )
-    body = re.sub(r'(<a href="[^":#]+)\.md(?=[#"])', r"\1.html", body)
+    body = re.sub(r'<img src="([^":]+)"', picture, body)
+    body = re.sub(r"<(h\d)>(.*?)</\1>", heading, body)
+    body = re.sub(r'<a href="([^":#]+)(#[^"]*)?"', link, body)
     title = html.escape(document.stem)
     return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n{body}</html>\n'
 
@@ -47,7 +59,7 @@ def main(arguments: list[str]) -> int:
     for document in [path for one in given for path in (sorted(one.rglob("*.md")) if one.is_dir() else [one])]:
         target = out / document.resolve().relative_to(Path.cwd()).with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(document), encoding="utf-8")
+        target.write_text(page(document, target), encoding="utf-8")
         print(target)
     return 0
 
