@@ -23,8 +23,8 @@ class _Page(HTMLParser):
             self.links.append(str(given["content"]).partition("url=")[2])
 
 
-def dead_links(pages: Path, others: tuple[Path, ...] = ()) -> list[str]:
-    """Links within a folder's pages that lead nowhere, as ``page: link``; what is outside must be a file of ``others``."""
+def dead_links(pages: Path) -> list[str]:
+    """Links of a folder's pages to files or headings that are not there, as ``page: link``."""
     read = {path.resolve(): _Page(path) for path in pages.rglob("*.html")}
     dead = []
     for path, page in read.items():
@@ -34,7 +34,7 @@ def dead_links(pages: Path, others: tuple[Path, ...] = ()) -> list[str]:
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             known = read[target].names if target in read else {""} if target.exists() else set()
-            if unquote(parts.fragment) not in known and target not in {one.resolve() for one in others}:
+            if unquote(parts.fragment) not in known:
                 dead.append(f"{path.relative_to(pages.resolve())}: {link}")
     return dead
 

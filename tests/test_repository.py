@@ -111,3 +111,12 @@ def test_a_document_becomes_a_page_that_needs_no_other_file(tmp_path: Path, monk
     assert '<a href="https://a.org/x.md">' in page
     assert "<td>&lt;b&gt;</td>" in page
     assert dead_links(out) == []
+
+
+def test_the_documents_become_pages_without_a_dead_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = re.search(r"-m tools\.html build/html (.+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert recipe is not None
+    assert html.main([str(tmp_path), *recipe[1].split()]) == 0
+    assert len(list(tmp_path.rglob("*.html"))) > 20
+    assert dead_links(tmp_path) == []
