@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cagsr.evaluation.scorer import Response, Scorer
 from transformers import AutoTokenizer
 
 import cagsr.integrations
 import tiny
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.integrations.frozen import VARIABLE
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cagsr.evaluation.scorer import Response, Scorer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,6 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 import tiny
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError, RewardError
-from cagsr.evaluation.scorer import Response, Scorer
 from cagsr.integrations.trl import STATE_KEY, AttentionReward
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import encode_texts

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cagsr.evaluation.scorer import encode_response
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import real_pipelines
 import tiny
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SftConfig
 from cagsr.evaluation.perplexity import mean_nll
-from cagsr.evaluation.scorer import encode_response
 from cagsr.flow import EncodedPrompt, Prompt, PromptBatch
 from cagsr.integrations.openrlhf import _answer
 from cagsr.models.continuation import continuation_text, encode_continuation

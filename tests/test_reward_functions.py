@@ -16,7 +16,7 @@ from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import attention_terms, build_reward
 from cagsr.reward.term import PartialValues
-from cagsr.reward.user_functions import import_dotted, load_function
+from cagsr.support.dotted_path import import_dotted, load_function
 
 MakeBatch = Callable[..., RewardBatch]
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cagsr.attention.probe import find_attention_layers
 from cagsr.config import SamplingConfig
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.diagnosis.best_of_n import correlation
 from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.find_words import find_words
@@ -23,6 +22,7 @@ from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.same_text import says
 from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.terms.grounded_coverage import grounded_coverage
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.view.planes import Plane, read_planes
 from cagsr.view.token_pieces import token_pieces
 from examples.e2e.signal_formulas import (

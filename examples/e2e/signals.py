@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import tyro
 
-from cagsr.associate import associations_of
 from cagsr.config import (
     AssociationsConfig,
     AttentionConfig,
@@ -32,12 +31,13 @@ from cagsr.config import (
     SalienceConfig,
     SamplingConfig,
 )
+from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.recommend import within_z
 from cagsr.errors import ConfigError
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.recommend import within_z
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.learn_associations import associations_of
 from cagsr.support.atomic import write_text_atomically
 from examples.e2e.rewards import report
 from examples.e2e.signal_answers import (

@@ -22,11 +22,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import TrainerState
 
-from cagsr.associate import associations_of
 from cagsr.config import TrainConfig, validate
 from cagsr.errors import MonitorStop, RolloutError
 from cagsr.evaluation.held_out import HeldOutMetric, choose_metric
-from cagsr.evaluation.monitors import Monitors
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
@@ -34,12 +32,12 @@ from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
+from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.registry import Resources
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.episodes import EpisodePlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
-from cagsr.runs.record import RunRecord
 from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
 from cagsr.support.clock import operators_of, profile_text
@@ -53,7 +51,9 @@ from cagsr.support.processes import (
 from cagsr.support.progress import shown, working
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.task import load_task
+from cagsr.training.monitors import Monitors
 from cagsr.training.ppo import PPO
+from cagsr.training.record import RunRecord
 from cagsr.training.step import Steps
 
 

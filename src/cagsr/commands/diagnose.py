@@ -60,16 +60,16 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
-    from cagsr.associate import FEWEST_PROMPTS, associations_of
     from cagsr.config import validate
-    from cagsr.evaluation.collect import collect_signals
-    from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
+    from cagsr.diagnosis.diagnose import diagnose, load_checker, with_truth
+    from cagsr.diagnosis.diagnosis_report import as_json, as_markdown, as_yaml, finding, print_report
+    from cagsr.diagnosis.signals import collect_signals
     from cagsr.evaluation.held_out import choose_metric
-    from cagsr.evaluation.report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.build import reward_warnings
+    from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
     from cagsr.support.atomic import write_text_atomically
 
     validate(config.reward, "reward.")

@@ -19,9 +19,9 @@ from cagsr.support.progress import working
 if TYPE_CHECKING:
     import torch
 
-    from cagsr.evaluation.eval_report import EvalReport
-    from cagsr.evaluation.evaluated import Comparison, Evaluated
+    from cagsr.evaluation.evaluation_report import EvalReport
     from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.evaluation.judged_policies import Evaluated, PolicyComparison
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
 
@@ -104,7 +104,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample or read, judge, compare; print the tables and write what was asked for."""
-    from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
+    from cagsr.evaluation.evaluation_report import as_markdown, as_tree, print_report
     from cagsr.support.atomic import write_text_atomically
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
@@ -138,8 +138,8 @@ def _from_answers(config: Config) -> EvalReport:
     """Judge one or two files of answers."""
     import torch
 
-    from cagsr.evaluation.evaluated import compare, corrected, evaluate_answers
     from cagsr.evaluation.given_answers import in_order_of, read_answers
+    from cagsr.evaluation.judged_policies import compare, corrected, evaluate_answers
 
     data = config.data if config.data.path else None
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
@@ -153,7 +153,7 @@ def _from_answers(config: Config) -> EvalReport:
     judge = _judge(config, torch.device(name))
     mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.recorded)
     theirs: tuple[Evaluated, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PolicyComparison, ...] = ()
     if other is not None:
         theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.recorded),)
         comparisons = corrected([compare("As given", mine, theirs[0])])
@@ -163,7 +163,7 @@ def _from_answers(config: Config) -> EvalReport:
 
 def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
-    from cagsr.evaluation.evaluated import compare, corrected
+    from cagsr.evaluation.judged_policies import compare, corrected
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
@@ -188,7 +188,7 @@ def _from_model(config: Config) -> EvalReport:
     say([*loaded.notes, *told, *notes])
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
-    comparisons: list[Comparison] = []
+    comparisons: list[PolicyComparison] = []
     lacking: list[str] = []
     if config.against is not None:
         comparable = loaded.tokenizer.get_vocab() == vocabulary
@@ -236,7 +236,7 @@ def _evaluate(
     judge: AnswerJudge,
     name: str | None = None,
 ) -> Evaluated:
-    from cagsr.evaluation.evaluated import evaluate_answers
+    from cagsr.evaluation.judged_policies import evaluate_answers
     from cagsr.evaluation.matched_entropy import answers_at
 
     name = name or (f"temperature {temperature:g}" if temperature > 0 else "greedy")
@@ -270,11 +270,11 @@ def _report(
     prompts: Sequence[EncodedPrompt],
     mine: tuple[Evaluated, ...],
     theirs: tuple[Evaluated, ...],
-    comparisons: tuple[Comparison, ...],
+    comparisons: tuple[PolicyComparison, ...],
     judge: AnswerJudge,
     lacking: list[str],
 ) -> EvalReport:
-    from cagsr.evaluation.eval_report import EvalReport
+    from cagsr.evaluation.evaluation_report import EvalReport
 
     left_out = judge.left_out(prompts)
     if config.reward_model is None or not comparisons:

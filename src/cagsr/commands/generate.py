@@ -55,11 +55,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample ``num_generations`` answers to each prompt: rows of prompt, completion, tokens and ended."""
-    from cagsr.evaluation.sampling import sample_in_batches
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
+    from cagsr.rollout.sample_prompts import sample_in_batches
 
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, config.sampling.max_new_tokens)

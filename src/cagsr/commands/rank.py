@@ -65,12 +65,12 @@ def run(config: Config) -> None:
     """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
     import torch
 
-    from cagsr.associate import associations_of
     from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.reward.answers import AnswerScorer
+    from cagsr.reward.learn_associations import associations_of
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
@@ -141,7 +141,7 @@ def _sampled(
     config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]
 ) -> Iterator[Candidate]:
     """Yield candidates, sampled for a few prompts at a time."""
-    from cagsr.evaluation.sampling import sample_in_batches
+    from cagsr.rollout.sample_prompts import sample_in_batches
 
     start = 0
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

@@ -57,10 +57,10 @@ def run(config: Config) -> None:
     """Score the file; rows with every term, and a summary table on standard error."""
     import torch
 
-    from cagsr.associate import read_associations
     from cagsr.config import validate
     from cagsr.models.load import load_model
     from cagsr.reward.answers import AnswerScorer
+    from cagsr.reward.learn_associations import read_associations
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 

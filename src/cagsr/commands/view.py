@@ -72,10 +72,10 @@ def run(config: Config) -> None:
     """Write the page, the picture, or both."""
     if config.png is not None:
         require("--png", "pages", modules=["matplotlib"])
-    from cagsr.associate import associations_of
     from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
+    from cagsr.reward.learn_associations import associations_of
     from cagsr.runs.reward import with_run_reward
     from cagsr.view.viewer import view
 

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cagsr.associate import associations_of
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
-from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature
-from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.evaluation.matched_entropy import SampledAnswers, answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
+from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.weigh import weigh
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
@@ -54,11 +54,11 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     judge = answer_judge(plan, start)
     seed = job.seed + SAMPLING_SEED
 
-    def at(loaded: LoadedModel, temperature: float) -> Answers:
+    def at(loaded: LoadedModel, temperature: float) -> SampledAnswers:
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
         return answers_at(loaded, prompts, sampling, seed, BATCH)
 
-    found: dict[str, Answers] = {}
+    found: dict[str, SampledAnswers] = {}
     temperature = None
     if job.target != START and plan.methods[job.target].kind == "best_of_n":
         found[SAMPLED] = best_of_n(plan, job, config, start, seed)
@@ -120,7 +120,7 @@ def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
 
 
 @working("taking the best of N")
-def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> Answers:
+def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> SampledAnswers:
     """The best of N answers of the start by the method's reward: what the reward is worth without training."""
     assert job.seed is not None
     method = plan.methods[job.target]
@@ -147,7 +147,7 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     terms = {name: torch.cat(values) for name, values in raw.items()}
     total = weigh(terms, scorer.weights, config.reward, group).total
     best = total.view(len(weighed), -1).argmax(dim=1) + torch.arange(len(weighed)) * method.num_generations
-    return Answers(
+    return SampledAnswers(
         tuple(texts[row] for row in best.tolist()),
         *(torch.cat(parts).cpu()[best].double().numpy() for parts in (entropy, tokens, ended)),
     )
@@ -187,7 +187,7 @@ def prompts_and_scorer(
     return prompts, scorer, associations
 
 
-def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: Answers) -> dict[str, Floats]:
+def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: SampledAnswers) -> dict[str, Floats]:
     """Every measure of every answer, ``(prompts,)`` each; measures that no row has are left out."""
     found = dict(judge.measure(prompts, answers.texts))
     found |= {"tokens": np.asarray(answers.tokens, float), "entropy": np.asarray(answers.entropy, float)}

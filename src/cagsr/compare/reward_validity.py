@@ -13,10 +13,10 @@ from cagsr.compare.jobs import Job, validity_file
 from cagsr.compare.judge_policy import load_start, prompts_and_scorer
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
-from cagsr.evaluation.best_of_n import correlation, oracle_share
-from cagsr.evaluation.collect import Signals, collect_signals
-from cagsr.evaluation.diagnosis import load_checker, with_truth
-from cagsr.evaluation.recommend import PENALTIES, weighted_parts, within_z
+from cagsr.diagnosis.best_of_n import correlation, oracle_share
+from cagsr.diagnosis.diagnose import load_checker, with_truth
+from cagsr.diagnosis.recommend import PENALTIES, weighted_parts, within_z
+from cagsr.diagnosis.signals import Signals, collect_signals
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 

@@ -17,10 +17,10 @@ from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, wor
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.reward.user_functions import import_dotted
 from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.dotted_path import import_dotted
 from cagsr.support.extras import has_extra, install_command
 from cagsr.support.processes import broadcast, gather_objects, split_between_processes
 from cagsr.support.progress import each, working
@@ -41,8 +41,8 @@ class HeldOutMetric:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers to held-out prompts with what the metric says of each."""
+class JudgedAnswers:
+    """JudgedAnswers to held-out prompts with what the metric says of each."""
 
     completions: tuple[str, ...]
     metric: tuple[float, ...]
@@ -93,7 +93,7 @@ def answer(
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
     player: EpisodePlayer | None = None,
-) -> Answers:
+) -> JudgedAnswers:
     """Answer each prompt once and judge the answers; every random generator is left as it was.
 
     Args:
@@ -124,7 +124,7 @@ def answer(
     everywhere = gather_objects(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)
     values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
-    return Answers(
+    return JudgedAnswers(
         completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
     )
 
@@ -183,7 +183,7 @@ def call_checked(
         ) from error
 
 
-def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
+def evaluation_metrics(sampled: JudgedAnswers, greedy: JudgedAnswers) -> dict[str, float]:
     """What is logged of an evaluation: sampled at the training temperature, and greedy.
 
     A policy that only became more peaked gains when sampled and gains nothing greedy, so both

@@ -18,7 +18,7 @@ from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, co
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.reward.model import load_reward_model
-from cagsr.reward.user_functions import import_dotted
+from cagsr.support.dotted_path import import_dotted
 from cagsr.support.extras import has_extra, install_command
 from cagsr.support.progress import working
 

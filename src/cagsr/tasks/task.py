@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from cagsr.errors import ConfigError, RolloutError
 from cagsr.flow import Episode
-from cagsr.reward.user_functions import import_dotted
+from cagsr.support.dotted_path import import_dotted
 
 
 @runtime_checkable

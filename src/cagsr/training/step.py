@@ -10,20 +10,20 @@ from typing import Any
 
 from cagsr.config import TrainConfig
 from cagsr.errors import MonitorStop, RewardError, RolloutError
-from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, evaluation_metrics
-from cagsr.evaluation.monitors import Alert, Monitors
+from cagsr.evaluation.held_out import HeldOutMetric, JudgedAnswers, answer, evaluation_metrics
 from cagsr.flow import EncodedPrompt, Episode, Experience
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.user_functions import TextFunction
 from cagsr.runs.numbers import StepNumbers
-from cagsr.runs.record import RunRecord
 from cagsr.support.clock import peak_memory_bytes
 from cagsr.support.processes import broadcast, gather_objects
 from cagsr.support.progress import say
 from cagsr.tasks.curriculum import Curriculum
+from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
+from cagsr.training.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Steps:
         if not prompts:
             return {}, []
 
-        def answers(temperature: float) -> Answers:
+        def answers(temperature: float) -> JudgedAnswers:
             sampling = dataclasses.replace(config.sampling, temperature=temperature)
             seed, accelerator, player = config.run.seed, self.ppo.accelerator, self.ppo.player
             return answer(

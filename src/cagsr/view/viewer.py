@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, validate
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
@@ -18,6 +17,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
 from cagsr.reward.weigh import Scales
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.answers import Response, encode_response
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.extras import require

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cagsr.config import AttentionConfig, RewardConfig
-from cagsr.evaluation.collect import Setting
-from cagsr.evaluation.diagnosis import Diagnosis
-from cagsr.evaluation.recommend import flags_of, yaml_of
+from cagsr.diagnosis.diagnose import Diagnosis
+from cagsr.diagnosis.recommend import flags_of, yaml_of
+from cagsr.diagnosis.signals import Setting
 
 Rows = list[list[str]]
 

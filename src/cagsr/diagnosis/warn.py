@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cagsr.evaluation.best_of_n import correlation, within_share
-from cagsr.evaluation.collect import Signals
-from cagsr.evaluation.cross_fit import held_fixed
-from cagsr.evaluation.recommend import weighted_parts, within_z
+from cagsr.diagnosis.best_of_n import correlation, within_share
+from cagsr.diagnosis.cross_fit import held_fixed
+from cagsr.diagnosis.recommend import weighted_parts, within_z
+from cagsr.diagnosis.signals import Signals
 from cagsr.models.stops import HARDLY_ANY, hardly_any_end
 from cagsr.reward.metrics import variance_share
 from cagsr.reward.normalize import Normalization

@@ -19,7 +19,6 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.attention.select import parse_layers
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.evaluation.metrics import repetition
-from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, Readings, RewardBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -28,6 +27,7 @@ from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.term import ATTENTION, needs_of
 from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.values import term_values
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]

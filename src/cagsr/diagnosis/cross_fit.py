@@ -80,7 +80,7 @@ def held_fixed(signal: ArrayLike, truth: ArrayLike, length: ArrayLike) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FoldComparison:
     """Two signals on the same answers: correlation with the truth within prompts, length held fixed, 95 % intervals."""
 
     new: Interval
@@ -88,7 +88,9 @@ class Comparison:
     difference: Interval
 
 
-def compare(new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike, resamples: int = 2000) -> Comparison:
+def compare(
+    new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike, resamples: int = 2000
+) -> FoldComparison:
     """Compare two signals; the percentile bootstrap draws prompts, the same for both."""
     products = Products.of([new, old], truth, length)
     prompts = len(products.yy)
@@ -100,7 +102,7 @@ def compare(new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike,
         low, high = np.quantile(values, [0.025, 0.975])
         return Interval(float(value), float(low), float(high))
 
-    return Comparison(
+    return FoldComparison(
         interval(whole[0], drawn[:, 0]),
         interval(whole[1], drawn[:, 1]),
         interval(whole[0] - whole[1], drawn[:, 0] - drawn[:, 1]),

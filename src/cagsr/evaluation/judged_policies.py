@@ -62,7 +62,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """One model under one setting against the other under one of its own."""
 
     name: str
@@ -112,7 +112,7 @@ def evaluate_answers(
     )
 
 
-def compare(name: str, mine: Evaluated, theirs: Evaluated) -> Comparison:
+def compare(name: str, mine: Evaluated, theirs: Evaluated) -> PolicyComparison:
     """Hold one model's answers against another's to the same prompts, paired by prompt.
 
     Besides the measures that both have there is ``win_rate`` where both were scored by the unseen reward model; its
@@ -140,10 +140,10 @@ def compare(name: str, mine: Evaluated, theirs: Evaluated) -> Comparison:
                 p=None if measure in DESCRIPTIVE else paired_p_value(one, other),
             )
         )
-    return Comparison(name, mine.name, theirs.name, tuple(found))
+    return PolicyComparison(name, mine.name, theirs.name, tuple(found))
 
 
-def corrected(comparisons: Iterable[Comparison]) -> tuple[Comparison, ...]:
+def corrected(comparisons: Iterable[PolicyComparison]) -> tuple[PolicyComparison, ...]:
     """The same comparisons with ``p_holm``: Holm's correction over all their tests together."""
     given = tuple(comparisons)
     adjusted = iter(holm([one.p for found in given for one in found.differences if one.p is not None]))

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from cagsr.config import TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.configfile import to_yaml
-from cagsr.evaluation.monitors import Alert, Monitors
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
@@ -40,6 +39,7 @@ from cagsr.support.atomic import write_text_atomically
 from cagsr.support.extras import is_installed
 from cagsr.support.processes import broadcast, gather_objects
 from cagsr.support.progress import working
+from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
 
 TOLD_SETTINGS = (

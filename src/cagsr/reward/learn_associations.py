@@ -13,10 +13,10 @@ from accelerate import Accelerator
 
 from cagsr.config import AssociationsConfig, RewardConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.reward.association import Associations, learn_associations
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.support.processes import broadcast, gather_objects, split_between_processes
 from cagsr.support.progress import working
 

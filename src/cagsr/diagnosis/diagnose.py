@@ -11,13 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.errors import ConfigError
-from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
-from cagsr.evaluation.collect import Setting, Signals
-from cagsr.evaluation.cross_fit import held_fixed
-from cagsr.evaluation.held_out import HeldOutMetric, judge
-from cagsr.evaluation.metrics import Interval
-from cagsr.evaluation.recommend import (
+from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
+from cagsr.diagnosis.cross_fit import held_fixed
+from cagsr.diagnosis.recommend import (
     PENALTIES,
     Recommendation,
     recommend,
@@ -25,9 +21,13 @@ from cagsr.evaluation.recommend import (
     weighted_parts,
     within_z,
 )
-from cagsr.evaluation.warn import warnings_for
+from cagsr.diagnosis.signals import Setting, Signals
+from cagsr.diagnosis.warn import warnings_for
+from cagsr.errors import ConfigError
+from cagsr.evaluation.held_out import HeldOutMetric, judge
+from cagsr.evaluation.metrics import Interval
 from cagsr.reward.normalize import Normalization
-from cagsr.reward.user_functions import import_dotted
+from cagsr.support.dotted_path import import_dotted
 
 Floats = NDArray[np.float64]
 

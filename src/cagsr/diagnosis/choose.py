@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cagsr.evaluation.collect import Setting, Signals
-from cagsr.evaluation.cross_fit import Comparison, Index, Products, centred, compare, cross_fitted
+from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, centred, compare, cross_fitted
+from cagsr.diagnosis.signals import Setting, Signals
 
 Floats = NDArray[np.float64]
 
@@ -21,7 +21,7 @@ class SettingChoice:
     best: Setting
     """The best of the table; chosen only if it is better than the configured one beyond luck."""
     candidates: int
-    compared: Comparison
+    compared: FoldComparison
     """Choosing the best, judged on prompts that it was not chosen on, against the configured setting."""
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cagsr.evaluation.evaluated import Comparison, Evaluated
 from cagsr.evaluation.intervals import Interval
+from cagsr.evaluation.judged_policies import Evaluated, PolicyComparison
 from cagsr.flow import EncodedPrompt
 
 Rows = list[list[str]]
@@ -28,7 +28,7 @@ class EvalReport:
     prompts: tuple[EncodedPrompt, ...]
     mine: tuple[Evaluated, ...]
     theirs: tuple[Evaluated, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[PolicyComparison, ...]
     left_out: tuple[str, ...]
     """What was not measured and why."""
     settings: Mapping[str, Any]
@@ -101,7 +101,7 @@ def _means_table(title: str, settings: Sequence[Evaluated]) -> tuple[str, list[s
     return title, ["measure", *(one.name for one in settings)], rows
 
 
-def _comparison_table(found: Comparison) -> tuple[str, list[str], Rows]:
+def _comparison_table(found: PolicyComparison) -> tuple[str, list[str], Rows]:
     rows = [
         [
             one.measure,
@@ -135,7 +135,7 @@ def _result(one: Evaluated) -> dict[str, Any]:
     }
 
 
-def _comparison(found: Comparison) -> dict[str, Any]:
+def _comparison(found: PolicyComparison) -> dict[str, Any]:
     return {
         "name": found.name,
         "model": found.mine,

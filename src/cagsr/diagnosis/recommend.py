@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from cagsr.config import AttentionConfig, RewardConfig
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.choose import SettingChoice, choose_setting
-from cagsr.evaluation.collect import Setting, Signals, prompts_of
-from cagsr.evaluation.cross_fit import Comparison, Index, Products, compare, cross_fitted, held_fixed
+from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.choose import SettingChoice, choose_setting
+from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, compare, cross_fitted, held_fixed
+from cagsr.diagnosis.signals import Setting, Signals, prompts_of
 from cagsr.evaluation.intervals import Interval
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
 from cagsr.reward.normalize import Normalization, Normalizer
@@ -55,7 +55,7 @@ class Recommendation:
     """What it rests on, one sentence each."""
     configured: bool = False
     """The configured reward as it is, ``reward.normalize``, functions and models included: nothing better was found."""
-    compared: Comparison | None = None
+    compared: FoldComparison | None = None
     """Fitting weights, judged on prompts that they were not fitted on, against the configured reward; None: no truth."""
 
 
