@@ -15,7 +15,6 @@ import real_pipelines
 import tiny
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SftConfig
 from cagsr.evaluation.perplexity import mean_nll
-from cagsr.evaluation.scorer import encode_response
 from cagsr.flow import EncodedPrompt, Prompt, PromptBatch
 from cagsr.integrations.openrlhf import _answer
 from cagsr.models.continuation import continuation_text, encode_continuation
@@ -26,6 +25,7 @@ from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.render import render_prompt
 from cagsr.quickstart.start_model import build_tokenizer
 from cagsr.rollout.sample import cut_responses
+from cagsr.scoring.answers import encode_response
 
 PROMPTS = [
     "Description:",

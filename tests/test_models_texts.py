@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cagsr.evaluation.scorer import Scorer, encode_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +16,10 @@ from cagsr.flow import Prompt
 from cagsr.models.load import load_model
 from cagsr.models.texts import token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.prompts.pool import pool_pieces
+from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
+from cagsr.reward.answers import AnswerScorer
+from cagsr.scoring.answers import answered, encode_response
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
@@ -196,18 +197,19 @@ def test_what_is_copied_from_behind_a_bracket_is_seen(kind, tmp_path):
     salience = SalienceConfig(weighting="uniform", skip_sink=False)
     tokens = encode_prompt(prompt, TextEncoder(loaded.tokenizer))
     chosen = salient_words(prompt, salience, DocumentFrequency.fit([prompt]), "here")
-    encoded = pool_pieces(prompt, tokens, chosen, salience, "here")
+    encoded = pool_words(prompt, tokens, chosen, salience, "here")
     said = [encode_response(loaded, encoded, text, ended=False) for text in (" The", " the", "The", "]")]
     asked, answers = encoded.ids[encoded.words.index(0)], [one.ids[0] for one in said]
     assert [len(one.ids) for one in said] == [1, 1, 1, 1]
     assert [answer == asked for answer in answers] == [False, False, True, False]  # by id only the third copies
 
-    scorer = Scorer(loaded, RewardConfig(), AttentionConfig(layers="all"), salience)
+    scorer = AnswerScorer(loaded, RewardConfig(), AttentionConfig(layers="all"), salience)
     assert len(scorer.loaded.texts.ids) == len(loaded.tokenizer) + 5  # ids of the padding can be said too
-    batch = scorer.batch(scorer.rollout([encoded] * 4, said))
+    batch = scorer.batch(answered(loaded, [encoded] * 4, said))
     values = scorer.values(batch)
     place = (batch.episodes.prompts.words[0] == 0).nonzero().flatten()
-    looked = batch.attention[:3, 0, place].flatten()
+    assert batch.attention is not None
+    looked = batch.attention.maps[:3, 0, place].flatten()
     assert (looked > 0).all()
     tau = scorer.config.grounded_coverage.threshold
     assert values["grounded_coverage"].tolist() == pytest.approx([*(looked / tau).clamp(max=1).tolist(), 0.0])

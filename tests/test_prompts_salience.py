@@ -16,7 +16,7 @@ from cagsr.errors import DataError, ModelError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder, encode_prompt, truncate_prompt
 from cagsr.prompts.explain import explain_salience, salience_table
-from cagsr.prompts.pool import pool_pieces
+from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
 from cagsr.prompts.words import find_words
 from prompts_tokenizers import byte_bpe, tiny_stories, word_level
@@ -28,7 +28,7 @@ def encode(prompt: Prompt | str, tokenizer, config: SalienceConfig = UNIFORM, fr
     prompt = Prompt(row=1, text=prompt) if isinstance(prompt, str) else prompt
     tokens = encode_prompt(prompt, TextEncoder(tokenizer))
     frequency = frequency or DocumentFrequency.fit([prompt])
-    return pool_pieces(prompt, tokens, salient_words(prompt, config, frequency, "f, row 1"), config, "f, row 1")
+    return pool_words(prompt, tokens, salient_words(prompt, config, frequency, "f, row 1"), config, "f, row 1")
 
 
 def pieces(encoded: EncodedPrompt, tokenizer) -> dict[int, str]:

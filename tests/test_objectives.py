@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from cagsr.update.losses import explained_variance, masked_sum_loss, policy_loss, value_loss
 
 MASK = torch.tensor([[True, True, False]])
