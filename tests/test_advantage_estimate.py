@@ -1,4 +1,4 @@
-"""From reward to advantages: penalties, estimators, whitening, and what must not change them."""
+"""From returns to targets: penalties, estimators, whitening, and what must not change them."""
 
 from __future__ import annotations
 
@@ -9,90 +9,96 @@ import pytest
 import torch
 from torch import Tensor
 
-from cagsr.advantage.estimate import estimate_advantages
+from cagsr.advantage.estimate import estimate_targets
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
-from cagsr.flow import Advantages, EpisodeBatch, Reward, RewardBatch, Scores
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch, Readings, Returns, RewardBatch, Targets
 
 MakeBatch = Callable[..., RewardBatch]
 PLAIN = PPOConfig(whiten_advantages=False, missing_eos_penalty=None, gamma=1.0, lam=1.0)
 
 
-def reward_of(totals: Tensor, mask: Tensor) -> Reward:
+def returns_of(totals: Tensor, mask: Tensor) -> Returns:
     """A reward that is paid at the last real token."""
     last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & mask
-    return Reward(total=totals, per_token=last * totals[:, None], terms={}, contributions={})
+    return Returns(totals, last * totals[:, None], totals[:, None], terms={}, contributions={})
 
 
-def setup(batch: RewardBatch) -> tuple[Reward, EpisodeBatch, Scores, Tensor]:
+def setup(batch: RewardBatch) -> tuple[Returns, EpisodeBatch, Readings, Tensor]:
     assert batch.reference_logprobs is not None
     totals = torch.randn(len(batch.episodes.ended), generator=torch.Generator().manual_seed(5))
-    return reward_of(totals, batch.episodes.sampled), batch.rollout, batch.scores, batch.reference_logprobs
+    return returns_of(totals, batch.episodes.sampled), batch.episodes, batch.readings, batch.reference_logprobs
+
+
+def sampled_as(episodes: EpisodeBatch, mask: Tensor) -> EpisodeBatch:
+    """Other lengths of the same answers."""
+    turn = torch.zeros(mask.shape, dtype=torch.long)
+    return replace(episodes, real=mask, sampled=mask, turn=turn)
 
 
 def test_returns_hold_reward_penalty_and_kl(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch())
-    mask = rollout.sampled
+    given, episodes, readings, reference = setup(make_reward_batch())
+    mask = episodes.sampled
     config = replace(PLAIN, missing_eos_penalty=3.0)
-    result = estimate_advantages(config, reward, rollout, scores, reference, 0.5)
-    kl = ((scores.logprobs - reference) * mask).sum(1)
-    expected = reward.total - 3.0 * ~rollout.ended - 0.5 * kl
+    result = estimate_targets(config, given, episodes, readings, reference, 0.5)
+    kl = ((readings.logprobs - reference) * mask).sum(1)
+    expected = given.total - 3.0 * ~episodes.ended - 0.5 * kl
     torch.testing.assert_close(result.returns[:, 0], expected, atol=1e-5, rtol=0)
     # gamma = lambda = 1: the return of the last token has only its own KL.
     last = mask.sum(1, keepdim=True) - 1
-    expected = reward.total - 3.0 * ~rollout.ended - 0.5 * (scores.logprobs - reference).gather(1, last)[:, 0]
+    expected = given.total - 3.0 * ~episodes.ended - 0.5 * (readings.logprobs - reference).gather(1, last)[:, 0]
     torch.testing.assert_close(result.returns.gather(1, last)[:, 0], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        result.advantages[mask], (result.returns - scores.values)[mask], atol=1e-5, rtol=0  # type: ignore[operator]
+        result.advantages[mask], (result.returns - readings.values)[mask], atol=1e-5, rtol=0  # type: ignore[operator]
     )  # fmt: skip
     assert (result.advantages[~mask] == 0).all()
 
 
 def test_kl_in_the_loss_leaves_the_reward_alone(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch())
-    result = estimate_advantages(replace(PLAIN, kl_in="loss"), reward, rollout, scores, reference, 0.5)
-    torch.testing.assert_close(result.returns[:, 0], reward.total, atol=1e-5, rtol=0)
+    given, episodes, readings, reference = setup(make_reward_batch())
+    result = estimate_targets(replace(PLAIN, kl_in="loss"), given, episodes, readings, reference, 0.5)
+    torch.testing.assert_close(result.returns[:, 0], given.total, atol=1e-5, rtol=0)
 
 
 def test_k3_is_charged_when_chosen(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch())
-    result = estimate_advantages(replace(PLAIN, kl_estimator="k3"), reward, rollout, scores, reference, 1.0)
-    ratio = reference - scores.logprobs
-    k3 = ((ratio.exp() - 1 - ratio) * rollout.sampled).sum(1)
-    torch.testing.assert_close(result.returns[:, 0], reward.total - k3, atol=1e-5, rtol=0)
+    given, episodes, readings, reference = setup(make_reward_batch())
+    result = estimate_targets(replace(PLAIN, kl_estimator="k3"), given, episodes, readings, reference, 1.0)
+    ratio = reference - readings.logprobs
+    k3 = ((ratio.exp() - 1 - ratio) * episodes.sampled).sum(1)
+    torch.testing.assert_close(result.returns[:, 0], given.total - k3, atol=1e-5, rtol=0)
 
 
 def test_rloo_by_hand(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=3)
-    _, rollout, scores, reference = setup(batch)
-    reward = reward_of(torch.tensor([1.0, 2.0, 6.0]), rollout.sampled)
+    _, episodes, readings, reference = setup(batch)
+    given = returns_of(torch.tensor([1.0, 2.0, 6.0]), episodes.sampled)
     config = replace(PLAIN, estimator="rloo")
-    result = estimate_advantages(config, reward, rollout, replace(scores, values=None), reference, 0.0)
-    expected = torch.tensor([-3.0, -1.5, 4.5])[:, None] * rollout.sampled
+    result = estimate_targets(config, given, episodes, replace(readings, values=None), reference, 0.0)
+    expected = torch.tensor([-3.0, -1.5, 4.5])[:, None] * episodes.sampled
     torch.testing.assert_close(result.advantages, expected)
     assert (result.returns == 0).all()
     # With the unit scale one factor for all: order and zeros stay.
-    scaled = estimate_advantages(replace(config, whiten_advantages=True), reward, rollout, scores, reference, 0.0)
-    std = expected[rollout.sampled].std()
+    scaled = estimate_targets(replace(config, whiten_advantages=True), given, episodes, readings, reference, 0.0)
+    std = expected[episodes.sampled].std()
     torch.testing.assert_close(scaled.advantages, expected / std, atol=1e-5, rtol=0)
 
 
 def test_group_estimators_charge_kl_and_penalty_to_the_sum(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch(prompts=1, generations=2))
-    rollout = replace(rollout, ended=torch.tensor([True, False]))
+    given, episodes, readings, reference = setup(make_reward_batch(prompts=1, generations=2))
+    episodes = replace(episodes, ended=torch.tensor([True, False]))
     config = replace(PLAIN, estimator="rloo", missing_eos_penalty=1.5)
-    result = estimate_advantages(config, reward, rollout, scores, reference, 0.3)
-    sums = reward.total - torch.tensor([0.0, 1.5])
-    sums = sums - 0.3 * ((scores.logprobs - reference) * rollout.sampled).sum(1)
+    result = estimate_targets(config, given, episodes, readings, reference, 0.3)
+    sums = given.total - torch.tensor([0.0, 1.5])
+    sums = sums - 0.3 * ((readings.logprobs - reference) * episodes.sampled).sum(1)
     assert float(result.advantages[0, 0]) == pytest.approx(float(sums[0] - sums[1]), abs=1e-5)
 
 
 def test_a_group_of_equals_is_not_pushed(make_reward_batch: MakeBatch) -> None:
-    _, rollout, scores, reference = setup(make_reward_batch(prompts=2, generations=3))
-    reward = reward_of(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 9.0]), rollout.sampled)
+    _, episodes, readings, reference = setup(make_reward_batch(prompts=2, generations=3))
+    given = returns_of(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 9.0]), episodes.sampled)
     for estimator in ("rloo", "grpo"):
         config = PPOConfig(estimator=estimator, missing_eos_penalty=None)  # type: ignore[arg-type]
-        result = estimate_advantages(config, reward, rollout, scores, reference, 0.0)
+        result = estimate_targets(config, given, episodes, readings, reference, 0.0)
         assert (result.advantages[:3].abs() < 1e-4).all()
         assert float(result.advantages[5, 0]) > 0.5
 
@@ -100,19 +106,19 @@ def test_a_group_of_equals_is_not_pushed(make_reward_batch: MakeBatch) -> None:
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_padding_changes_nothing(make_reward_batch: MakeBatch, estimator: str, whiten_rewards: bool) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch(prompts=3))
+    given, episodes, readings, reference = setup(make_reward_batch(prompts=3))
     config = PPOConfig(estimator=estimator, whiten_rewards=whiten_rewards)  # type: ignore[arg-type]
 
     def pad(x: Tensor, value: float) -> Tensor:
         return torch.cat([x, torch.full((x.shape[0], 3), value).to(x.dtype)], dim=1)
 
-    plain = estimate_advantages(config, reward, rollout, scores, reference, 0.1)
-    assert scores.values is not None
-    wide = estimate_advantages(
+    plain = estimate_targets(config, given, episodes, readings, reference, 0.1)
+    assert readings.values is not None
+    wide = estimate_targets(
         config,
-        replace(reward, per_token=pad(reward.per_token, float("nan"))),
-        replace(rollout, response_mask=pad(rollout.sampled, 0)),
-        replace(scores, logprobs=pad(scores.logprobs, float("-inf")), values=pad(scores.values, float("nan"))),
+        replace(given, per_token=pad(given.per_token, float("nan"))),
+        sampled_as(episodes, pad(episodes.sampled, 0)),
+        replace(readings, logprobs=pad(readings.logprobs, float("-inf")), values=pad(readings.values, float("nan"))),
         pad(reference, float("-inf")),
         0.1,
     )
@@ -122,40 +128,133 @@ def test_padding_changes_nothing(make_reward_batch: MakeBatch, estimator: str, w
 
 
 def test_gae_is_whitened_over_response_tokens(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch(prompts=3))
-    advantages = estimate_advantages(PPOConfig(), reward, rollout, scores, reference, 0.1).advantages
-    real = advantages[rollout.sampled]
+    given, episodes, readings, reference = setup(make_reward_batch(prompts=3))
+    advantages = estimate_targets(PPOConfig(), given, episodes, readings, reference, 0.1).advantages
+    real = advantages[episodes.sampled]
     assert float(real.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(real.std()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_nothing_carries_a_gradient(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch())
-    logprobs = scores.logprobs.clone().requires_grad_()
-    values = scores.values.clone().requires_grad_()  # type: ignore[union-attr]
+    given, episodes, readings, reference = setup(make_reward_batch())
+    logprobs = readings.logprobs.clone().requires_grad_()
+    values = readings.values.clone().requires_grad_()  # type: ignore[union-attr]
     for estimator in ("gae", "grpo"):
         config = PPOConfig(estimator=estimator)  # type: ignore[arg-type]
-        result: Advantages = estimate_advantages(
-            config, reward, rollout, replace(scores, logprobs=logprobs, values=values), reference, 0.1
+        result: Targets = estimate_targets(
+            config, given, episodes, replace(readings, logprobs=logprobs, values=values), reference, 0.1
         )
         assert not result.advantages.requires_grad
         assert not result.returns.requires_grad
 
 
 def test_what_is_missing_is_named(make_reward_batch: MakeBatch) -> None:
-    reward, rollout, scores, reference = setup(make_reward_batch(prompts=3, generations=1))
+    given, episodes, readings, reference = setup(make_reward_batch(prompts=3, generations=1))
     with pytest.raises(ConfigError, match="value head"):
-        estimate_advantages(PPOConfig(), reward, rollout, replace(scores, values=None), reference, 0.1)
+        estimate_targets(PPOConfig(), given, episodes, replace(readings, values=None), reference, 0.1)
     with pytest.raises(ConfigError, match="num_generations"):
-        estimate_advantages(PPOConfig(estimator="rloo"), reward, rollout, scores, reference, 0.1)
+        estimate_targets(PPOConfig(estimator="rloo"), given, episodes, readings, reference, 0.1)
 
 
 def test_an_empty_answer_still_counts_in_its_group(make_reward_batch: MakeBatch) -> None:
-    _, rollout, scores, reference = setup(make_reward_batch(prompts=1, generations=2))
-    mask = rollout.sampled.clone()
+    _, episodes, readings, reference = setup(make_reward_batch(prompts=1, generations=2))
+    mask = episodes.sampled.clone()
     mask[1] = False
-    reward = reward_of(torch.tensor([1.0, -3.0]), mask)
+    given = returns_of(torch.tensor([1.0, -3.0]), mask)
     config = replace(PLAIN, estimator="rloo")
-    result = estimate_advantages(config, reward, replace(rollout, response_mask=mask), scores, reference, 0.0)
+    result = estimate_targets(config, given, sampled_as(episodes, mask), readings, reference, 0.0)
     assert float(result.advantages[0, 0]) == pytest.approx(4.0)
     assert (result.advantages[1] == 0).all()
+
+
+def conversations() -> tuple[Returns, EpisodeBatch, Readings, Tensor]:
+    """Two prompts with three and two episodes: two tokens, a token that was read, two tokens; or the first two alone.
+
+    Each answer is paid at its last token: (1, 4), (2, 1) and (6) to the first prompt, (1, 7) and (0) to the second.
+    """
+    turn = torch.tensor([[0, 0, 1, 1, 1]]).repeat(5, 1)
+    goes_on = torch.tensor([True, True, False, True, False])[:, None]
+    real = (turn == 0) | goes_on
+    sampled = real & (torch.arange(5) != 2)
+    paid = torch.full((5, 5), float("nan")).masked_fill(
+        sampled, 0.0
+    )  # what was read pays nothing, whatever stands there
+    paid[:, 1] = torch.tensor([1.0, 2.0, 6.0, 1.0, 0.0])
+    paid[goes_on[:, 0], 4] = torch.tensor([4.0, 1.0, 7.0])
+    by_turn = torch.tensor([[1.0, 4.0], [2.0, 1.0], [6.0, 0.0], [1.0, 7.0], [0.0, 0.0]])
+    ids = torch.zeros(5, 5, dtype=torch.long)
+    prompts = PromptBatch(
+        (Prompt(1, "a"),) * 3 + (Prompt(2, "b"),) * 2,
+        torch.ones(5, 1, dtype=torch.long),
+        torch.ones(5, 1, dtype=torch.bool),
+        torch.zeros(5, 1, dtype=torch.long),
+        torch.ones(5, 1),
+        torch.tensor([0, 0, 0, 1, 1]),
+    )
+    episodes = EpisodeBatch(prompts, ids, real, sampled, turn, torch.ones(5, dtype=torch.bool), ("",) * 5)
+    zeros = torch.zeros(5, 5)
+    return Returns(by_turn.sum(1), paid, by_turn, {}, {}), episodes, Readings(zeros, zeros, zeros, zeros), zeros
+
+
+def on_answers(first: list[float], second: list[float]) -> Tensor:
+    """The same number on both tokens of an answer."""
+    one, two = torch.tensor(first), torch.tensor(second)
+    return torch.stack([one, one, torch.zeros(5), two, two], dim=1)
+
+
+def test_rloo_of_two_turns_by_hand() -> None:
+    # From the first answer on 5, 3 and 6; 8 and 0. From the second on 4 and 1, and 7, which nothing is compared with.
+    result = estimate_targets(replace(PLAIN, estimator="rloo"), *conversations(), 0.0)
+    expected = on_answers([5 - 4.5, 3 - 5.5, 6 - 4.0, 8.0, -8.0], [3.0, -3.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(result.advantages, expected)
+    assert (result.returns == 0).all()
+
+
+def test_grpo_of_two_turns_by_hand() -> None:
+    result = estimate_targets(replace(PLAIN, estimator="grpo"), *conversations(), 0.0)
+    std = (7 / 3) ** 0.5  # of 5, 3 and 6; that of 4 and 1 is sqrt(4.5), of 8 and 0 sqrt(32)
+    first = [1 / 3 / std, -5 / 3 / std, 4 / 3 / std, 4 / 32**0.5, -4 / 32**0.5]
+    expected = on_answers(first, [1.5 / 4.5**0.5, -1.5 / 4.5**0.5, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(result.advantages, expected, atol=2e-4, rtol=0)
+
+
+def test_a_turn_bears_the_kl_and_the_penalty_that_come_after_it() -> None:
+    given, episodes, readings, reference = conversations()
+    logprobs = readings.logprobs.clone()
+    logprobs[0, 0], logprobs[1, 3] = (
+        1.0,
+        2.0,
+    )  # nats above the reference: in the first turn of one, the second of another
+    logprobs[:, 2] = 50.0  # of what was read, nobody asks
+    episodes = replace(episodes, ended=torch.tensor([False, True, True, True, True]))
+    config = replace(PLAIN, estimator="rloo", missing_eos_penalty=0.5)
+    result = estimate_targets(config, given, episodes, replace(readings, logprobs=logprobs), reference, 0.5)
+    # 5 - 0.5 - 0.5, 3 - 1 and 6; then 4 - 0.5 and 1 - 1.
+    expected = on_answers([4 - 4.0, 2 - 5.0, 6 - 3.0, 8.0, -8.0], [3.5, -3.5, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(result.advantages, expected)
+
+
+def test_gae_goes_over_what_was_read_by_hand() -> None:
+    given, episodes, readings, reference = conversations()
+    values = torch.tensor([1.0, 2.0, float("nan"), 3.0, 4.0]).repeat(5, 1)
+    result = estimate_targets(
+        replace(PLAIN, gamma=0.5, lam=0.8), given, episodes, replace(readings, values=values), reference, 0.0
+    )
+    # Backwards: 4 - 4; 0 + 2 - 3, + 0.4 x 0; over the hole 1 + 1.5 - 2, + 0.4 x -1; 0 + 1 - 1, + 0.4 x 0.1.
+    torch.testing.assert_close(result.advantages[0], torch.tensor([0.04, 0.1, 0.0, -1.0, 0.0]))
+    torch.testing.assert_close(result.returns[0], torch.tensor([1.04, 2.1, 0.0, 2.0, 4.0]))
+    # An episode that ends with its first answer: 6 - 2; 0 + 1 - 1, + 0.4 x 4.
+    torch.testing.assert_close(result.advantages[2], torch.tensor([1.6, 4.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_what_was_sampled_is_reinforced_and_nothing_is_imitated(estimator: str) -> None:
+    given, episodes, readings, reference = conversations()
+    readings = replace(readings, values=torch.zeros(5, 5))
+    config = PPOConfig(estimator=estimator)  # type: ignore[arg-type]
+    result = estimate_targets(config, given, episodes, readings, reference, 0.1)
+    assert set(result.weights) == {"rl", "ce"}
+    assert torch.equal(result.weights["rl"], episodes.sampled.float())
+    assert not result.weights["ce"].any()
+    assert result.advantages.isfinite().all()
+    assert (result.advantages[~episodes.sampled] == 0).all()

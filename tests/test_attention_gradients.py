@@ -21,7 +21,7 @@ def weights_for(region):
 
 def logits_loss(output, batch):
     # Padding rows see nothing and differ between sdpa and eager.
-    real = batch.sampled if "decoder_input_ids" in batch.inputs else batch.inputs["attention_mask"]
+    real = batch.response_mask if "decoder_input_ids" in batch.inputs else batch.inputs["attention_mask"]
     return (output.logits.square() * real[..., None]).mean()
 
 

@@ -6,8 +6,9 @@ import torch
 from cagsr.attention import AttentionRegion, PromptAttentionReader, chosen_columns, rows
 from cagsr.errors import AttentionError
 from cagsr.reward.pooling import pool_pieces
-from cagsr.reward.terms.coverage import mean_mass, saturating_coverage
+from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.terms.grounded_coverage import grounded_coverage_gains
+from cagsr.reward.terms.mean_mass import mean_mass
 from test_attention_models import batch_for, captured_attention, decoder_batch, tiny_model
 
 
@@ -83,7 +84,7 @@ def test_gradients_through_pooled_words():
 def test_the_terms_of_the_reward_lose_nothing():
     model = tiny_model("llama", attn_implementation="sdpa")
     batch = decoder_batch(model)
-    region, mask = batch.region, batch.sampled.bool()
+    region, mask = batch.region, batch.response_mask.bool()
     words, salience = words_for(region), torch.rand(3, 3)
     width = region.shape[2]
     prompt_ids, response_ids = batch.inputs["input_ids"].split([width, region.shape[1]], dim=1)
@@ -101,9 +102,10 @@ def test_the_terms_of_the_reward_lose_nothing():
         atol=1e-6,
     )
     of_tokens = words.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
-    ids = prompt_ids.gather(1, index.clamp(min=0))
-    gains = grounded_coverage_gains(tokens, response_ids, mask, ids, of_tokens, salience, 0.3)
-    expected = grounded_coverage_gains(whole, response_ids, mask, prompt_ids, words, salience, 0.3)
+    same = (response_ids[:, :, None] == prompt_ids[:, None, :]) & mask[:, :, None] & (words >= 0)[:, None, :]
+    of_chosen = same.gather(2, index.clamp(min=0)[:, None, :].expand(*mask.shape, -1)) & (index >= 0)[:, None, :]
+    gains = grounded_coverage_gains(tokens, of_chosen, of_tokens, salience, 0.3)
+    expected = grounded_coverage_gains(whole, same, words, salience, 0.3)
     assert expected.sum() > 0.01
     torch.testing.assert_close(gains, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(mean_mass(tokens, of_tokens, mask), mean_mass(whole, words, mask), rtol=0, atol=1e-6)

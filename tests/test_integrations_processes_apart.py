@@ -24,6 +24,8 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.integrations.frozen import VARIABLE
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.reward.answers import AnswerScorer
+from cagsr.scoring.answers import Response
 
 ANSWERS = ["the red cat near a house .", "a dog likes food , a dog likes food , a dog likes food", "bird"]
 CHAT = (
@@ -72,7 +74,7 @@ def expected(folder: Path, name: str, ids: list[list[int]] | None = None) -> dic
     found = prepare_prompts(
         DataConfig(str(folder / f"{name}.jsonl")), SalienceConfig(), loaded.tokenizer, max_length=60
     )
-    scorer = Scorer(loaded, REWARD, AttentionConfig(), SalienceConfig())
+    scorer = AnswerScorer(loaded, REWARD, AttentionConfig(), SalienceConfig())
     tokens = ids or [[*loaded.tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in ANSWERS]
     prompts = list(found.prompts[: len(tokens)])
     if name == "plain" and ids is not None:  # OpenRLHF puts no BOS before a text

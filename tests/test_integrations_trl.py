@@ -21,7 +21,9 @@ from cagsr.errors import ConfigError, DataError, RewardError
 from cagsr.integrations.trl import STATE_KEY, AttentionReward
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import encode_texts
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.weigh import weigh
+from cagsr.scoring.answers import Response
 
 TEXTS = [
     "tell me about the red cat near a house",
@@ -113,7 +115,7 @@ def expected(start: Path, reward: RewardConfig, texts: list[Any], chat: str | No
     loaded = load_model(ModelConfig(str(start), device="cpu"), for_training=False)
     if chat is not None:
         loaded.tokenizer.chat_template = chat
-    scorer = Scorer(loaded, reward, AttentionConfig(), SalienceConfig())
+    scorer = AnswerScorer(loaded, reward, AttentionConfig(), SalienceConfig())
     encoded = encode_texts(texts, loaded.tokenizer, SalienceConfig(), 50)
     prompts = [one for one in encoded for _ in range(4)]
     responses = [Response("", tuple(ids), ids[-1] == 2) for ids in sampled()]

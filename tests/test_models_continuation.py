@@ -26,6 +26,7 @@ from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.render import render_prompt
 from cagsr.quickstart.start_model import build_tokenizer
 from cagsr.rollout.sample import cut_responses
+from cagsr.scoring.answers import encode_response
 
 PROMPTS = [
     "Description:",

@@ -36,7 +36,9 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
     batch = PromptBatch(texts, ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
     answer = torch.randint(3, size, (len(group), max(responses)), generator=generator)
     answered = torch.arange(max(responses))[None] < torch.tensor(responses)[:, None]
-    return EpisodeBatch(batch, answer, answered, torch.ones(len(group), dtype=torch.bool), tuple("" for _ in group))
+    return EpisodeBatch.of_one_turn(
+        batch, answer, answered, torch.ones(len(group), dtype=torch.bool), tuple("" for _ in group)
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 2])

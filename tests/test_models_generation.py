@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from cagsr.update.score import score_policy
 from transformers import GenerationConfig
 
 import tiny
-from cagsr.attention import PromptAttentionReader
 from cagsr.commands.main import main
 from cagsr.config import DataConfig, LoraConfig, ModelConfig, RolloutConfig, SamplingConfig, TrainConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.flow import Prompt, PromptBatch
 from cagsr.models import generation
-from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.generation import GenerationRules, decoder_prefix, generation_notes, sampled_with
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout.build import build_sampler
@@ -28,6 +25,7 @@ from cagsr.rollout.sample import sample_responses
 from cagsr.runs.final import save_final
 from cagsr.runs.saved import AnswerProbe
 from cagsr.scoring.statistics import sampling_correction
+from scored import scored, scored_with_maps
 
 FORCED = 3
 """A token that is no word, as a language token is not."""
@@ -159,8 +157,8 @@ def test_forbidden_tokens_are_not_sampled_and_the_correction_is_the_mass_that_is
     logits = torch.tensor([[[0.0] * 28, [0.0] * 28]])
     found = sampling_correction(logits, torch.tensor([[5, 5]]), SamplingConfig(), (2,), loaded.generation)
     assert found[0].tolist() == pytest.approx([math.log(25 / 28), math.log(26 / 28)], abs=1e-6)
-    scores = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=64)
-    assert (scores.sampling_correction[rollout.sampled] < 0).all()
+    readings = scored(loaded, rollout, micro_batch_size=64)
+    assert (readings.sampling_correction[rollout.sampled] < 0).all()
 
 
 def test_vllm_is_not_told_of_them_so_it_is_refused(tmp_path: Path) -> None:
@@ -198,8 +196,7 @@ def test_a_forced_first_token_is_read_and_neither_sampled_nor_scored(kind: str, 
     assert len(set(rollout.ids[:, 0].tolist())) > 1, "the first token of an answer is sampled"
     assert int(rollout.sampled.sum(dim=1).min()) > 2
 
-    reader = PromptAttentionReader(loaded.model, layers="all")
-    scores = score_policy(ActorCritic(loaded), loaded, rollout, sampling, reader=reader, micro_batch_size=3)
+    readings, maps = scored_with_maps(loaded, rollout, sampling, micro_batch_size=3)
     # by hand: the whole decoder input, positions that predict the answer's tokens
     fed = torch.cat([torch.tensor([[2, FORCED]]).expand(8, -1), rollout.ids], dim=1)
     loaded.model.set_attn_implementation("eager")
@@ -212,14 +209,12 @@ def test_a_forced_first_token_is_read_and_neither_sampled_nor_scored(kind: str, 
         )
     mask = rollout.sampled
     by_hand = output.logits[:, 1:-1].log_softmax(dim=-1).gather(2, rollout.ids[:, :, None])[:, :, 0]
-    assert torch.allclose(scores.logprobs[mask], by_hand[mask], atol=1e-5)
+    assert torch.allclose(readings.logprobs[mask], by_hand[mask], atol=1e-5)
     stop = output.logits[:, 1:3].softmax(dim=-1)[:, :, 2]  # forbidden at the answer's first two tokens
-    assert torch.allclose(scores.sampling_correction[:, :2], torch.log1p(-stop), atol=1e-5)
-    assert (scores.sampling_correction[:, 2:] == 0).all()
+    assert torch.allclose(readings.sampling_correction[:, :2], torch.log1p(-stop), atol=1e-5)
+    assert (readings.sampling_correction[:, 2:] == 0).all()
     cross = torch.stack(output.cross_attentions).mean(dim=(0, 2))[:, 1:-1]
-    assert scores.attention is not None
-    assert scores.attention.maps is not None
-    assert torch.allclose(scores.attention.maps[mask], cross[mask], atol=1e-5)
+    assert torch.allclose(maps[mask], cross[mask], atol=1e-5)
 
 
 def test_a_decoder_only_model_is_forced_to_nothing(tmp_path: Path) -> None:

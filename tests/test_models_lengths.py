@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cagsr.update.score import score_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,6 +39,7 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.sample import sample_responses
+from scored import scored, scored_with_maps
 from test_models_forward import made_up
 
 BORDER = 16
@@ -141,10 +141,8 @@ def each_by_itself(model: Any, rollout: EpisodeBatch) -> Tensor:
     return found
 
 
-def scored(loaded: LoadedModel, rollout: EpisodeBatch, micro_batch_size: int = 8) -> Tensor:
-    return score_policy(
-        ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=micro_batch_size
-    ).logprobs
+def logprobs_of(loaded: LoadedModel, rollout: EpisodeBatch, micro_batch_size: int = 8) -> Tensor:
+    return scored(loaded, rollout, micro_batch_size=micro_batch_size).logprobs
 
 
 @pytest.mark.parametrize(("kind", "lengths"), CASES)
@@ -153,10 +151,10 @@ def test_a_token_is_scored_by_the_tokens_before_it(kind: str, lengths: str, fold
     rollout = answered(loaded, PROMPTS[lengths])
     truth = each_by_itself(own(folders[kind]), rollout)
     assert shares_prompts(loaded, rollout)
-    torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
     sharing.stop_sharing(loaded.model)
     assert not shares_prompts(loaded, rollout)
-    torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
 
 
 @given(
@@ -170,10 +168,10 @@ def test_scores_depend_on_no_other_row(
 ):
     loaded = loaded_from(folders["phi3"])
     rollout = answered(loaded, prompts, longest)
-    alone = scored(loaded, rollout, 1)
-    torch.testing.assert_close(scored(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
+    alone = logprobs_of(loaded, rollout, 1)
+    torch.testing.assert_close(logprobs_of(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
     sharing.stop_sharing(loaded.model)
-    torch.testing.assert_close(scored(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, rollout, micro_batch_size), alone, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("value", "rank"), [("head", 0), ("head", 2), ("model", 0)])
@@ -204,7 +202,7 @@ def test_greedy_answers_are_transformers_own(kind: str, lengths: str, folders: d
     greedy = SamplingConfig(temperature=0, min_new_tokens=12, max_new_tokens=12)
     found = sample_responses(loaded, prompts, greedy)
     for row in range(0, len(found.ids), 4):
-        ids = prompts.ids[row][prompts.mask[row]][None]
+        ids = prompts.ids[row][prompts.real[row]][None]
         expected = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -226,10 +224,10 @@ def test_answers_are_drawn_from_what_is_scored(kind: str, filters: dict[str, flo
     sampling = dataclasses.replace(SamplingConfig(max_new_tokens=14), **filters)
     torch.manual_seed(1)
     rollout = sample_responses(loaded, answered(loaded, PROMPTS["all"]).prompts, sampling)
-    scores = score_policy(ActorCritic(loaded), loaded, rollout, sampling, reader=None, micro_batch_size=5)
+    readings = scored(loaded, rollout, sampling, micro_batch_size=5)
     assert int((rollout.prompts.real.sum(1) + rollout.sampled.sum(1)).max()) > BORDER + 8
     torch.testing.assert_close(
-        scores.logprobs - scores.sampling_correction, rollout.decoded_logprobs, atol=2e-5, rtol=1e-5
+        readings.logprobs - readings.sampling_correction, rollout.decoded_logprobs, atol=2e-5, rtol=1e-5
     )
 
 
@@ -240,16 +238,15 @@ def test_attention_across_the_border_is_eager_s(kind: str, share: bool, folders:
     rollout = answered(loaded, PROMPTS["all"])
     if not share:
         sharing.stop_sharing(loaded.model)
-    reader = PromptAttentionReader(loaded.model, "all")
-    scores = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=reader, micro_batch_size=5)
-    expected = torch.zeros(scores.attention.maps.shape)
+    _, found = scored_with_maps(loaded, rollout, micro_batch_size=5)
+    expected = torch.zeros(found.shape)
     for row, column in rollout.sampled.nonzero().tolist():
         prompt = rollout.prompts.ids[row][rollout.prompts.real[row]]
         before = torch.cat([prompt, rollout.ids[row, :column]])[None]
         with torch.no_grad():
             maps = model(input_ids=before, output_attentions=True, use_cache=False).attentions
         expected[row, column, -len(prompt) :] = torch.stack(maps).mean(dim=(0, 2))[0, -1, : len(prompt)]
-    torch.testing.assert_close(scores.attention.maps, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     by_layer = attention_by_layer(loaded, rollout, {n: PromptAttentionReader(loaded.model, [n]) for n in (0, 1)})
     torch.testing.assert_close((by_layer[0] + by_layer[1]) / 2, expected, atol=1e-5, rtol=1e-4)
 
@@ -273,16 +270,16 @@ def test_dynamic_frequencies_are_used_where_they_are_one_model_and_refused_beyon
     assert length_borders(loaded.model) == ()
     rollout = answered(loaded, [2, 6], longest=BORDER - 6)
     truth = each_by_itself(own(folders["llama-dynamic"]), rollout)
-    torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
     sampling = SamplingConfig(max_new_tokens=10, min_new_tokens=10)
     drawn = sample_responses(loaded, rollout.prompts, sampling)
     assert drawn.ids.shape[1] == 10
     with pytest.raises(ModelError, match=r"rope type dynamic .* max_position_embeddings of 16"):
-        scored(loaded, answered(loaded, [8], longest=12))
+        logprobs_of(loaded, answered(loaded, [8], longest=12))
     with pytest.raises(ModelError, match="17 tokens: with rope type dynamic"):
         sample_responses(loaded, rollout.prompts, dataclasses.replace(sampling, max_new_tokens=14, min_new_tokens=14))
     # The refusal leaves no longer frequencies behind.
-    torch.testing.assert_close(scored(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, rollout), truth, atol=2e-5, rtol=1e-5)
     with pytest.raises(ModelError, match="rope type dynamic"):
         loaded.model(input_ids=torch.ones(1, 17, dtype=torch.long))
 
@@ -293,7 +290,7 @@ def test_positions_that_count_padding_are_refused_where_they_matter(folders: dic
     truth = each_by_itself(own(folders["llama4-chunks"]), alike)
     torch.testing.assert_close(scored(loaded, alike), truth, atol=2e-5, rtol=1e-5)
     with pytest.raises(ModelError, match=r"from 40 tokens on this llama4_text model .* count the padding"):
-        scored(loaded, answered(loaded, [20, 30], longest=14))
+        logprobs_of(loaded, answered(loaded, [20, 30], longest=14))
 
 
 def test_full_experts_are_refused(tmp_path: Path):
@@ -317,9 +314,9 @@ def test_full_experts_are_refused(tmp_path: Path):
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     loaded = loaded_from(tmp_path)
-    assert bool((scored(loaded, answered(loaded, [9], longest=8)).sum(dim=1) < 0).all())
+    assert bool((logprobs_of(loaded, answered(loaded, [9], longest=8)).sum(dim=1) < 0).all())
     with pytest.raises(ModelError, match=r"Answers of 9 tokens: .* expert_capacity 8"):
-        scored(loaded, answered(loaded, [9], longest=9))
+        logprobs_of(loaded, answered(loaded, [9], longest=9))
 
 
 def test_the_probe_asks_at_the_lengths_of_the_batch(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
@@ -329,7 +326,7 @@ def test_the_probe_asks_at_the_lengths_of_the_batch(folders: dict[str, Path], mo
 
     def forgetful(model: Any, inputs: PassInputs, *rest: Any) -> Tensor:
         logits = genuine(model, inputs, *rest)
-        return logits if inputs.prompt_ids.shape[1] + inputs.ids.shape[1] < 20 else logits * 1.01
+        return logits if inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] < 20 else logits * 1.01
 
     monkeypatch.setattr(decoder_only, "_prefix_pass", forgetful)
     asked: list[int] = []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cagsr.evaluation.scorer import Scorer, encode_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -202,12 +201,13 @@ def test_what_is_copied_from_behind_a_bracket_is_seen(kind, tmp_path):
     assert [len(one.ids) for one in said] == [1, 1, 1, 1]
     assert [answer == asked for answer in answers] == [False, False, True, False]  # by id only the third copies
 
-    scorer = Scorer(loaded, RewardConfig(), AttentionConfig(layers="all"), salience)
+    scorer = AnswerScorer(loaded, RewardConfig(), AttentionConfig(layers="all"), salience)
     assert len(scorer.loaded.texts.ids) == len(loaded.tokenizer) + 5  # ids of the padding can be said too
-    batch = scorer.batch(scorer.rollout([encoded] * 4, said))
+    batch = scorer.batch(answered(loaded, [encoded] * 4, said))
     values = scorer.values(batch)
     place = (batch.episodes.prompts.words[0] == 0).nonzero().flatten()
-    looked = batch.attention[:3, 0, place].flatten()
+    assert batch.attention is not None
+    looked = batch.attention.maps[:3, 0, place].flatten()
     assert (looked > 0).all()
     tau = scorer.config.grounded_coverage.threshold
     assert values["grounded_coverage"].tolist() == pytest.approx([*(looked / tau).clamp(max=1).tolist(), 0.0])

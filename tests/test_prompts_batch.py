@@ -48,17 +48,17 @@ def test_padding_loses_nothing(encoded: list[EncodedPrompt], side: str, copies: 
         first_group=first,  # type: ignore[arg-type]
     )
     rows = [one for one in encoded for _ in range(copies)]
-    assert batch.ids.shape == batch.mask.shape == batch.words.shape == (len(rows), max(len(o.ids) for o in rows))
+    assert batch.ids.shape == batch.real.shape == batch.words.shape == (len(rows), max(len(o.ids) for o in rows))
     assert batch.group.tolist() == [first + i // copies for i in range(len(rows))]
-    assert (batch.ids.dtype, batch.mask.dtype, batch.salience.dtype) == (torch.int64, torch.bool, torch.float32)
+    assert (batch.ids.dtype, batch.real.dtype, batch.salience.dtype) == (torch.int64, torch.bool, torch.float32)
     for row, one in enumerate(rows):
         assert batch.prompts[row] is one.prompt
-        assert batch.ids[row][batch.mask[row]].tolist() == list(one.ids)
-        assert batch.words[row][batch.mask[row]].tolist() == list(one.words)
-        assert (batch.ids[row][~batch.mask[row]] == PAD).all()
-        assert (batch.words[row][~batch.mask[row]] == -1).all()
+        assert batch.ids[row][batch.real[row]].tolist() == list(one.ids)
+        assert batch.words[row][batch.real[row]].tolist() == list(one.words)
+        assert (batch.ids[row][~batch.real[row]] == PAD).all()
+        assert (batch.words[row][~batch.real[row]] == -1).all()
         assert batch.salience[row].tolist() == [*one.salience] + [0.0] * (batch.salience.shape[1] - len(one.salience))
-        assert bool(batch.mask[row, -1 if side == "left" else 0])
+        assert bool(batch.real[row, -1 if side == "left" else 0])
 
 
 def test_a_batch_by_hand() -> None:
@@ -66,7 +66,7 @@ def test_a_batch_by_hand() -> None:
     short = EncodedPrompt(Prompt(2, "b"), (4, 5), (-1, 0), (1.0,))
     left = collate_prompts([long, short], pad_token_id=0, padding_side="left")
     assert left.ids.tolist() == [[1, 2, 3], [0, 4, 5]]
-    assert left.mask.tolist() == [[True] * 3, [False, True, True]]
+    assert left.real.tolist() == [[True] * 3, [False, True, True]]
     assert left.words.tolist() == [[-1, 0, 1], [-1, -1, 0]]
     assert left.salience.tolist() == [[0.5, 2.0], [1.0, 0.0]]
     right = collate_prompts([long, short], pad_token_id=0, padding_side="right")
@@ -90,7 +90,7 @@ def rows(batch: list[EncodedPrompt]) -> list[int]:
 
 
 def take(stream: PromptStream, batches: int) -> list[int]:
-    return [row for _ in range(batches) for row in rows(stream.next_batch())]
+    return [row for _ in range(batches) for row in rows(stream.next())]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -120,7 +120,7 @@ def test_processes_share_one_global_order(streamed: bool) -> None:
     alone = PromptStream(prompt_set(7, streamed=streamed), 6, seed=2)
     pair = [PromptStream(prompt_set(7, streamed=streamed), 3, 2, index, 2) for index in range(2)]
     for _ in range(5):
-        assert rows(alone.next_batch()) == [row for one in pair for row in rows(one.next_batch())]
+        assert rows(alone.next()) == [row for one in pair for row in rows(one.next())]
     assert pair[0].state_dict() == pair[1].state_dict() == alone.state_dict()
 
 

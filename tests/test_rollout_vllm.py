@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from cagsr.update.score import score_policy
-from torch import Tensor
 
 import tiny
 from cagsr.config import (
@@ -36,6 +34,7 @@ from cagsr.rollout.sampler import Sampler
 from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
 from cagsr.training.ppo import PPO
+from scored import scored
 from vllm_server import Served, serving
 
 TEXTS = ["a cat", "tell me about the small red bird near a house", "the dog sees a tree"]
@@ -91,11 +90,6 @@ def sampled(sampler: Sampler, loaded: LoadedModel, sampling: SamplingConfig) -> 
     return sampler.sample(batch, sampling)
 
 
-def scored(ppo: PPO, rollout: EpisodeBatch, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    found = score_policy(ppo.actor_critic, ppo.loaded, rollout, sampling, reader=None, micro_batch_size=5)
-    return found.logprobs, found.sampling_correction
-
-
 def served_differs(engine: Served, loaded: LoadedModel) -> set[str]:
     """Names of weights that the server has otherwise than the policy."""
     served = engine.weights
@@ -114,10 +108,12 @@ def test_the_engines_logprobs_are_the_scoring_passs(kind: str, filters: dict[str
     with serving(tiny.save_model(tmp_path / "model", kind)) as engine:
         ppo, _ = ppo_for(config_for(tmp_path / "model", engine.url, sampling=sampling))
         rollout = sampled(ppo.sampler, ppo.loaded, sampling)
-    logprobs, correction = scored(ppo, rollout, sampling)
+    readings = scored(ppo.loaded, rollout, sampling, micro_batch_size=5)
     mask = rollout.sampled
     assert rollout.sampler_logprobs is not None
-    torch.testing.assert_close((logprobs - correction)[mask], rollout.sampler_logprobs[mask], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (readings.logprobs - readings.sampling_correction)[mask], rollout.sampler_logprobs[mask], atol=2e-5, rtol=1e-5
+    )
     assert (rollout.sampler_logprobs[~mask] == 0).all()
     assert int(mask.sum(1).min()) >= sampling.min_new_tokens
     assert int(mask.sum()) > len(mask)
@@ -183,7 +179,7 @@ def test_the_server_has_the_policys_weights_after_every_update(rank: int, engine
         assert len(served_differs(engine, ppo.loaded)) >= 14  # every layer's projections moved
     rollout = ppo.sampler.sample(experience.episodes.prompts, ppo.config.sampling)
     assert served_differs(engine, ppo.loaded) == set()
-    logprobs, _ = scored(ppo, rollout, ppo.config.sampling)
+    logprobs = scored(ppo.loaded, rollout, ppo.config.sampling, micro_batch_size=5).logprobs
     torch.testing.assert_close(logprobs, rollout.sampler_logprobs, atol=2e-5, rtol=1e-5)
     # The frozen base is not touched by a merge that is taken back: it would drift from step to step.
     assert all(torch.equal(value, dict(ppo.loaded.model.named_parameters())[name]) for name, value in base.items())

@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for step in range(1, 5):
         order = list(dict.fromkeys(row["prompt"] for row in samples if row["step"] == step))
-        expected = [prompt.prompt.text for prompt in stream.next_batch()]
+        expected = [prompt.prompt.text for prompt in stream.next()]
         assert order == (expected if step == 3 else expected[:2])  # only the main process's answers are kept
     moments = json.loads((first / "extra.json").read_text())["ppo"]["reward"]
     # Both processes' 16 answers of each of two steps, not one process's 8: the reward's scale is everybody's.

@@ -50,7 +50,11 @@ class UpdateBatch:
             Scalar, differentiable; 0 where no position of the mini-batch has a weight.
         """
         weight = self.targets.weights[weights]
-        return (per_token.masked_fill(weight == 0, 0.0) * weight).sum() / self.totals[weights].clamp(min=1e-8)
+        return (per_token.masked_fill(weight == 0, 0.0) * weight).sum() / self.total(weights)
+
+    def total(self, weights: str) -> Tensor:
+        """What a sum over positions is divided by: never 0, so that a mini-batch without a position has no loss, not NaN."""
+        return self.totals[weights].clamp(min=1e-8)
 
 
 @dataclass(frozen=True)

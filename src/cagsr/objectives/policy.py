@@ -18,7 +18,7 @@ class PolicyLoss:
 
     loss: Tensor  # scalar, differentiable
     ratio: Tensor  # (batch, response) detached
-    clipped: Tensor  # scalar: tokens where the clipped branch was the worse
+    clipped: Tensor  # scalar: tokens (their weights' sum) where the clipped branch was the worse
     approx_kl: Tensor  # scalar: sum over tokens of (ratio - 1) - log ratio
 
 
@@ -54,7 +54,7 @@ def policy_loss(
     if correction is not None:
         per_token = per_token * correction.exp()
     with torch.no_grad():
-        clip_count = ((clipped > plain) & (weight > 0)).sum()
+        clip_count = ((clipped > plain) * weight).sum()
         approx_kl = ((ratio - 1 - log_ratio) * weight).sum()
     return PolicyLoss((per_token * weight).sum() / tokens, ratio.detach(), clip_count, approx_kl)
 
@@ -69,7 +69,7 @@ class PolicyObjective:
 
     def __call__(self, batch: UpdateBatch) -> ObjectiveLoss:
         """With the ratio, the share of clipped tokens and the KL to the policy before the update."""
-        weight, tokens = batch.targets.weights["rl"], batch.totals["rl"]
+        weight, tokens = batch.targets.weights["rl"], batch.total("rl")
         found = policy_loss(
             batch.logprobs,
             batch.readings.logprobs,

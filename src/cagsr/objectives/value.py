@@ -61,6 +61,6 @@ class ValueObjective:
         """Against the returns that were fixed before the update."""
         assert batch.values is not None
         assert batch.readings.values is not None
-        weight, tokens = batch.targets.weights["rl"], batch.totals["rl"]
+        weight, tokens = batch.targets.weights["rl"], batch.total("rl")
         returns = batch.targets.returns
         return ObjectiveLoss(value_loss(batch.values, batch.readings.values, returns, weight, tokens, self.cliprange))

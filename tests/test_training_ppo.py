@@ -169,11 +169,16 @@ def test_a_reward_is_followed(tmp_path: Path, estimator: str):
     assert sum(history[-3:]) / 3 > sum(history[:3]) / 3 + 0.1, history
 
 
-def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path):
+def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ppo, prompts = setting(
         tmp_path,
         attention=AttentionConfig(source="reference"),
         sampling=SamplingConfig(num_generations=2, max_new_tokens=5, temperature=1.0),
+    )
+    read_of_policy: list[object] = []
+    plain = ppo.scorer.policy
+    monkeypatch.setattr(
+        ppo.scorer, "policy", lambda episodes, visitor: read_of_policy.append(visitor) or plain(episodes, visitor)
     )
     torch.manual_seed(0)
     first = ppo.collect(prompts.prompts[:2])
@@ -182,12 +187,12 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
             parameter.mul_(1.05)
     torch.manual_seed(0)
     second = ppo.collect(prompts.prompts[:2])
-    same = (first.rollout.ids.shape == second.rollout.ids.shape) and bool(
-        (first.rollout.ids == second.rollout.ids).all()
+    same = (first.episodes.ids.shape == second.episodes.ids.shape) and bool(
+        (first.episodes.ids == second.episodes.ids).all()
     )
     if same:
-        torch.testing.assert_close(first.reward.terms["coverage"], second.reward.terms["coverage"])
-    assert first.scores.attention is None
+        torch.testing.assert_close(first.returns.terms["coverage"], second.returns.terms["coverage"])
+    assert read_of_policy == [None, None]
 
 
 def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
@@ -195,7 +200,7 @@ def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
     experience = ppo.collect(prompts.prompts[:4])
     shifted = dataclasses.replace(experience.readings, logprobs=experience.readings.logprobs - 0.1)
     with pytest.raises(CagsrError, match="ratio before the first update"):
-        ppo.update(dataclasses.replace(experience, scores=shifted))
+        ppo.update(dataclasses.replace(experience, readings=shifted))
 
 
 def test_filters_are_corrected_and_logged(tmp_path: Path):

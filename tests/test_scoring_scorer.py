@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tiny
-from cagsr.attention import PromptAttentionReader
-from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
+from cagsr.config import AttentionConfig, LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, Prompt, PromptBatch
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.forward import teacher_forced
@@ -17,7 +16,9 @@ from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference
 from cagsr.rollout.sample import sample_responses
-from cagsr.scoring.micro_batches import micro_batches, score_policy, score_reference
+from cagsr.scoring.micro_batches import micro_batches
+from cagsr.scoring.scorer import Scorer
+from scored import scored, scored_with_maps
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
 TEXTS = ["the cat", "tell me about the small red bird near a house", "a big dog likes the tree", "blue . green"]
@@ -44,14 +45,12 @@ def test_one_batch_of_eight_equals_eight_batches_of_one(kind: str, tmp_path: Pat
     rollout = rolled_out(loaded)
     actor_critic = ActorCritic(loaded, value="head")
     torch.nn.init.normal_(actor_critic.value_head.weight)
-    reader = PromptAttentionReader(loaded.model, "all")
     sampling = SamplingConfig(temperature=1.3)
-    together = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=8)
-    alone = score_policy(actor_critic, loaded, rollout, sampling, reader=reader, micro_batch_size=1)
+    together, maps = scored_with_maps(loaded, rollout, sampling, micro_batch_size=8, actor_critic=actor_critic)
+    alone, maps_alone = scored_with_maps(loaded, rollout, sampling, micro_batch_size=1, actor_critic=actor_critic)
     for name in ("logprobs", "entropy", "certainty", "values"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=2e-5, rtol=1e-4)
-    maps = together.attention.maps
-    torch.testing.assert_close(maps, alone.attention.maps, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(maps, maps_alone, atol=2e-5, rtol=1e-4)
     mask = rollout.sampled
     assert (together.logprobs[~mask] == 0).all()
     assert (together.logprobs[mask] < 0).all()
@@ -64,9 +63,7 @@ def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
     """Teacher-forced log-probabilities equal those of decoding step by step with a cache."""
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
     rollout = rolled_out(loaded, copies=1)
-    scores = score_policy(
-        ActorCritic(loaded), loaded, rollout, SamplingConfig(temperature=1.3), reader=None, micro_batch_size=8
-    )
+    readings = scored(loaded, rollout, SamplingConfig(temperature=1.3))
     row, length = 1, int(rollout.sampled[1].sum())
     prompt = rollout.prompts.ids[row][rollout.prompts.real[row]][None]
     cache, fed = None, prompt
@@ -80,7 +77,7 @@ def test_scored_policy_is_the_sampled_one(kind: str, tmp_path: Path):
             cache, logits = output.past_key_values, output.logits
             fed = rollout.ids[row : row + 1, t : t + 1]
         expected = torch.log_softmax(logits[0, -1].float() / 1.3, dim=-1)[rollout.ids[row, t]]
-        torch.testing.assert_close(scores.logprobs[row, t], expected.detach(), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(readings.logprobs[row, t], expected.detach(), atol=2e-5, rtol=1e-4)
 
 
 def test_values_come_from_the_last_hidden_state(tmp_path: Path):
@@ -125,21 +122,15 @@ def test_value_head_starts_at_zero(tmp_path: Path):
 def test_reference_stays_where_the_policy_started(tmp_path: Path, lora: LoraConfig):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"), lora)
     rollout = rolled_out(loaded)
-    reference = Reference(loaded)
-
-    def scored() -> torch.Tensor:
-        with reference.model() as model:
-            return score_reference(model, loaded, rollout, 1.0, reader=None, micro_batch_size=8)[0]
-
-    before = scored()
-    policy = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    scorer = Scorer(loaded, AttentionConfig(), SamplingConfig(), 8, reference=Reference(loaded))
+    policy, before = scorer.read(rollout)
     torch.testing.assert_close(policy.logprobs, before, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    torch.testing.assert_close(scored(), before, atol=0, rtol=0)
-    moved = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    moved, after = scorer.read(rollout)
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
     assert (moved.logprobs - before).abs().max() > 1e-2
 
 
@@ -150,9 +141,7 @@ def test_in_bfloat16_the_reference_starts_as_the_policy_to_the_bit(kind: str, tm
     rollout = rolled_out(loaded)
     reference = Reference(loaded)
     assert any(weight.dtype == torch.bfloat16 for weight in reference.module.parameters())
-    with reference.model() as model:
-        logprobs, _ = score_reference(model, loaded, rollout, 1.0, reader=None, micro_batch_size=8)
-    policy = score_policy(ActorCritic(loaded), loaded, rollout, SamplingConfig(), reader=None, micro_batch_size=8)
+    policy, logprobs = Scorer(loaded, AttentionConfig(), SamplingConfig(), 8, reference=reference).read(rollout)
     assert torch.equal(policy.logprobs, logprobs)
 
 

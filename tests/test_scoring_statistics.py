@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from cagsr.reward.certainty import self_certainty
-from cagsr.update import statistics
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cagsr.config import SamplingConfig
+from cagsr.scoring import statistics
 from cagsr.scoring.statistics import (
     logprobs_and_entropy,
     logprobs_entropy_and_certainty,
     sampling_correction,
+    self_certainty,
     token_entropy,
     token_logprobs,
 )

@@ -27,7 +27,7 @@ from cagsr.errors import RolloutError
 from cagsr.models import decoder_only, sharing
 from cagsr.scoring.engine_mismatch import decoding_metrics
 from cagsr.train import train
-from test_update_engine_mismatch import OURS, made
+from test_scoring_engine_mismatch import OURS, made
 
 NAME = "scoring/shared_prompt_logp_difference"
 
@@ -115,13 +115,13 @@ def test_answers_drawn_from_another_policy_stop_the_run(tmp_path: Path, monkeypa
 
 
 def test_decoding_by_hand():
-    scores, rollout = made(torch.where(OURS < 0, -0.3, 0.0), engine=None)
+    readings, rollout = made(torch.where(OURS < 0, -0.3, 0.0), engine=None)
     rollout = dataclasses.replace(rollout, decoded_logprobs=OURS + torch.tensor([[0.4, 0.3], [0.9, 5.0]]))
-    found = decoding_metrics(scores, rollout, 0.5, lambda tensor: tensor)
+    found = decoding_metrics(readings, rollout, 0.5, lambda tensor: tensor)
     # OURS + 0.3 is the filtered policy; the last token is padding.
     assert found["sampling/sampling_logp_difference/mean"] == 0.23333  # (0.1 + 0.0 + 0.6) / 3
     assert found["sampling/sampling_logp_difference/max"] == 0.6
     with pytest.raises(RolloutError, match=r"0\.23 nats a token away .*limit 0\.2"):
-        decoding_metrics(scores, rollout, 0.2, lambda tensor: tensor)
-    assert decoding_metrics(scores, rollout, 0.0, lambda tensor: tensor) == found
-    assert decoding_metrics(scores, dataclasses.replace(rollout, decoded_logprobs=None), 0.2, lambda t: t) == {}
+        decoding_metrics(readings, rollout, 0.2, lambda tensor: tensor)
+    assert decoding_metrics(readings, rollout, 0.0, lambda tensor: tensor) == found
+    assert decoding_metrics(readings, dataclasses.replace(rollout, decoded_logprobs=None), 0.2, lambda t: t) == {}
