@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cagsr.flow import EpisodeBatch, Prompt, PromptAttention, PromptBatch, RewardBatch, Scores
+from cagsr.flow import Attention, EpisodeBatch, Prompt, PromptBatch, Readings, RewardBatch
 from setup_browser import CHROMIUM
 
 pytest_plugins = ["limits"]
@@ -68,32 +68,31 @@ def make_reward_batch() -> Callable[..., RewardBatch]:
         salience = torch.rand(prompts, words, generator=g).repeat_interleave(generations, 0) + 0.1
         pooled = torch.stack([((word_of == w)[:, None] * attention).sum(2) for w in range(words)], dim=2)
         rows = tuple(Prompt(row=i + 1, text=f"prompt {i + 1}", columns={"answer": i}) for i in range(prompts))
+        ids, ended = torch.randint(0, 4, (batch, response), generator=g), torch.rand(batch, generator=g) < 0.7
         return RewardBatch(
-            rollout=EpisodeBatch(
-                prompts=PromptBatch(
+            episodes=EpisodeBatch.of_one_turn(
+                PromptBatch(
                     prompts=tuple(rows[i // generations] for i in range(batch)),
                     ids=torch.randint(0, 9, (batch, prompt), generator=g),
-                    mask=torch.ones(batch, prompt, dtype=torch.bool),
+                    real=torch.ones(batch, prompt, dtype=torch.bool),
                     words=word_of,
                     salience=salience,
                     group=torch.arange(prompts).repeat_interleave(generations),
                 ),
-                response_ids=torch.randint(0, 4, (batch, response), generator=g),
-                response_mask=mask,
-                ended=torch.rand(batch, generator=g) < 0.7,
-                completions=tuple(f"answer {i}" for i in range(batch)),
+                ids,
+                mask,
+                ended,
+                tuple(f"answer {i}" for i in range(batch)),
             ),
-            scores=Scores(
+            readings=Readings(
                 logprobs=-torch.rand(batch, response, generator=g),
                 entropy=torch.rand(batch, response, generator=g),
                 certainty=torch.rand(batch, response, generator=g) * 3,
                 sampling_correction=torch.zeros(batch, response),
                 values=torch.randn(batch, response, generator=g),
-                attention=PromptAttention(attention),
             ),
             reference_logprobs=-torch.rand(batch, response, generator=g),
-            attention=attention,
-            word_attention=pooled,
+            attention=Attention(attention, pooled),
         )
 
     return make
