@@ -60,8 +60,11 @@ def with_texts(batch: RewardBatch, texts: list[str], chat: bool = False) -> Rewa
     prompts = batch.episodes.prompts.prompts
     if chat:
         prompts = tuple(replace(p, messages=({"role": "user", "content": "say it"},)) for p in prompts)
-    rollout = replace(batch.rollout, completions=tuple(texts), prompts=replace(batch.episodes.prompts, prompts=prompts))
-    return replace(batch, rollout=rollout)
+    episodes = batch.episodes
+    return replace(
+        batch,
+        episodes=replace(episodes, completions=tuple(texts), prompts=replace(episodes.prompts, prompts=prompts)),
+    )
 
 
 TEXTS = [" a", " a longer answer", "", " mid answer"]

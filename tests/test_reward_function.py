@@ -18,25 +18,30 @@ from cagsr.config import (
     CopyCoverageConfig,
     CoverageConfig,
     FocusConfig,
+    GroundedCoverageConfig,
     LengthConfig,
     MeanMassConfig,
     RepetitionConfig,
     RewardConfig,
     SelfCertaintyConfig,
+    UnsupportedConfig,
+    validate,
 )
 from cagsr.errors import ConfigError, RewardError, RunError
-from cagsr.flow import Reward, RewardBatch
+from cagsr.flow import Attention, Returns, RewardBatch
 from cagsr.models.texts import token_texts
 from cagsr.reward import build
-from cagsr.reward.build import attention_terms, check_reward_config, reward_warnings
-from cagsr.reward.function import RewardFunction, reward_metrics
-from cagsr.reward.metrics import variance_share, within_group_correlation
-from cagsr.reward.term import Partial, RewardTerm
-from cagsr.reward.terms import builtin_terms
+from cagsr.reward.build import reward_warnings, weighted_terms
+from cagsr.reward.function import RewardFunction
+from cagsr.reward.metrics import reward_metrics, variance_share, within_group_correlation
+from cagsr.reward.micro_batch import TermVisitor
+from cagsr.reward.registry import Resources
+from cagsr.reward.term import PartialValues, RewardTerm, by_micro_batch
 
 MakeBatch = Callable[..., RewardBatch]
 
-build_reward = partial(build.build_reward, texts=token_texts(tiny.tokenizer()))  # each token says something of its own
+RESOURCES = Resources(texts=token_texts(tiny.tokenizer()))  # each token says something of its own
+build_reward = partial(build.build_reward, resources=RESOURCES)
 
 EVERYTHING = RewardConfig(
     coverage=CoverageConfig(weight=1.0, dense=True),
@@ -53,10 +58,10 @@ EVERYTHING = RewardConfig(
 class Given:
     """A term that returns what it is given."""
 
-    values: Tensor | Partial
+    values: Tensor | PartialValues
     name: str = "given"
 
-    def __call__(self, batch: RewardBatch) -> Tensor | Partial:
+    def __call__(self, batch: RewardBatch) -> Tensor | PartialValues:
         return self.values
 
 
@@ -66,58 +71,55 @@ def sequence(values: list[float]) -> Given:
 
 def pick(batch: RewardBatch, rows: Tensor) -> RewardBatch:
     """The same batch with these rows only, in this order."""
-    rollout, scores = batch.rollout, batch.scores
+    episodes, readings, attention = batch.episodes, batch.readings, batch.attention
     assert batch.reference_logprobs is not None
-    assert batch.attention is not None
-    assert batch.word_attention is not None
-    prompts = rollout.prompts
+    assert attention is not None
+    prompts = episodes.prompts
     return RewardBatch(
-        rollout=replace(
-            rollout,
+        episodes=replace(
+            episodes,
             prompts=replace(
                 prompts,
                 prompts=tuple(prompts.prompts[i] for i in rows.tolist()),
-                **{key: getattr(prompts, key)[rows] for key in ("ids", "mask", "words", "salience", "group")},
+                **{key: getattr(prompts, key)[rows] for key in ("ids", "real", "words", "salience", "group")},
             ),
-            completions=tuple(rollout.completions[i] for i in rows.tolist()),
-            **{key: getattr(rollout, key)[rows] for key in ("response_ids", "response_mask", "ended")},
+            completions=tuple(episodes.completions[i] for i in rows.tolist()),
+            **{key: getattr(episodes, key)[rows] for key in ("ids", "real", "sampled", "turn", "ended")},
         ),
-        scores=replace(scores, certainty=scores.certainty[rows]),
+        readings=replace(readings, certainty=readings.certainty[rows]),
         reference_logprobs=batch.reference_logprobs[rows],
-        attention=batch.attention[rows],
-        word_attention=batch.word_attention[rows],
+        attention=Attention(attention.maps[rows], attention.words[rows]),
     )
 
 
 def widen(batch: RewardBatch, tokens: int) -> RewardBatch:
     """The same batch with more padding, filled with nonsense that nobody may read."""
-    assert batch.attention is not None
-    assert batch.word_attention is not None
 
     def pad(x: Tensor, value: float) -> Tensor:
         filler = torch.full((x.shape[0], tokens, *x.shape[2:]), value, dtype=torch.float32).to(x.dtype)
         return torch.cat([x, filler], dim=1)
 
-    rollout, prompts = batch.rollout, batch.episodes.prompts
-
     def left(x: Tensor, value: float) -> Tensor:
         return torch.cat([torch.full((x.shape[0], tokens), value).to(x.dtype), x], dim=1)
 
-    attention = pad(batch.attention, math.nan)
-    nothing = torch.full((*attention.shape[:2], tokens), 0.5)
+    episodes, prompts, attention = batch.episodes, batch.episodes.prompts, batch.attention
+    assert attention is not None
+    maps = pad(attention.maps, math.nan)
+    nothing = torch.full((*maps.shape[:2], tokens), 0.5)
     return RewardBatch(
-        rollout=replace(
-            rollout,
+        episodes=replace(
+            episodes,
             prompts=replace(
-                prompts, ids=left(prompts.ids, 0), mask=left(prompts.mask, 0), words=left(prompts.words, -1)
+                prompts, ids=left(prompts.ids, 0), real=left(prompts.real, 0), words=left(prompts.words, -1)
             ),
-            response_ids=pad(rollout.ids, 1),
-            response_mask=pad(rollout.sampled, 0),
+            ids=pad(episodes.ids, 1),
+            real=pad(episodes.real, 0),
+            sampled=pad(episodes.sampled, 0),
+            turn=pad(episodes.turn, 0),
         ),
-        scores=replace(batch.scores, certainty=pad(batch.scores.certainty, math.inf)),
+        readings=replace(batch.readings, certainty=pad(batch.readings.certainty, math.inf)),
         reference_logprobs=None,
-        attention=torch.cat([nothing, attention], dim=2),
-        word_attention=pad(batch.word_attention, math.nan),
+        attention=Attention(torch.cat([nothing, maps], dim=2), pad(attention.words, math.nan)),
     )
 
 
@@ -212,7 +214,7 @@ def test_processes_share_their_moments(make_reward_batch: MakeBatch) -> None:
     whole = build_reward(EVERYTHING, device="cpu")(batch)
     inbox: list[Tensor | None] = [None, None]
     barrier = Barrier(2, timeout=20)
-    parts: dict[int, Reward] = {}
+    parts: dict[int, Returns] = {}
 
     def process(rank: int, rows: Tensor) -> None:
         def reduce(tensor: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ def test_state_survives_json_bit_for_bit(make_reward_batch: MakeBatch) -> None:
 
 def test_answers_a_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=4)
-    values = Partial(torch.tensor([1.0, math.nan, 3.0, 50.0]), torch.tensor([True, False, True, False]))
+    values = PartialValues(torch.tensor([1.0, math.nan, 3.0, 50.0]), torch.tensor([True, False, True, False]))
     reward_function = RewardFunction([Given(values)], [1.0], "running")
     reward = reward_function(batch)
     torch.testing.assert_close(reward.total, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
@@ -280,7 +282,7 @@ def test_a_value_that_is_not_finite_names_term_and_prompt(make_reward_batch: Mak
     batch = make_reward_batch()
     long = replace(batch.episodes.prompts.prompts[4], row=17, text="a\nlong prompt " + "x" * 200)
     prompts = (*batch.episodes.prompts.prompts[:4], long, *batch.episodes.prompts.prompts[5:])
-    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.episodes.prompts, prompts=prompts)))
+    batch = replace(batch, episodes=replace(batch.episodes, prompts=replace(batch.episodes.prompts, prompts=prompts)))
     reward_function = RewardFunction(
         [sequence([1.0] * 6), Given(torch.tensor([1.0] * 4 + [bad, 2.0]), "odd")], [1, 1], "running"
     )
@@ -306,8 +308,8 @@ def test_wrong_returns_are_named(make_reward_batch: MakeBatch) -> None:
 
 
 def test_a_term_without_attention_says_so(make_reward_batch: MakeBatch) -> None:
-    with pytest.raises(RewardError, match="'coverage' reads the prompt attention"):
-        build_reward(RewardConfig(), device="cpu")(replace(make_reward_batch(), attention=None, word_attention=None))
+    with pytest.raises(RewardError, match="'coverage' reads the attention, but none was captured"):
+        build_reward(RewardConfig(), device="cpu")(replace(make_reward_batch(), attention=None))
 
 
 ZERO = RewardConfig(coverage=CoverageConfig(weight=0.0), repetition=RepetitionConfig(weight=0.0))
@@ -320,18 +322,34 @@ ZERO = RewardConfig(coverage=CoverageConfig(weight=0.0), repetition=RepetitionCo
         (replace(ZERO, functions=["m.f"], function_weights=[0.0]), "every weight is 0"),
         (RewardConfig(functions=["m.f"], function_weights=[1.0, 2.0]), "2 values for 1 functions"),
         (RewardConfig(models=["a", "b"], model_weights=[1.0]), "1 values for 2 models"),
-        (RewardConfig(coverage=CoverageConfig(threshold=0.0)), r"coverage\.threshold"),
-        (RewardConfig(coverage=CoverageConfig(weight=math.nan)), r"coverage\.weight"),
-        (RewardConfig(focus=FocusConfig(entropy_floor=1.0)), "entropy_floor"),
-        (RewardConfig(repetition=RepetitionConfig(n=0)), r"repetition\.n"),
-        (RewardConfig(length=LengthConfig(target=-1)), r"length\.target"),
-        (RewardConfig(clip=-1.0), r"reward\.clip"),
+        (
+            RewardConfig(coverage=CoverageConfig(threshold=0.0)),
+            r"reward\.coverage\.threshold 0.0: must be above 0.*, up to 1",
+        ),
+        (
+            RewardConfig(coverage=CoverageConfig(weight=math.nan)),
+            r"reward\.coverage\.weight nan: must be a finite number",
+        ),
+        (
+            RewardConfig(focus=FocusConfig(entropy_floor=1.0)),
+            r"reward\.focus\.entropy_floor 1.0: must be from 0.* to below 1",
+        ),
+        (RewardConfig(repetition=RepetitionConfig(n=0)), r"reward\.repetition\.n 0: must be 1 or more"),
+        (RewardConfig(length=LengthConfig(target=-1)), r"reward\.length\.target -1: must be 0 or more"),
+        (RewardConfig(clip=-1.0), r"reward\.clip -1.0: must be 0.* or more"),
+        (
+            RewardConfig(functions=["m.f"], function_weights=[math.inf]),
+            r"reward\.function_weights inf: must be a finite",
+        ),
+        (replace(ZERO, models=["m"], model_weights=[math.nan]), r"reward\.model_weights nan: must be a finite"),
+        (RewardConfig(grounded_coverage=GroundedCoverageConfig(threshold=1.5)), r"grounded_coverage\.threshold"),
     ],
 )
 def test_bad_configs(config: RewardConfig, words: str) -> None:
-    for check in (check_reward_config, reward_warnings):
-        with pytest.raises(ConfigError, match=words):
-            check(config)
+    with pytest.raises(ConfigError, match=words):
+        validate(config, "reward.")
+    with pytest.raises(ConfigError, match=words):
+        reward_warnings(config)
     with pytest.raises(ConfigError, match=words):
         build_reward(config, device="cpu")
 
@@ -348,25 +366,43 @@ def test_two_terms_of_one_name() -> None:
         RewardFunction([sequence([1.0]), sequence([1.0])], [1.0, 1.0], "running")
 
 
-def test_builtin_terms_are_terms_and_the_default_reads_attention() -> None:
-    terms = builtin_terms(RewardConfig())
-    assert [term.name for term, _ in terms] == [
-        "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
+def test_builtin_terms_are_terms() -> None:
+    terms = weighted_terms(RewardConfig(), "cpu", RESOURCES, every=True)
+    assert [(term.name, weight) for term, weight in terms] == [
+        ("coverage", 1.0), ("copy_coverage", 0.0), ("grounded_coverage", 0.0), ("mean_mass", 0.0), ("focus", 0.0),
+        ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
+    assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == ["coverage", "repetition"]
 
 
-def test_which_attention_a_reward_needs() -> None:
-    def needed(config: RewardConfig) -> list[str]:
-        found = attention_terms(build_reward(config, device="cpu").terms)
-        assert found is not None
-        return [term.name for term in found]
+def test_a_term_with_a_weight_gets_what_it_needs_or_says_what_is_missing() -> None:
+    off = replace(ZERO, copy_coverage=CopyCoverageConfig(weight=0.1))
+    with pytest.raises(ValueError, match="the reward term copy_coverage needs texts"):
+        build.build_reward(off, device="cpu")
+    with pytest.raises(ValueError, match="the reward term unsupported needs associations"):
+        build_reward(replace(ZERO, unsupported=UnsupportedConfig(weight=-1.0)), device="cpu")
 
-    assert needed(RewardConfig()) == ["coverage"]
-    assert needed(EVERYTHING) == ["coverage", "copy_coverage", "mean_mass", "focus"]
-    assert needed(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))) == []
+
+def test_which_attention_a_reward_needs(make_reward_batch: MakeBatch) -> None:
+    episodes = make_reward_batch().episodes
+
+    def read(config: RewardConfig) -> tuple[list[str], bool, bool]:
+        """What is worked out where the attention is read, whether it is read, and whether its maps outlive the reading."""
+        terms = build_reward(config, device="cpu").terms
+        visitor = TermVisitor(episodes, terms, "sum")
+        return (
+            [term.name for term in terms if by_micro_batch(term)],
+            visitor.wants_attention,
+            visitor.attention() is not None,
+        )
+
+    assert read(RewardConfig()) == (["coverage"], True, False)
+    assert read(EVERYTHING) == (["coverage", "copy_coverage", "mean_mass", "focus"], True, False)
+    assert read(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))) == ([], False, False)
     # A term of the user's may look at the maps.
-    assert attention_terms([*build_reward(EVERYTHING, device="cpu").terms, sequence([1.0])]) is None
+    own = TermVisitor(episodes, [*build_reward(EVERYTHING, device="cpu").terms, sequence([1.0])], "sum")
+    assert own.attention() is not None
 
 
 # --- what is logged
@@ -416,7 +452,7 @@ def test_within_prompt_needs_two_answers_to_a_prompt(make_reward_batch: MakeBatc
 
 def test_within_prompt_leaves_out_answers_the_term_does_not_apply_to(make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=1, generations=3)
-    values = Partial(torch.tensor([1.0, 99.0, 3.0]), torch.tensor([True, False, True]))
+    values = PartialValues(torch.tensor([1.0, 99.0, 3.0]), torch.tensor([True, False, True]))
     function = RewardFunction([Given(values)], [1.0], "within_prompt")
     torch.testing.assert_close(function(batch).total, torch.tensor([-1.0, 0.0, 1.0]) / math.sqrt(2))
     assert json.loads(json.dumps(function.state_dict()))["given"]["within_count"] == 1.0

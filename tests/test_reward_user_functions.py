@@ -14,7 +14,8 @@ import torch
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
-from cagsr.reward.build import attention_terms, build_reward
+from cagsr.reward.build import build_reward
+from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.term import PartialValues
 from cagsr.support.dotted_path import import_dotted, load_function
 
@@ -51,10 +52,15 @@ def raises(completions, **kwargs):
     return {}["missing"]
 
 def on_batch(batch):
-    return batch.scores.entropy
+    return batch.readings.entropy
 
 def coverage(batch):
     return batch.episodes.sampled.sum(1)
+
+def without_attention(batch):
+    return batch.readings.entropy
+
+without_attention.needs = frozenset()
 
 def two_things(a, b):
     return 0
@@ -66,6 +72,9 @@ class Term:
     name = "my_term"
     def __call__(self, batch):
         return torch.ones(len(batch.episodes.completions))
+
+class Lean(Term):
+    needs = frozenset()
 
 class NeedsArguments:
     name = "x"
@@ -118,7 +127,7 @@ def test_conversational_prompts_go_as_messages(module: Any, make_reward_batch: M
     batch = make_reward_batch(prompts=1, generations=2)
     chat = ({"role": "user", "content": "hi"},)
     prompts = tuple(replace(prompt, messages=chat) for prompt in batch.episodes.prompts.prompts)
-    batch = replace(batch, rollout=replace(batch.rollout, prompts=replace(batch.episodes.prompts, prompts=prompts)))
+    batch = replace(batch, episodes=replace(batch.episodes, prompts=replace(batch.episodes.prompts, prompts=prompts)))
     load("trl")(batch)
     assert module().seen["prompts"] == [[{"role": "user", "content": "hi"}]] * 2
     assert module().seen["completions"][1] == [{"role": "assistant", "content": "answer 1"}]
@@ -128,12 +137,12 @@ def test_a_function_of_trl_itself(make_reward_batch: MakeBatch) -> None:
     pytest.importorskip("trl.rewards")
     batch = make_reward_batch(prompts=1, generations=2)
     prompts = tuple(replace(p, messages=({"role": "user", "content": "hi"},)) for p in batch.episodes.prompts.prompts)
-    rollout = replace(
-        batch.rollout,
+    episodes = replace(
+        batch.episodes,
         prompts=replace(batch.episodes.prompts, prompts=prompts),
         completions=("<think>\nso\n</think>\nyes", "yes"),
     )
-    values = load_function("trl.rewards.think_format_reward")(replace(batch, rollout=rollout))
+    values = load_function("trl.rewards.think_format_reward")(replace(batch, episodes=episodes))
     assert isinstance(values, PartialValues)
     assert values.values.tolist() == [1.0, 0.0]
 
@@ -142,7 +151,7 @@ def test_other_signatures(module: Any, make_reward_batch: MakeBatch) -> None:
     batch = make_reward_batch(prompts=2, generations=2)
     assert load("trl_without_kwargs")(batch).values.tolist() == [0.5, 0.5, 1.5, 1.5]
     assert load("trl_only_kwargs")(batch).values.tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert torch.equal(load("on_batch")(batch), batch.scores.entropy)
+    assert torch.equal(load("on_batch")(batch), batch.readings.entropy)
     assert load("on_batch").name == "on_batch"
     assert load("Term").name == load("instance").name == "my_term"
 
@@ -186,9 +195,17 @@ def test_the_setting_is_named() -> None:
         import_dotted("nowhere_at_all.f", "evaluation.metric")
 
 
-def test_only_functions_of_the_batch_have_the_attention_maps_kept(module: Any) -> None:
-    assert attention_terms([load_function("user_rewards_for_test.trl_without_kwargs")]) == []
-    assert attention_terms([load_function("user_rewards_for_test.on_batch")]) is None
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("trl_without_kwargs", False), ("on_batch", True), ("without_attention", False), ("Term", True), ("Lean", False)],
+)
+def test_only_functions_of_the_batch_have_the_attention_maps_kept(
+    module: Any, make_reward_batch: MakeBatch, name: str, kept: bool
+) -> None:
+    """And of those only what doesn't say that it can do without."""
+    visitor = TermVisitor(make_reward_batch().episodes, [load(name)], "sum")
+    assert visitor.wants_attention == kept
+    assert (visitor.attention() is not None) == kept
 
 
 def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> None:
