@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cagsr.evaluation.scorer import Response
 from transformers import AutoTokenizer
 
 import cagsr.integrations

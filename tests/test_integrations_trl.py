@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cagsr.evaluation.scorer import Response
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer

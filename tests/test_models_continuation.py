@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cagsr.evaluation.scorer import encode_response
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import real_pipelines
