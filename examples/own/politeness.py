@@ -2,8 +2,8 @@
 
     cagsr train ... --reward.functions examples.own.politeness.Politeness --reward.function_settings Politeness.word=please
 
-A package that offers it by an entry point of the group ``cagsr.reward_terms`` gets ``--reward.politeness.weight`` and
-``--reward.politeness.word`` instead (put ``@register`` from ``cagsr.reward.registry`` over the class).
+With ``@register`` (cagsr.reward.registry) over it, and an entry point of the group ``cagsr.reward_terms`` in its package, it has
+flags of its own: ``--reward.politeness.weight``, ``--reward.politeness.word``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from cagsr.reward.registry import TermConfig
 
 @dataclass(frozen=True)
 class PolitenessConfig(TermConfig):
-    """Politeness: whether the answer says a word."""
-
     word: str = "please"
     """The word that is to be said."""
 

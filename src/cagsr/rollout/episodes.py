@@ -71,9 +71,8 @@ class EpisodePlayer:
             if not going:
                 break
             turn += 1
-            spoken = [_so_far(episodes[row]) for row in going]
-            again = prompt_batch(self.loaded, spoken)
-            found = sample(replace(again, group=batch.group[going]))
+            # Each row is a group of its own now: answers to one prompt have different histories.
+            found = sample(prompt_batch(self.loaded, [_so_far(episodes[row]) for row in going]))
         if turn == 0:
             return first
         return self._tensors(episodes, said, batch)
