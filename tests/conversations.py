@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tiny
 from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, Prompt, PromptBatch, Segment
 
 
@@ -29,26 +30,29 @@ def conversations(
         seed: of the tokens.
 
     Every other token of a prompt and of each segment, from the second on (of one token that one), is a piece of its one
-    salient word, of weight 1, 2, 3 ... in their order.
+    salient word, of weight 1, 2, 3 ... in their order. Texts are what the tiny tokenizer reads in the tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, vocabulary, (count,), generator=generator).tolist())
 
+    def text_of(ids: tuple[int, ...]) -> str:
+        return "".join(f" {[*tiny.SPECIAL, *tiny.WORDS][token]}" for token in ids)
+
     def words(count: int) -> tuple[int, ...]:
         return tuple(0 if place % 2 or count == 1 else -1 for place in range(count))
 
     encoded = [
-        EncodedPrompt(Prompt(row, f"prompt {row}."), tokens(size), words(size), (1.0,))
+        EncodedPrompt(Prompt(row, text_of(ids := tokens(size)).strip()), ids, words(size), (1.0,))
         for row, size in enumerate(prompts, 1)
     ]
     episodes = []
     for row, sizes in zip(group, lengths, strict=True):
         segments = [
             Segment(
-                tokens(size),
-                f" said {place}." if place % 2 == 0 else f" reply {place}.",
+                said := tokens(size),
+                text_of(said),
                 "user" if place % 2 else "assistant",
                 turn=(place + 1) // 2,
                 sampled=place % 2 == 0,
