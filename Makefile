@@ -16,7 +16,7 @@ if [ -t 1 ]; then exec $$pip $(2); fi; \
 $$pip --quiet $(2); status=$$?; kill $$!; exit $$status
 endef
 
-.PHONY: quickstart test browser lint bench install clean
+.PHONY: quickstart test browser lint bench api html figures install clean
 
 quickstart: $(STAMP)  ## train a small model with CAGSR from nothing, offline, and show before and after
 	$(BIN)/cagsr quickstart
@@ -40,6 +40,18 @@ benchmarks/.trl: $(STAMP)  ## the last TRL with a PPOTrainer, beside the one tha
 	$(call install,Installing an older TRL into $@.,--no-deps --upgrade --target $@ trl==1.12.0)
 	touch $@
 
+# The public modules; those that the first page names.
+API := cagsr $(addprefix cagsr., train config flow errors attention reward view integrations)
+
+api: $(STAMP)  ## the API's pages from the docstrings, in build/api
+	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/api $(API)
+
+html: $(STAMP)  ## the documents as HTML, in build/html
+	$(BIN)/python -m tools.html build/html README.md CONTRIBUTING.md CHANGELOG.md docs examples
+
+figures: $(STAMP)  ## make the figures small that a command has written into docs
+	$(BIN)/python -m tools.compact_svg docs
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -49,4 +61,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) benchmarks/.trl
+	rm -rf $(VENV) benchmarks/.trl build/api build/html

@@ -108,6 +108,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rc("svg", fonttype="none", hashsalt="cagsr")  # what tools.compact_svg reads
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, ScalarFormatter
 

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("docs/figures/long_prompts.json"), help="numbers to this file"
     )
-    parser.add_argument("--plot", type=Path, default=Path("docs/figures/long_prompts.png"), help="plot to this file")
+    parser.add_argument("--plot", type=Path, default=Path("docs/figures/long_prompts.svg"), help="plot to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plot(results: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
     """Draw MiB over prompt tokens, both logarithmic, with what the eager maps alone would need."""
     matplotlib.use("Agg")
+    matplotlib.rc("svg", fonttype="none", hashsalt="cagsr")  # what tools.compact_svg reads
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

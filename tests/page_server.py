@@ -8,10 +8,10 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from cagsr.localhost import listen
 from cagsr.rating.server import rating_app
 from cagsr.rating.store import Store
 from cagsr.run_page.live_page import application
+from cagsr.support.localhost import listen
 
 
 def serve_ratings(path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cagsr import progress
-from cagsr.progress import Display
+from cagsr.support import progress
+from cagsr.support.progress import Display
 
 
 def every_pass_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from cagsr.clock import OPERATORS, Clock, operators_of, peak_memory_bytes, profile_text
+from cagsr.support.clock import OPERATORS, Clock, operators_of, peak_memory_bytes, profile_text
 
 CPU = torch.device("cpu")
 

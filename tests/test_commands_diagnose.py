@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cagsr.evaluation.scorer import Scorer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +17,9 @@ import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.commands.main import main
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, TrainConfig
-from cagsr.evaluation.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
-from cagsr.evaluation.collect import Setting, Signals, collect_signals, layer_choices
-from cagsr.evaluation.diagnosis import diagnose
-from cagsr.evaluation.recommend import (
+from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
+from cagsr.diagnosis.diagnose import diagnose
+from cagsr.diagnosis.recommend import (
     Recommendation,
     fit_weights,
     training_weights,
@@ -27,8 +27,8 @@ from cagsr.evaluation.recommend import (
     within_z,
     yaml_of,
 )
-from cagsr.evaluation.scorer import Scorer
-from cagsr.evaluation.warn import warnings_for
+from cagsr.diagnosis.signals import Setting, Signals, collect_signals, layer_choices
+from cagsr.diagnosis.warn import warnings_for
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
@@ -252,7 +252,7 @@ def test_the_sweep_gives_what_the_scorer_gives(kind: str, tmp_path: Path):
     assert signals.length.shape == (3, 2)
     np.testing.assert_allclose(signals.coverage[signals.configured], signals.terms["coverage"], atol=1e-6)
     # All layers in one reading, as training reads them, against the mean of layers read one by one.
-    from cagsr.evaluation.sampling import sample_in_batches
+    from cagsr.rollout.sample_prompts import sample_in_batches
 
     for (_, rollout), rows in zip(
         sample_in_batches(loaded, prompts, sampling, 3, 2), (slice(0, 2), slice(2, 3)), strict=True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apart
+from cagsr.commands import main as commands_main
 from cagsr.commands.main import COMMANDS, main
 from cagsr.config import (
     AttentionConfig,
@@ -247,10 +246,8 @@ def fake_command(monkeypatch: pytest.MonkeyPatch) -> list[FakeConfig]:
         if config.fail in failures:
             raise failures[config.fail]
 
-    module = types.ModuleType("fake")
-    module.Config, module.run = FakeConfig, run  # type: ignore[attr-defined]
-    for name in ("score", "train"):
-        monkeypatch.setitem(sys.modules, f"cagsr.commands.{name}", module)
+    parts = {"config": FakeConfig, "run": run}
+    monkeypatch.setattr(commands_main, "part_of", lambda name, part: parts[part])
     return seen
 
 

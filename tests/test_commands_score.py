@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from cagsr.evaluation.scorer import Scorer, encode_response
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from cagsr.commands.main import main
 from cagsr.config import AttentionConfig, CoverageConfig, ModelConfig, RewardConfig, SalienceConfig
-from cagsr.evaluation.scorer import Scorer, encode_response
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
-from cagsr.prompts.split import split_at_space
+from cagsr.prompts.rows import split_at_space
 
 PAIRS = [
     {"prompt": "tell me about the red cat", "completion": "the red cat sees a bird ."},

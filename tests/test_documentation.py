@@ -20,7 +20,7 @@ import torch
 import apart
 import cagsr
 import tiny
-from cagsr.commands.main import COMMANDS, main, with_positional
+from cagsr.commands.main import COMMANDS, main, part_of, with_positional
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
 from cagsr.config.validation import leaf_types
 from cagsr.configfile import to_yaml
@@ -30,7 +30,11 @@ from cagsr.parse import ALIASES, parse_command
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "cagsr"
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+    ]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -78,20 +82,14 @@ def _check_command(line: str) -> None:
     for flag, value in pairwise(flags):
         if flag in ("--output", "--markdown", "--report", "--out"):  # earlier commands have made the folder
             Path(value).parent.mkdir(parents=True, exist_ok=True)
-    parse_command(
-        importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}").Config,
-        with_positional(name, flags),
-        prog="cagsr",
-    )
+    parse_command(part_of(name, "config"), with_positional(name, flags), prog="cagsr")
 
 
 def _keys() -> set[str]:
     """Every dotted key and short name of every command."""
     keys = {"config", "help"} | set(ALIASES)
     for name in COMMANDS:
-        keys |= {
-            key for key, _ in leaf_types(importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}").Config)
-        }
+        keys |= {key for key, _ in leaf_types(part_of(name, "config"))}
     return keys
 
 
@@ -201,6 +199,7 @@ RUN_FOLDERS = {
     "final-differs/",
     "checkpoints/",
     "quickstart/",
+    "rollout-weights/",
     "adapter/",
     "differs/",
 }

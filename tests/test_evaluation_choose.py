@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cagsr.config import AttentionConfig, CoverageConfig, RewardConfig
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.choose import choose_setting
-from cagsr.evaluation.collect import Setting, Signals, layer_choices
-from cagsr.evaluation.collect import _thinned as thinned
-from cagsr.evaluation.cross_fit import Products, compare, cross_fitted, folds, held_fixed
-from cagsr.evaluation.diagnosis import diagnose
-from cagsr.evaluation.recommend import fit_weights, recommend, term_columns, weighted_parts, yaml_of
+from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.choose import choose_setting
+from cagsr.diagnosis.cross_fit import Products, compare, cross_fitted, folds, held_fixed
+from cagsr.diagnosis.diagnose import diagnose
+from cagsr.diagnosis.recommend import fit_weights, recommend, term_columns, weighted_parts, yaml_of
+from cagsr.diagnosis.signals import Setting, Signals, layer_choices
+from cagsr.diagnosis.signals import _thinned as thinned
 from cagsr.flow import EncodedPrompt, Prompt
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from cagsr.commands.inputs import read_prompts
-from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.config import DataConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
@@ -27,8 +27,7 @@ def load(folder: Path, kind: str) -> tuple[LoadedModel, list[EncodedPrompt]]:
     )
     data = folder / "prompts.jsonl"
     data.write_text("".join(f'{{"prompt": "tell me about the {text}"}}\n' for text in TEXTS))
-    uniform = SalienceConfig(weighting="uniform", skip_sink=False)
-    return loaded, read_prompts(DataConfig(str(data)), None, uniform, None, loaded, 8)[0]
+    return loaded, read_prompts(DataConfig(str(data)), None, None, None, loaded, 8)[0]
 
 
 TEXTS = ["big red cat near a house", "dog", "small bird and a tree", "cat", "blue house", "tree near the red food area"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cagsr.config import MonitorConfig
-from cagsr.evaluation.monitors import Monitors
+from cagsr.training.monitors import Monitors
 
 
 def fired(monitors: Monitors, series: Iterable[Mapping[str, float]], start: int = 0) -> list[tuple[int, str]]:

@@ -15,8 +15,8 @@ from examples.e2e import signal_table, signals
 from examples.e2e.signal_answers import best_weights, words_of
 
 import tiny
+from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.errors import ConfigError
-from cagsr.evaluation.best_of_n import correlation, oracle_share
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 

@@ -17,7 +17,7 @@ import apart
 import tiny
 from cagsr.commands.main import COMMANDS, main
 from cagsr.errors import ConfigError
-from cagsr.extras import EXTRAS, require
+from cagsr.support.extras import EXTRAS, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -22,7 +22,7 @@ from cagsr.models.generation import GenerationRules, decoder_prefix, generation_
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout.build import build_sampler
 from cagsr.rollout.sample import sample_responses
-from cagsr.runs.card import save_final
+from cagsr.runs.final import save_final
 from cagsr.runs.saved import AnswerProbe
 from cagsr.scoring.statistics import sampling_correction
 from scored import scored, scored_with_maps

@@ -29,8 +29,8 @@ from transformers import (
 import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
+from cagsr.diagnosis.signals import attention_by_layer
 from cagsr.errors import ModelError
-from cagsr.evaluation.collect import attention_by_layer
 from cagsr.flow import EpisodeBatch
 from cagsr.models import decoder_only, sharing
 from cagsr.models.actor_critic import ActorCritic

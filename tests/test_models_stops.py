@@ -16,7 +16,6 @@ import tiny
 from cagsr.commands.main import main
 from cagsr.config import DataConfig, ModelConfig, MonitorConfig, SalienceConfig, SamplingConfig, SftConfig
 from cagsr.errors import ConfigError
-from cagsr.evaluation.monitors import Monitors
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.stops import TurnEnd, split_stop_strings, stop_tokens, turn_end
 from cagsr.pairs import encode_pairs
@@ -25,6 +24,7 @@ from cagsr.prompts.prepare import encode_texts, prepare_prompts
 from cagsr.rollout.sample import sample_responses
 from cagsr.rollout.vllm_protocol import completion_request
 from cagsr.sft import sft
+from cagsr.training.monitors import Monitors
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -16,7 +16,6 @@ from cagsr.flow import Prompt
 from cagsr.models.load import load_model
 from cagsr.models.texts import token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.prompts.pool import pool_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
 from cagsr.reward.answers import AnswerScorer
 from cagsr.scoring.answers import answered, encode_response
@@ -197,7 +196,7 @@ def test_what_is_copied_from_behind_a_bracket_is_seen(kind, tmp_path):
     salience = SalienceConfig(weighting="uniform", skip_sink=False)
     tokens = encode_prompt(prompt, TextEncoder(loaded.tokenizer))
     chosen = salient_words(prompt, salience, DocumentFrequency.fit([prompt]), "here")
-    encoded = pool_words(prompt, tokens, chosen, salience, "here")
+    encoded = words_of_tokens(prompt, tokens, chosen, salience, "here")
     said = [encode_response(loaded, encoded, text, ended=False) for text in (" The", " the", "The", "]")]
     asked, answers = encoded.ids[encoded.words.index(0)], [one.ids[0] for one in said]
     assert [len(one.ids) for one in said] == [1, 1, 1, 1]

@@ -18,11 +18,11 @@ import pytest
 from rich.console import Console
 
 import tiny
-from cagsr import progress
 from cagsr.commands.main import main
 from cagsr.compare import scheduler
 from cagsr.compare.jobs import Job
-from cagsr.progress import Display, duration, each, resting, say, shown, working
+from cagsr.support import progress
+from cagsr.support.progress import Display, duration, each, resting, say, shown, working
 from slow import every_pass_is_long
 
 # ---- the mechanism ----

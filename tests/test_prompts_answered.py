@@ -11,7 +11,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
 from cagsr.pairs import encode_answer
-from cagsr.prompts.answered import text_after
+from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder
 from cagsr.prompts.render import render_prompt
 from cagsr.reward.model import encode_answered

@@ -90,7 +90,7 @@ def rows(batch: list[EncodedPrompt]) -> list[int]:
 
 
 def take(stream: PromptStream, batches: int) -> list[int]:
-    return [row for _ in range(batches) for row in rows(stream.next_batch())]
+    return [row for _ in range(batches) for row in rows(stream.next())]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -120,7 +120,7 @@ def test_processes_share_one_global_order(streamed: bool) -> None:
     alone = PromptStream(prompt_set(7, streamed=streamed), 6, seed=2)
     pair = [PromptStream(prompt_set(7, streamed=streamed), 3, 2, index, 2) for index in range(2)]
     for _ in range(5):
-        assert rows(alone.next_batch()) == [row for one in pair for row in rows(one.next_batch())]
+        assert rows(alone.next()) == [row for one in pair for row in rows(one.next())]
     assert pair[0].state_dict() == pair[1].state_dict() == alone.state_dict()
 
 

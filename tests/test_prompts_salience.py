@@ -15,10 +15,9 @@ from cagsr.config import SalienceConfig
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder, encode_prompt, truncate_prompt
-from cagsr.prompts.explain import explain_salience, salience_table
-from cagsr.prompts.pool import pool_words
+from cagsr.prompts.find_words import find_words
 from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.words import find_words
+from cagsr.prompts.word_tokens import explain_salience, words_of_tokens
 from prompts_tokenizers import byte_bpe, tiny_stories, word_level
 
 UNIFORM = SalienceConfig(weighting="uniform", skip_sink=False)
@@ -28,7 +27,7 @@ def encode(prompt: Prompt | str, tokenizer, config: SalienceConfig = UNIFORM, fr
     prompt = Prompt(row=1, text=prompt) if isinstance(prompt, str) else prompt
     tokens = encode_prompt(prompt, TextEncoder(tokenizer))
     frequency = frequency or DocumentFrequency.fit([prompt])
-    return pool_words(prompt, tokens, salient_words(prompt, config, frequency, "f, row 1"), config, "f, row 1")
+    return words_of_tokens(prompt, tokens, salient_words(prompt, config, frequency, "f, row 1"), config, "f, row 1")
 
 
 def pieces(encoded: EncodedPrompt, tokenizer) -> dict[int, str]:
@@ -281,15 +280,6 @@ def test_truncation_keeps_the_chat_template() -> None:
     assert "".join(shorter.text[a:b] for a, b in shorter.template) == "[user]  [end]"
     with pytest.raises(DataError, match=r"f, row 1: .*template alone leave no room.*--data\.max_prompt_length"):
         truncate_prompt(prompt, tokens, 6, "f, row 1")
-
-
-def test_the_table_shows_brackets_as_they_are() -> None:
-    from rich.console import Console
-
-    tok = byte_bpe()
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(salience_table([encode("name[Blue Spice]", tok)], tok))
-    assert "Blue 33%" in console.export_text()
 
 
 def test_idf_power_flattens_the_weights_but_keeps_the_words() -> None:

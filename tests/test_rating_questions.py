@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from cagsr.errors import DataError
-from cagsr.rating.order import draw_order
-from cagsr.rating.rating_questions import RatingQuestion, questions_from_answers, questions_from_pairs, together
+from cagsr.rating.rating_questions import (
+    RatingQuestion,
+    questions_from_answers,
+    questions_from_pairs,
+    with_gold,
+)
+from cagsr.rating.store import draw_order
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
@@ -58,7 +63,7 @@ def test_chat_messages_are_prompts_in_every_form(tmp_path: Path) -> None:
 def test_pairs_and_gold_questions(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "p", "a": "x", "b": "y"}, {"prompt": "p", "a": "y", "b": "x"}])
     gold = write(tmp_path / "g.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "y"}])
-    both = together(
+    both = with_gold(
         questions_from_pairs(path, "a", "b"), questions_from_pairs(gold, "chosen", "rejected", gold=True)
     ).questions
     assert both == (

@@ -16,10 +16,10 @@ from starlette.testclient import TestClient
 
 import apart
 from cagsr.errors import ConfigError
-from cagsr.localhost import listen
 from cagsr.rating.rating_questions import RatingQuestion
 from cagsr.rating.server import LARGEST, link, rating_app
 from cagsr.rating.store import SCALES, Settings, Store
+from cagsr.support.localhost import listen
 from page_server import serve_ratings
 
 QUESTIONS = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(3)]

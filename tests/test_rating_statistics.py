@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -93,10 +94,10 @@ def test_gold_counts_for_raters_alone() -> None:
     # a was left twice (chosen once), right twice (chosen once): left 1 of 2, and of the gold ones 1 of 2.
     assert ada.left_share == 0.5
     assert found.agreement.shared == 1
-    text = "\n".join(found.lines())
+    text = found.text()
     assert "gold 1 of 3 right" in text
     assert "few prompts" in text
-    json.dumps(found.plain(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_marks_by_hand() -> None:
@@ -107,7 +108,7 @@ def test_marks_by_hand() -> None:
     found = summarize(judgements, 2, Settings("a", "b", ("fluency",), 0)).scales["fluency"]
     assert (found.a.mean, found.b.mean, found.difference.mean) == (4.25, 2.75, 1.5)
     assert found.agreement.shared == 2  # two answers of question 0
-    assert "fluency" in "\n".join(summarize(judgements, 2, Settings("a", "b", ("fluency",), 0)).lines())
+    assert "fluency" in summarize(judgements, 2, Settings("a", "b", ("fluency",), 0)).text()
 
 
 def test_the_export_by_majority_and_by_each() -> None:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from cagsr.associate import associations_of, read_associations
 from cagsr.commands.main import main
 from cagsr.config import AssociationsConfig, ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.reward.association import Associations, learn_associations
+from cagsr.reward.learn_associations import associations_of, read_associations
 
 # 8 prompts: "yes" in 4, "no" in 4; "kids" is said in 3 of the 4 with yes and in 1 of the 4 with no; "fine" is always said;
 # each prompt has a name that occurs once, said in 4 of 8 answers.

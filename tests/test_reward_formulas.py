@@ -6,23 +6,20 @@ import math
 
 import pytest
 import torch
-from cagsr.reward.certainty import mean_certainty, self_certainty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cagsr.reward.last_token import add_at_last_token
-from cagsr.reward.pooling import pool_pieces
-from cagsr.reward.terms.coverage import (
-    copy_coverage,
-    coverage_gains,
-    mean_mass,
-    normalized_salience,
-    saturating_coverage,
-)
+from cagsr.reward.pooling import normalized_salience, pool_pieces
+from cagsr.reward.terms.copy_coverage import copy_coverage
+from cagsr.reward.terms.coverage import coverage_gains, saturating_coverage
 from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.length import length
-from cagsr.reward.terms.repetition import repeated_ngrams, repetition, without_stop_token
+from cagsr.reward.terms.mean_mass import mean_mass
+from cagsr.reward.terms.repetition import ngram_repetition, repeated_ngrams, without_stop_token
+from cagsr.reward.terms.self_certainty import mean_certainty
+from cagsr.scoring.statistics import self_certainty
 
 T, F = True, False
 
@@ -152,18 +149,18 @@ def test_repetition_by_hand() -> None:
     # Bigrams of 1 2 1 2 1: 12 21 12 21 -> 2 distinct of 4; the second 12 ends at token 3, the second 21 at token 4.
     ids = torch.tensor([[1, 2, 1, 2, 1, 0], [3, 3, 3, 0, 0, 0], [1, 2, 0, 0, 0, 0]])
     mask = torch.tensor([[T, T, T, T, T, F], [T, T, T, F, F, F], [T, F, F, F, F, F]])
-    close(repetition(ids, mask, 2), [0.5, 0.5, 0.0])
+    close(ngram_repetition(ids, mask, 2), [0.5, 0.5, 0.0])
     close(
         repeated_ngrams(ids, mask, 2),
         [[0.0, 0.0, 0.0, 0.25, 0.25, 0.0], [0.0, 0.0, 0.5, 0.0, 0.0, 0.0], [0.0] * 6],
     )
-    close(repetition(ids, mask, 4), [0.0, 0.0, 0.0])
-    close(repetition(ids, mask, 9), [0.0, 0.0, 0.0])
+    close(ngram_repetition(ids, mask, 4), [0.0, 0.0, 0.0])
+    close(ngram_repetition(ids, mask, 9), [0.0, 0.0, 0.0])
 
 
 def test_repetition_does_not_compare_answers() -> None:
     ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
-    close(repetition(ids, torch.ones(2, 3, dtype=torch.bool), 2), [0.0, 0.0])
+    close(ngram_repetition(ids, torch.ones(2, 3, dtype=torch.bool), 2), [0.0, 0.0])
 
 
 def test_the_stop_token_is_left_out_only_where_the_answer_ended() -> None:
@@ -182,7 +179,7 @@ def test_repetition_equals_counting(answers: list[list[int]], n: int) -> None:
     for answer in answers:
         grams = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
         expected.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    close(repetition(ids, mask, n), expected)
+    close(ngram_repetition(ids, mask, n), expected)
 
 
 # --- certainty, length, pay ----------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ def test_answers_without_tokens_give_zero(response: int) -> None:
         copy_coverage(attention, salience, torch.zeros(*mask.shape, words.shape[1], dtype=torch.bool), mask, words),
         mean_mass(attention, words, mask),
         focus(attention, salience, mask),
-        repetition(ids, mask, 3),
+        ngram_repetition(ids, mask, 3),
         mean_certainty(torch.rand(1, response), mask),
         length(mask),
     ):

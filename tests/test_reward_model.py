@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.answer_text import answered_messages
 from cagsr.reward.build import build_reward
 from cagsr.reward.model import encode_answered, load_reward_model
 
@@ -60,8 +60,11 @@ def with_texts(batch: RewardBatch, texts: list[str], chat: bool = False) -> Rewa
     prompts = batch.episodes.prompts.prompts
     if chat:
         prompts = tuple(replace(p, messages=({"role": "user", "content": "say it"},)) for p in prompts)
-    rollout = replace(batch.rollout, completions=tuple(texts), prompts=replace(batch.episodes.prompts, prompts=prompts))
-    return replace(batch, rollout=rollout)
+    episodes = batch.episodes
+    return replace(
+        batch,
+        episodes=replace(episodes, completions=tuple(texts), prompts=replace(episodes.prompts, prompts=prompts)),
+    )
 
 
 TEXTS = [" a", " a longer answer", "", " mid answer"]

@@ -13,8 +13,8 @@ from cagsr.config import SalienceConfig
 from cagsr.flow import Prompt
 from cagsr.models.texts import TokenTexts, token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.prompts.pool import pool_pieces
 from cagsr.prompts.salience import DocumentFrequency, salient_words
+from cagsr.prompts.word_tokens import words_of_tokens
 from cagsr.reward.same_text import says
 from test_models_texts import byte_level, sentencepiece_bpe
 
@@ -24,7 +24,7 @@ def split(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple
     given_prompt, salience = Prompt(1, prompt), SalienceConfig(weighting="uniform", skip_sink=False)
     tokens = encode_prompt(given_prompt, TextEncoder(tokenizer))
     words = salient_words(given_prompt, salience, DocumentFrequency.fit([given_prompt]), "here")
-    encoded = pool_pieces(given_prompt, tokens, words, salience, "here")
+    encoded = words_of_tokens(given_prompt, tokens, words, salience, "here")
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     found = says(
         token_texts(tokenizer),
@@ -161,7 +161,7 @@ def test_it_is_what_strings_and_loops_give(seed: int):
     texts = token_texts(tokenizer)
     g = torch.Generator().manual_seed(seed)
     response, prompt = ([pool[i] for i in torch.randint(len(pool), (n,), generator=g)] for n in (9, 7))
-    # Words as pool_pieces gives them: runs of an index, each index in one place, -1 between.
+    # Words as words_of_tokens gives them: runs of an index, each index in one place, -1 between.
     words, index = [], -1
     for draw in torch.randint(0, 4, (len(prompt),), generator=g).tolist():
         index += draw != 1 and (draw == 0 or not words or words[-1] < 0)

@@ -82,10 +82,11 @@ def test_nccl_speaks_to_trls_client_as_it_wants_to_be_spoken_to(tmp_path: Path, 
     sent: list[tuple[str, Tensor]] = []
     client.update_named_params.side_effect = lambda metadata, weights: sent.extend(weights)
     monkeypatch.setattr(vllm_weights, "trl_client", lambda url, port, timeout: client)
-    monkeypatch.setattr(vllm_weights, "_on", lambda device, weights: ((one.name, one.tensor()) for one in weights))
     loaded = adapted(tiny.save_model(tmp_path / "model"), 2)
     with serving(tmp_path / "model") as engine:
         channel = NcclWeights(VLLMServer(engine.url, 10), torch.device("cuda:0"), 51216, 1.0)
+        channel.prepare()
+        monkeypatch.setattr(channel, "_device", torch.device("cpu"))
         for _ in range(2):
             channel.prepare()
             channel.send(policy_weights(loaded))

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apart
-from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.checkpoint import (
     CheckpointState,
@@ -30,9 +29,9 @@ from cagsr.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from cagsr.runs.rng import gather_rng_states
-from cagsr.runs.tensors import load_tree, save_tree
-from cagsr.runs.trees import pack_tree, unpack_tree
+from cagsr.runs.rng import rng_state
+from cagsr.runs.state_files import load_tree, pack_tree, save_tree, unpack_tree
+from cagsr.support import atomic
 from saving import save_without_pause
 
 
@@ -63,17 +62,15 @@ def trainer(seed: int, model: nn.Module | None = None, trainable_only: bool = Fa
         eps=1e-5,
         amsgrad=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return CheckpointState(
         modules={"policy": policy, "value_head": value_head},
         optimizers={"policy": optimizer},
-        schedulers={"policy": schedule},
         trainable_only=trainable_only,
     )
 
 
 def train(state: CheckpointState, steps: int) -> list[float]:
-    """Steps on random tokens: the losses depend on weights, moments, schedule and RNG alike."""
+    """Steps on random tokens: the losses depend on weights, moments and RNG alike."""
     policy, value_head = state.modules["policy"], state.modules["value_head"]
     losses = []
     for _ in range(steps):
@@ -84,7 +81,6 @@ def train(state: CheckpointState, steps: int) -> list[float]:
         state.optimizers["policy"].zero_grad()
         loss.backward()
         state.optimizers["policy"].step()
-        state.schedulers["policy"].step()
         losses.append(loss.item())
     return losses
 
@@ -157,7 +153,7 @@ def test_each_process_gets_its_own_rng(tmp_path: Path) -> None:
     ranks = []
     for seed in (10, 11):
         torch.manual_seed(seed)
-        ranks += gather_rng_states()
+        ranks.append(rng_state())
     path = save_checkpoint(tmp_path, 1, CheckpointState(), keep=1, rng=ranks)
     for rank, seed in enumerate((10, 11)):
         load_checkpoint(path, CheckpointState(), rank=rank, processes=2)
@@ -167,7 +163,7 @@ def test_each_process_gets_its_own_rng(tmp_path: Path) -> None:
 
 
 def test_another_number_of_processes_starts_random_numbers_anew(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 7, CheckpointState(), keep=1, rng=gather_rng_states() * 2)
+    path = save_checkpoint(tmp_path, 7, CheckpointState(), keep=1, rng=[rng_state()] * 2)
 
     def drawn(rank: int, processes: int, seed: int) -> list[float]:
         loaded = load_checkpoint(path, CheckpointState(), rank, processes, seed=seed)

@@ -16,26 +16,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel
-from cagsr.runs.card import CardFacts, model_card, save_final
 from cagsr.runs.curves import plot_training_curves
+from cagsr.runs.final import model_card, save_final
 from cagsr.runs.lines import append_lines
 from cagsr.runs.numbers import live_numbers
 from cagsr.runs.saved import AnswerProbe
 from cagsr.runs.tracker import flat_settings, start_tracker
 
-FACTS = CardFacts(
-    name="run",
-    base_model="org/base-1B",
-    data="prompts.jsonl",
-    prompts=12,
-    steps=100,
-    command="cagsr train --model.path org/base-1B",
-    settings={"ppo.kl_coef": 0.05, "data.prompt_column": "a|b"},
-    before={"facts covered": 0.5, "only before": 1.0},
-    after={"facts covered": 0.625},
-    held_out=64,
-    warnings=["Answers have become shorter."],
-)
+FACTS: dict[str, Any] = {
+    "name": "run",
+    "base_model": "org/base-1B",
+    "data": "prompts.jsonl",
+    "prompts": 12,
+    "steps": 100,
+    "command": "cagsr train --model.path org/base-1B",
+    "settings": {"ppo.kl_coef": 0.05, "data.prompt_column": "a|b"},
+    "estimator": "gae",
+    "pipeline_tag": "text-generation",
+    "before": {"facts covered": 0.5, "only before": 1.0},
+    "after": {"facts covered": 0.625},
+    "held_out": 64,
+    "warnings": ["Answers have become shorter."],
+    "saved": "- The trained weights.",
+    "versions": {"cagsr": "1.0", "torch": "2.6"},
+}
 
 
 def header(card: str) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def save(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast, card: str
 
 
 def test_card_tells_method_data_results_limits_and_how_to_repeat() -> None:
-    card = model_card(FACTS)
+    card = model_card(**FACTS)
     assert header(card)["base_model"] == "org/base-1B"
     assert header(card)["tags"] == ["cagsr", "ppo", "self-rewarded"]
     assert header(card)["library_name"] == "transformers"
@@ -79,15 +83,18 @@ def test_card_tells_method_data_results_limits_and_how_to_repeat() -> None:
     for words in (
         "12 prompts from `prompts.jsonl`",
         "Answers have become shorter.",
-        FACTS.command,
+        FACTS["command"],
+        "- The trained weights.",
+        "Versions: cagsr 1.0, torch 2.6.",
         "does not see invented",
     ):
         assert words in card
 
 
 def test_card_names_no_local_folder_as_the_hubs_base_model(tmp_path: Path) -> None:
-    facts = CardFacts("run", str(tmp_path), "p", 1, 1, "c", {}, estimator="rloo", pipeline_tag="text2text-generation")
-    card = model_card(facts)
+    none: dict[str, Any] = {"settings": {}, "before": {}, "after": {}, "held_out": 0, "warnings": [], "versions": {}}
+    facts = {**FACTS, **none, "base_model": str(tmp_path), "estimator": "rloo", "pipeline_tag": "text2text-generation"}
+    card = model_card(**facts)
     assert "base_model" not in header(card)
     assert header(card)["tags"] == ["cagsr", "rloo", "self-rewarded"]
     assert header(card)["pipeline_tag"] == "text2text-generation"
@@ -154,16 +161,15 @@ def test_a_tracker_without_its_package_says_what_to_install(
 
 
 def test_no_tracker(tmp_path: Path) -> None:
-    tracker = start_tracker("none", tmp_path, {})
-    tracker.log(1, {"a": 1.0})
-    tracker.finish()
+    assert start_tracker("none", tmp_path, {}) is None
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_writes_into_the_run_folder(tmp_path: Path) -> None:
     tracker = start_tracker("tensorboard", tmp_path, {"ppo": {"kl_coef": 0.1, "stop": [1]}, "none": None})
-    tracker.log(1, {"objective/kl": 0.5})
+    assert tracker is not None
+    tracker.log({"objective/kl": 0.5}, step=1)
     tracker.finish()
     assert list((tmp_path / "trackers").rglob("events.out.tfevents.*"))
 

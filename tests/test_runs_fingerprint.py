@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import cagsr.sft as module
+import cagsr.runs.trl_training as trl_training
 import tiny
 from cagsr.commands.main import main
 from cagsr.config import DataConfig
@@ -103,9 +103,6 @@ def test_a_run_whose_prompts_or_start_changed_does_not_go_on(
 def test_a_trainers_training_whose_pairs_changed_does_not_go_on(
     tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import cagsr.preferences.dpo
-    import cagsr.preferences.reward_trainer
-
     start, out, data = tiny.save_model(tmp_path / "start", scale=1.0), tmp_path / "out", tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"the {animal}", "completion": "likes food .", "chosen": "likes food .", "rejected": "sees ."}
@@ -118,8 +115,7 @@ def test_a_trainers_training_whose_pairs_changed_does_not_go_on(
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for one in (module, cagsr.preferences.dpo, cagsr.preferences.reward_trainer):
-        monkeypatch.setattr(one, "save_trained", killed)
+    monkeypatch.setattr(trl_training, "save_trained", killed)
     assert main([*argv, "--steps", "1"]) == 130
     monkeypatch.undo()
     kept = data.read_text()

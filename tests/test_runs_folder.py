@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cagsr import atomic
 from cagsr.errors import ConfigError, RunError
-from cagsr.runs.checkpoint import CheckpointState
+from cagsr.runs.checkpoint import CheckpointState, save_checkpoint
 from cagsr.runs.folder import RunFolder, differing_keys
 from cagsr.runs.lines import append_lines, read_lines, truncate_lines
+from cagsr.support import atomic
 
 CONFIG = "output_dir: a\nppo:\n  kl_coef: 0.05\n  lr_scheduler: linear\nrun:\n  steps: 10\n  seed: 0\n"
 
@@ -27,10 +27,11 @@ def started(path: Path, steps: int = 0, checkpoint: int | None = None) -> None:
     """A run that did some steps, closed."""
     with RunFolder.open(path, CONFIG, resume=False, overwrite=False) as folder:
         for step in range(1, steps + 1):
-            folder.append_metrics(step, {"loss": 1 / step})
-            folder.append_samples(step, [{"completion": "a"}, {"completion": "b"}])
+            folder.append("metrics", step, {"loss": 1 / step})
+            folder.append("samples", step, {"completion": "a"}, {"completion": "b"})
             if step == checkpoint:
-                folder.save_checkpoint(step, CheckpointState(), keep=1)
+                folder.sync_logs()
+                save_checkpoint(folder.checkpoints, step, CheckpointState(), keep=1)
 
 
 def test_a_new_run_writes_its_config_and_empty_logs(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_resume_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
         assert folder.checkpoint == tmp_path / "checkpoints" / "step-000003"
         assert [row["step"] for row in read_lines(folder.metrics)] == [1, 2, 3]
         assert [row["step"] for row in read_lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3, 3]
-        folder.append_metrics(4, {"loss": 0.25})
+        folder.append("metrics", 4, {"loss": 0.25})
         assert read_lines(folder.metrics)[-1] == {"step": 4, "loss": 0.25}
 
 
@@ -136,7 +137,7 @@ def test_a_run_without_config_but_with_checkpoints_is_not_thrown_away(tmp_path: 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG, resume=False, overwrite=False) as folder:
-        folder.append_metrics(1, {})
+        folder.append("metrics", 1, {})
         for flags in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
             with pytest.raises(RunError, match=f"another process .number {os.getpid()}."):
                 RunFolder.open(tmp_path, CONFIG, **flags)

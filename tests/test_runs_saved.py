@@ -19,7 +19,7 @@ from cagsr.config import DataConfig, LoraConfig, ModelConfig, SftConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.runs import saved as module
-from cagsr.runs.card import save_final
+from cagsr.runs.final import save_final
 from cagsr.runs.saved import AnswerProbe, Saved, chosen_dtype, dtype_note
 
 TEXTS = [([1, 4, 6, 14], [8, 9, 2]), ([1, 25, 26, 27, 4, 7], [5, 5, 13, 20])]

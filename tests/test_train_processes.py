@@ -32,12 +32,12 @@ from cagsr.config import (
 from cagsr.errors import ConfigError
 from cagsr.models.load import load_model
 from cagsr.models.sharding import divided_like, full_state, is_sharded
-from cagsr.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
 from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
+from cagsr.support.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.train import train
 from cagsr.training.ppo import PPO
 
@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for step in range(1, 5):
         order = list(dict.fromkeys(row["prompt"] for row in samples if row["step"] == step))
-        expected = [prompt.prompt.text for prompt in stream.next_batch()]
+        expected = [prompt.prompt.text for prompt in stream.next()]
         assert order == (expected if step == 3 else expected[:2])  # only the main process's answers are kept
     moments = json.loads((first / "extra.json").read_text())["ppo"]["reward"]
     # Both processes' 16 answers of each of two steps, not one process's 8: the reward's scale is everybody's.
@@ -148,23 +148,13 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_step_that_can_not_be_divided_is_refused() -> None:
-    def config(batch: int, mini_batches: int = 1) -> TrainConfig:
-        return TrainConfig(
-            model=ModelConfig("m"),
-            data=DataConfig("d"),
-            output_dir="o",
-            sampling=SamplingConfig(num_generations=2),
-            ppo=PPOConfig(num_mini_batches=mini_batches),
-            run=RunConfig(batch_size=batch),
-        )
-
-    check_processes(config(6), 3)
+    check_processes(6, 2, 1, 3)
     with pytest.raises(ConfigError, match=r"run.batch_size 8: .* 3 processes, so give a multiple of 3, as 6 or 9\."):
-        check_processes(config(8), 3)
+        check_processes(8, 2, 1, 3)
     with pytest.raises(ConfigError, match=r"as 4\."):
-        check_processes(config(2), 4)
+        check_processes(2, 2, 1, 4)
     with pytest.raises(ConfigError, match=r"num_mini_batches 5: more than the 4 answers of each of 3 processes"):
-        check_processes(config(6, mini_batches=5), 3)
+        check_processes(6, 2, 5, 3)
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cagsr.config.reward import CoverageConfig, FocusConfig, LengthConfig, RepetitionConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.config.reward import CoverageConfig, FocusConfig, LengthConfig, RepetitionConfig
 from cagsr.errors import ConfigError, DataError
+from cagsr.html_page import script_json
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.view import View, view
 from cagsr.view.measure import Answer
 from cagsr.view.planes import REWARD, Plane
 from cagsr.view.token_pieces import token_pieces
-from cagsr.view.view_html import ROOM, as_json, pack, pack_all, page_data, quantise
+from cagsr.view.view_html import ROOM, pack, pack_all, page_data, quantise
 
 PROMPT = "tell me about the red cat near a big house ."
 ANSWERS = ["the red cat likes the red cat .", "a small dog", "the big house near the tree"]
@@ -164,7 +165,7 @@ def test_heads_then_layers_then_the_last_answers_are_left_out(seen: View) -> Non
 
 @given(st.text())
 def test_no_text_gets_out_of_its_script_element(text: str) -> None:
-    written = as_json({"x": text})
+    written = script_json({"x": text})
     assert not re.search("[<>&\u2028\u2029]", written)
     assert json.loads(written) == {"x": text}
 

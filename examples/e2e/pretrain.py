@@ -18,8 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from cagsr.atomic import replace_folder
 from cagsr.models.continuation import encode_continuation
+from cagsr.support.atomic import replace_folder
 from examples.e2e.prepare import read_jsonl
 
 IGNORED = -100

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cagsr.evaluation.scorer import Scorer
 from torch import Tensor
 
 from cagsr.attention.probe import find_attention_layers
 from cagsr.config import SamplingConfig
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.diagnosis.best_of_n import correlation
 from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.load import LoadedModel
-from cagsr.prompts.words import find_words
+from cagsr.prompts.find_words import find_words
+from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.same_text import says
 from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.terms.grounded_coverage import grounded_coverage
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.view.planes import Plane, read_planes
 from cagsr.view.token_pieces import token_pieces
 from examples.e2e.signal_formulas import (
@@ -96,7 +96,7 @@ def read_answers(
     loaded: LoadedModel,
     prompts: Sequence[EncodedPrompt],
     sampling: SamplingConfig,
-    scorer: Scorer,
+    scorer: AnswerScorer,
     seed: int,
     batch: int,
 ) -> Answers:
@@ -168,7 +168,7 @@ class Calibration:
     """The other words."""
 
 
-def calibrate(answers: Answers, scorer: Scorer, positions: int, common_share: float) -> Calibration:
+def calibrate(answers: Answers, scorer: AnswerScorer, positions: int, common_share: float) -> Calibration:
     """Learn from unlabelled answers: which heads copy or agree with the associations, and what lookback to expect where.
 
     Args:
@@ -222,13 +222,13 @@ def lookback(answers: Answers, expected: Mapping[str, Tensor]) -> dict[str, Floa
     return found
 
 
-def values_of_heads(answers: Answers, scorer: Scorer, kind: str) -> Floats:
+def values_of_heads(answers: Answers, scorer: AnswerScorer, kind: str) -> Floats:
     """Coverage or grounded coverage of every head alone, ``(heads, prompts, candidates)``."""
     count = len(answers.planes)
     return np.stack([weighted_heads(answers, scorer, kind, torch.eye(count)[head]) for head in range(count)])
 
 
-def weighted_heads(answers: Answers, scorer: Scorer, kind: str, weights: Tensor) -> Floats:
+def weighted_heads(answers: Answers, scorer: AnswerScorer, kind: str, weights: Tensor) -> Floats:
     """Coverage or grounded coverage from the weighted mean of the heads' attention, ``(prompts, candidates)``."""
     parts = []
     for chunk, attention in mixed(answers, weights):

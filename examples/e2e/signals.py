@@ -21,10 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from cagsr.evaluation.scorer import Scorer
 
-from cagsr.associate import associations_of
-from cagsr.atomic import write_text_atomically
 from cagsr.config import (
     AssociationsConfig,
     AttentionConfig,
@@ -34,11 +31,14 @@ from cagsr.config import (
     SalienceConfig,
     SamplingConfig,
 )
+from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.recommend import within_z
 from cagsr.errors import ConfigError
-from cagsr.evaluation.best_of_n import correlation
-from cagsr.evaluation.recommend import within_z
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.learn_associations import associations_of
+from cagsr.support.atomic import write_text_atomically
 from examples.e2e.rewards import report
 from examples.e2e.signal_answers import (
     Answers,
@@ -174,7 +174,7 @@ def measure_start(options: Options, path: Path) -> tuple[dict[str, Floats], Trut
     measured, other, learned = drawn[: sizes[0]], drawn[sizes[0] : sizes[0] + sizes[1]], drawn[-sizes[2] :]
     config = AssociationsConfig(answers=options.associations)
     associations = associations_of(loaded, learned, sampling, config, seed=options.seed)
-    scorer = Scorer(loaded, reward, AttentionConfig(layers="all"), salience, associations=associations)
+    scorer = AnswerScorer(loaded, reward, AttentionConfig(layers="all"), salience, associations=associations)
     answers = read_answers(loaded, measured, sampling, scorer, options.seed, options.batch_size)
     calibrating = read_answers(loaded, other, sampling, scorer, options.seed + 1, options.batch_size)
     learned_of = calibrate(calibrating, scorer, options.max_new_tokens, options.common)
@@ -202,7 +202,7 @@ def judge(answers: Answers) -> Truths:
     return Truths(said, added, answers.terms["length"])
 
 
-def signals_of(answers: Answers, learned: Calibration, scorer: Scorer, truths: Truths) -> dict[str, Floats]:
+def signals_of(answers: Answers, learned: Calibration, scorer: AnswerScorer, truths: Truths) -> dict[str, Floats]:
     """Every signal of the answers, ``(prompts, candidates)`` each, more is better."""
     found = {
         name: answers.terms[name]
@@ -240,7 +240,7 @@ def fitted_by_label(signals: Mapping[str, Floats], other: Mapping[str, Floats], 
     return found
 
 
-def head_signals(answers: Answers, learned: Calibration, scorer: Scorer, truths: Truths) -> dict[str, Floats]:
+def head_signals(answers: Answers, learned: Calibration, scorer: AnswerScorer, truths: Truths) -> dict[str, Floats]:
     """Coverage and grounded coverage from heads weighed without a label, and from the best head by label."""
     found = {}
     for kind, short, agreement in (
@@ -273,7 +273,7 @@ def lookback_signals(answers: Answers, learned: Calibration) -> dict[str, Floats
     return found
 
 
-def doubt_signals(answers: Answers, learned: Calibration, scorer: Scorer) -> dict[str, Floats]:
+def doubt_signals(answers: Answers, learned: Calibration, scorer: AnswerScorer) -> dict[str, Floats]:
     """Doubts about the content words that are not copied, turned so that more is better."""
     threshold, ids = scorer.config.grounded_coverage.threshold, scorer.loaded.texts.ids
     parts: list[dict[str, float]] = []

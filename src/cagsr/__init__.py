@@ -3,6 +3,9 @@
 The names below are the library's public face; each is imported when it is first asked for, so ``import cagsr`` itself
 loads neither torch nor transformers. Training is ``cagsr.train.train(config)``: the function is not repeated here, because
 a function and a module can't both be called ``cagsr.train``.
+
+By module: `cagsr.train`, `cagsr.config`, `cagsr.flow`, `cagsr.errors`, `cagsr.attention`, `cagsr.reward`, `cagsr.view`,
+`cagsr.integrations`.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from cagsr.errors import DataError
 from cagsr.flow import Prompt
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.stops import turn_end
-from cagsr.progress import working
-from cagsr.prompts.answered import text_after
+from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form, about_messages
 from cagsr.prompts.render import is_parts, messages_of, render_prompt, text_of
+from cagsr.support.progress import working
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -30,14 +30,10 @@ def encode_pairs(
     The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``). A plain one gets
     the end token; a conversation's gets what its chat template writes, up to the token that ends the answer.
 
-    Args:
-        config: where the pairs are.
-        tokenizer: a fast one.
-        max_length: longest pair in tokens; None: no limit.
-        notes: what is worth saying about the rows is added to it.
+    What is worth saying about the rows is added to ``notes``.
 
     Returns:
-        The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens.
+        The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens (None: no limit).
 
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long
@@ -108,10 +104,7 @@ def unending(answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> tuple
 
 
 def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
-    """Give the text that follows the prompt's text.
-
-    For a conversation it is what the chat template adds when it is answered (:func:`cagsr.prompts.answered.text_after`).
-    """
+    """Give the text that follows the prompt's text; for a conversation it is what the chat template adds."""
     if column not in prompt.columns:
         present = ", ".join(prompt.columns) or "none"
         raise DataError(
@@ -138,10 +131,7 @@ def _said(answer: Any, where: str) -> str | tuple[dict[str, Any], ...]:
         DataError: it is neither; ``where`` (file, row, column) opens the message.
     """
     if isinstance(answer, str) or is_parts(answer):
-        try:
-            text = text_of(answer)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+        text = text_of(answer, where)
         return text if text.strip() else ""
     if not answer:
         return ""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -154,7 +154,7 @@ def _switched(key: str, values: list[str], opposite: str) -> bool:
 
 def _value(kind: Any, words: list[str], name: str) -> Any:
     """Convert the words after a flag."""
-    kinds = list(_alternatives(kind))
+    kinds = (kind, *get_args(kind))
     if words == ["None"] and NoneType in kinds:
         return None
     if any(get_origin(one) in (list, tuple) for one in kinds):
@@ -165,17 +165,6 @@ def _value(kind: Any, words: list[str], name: str) -> Any:
     if len(words) > 1:
         raise ConfigError(f"{name} takes one value (it got {', '.join(map(repr, words))})")
     return value
-
-
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """The types that a setting's type is a choice of, without what is said about them."""
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is not None and NoneType in get_args(kind):
-        for one in get_args(kind):
-            yield from _alternatives(one)
-    else:
-        yield kind
 
 
 def _negated(key: str) -> str:

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from cagsr import __version__
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import IGNORED, encode_pairs, unending
-from cagsr.runs.saved import TEXTS, AnswerProbe, Saved, dtype_note, saved_facts
-from cagsr.runs.trainer_folder import (
-    check_adapted_head,
-    check_trainer_config,
-    length_limit,
-    mean_of,
-    open_trainer_folder,
-    run_trainer,
-    save_trained,
-    say_done,
-    settings_file,
-    trainer_arguments,
-)
+from cagsr.runs.saved import TEXTS, AnswerProbe
+from cagsr.runs.trainer_folder import settings_file
+from cagsr.runs.trl_training import Outcome, Training, train_with_trl
 
 COMMAND = "sft"
 SETTINGS = settings_file(COMMAND)
@@ -57,69 +45,48 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
         CagsrError: bad input, in one sentence (see ``load_model`` and ``encode_pairs``); an output folder that holds
             something else; an encoder-decoder model.
     """
-    folder = Path(config.output_dir)
-    check_trainer_config(config, COMMAND)
-    loaded = _load(config)
-    check_adapted_head(loaded, config.lora, COMMAND)
-    limit = length_limit(config, loaded)
+    return train_with_trl(config, COMMAND, _load, _prepare, quiet=quiet)
+
+
+def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Training:
     read: list[str] = []
     pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
-    notes = [*loaded.notes, f"{len(pairs):,} pairs from {config.data.path}.", *read]
-    notes += unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)
-    notes.append(dtype_note(config.save_dtype, loaded, "--save_dtype"))
-    if dropped:
-        notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    checkpoint = open_trainer_folder(config, COMMAND, notes)
-    trainer = SFTTrainer(
-        model=loaded.model,
-        args=_arguments(config, loaded, limit),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=loaded.tokenizer,
+    firsts = [(pair["input_ids"], sum(label == IGNORED for label in pair["labels"])) for pair in pairs[:TEXTS]]
+    fact = (
+        f"Data: {len(pairs):,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only."
     )
-    run_trainer(trainer, folder, checkpoint, notes, quiet=quiet)
-    if trainer.is_world_process_zero():
-
-        def texts(saved: Saved) -> dict[str, str]:
-            loss = mean_of(trainer, "loss")
-            return {"README.md": _card(config, len(pairs), trainer.state.global_step, loss, saved_facts(loaded, saved))}
-
-        # An adapter on random weights is of no use without them.
-        saved = save_trained(trainer, config, loaded, _probe(loaded, pairs), texts, adapter=not config.from_scratch)
-        if not quiet:
-            print(saved.sentence)
-            say_done(trainer, folder)
-    return folder
-
-
-def _probe(loaded: LoadedModel, pairs: Sequence[Mapping[str, Sequence[int]]]) -> AnswerProbe:
-    """The first pairs, each parted where its answer begins."""
-    texts = []
-    for pair in pairs[:TEXTS]:
-        ids, first = pair["input_ids"], next(at for at, label in enumerate(pair["labels"]) if label != IGNORED)
-        texts.append((ids[:first], ids[first:]))
-    return AnswerProbe(loaded, texts)
+    return Training(
+        trainer=partial(SFTTrainer, loaded.model),
+        arguments=partial(
+            SFTConfig,
+            max_length=limit,
+            packing=False,
+            completion_only_loss=True,
+            dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
+        ),
+        rows=pairs,
+        dropped=dropped,
+        notes=[*read, *unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)],
+        probe=AnswerProbe(loaded, [(ids[:prompt], ids[prompt:]) for ids, prompt in firsts]),
+        describe=lambda trainer, saved: Outcome([fact]),
+        what=f"Supervised fine-tuning from {'random weights' if config.from_scratch else f'`{config.model.path}`'}",
+        trl="SFTTrainer",
+        limits="The model imitates its training answers, their mistakes included. It was not evaluated here: see "
+        "`cagsr diagnose`.",
+        adapter=not config.from_scratch,  # an adapter on random weights is of no use without them
+    )
 
 
 def _load(config: SftConfig) -> LoadedModel:
     """Load the model, or make one with random weights."""
-    torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
-    if config.from_scratch:
-        with _random_weights(config.model, config.seed) as path:
-            try:
-                loaded = load_model(replace(config.model, path=path), config.lora)
-            except ModelError as error:
-                raise ModelError(str(error).replace(path, config.model.path)) from error
-        loaded = replace(loaded, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch)."))
-    else:
-        loaded = load_model(config.model, config.lora)
-    if not loaded.architecture.one_sequence:
-        raise ModelError(
-            f"--model {config.model.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones; fine-tune "
-            "it with transformers' Seq2SeqTrainer, then go on with cagsr train."
-        )
-    if loaded.tokenizer.eos_token_id is None:
-        raise ModelError(f"--model {config.model.path}: the tokenizer names no EOS token, so no answer could ever end.")
-    return loaded
+    if not config.from_scratch:
+        return load_model(config.model, config.lora)
+    with _random_weights(config.model, config.seed) as path:
+        try:
+            loaded = load_model(replace(config.model, path=path), config.lora)
+        except ModelError as error:
+            raise ModelError(str(error).replace(path, config.model.path)) from error
+    return replace(loaded, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch)."))
 
 
 @contextmanager
@@ -143,46 +110,3 @@ def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         yield path
-
-
-def _arguments(config: SftConfig, loaded: LoadedModel, limit: int | None) -> SFTConfig:
-    with warnings.catch_warnings():
-        # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
-        return SFTConfig(
-            **trainer_arguments(config, loaded, _learning_rate(config)),
-            max_length=limit,
-            packing=False,
-            completion_only_loss=True,
-            dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
-        )
-
-
-def _learning_rate(config: SftConfig) -> float:
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return 2e-4 if config.lora.r > 0 else 1e-3 if config.from_scratch else 2e-5
-
-
-def _card(config: SftConfig, pairs: int, steps: int, loss: float | None, saved: str) -> str:
-    origin = "from random weights" if config.from_scratch else f"from `{config.model.path}`"
-    told = f" The mean training loss over the last steps was {loss:.3f}." if loss is not None else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [cagsr, sft, trl]
----
-
-# {Path(config.output_dir).name}
-
-Supervised fine-tuning {origin} with `cagsr sft` {__version__} (TRL's SFTTrainer).
-
-- Data: {pairs:,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only.
-- {steps:,} steps of {config.batch_size} pairs, peak learning rate {_learning_rate(config):g}, seed {config.seed}.{told}
-{saved}
-- All settings: `{SETTINGS}`.
-
-## Limits
-
-The model imitates its training answers, their mistakes included. It was not evaluated here: see `cagsr diagnose`.
-"""

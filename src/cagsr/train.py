@@ -1,6 +1,6 @@
 """The whole method as one run: load, prepare, then sample -> score -> reward -> update until done.
 
-This file reads from top to bottom as what ``cagsr train`` does. The mathematics of a step is in ``update/ppo.py``, files
+This file reads from top to bottom as what ``cagsr train`` does. What a step does is in ``training/``, files
 are in ``runs/``.
 """
 
@@ -22,33 +22,39 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import TrainerState
 
-from cagsr.associate import associations_of
-from cagsr.clock import operators_of, peak_memory_bytes, profile_text
 from cagsr.config import TrainConfig, validate
-from cagsr.errors import MonitorStop, RewardError, RolloutError
-from cagsr.evaluation.held_out import Answers, HeldOutMetric, answer, choose_metric, evaluation_metrics
-from cagsr.evaluation.monitors import Alert, Monitors
-from cagsr.extras import install_command, is_installed
-from cagsr.flow import EncodedPrompt, Experience
+from cagsr.errors import MonitorStop, RolloutError
+from cagsr.evaluation.held_out import HeldOutMetric, choose_metric
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.models.sharding import whole
-from cagsr.processes import check_precision, check_processes, from_main, start_accelerator, together
-from cagsr.progress import say, shown, working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
+from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.registry import Resources
 from cagsr.reward.trainer_calls import TrainerCalls
-from cagsr.reward.user_functions import TextFunction
+from cagsr.rollout.episodes import EpisodePlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
-from cagsr.runs.record import RunRecord
 from cagsr.runs.saved import dtype_note
 from cagsr.runs.tracker import check_tracker
+from cagsr.support.clock import operators_of, profile_text
+from cagsr.support.extras import install_command, is_installed
+from cagsr.support.processes import (
+    broadcast,
+    check_precision,
+    check_processes,
+    start_accelerator,
+)
+from cagsr.support.progress import shown, working
+from cagsr.tasks.segments import SegmentEncoder
+from cagsr.tasks.task import load_task
+from cagsr.training.monitors import Monitors
 from cagsr.training.ppo import PPO
+from cagsr.training.record import RunRecord
+from cagsr.training.step import Steps
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     """
     console = console or Console(soft_wrap=True, highlight=False)
     validate(config)
-    validate(config.reward, "reward.")
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
-    check_processes(config, accelerator.num_processes)
+    sizes = (config.run.batch_size, config.sampling.num_generations, config.ppo.num_mini_batches)
+    check_processes(*sizes, accelerator.num_processes)
     main = accelerator.is_main_process
     set_seed(config.run.seed)
 
@@ -99,7 +105,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         resources=Resources(loaded.texts, associations),
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
-    ppo = PPO(config, loaded, reward, accelerator)
+    task = load_task(config.rollout.task)
+    player = None
+    if task is not None:
+        encoder = SegmentEncoder(loaded, config.salience, train_set.frequency)
+        player = EpisodePlayer(loaded, task, encoder, loaded.room_for_prompts(config.sampling.max_new_tokens))
+    ppo = PPO(config, loaded, reward, accelerator, player)
     monitors = Monitors(config.monitors)
     stream = PromptStream(
         train_set,
@@ -114,30 +125,25 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     # Everything that can be refused has been checked: only now is anything written.
     record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
     try:
-        trainer = TrainerCalls(_trainer_state(config, train_set, from_main(record.history, accelerator), accelerator))
+        trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
             told = [
                 dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
                 *generation_notes(loaded, config.sampling),
             ]
             _introduce(console, config, loaded, train_set, held_out, metric, (*told, *ppo.sampler.notes, *record.notes))
+        steps = Steps(config, loaded, ppo, stream, held_out.prompts, metric, monitors, record, trainer)
         if record.first_step == 0:
-            start, answered = _evaluate(config, loaded, held_out.prompts, metric, accelerator)
-            record.log(0, start, {}, [])
-            trainer.state.log_history.append({"step": 0, **start})
-            record.keep_answers(0, answered)
-            monitors.observe(0, start)
+            steps.start()
         timings: list[dict[str, float]] = []
         operators: list[tuple[str, float, int]] = []
         # The first step pays for what is set up once; recording slows a step down, so its times are left out.
         recorded = min(record.first_step + 2, config.run.steps) if config.run.profile else None
-        with working("step", config.run.steps, done=record.first_step) as task:
-            numbers = StepNumbers(task)
+        with working("step", config.run.steps, done=record.first_step) as bar:
+            numbers = StepNumbers(bar)
             for step in range(record.first_step + 1, config.run.steps + 1):
                 with operators_of(operators, loaded.device) if step == recorded else nullcontext():
-                    taken = _step(
-                        step, config, loaded, ppo, stream, held_out, metric, monitors, record, numbers, trainer
-                    )
+                    taken = steps.step(step, numbers)
                 if step != recorded:
                     timings.append(taken)
         if config.run.profile and main:
@@ -175,7 +181,7 @@ def _associations(
     settings = config.reward.associations
     stored = Path(config.output_dir) / ASSOCIATIONS
     # Whether the file is there is asked once: the answer must be the same in every process.
-    if from_main(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
         settings = dataclasses.replace(settings, path=str(stored))
     started = time.perf_counter()
     found = associations_of(
@@ -217,68 +223,6 @@ def _trainer_state(
     )
 
 
-def _step(
-    step: int,
-    config: TrainConfig,
-    loaded: LoadedModel,
-    ppo: PPO,
-    stream: PromptStream,
-    held_out: PromptSet,
-    metric: HeldOutMetric,
-    monitors: Monitors,
-    record: RunRecord,
-    numbers: StepNumbers,
-    trainer: TrainerCalls,
-) -> dict[str, float]:
-    """One step: collect, update, evaluate now and then, write, watch, save; gives the timings."""
-    started = time.perf_counter()
-    trainer.begin(step - 1, stream.epoch)
-    try:
-        experience = ppo.collect(stream.next_batch(), trainer)
-    except RewardError as error:  # of this process's answers: the others may know nothing of it
-        raise RewardError(f"step {step}: {error} {record.where_to_resume()}") from error
-    except RolloutError as error:
-        raise RolloutError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
-    collected = time.perf_counter()
-    metrics = ppo.update(experience)
-    updated = time.perf_counter()
-    last = step == config.run.steps
-    answered: list[dict[str, Any]] = []
-    if last or _is_due(step, config.evaluation.every):
-        found, answered = _evaluate(config, loaded, held_out.prompts, metric, ppo.accelerator)
-        metrics |= found
-    if any(isinstance(term, TextFunction) for term in ppo.reward.terms):
-        try:
-            metrics |= trainer.averages(lambda items: together(items, ppo.accelerator), metrics)
-        except RewardError as error:
-            raise RewardError(f"step {step}: {error} {from_main(record.where_to_resume, ppo.accelerator)}") from error
-    trainer.state.log_history.append({"step": step, **metrics})
-    timings = {
-        "collect_seconds": collected - started,
-        "update_seconds": updated - collected,
-        "evaluation_seconds": time.perf_counter() - updated,
-        "response_tokens": float(ppo.reduce(experience.episodes.sampled.sum().float())),
-        **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
-        "peak_memory_bytes": peak_memory_bytes(loaded.device),
-    }
-    record.log(step, metrics, timings, _sample_rows(experience, config.run.sample_rows, trainer.extra))
-    record.keep_answers(step, answered)
-    numbers.step(step, metrics)
-    alerts = monitors.observe(step, metrics)
-    alerts += [Alert("shared_prompts", step, sentence, "warn") for sentence in ppo.take_warnings()]
-    record.warn(alerts)
-    for alert in alerts:
-        # One that stops the run is said by the error.
-        if alert.action == "warn" and ppo.accelerator.is_main_process:
-            say(f"warning: step {step}: {alert.sentence}")
-    stopping = [alert.sentence for alert in alerts if alert.action == "stop"]
-    if last or stopping or _is_due(step, config.run.save_every):
-        record.save(step)
-    if stopping:
-        raise MonitorStop(f"step {step}: {' '.join(stopping)} {from_main(record.where_to_resume, ppo.accelerator)}")
-    return timings
-
-
 def _before_and_after(metric: HeldOutMetric, first: Mapping[str, float], last: Mapping[str, float]) -> str:
     """The held-out metric of the start and of the trained model, sampled and greedy."""
     told = [
@@ -287,10 +231,6 @@ def _before_and_after(metric: HeldOutMetric, first: Mapping[str, float], last: M
         if key in last
     ]
     return f"{metric.name}: {', '.join(told)}"
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, PromptSet]:
@@ -311,57 +251,6 @@ def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, P
         note = f"Held out: {held_out} prompts instead of {config.evaluation.held_out}, at most a fifth of {len(training.prompts)}."
         training = dataclasses.replace(training, notes=(*training.notes, note))
     return training.split(held_out, config.run.seed)
-
-
-def _evaluate(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    metric: HeldOutMetric,
-    accelerator: Accelerator,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The held-out metrics, and the greedy answers to the first ``evaluation.samples`` prompts as rows."""
-    if not prompts:
-        return {}, []
-
-    def answers(temperature: float) -> Answers:
-        sampling = dataclasses.replace(config.sampling, temperature=temperature)
-        return answer(loaded, prompts, sampling, metric, seed=config.run.seed, accelerator=accelerator)
-
-    with whole(loaded.model):
-        sampled, greedy = answers(config.sampling.temperature), answers(0.0)
-    rows = [
-        {
-            "prompt": encoded.prompt.text,
-            "completion": greedy.completions[number],
-            "metric": greedy.metric[number],
-            "tokens": greedy.lengths[number],
-            "ended": greedy.ended[number],
-        }
-        for number, encoded in enumerate(prompts[: max(0, config.evaluation.samples)])
-    ]
-    return evaluation_metrics(sampled=sampled, greedy=greedy), rows
-
-
-def _sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """A few answers with their reward breakdown and what reward functions logged of them, one of each prompt first."""
-    episodes, returns = experience.episodes, experience.returns
-    generations = max(1, int((episodes.prompts.group == episodes.prompts.group[0]).sum()))
-    count = len(episodes.completions)
-    order = [start + offset for offset in range(generations) for start in range(0, count, generations)][:limit]
-    return [
-        {
-            "prompt": episodes.prompts.prompts[row].text,
-            "completion": episodes.completions[row],
-            "reward": float(returns.total[row]),
-            "terms": {name: float(value[row]) for name, value in returns.terms.items()},
-            "contributions": {name: float(value[row]) for name, value in returns.contributions.items()},
-            "tokens": int(episodes.sampled[row].sum()),
-            "ended": bool(episodes.ended[row]),
-            **({"extra": {column: values[row] for column, values in extra.items()}} if extra else {}),
-        }
-        for row in order
-    ]
 
 
 def _introduce(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cagsr.config.ranges import OutputFile, PositiveInt
 from cagsr.errors import ConfigError
-from cagsr.progress import say
+from cagsr.support.progress import say
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from cagsr.commands.inputs import learned_associations, read_prompts, say
+from cagsr.commands.inputs import read_prompts, say, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,27 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
-    from rich.console import Console
-
-    from cagsr.associate import FEWEST_PROMPTS
-    from cagsr.atomic import write_text_atomically
     from cagsr.config import validate
-    from cagsr.evaluation.collect import collect_signals
-    from cagsr.evaluation.diagnosis import diagnose, load_checker, with_truth
+    from cagsr.diagnosis.diagnose import diagnose, load_checker, with_truth
+    from cagsr.diagnosis.diagnosis_report import as_json, as_markdown, as_yaml, finding, print_report
+    from cagsr.diagnosis.signals import collect_signals
     from cagsr.evaluation.held_out import choose_metric
-    from cagsr.evaluation.report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.build import reward_warnings
+    from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
+    from cagsr.support.atomic import write_text_atomically
 
     validate(config.reward, "reward.")
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
     associations = None
     if len(prompts) >= FEWEST_PROMPTS or config.reward.associations.path is not None:
-        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+        associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     else:
-        notes = (
-            *notes,
-            f"Too few prompts to learn associations from (fewer than {FEWEST_PROMPTS}): those terms are left out.",
-        )
+        few = f"Too few prompts to learn associations from (fewer than {FEWEST_PROMPTS}): those terms are left out."
+        notes = (*notes, few)
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
@@ -105,9 +101,7 @@ def run(config: Config) -> None:
     with working("weighing the terms"):
         found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
-    console = Console()
-    # A file or a pipe has no width of its own; the tables need more than the usual 80.
-    print_report(found, signals.configured, console if console.is_terminal else Console(width=130))
+    print_report(found, signals.configured, table_console())
     say([finding(found)])
     if config.output is not None:
         path = Path(config.output)
@@ -115,12 +109,8 @@ def run(config: Config) -> None:
         recommended = path.with_suffix(".yaml")
         if found.recommendation.weights:
             write_text_atomically(recommended, as_yaml(found, config.model.path, config.attention, config.reward))
-            say(
-                [
-                    f"All numbers: {path}; the recommendation: cagsr train --config {recommended} "
-                    f"--model {config.model.path} --data {config.data.path} --output_dir run"
-                ]
-            )
+            train = f"cagsr train --config {recommended} --model {config.model.path} --data {config.data.path} --output_dir run"
+            say([f"All numbers: {path}; the recommendation: {train}"])
         else:
             recommended.unlink(missing_ok=True)  # an earlier one's: training by it is what is advised against
             say([f"All numbers: {path}; nothing is recommended, so there is no {recommended}."])

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say
-from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.commands.inputs import OptionalDataConfig, plain, read_prompts, say, table_console
+from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
-from cagsr.extras import install_command
-from cagsr.progress import working
+from cagsr.support.extras import install_command
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
-    from cagsr.evaluation.eval_report import EvalReport
-    from cagsr.evaluation.evaluated import Comparison, Evaluated
-    from cagsr.evaluation.judge_answers import AnswerJudge, Judges
-    from cagsr.evaluation.matched_entropy import Answers
+    import torch
+
+    from cagsr.evaluation.evaluation_report import EvalReport
+    from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.evaluation.judged_policies import Evaluated, PolicyComparison
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
-
-MATCHED_LOW, MATCHED_HIGH = 0.2, 1.5
 
 
 @dataclass(frozen=True)
@@ -104,23 +104,16 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample or read, judge, compare; print the tables and write what was asked for."""
-    from rich.console import Console
-
-    from cagsr.atomic import write_text_atomically
-    from cagsr.commands.inputs import plain
-    from cagsr.evaluation.eval_report import as_markdown, as_tree, print_report
+    from cagsr.evaluation.evaluation_report import as_markdown, as_tree, print_report
+    from cagsr.support.atomic import write_text_atomically
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:
         say([f"Left out: {'; '.join(report.left_out)}."])
-    console = Console()
-    # A file or a pipe has no width of its own; the tables need more than the usual 80.
-    print_report(report, console if console.is_terminal else Console(width=130))
+    print_report(report, table_console())
     judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
     say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
     if config.output is not None:
-        import json
-
         text = json.dumps(plain(as_tree(report)), ensure_ascii=False, allow_nan=False, indent=1)
         write_text_atomically(Path(config.output), text + "\n")
         say([f"All numbers: {config.output}"])
@@ -130,25 +123,23 @@ def run(config: Config) -> None:
 
 
 def _sampling(config: Config, temperature: float) -> SamplingConfig:
-    values = {one.name: getattr(config.sampling, one.name) for one in dataclasses.fields(config.sampling)}
-    return SamplingConfig(num_generations=config.samples if temperature > 0 else 1, temperature=temperature, **values)
+    generations = config.samples if temperature > 0 else 1
+    return SamplingConfig(num_generations=generations, temperature=temperature, **dataclasses.asdict(config.sampling))
 
 
-def _judges(config: Config) -> Judges:
-    from cagsr.evaluation.judge_answers import Judges
+def _judge(config: Config, device: torch.device) -> AnswerJudge:
+    from cagsr.evaluation.judge_answers import AnswerJudge, Judges
 
-    return Judges(
-        config.checker, config.judge_model, config.embedding_model, config.reward_model, config.follow_up_column
-    )
+    judges = (config.checker, config.judge_model, config.embedding_model, config.reward_model, config.follow_up_column)
+    return AnswerJudge(Judges(*judges), device)
 
 
 def _from_answers(config: Config) -> EvalReport:
     """Judge one or two files of answers."""
     import torch
 
-    from cagsr.evaluation.evaluated import compare, corrected, evaluate_answers
     from cagsr.evaluation.given_answers import in_order_of, read_answers
-    from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.evaluation.judged_policies import compare, corrected, evaluate_answers
 
     data = config.data if config.data.path else None
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
@@ -159,10 +150,10 @@ def _from_answers(config: Config) -> EvalReport:
     name = config.model.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    judge = AnswerJudge(_judges(config), torch.device(name))
+    judge = _judge(config, torch.device(name))
     mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.recorded)
     theirs: tuple[Evaluated, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PolicyComparison, ...] = ()
     if other is not None:
         theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.recorded),)
         comparisons = corrected([compare("As given", mine, theirs[0])])
@@ -172,8 +163,7 @@ def _from_answers(config: Config) -> EvalReport:
 
 def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
-    from cagsr.evaluation.evaluated import compare, corrected
-    from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.evaluation.judged_policies import compare, corrected
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
@@ -192,13 +182,13 @@ def _from_model(config: Config) -> EvalReport:
             f"{config.data.path}: the two models' contexts hold different prompts ({len(prompts):,} and {len(asked):,}); "
             "set --data.max_prompt_length so that both read the same."
         )
-    judge = AnswerJudge(_judges(config), loaded.device)
+    judge = _judge(config, loaded.device)
     judge.left_out(prompts)  # refuses what would fail only after sampling
     told = generation_notes(loaded, _sampling(config, config.temperatures[0]))
-    say([*loaded.notes, *told, *(note for note in notes if "--salience." not in note)])
+    say([*loaded.notes, *told, *notes])
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
-    comparisons: list[Comparison] = []
+    comparisons: list[PolicyComparison] = []
     lacking: list[str] = []
     if config.against is not None:
         comparable = loaded.tokenizer.get_vocab() == vocabulary
@@ -207,32 +197,26 @@ def _from_model(config: Config) -> EvalReport:
         for at, found in mine.items():
             same = _evaluate(config, other, asked, at, judge)
             theirs[same.name] = same
-            comparisons.append(compare(f"{_capital(found.name)}, both", found, same))
-        for at, found in mine.items():
-            if at == 0:
-                continue
-            if not comparable:
-                lacking.append("matched entropy (the two models count in different tokens)")
-                break
+            comparisons.append(compare(f"{found.name.capitalize()}, both", found, same))
+        sampled = [found for at, found in mine.items() if at > 0]
+        if sampled and not comparable:
+            lacking.append("matched entropy (the two models count in different tokens)")
+        for found in sampled if comparable else ():
             try:
                 matched = _matched(config, other, asked, found, theirs, judge)
             except ModelError as error:
                 lacking.append(f"matched entropy for {found.name} ({str(error).rstrip('.')})")
                 continue
             theirs[matched.name] = matched
-            title = (
-                f"{_capital(found.name)}, against the other at matched entropy (temperature {matched.temperature:.3f})"
-            )
-            comparisons.append(compare(title, found, matched))
+            against = f"against the other at matched entropy (temperature {matched.temperature:.3f})"
+            comparisons.append(compare(f"{found.name.capitalize()}, {against}", found, matched))
     done = corrected(comparisons)
     return _report(config, tuple(prompts), tuple(mine.values()), tuple(theirs.values()), done, judge, lacking)
 
 
 def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
-    # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
-    salience = SalienceConfig(weighting="uniform", skip_sink=False)
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
-    return read_prompts(config.data, None, salience, None, loaded, config.sampling.max_new_tokens, columns)
+    return read_prompts(config.data, None, None, None, loaded, config.sampling.max_new_tokens, columns)
 
 
 def _load_other(config: Config) -> LoadedModel:
@@ -252,13 +236,13 @@ def _evaluate(
     judge: AnswerJudge,
     name: str | None = None,
 ) -> Evaluated:
-    from cagsr.evaluation.evaluated import evaluate_answers
+    from cagsr.evaluation.judged_policies import evaluate_answers
     from cagsr.evaluation.matched_entropy import answers_at
 
     name = name or (f"temperature {temperature:g}" if temperature > 0 else "greedy")
     sampling = _sampling(config, temperature)
     with working(name):
-        found: Answers = answers_at(loaded, prompts, sampling, config.seed, config.batch_size)
+        found = answers_at(loaded, prompts, sampling, config.seed, config.batch_size)
     many = sampling.num_generations
     answers = [found.texts[start : start + many] for start in range(0, len(found.texts), many)]
     more = {"tokens": found.tokens, "ended": found.ended, "entropy": found.entropy}
@@ -276,17 +260,8 @@ def _matched(
     from cagsr.evaluation.matched_entropy import matching_temperature
 
     known = {float(one.temperature): float(one.values["entropy"].mean()) for one in theirs.values() if one.temperature}
-    temperature = matching_temperature(
-        other,
-        prompts,
-        _sampling(config, 1.0),
-        float(found.values["entropy"].mean()),
-        config.seed,
-        config.batch_size,
-        MATCHED_LOW,
-        MATCHED_HIGH,
-        known=known,
-    )
+    target, sampling = float(found.values["entropy"].mean()), _sampling(config, 1.0)
+    temperature = matching_temperature(other, prompts, sampling, target, config.seed, config.batch_size, known=known)
     return _evaluate(config, other, prompts, temperature, judge, f"entropy of {found.name} (T = {temperature:.3f})")
 
 
@@ -295,22 +270,20 @@ def _report(
     prompts: Sequence[EncodedPrompt],
     mine: tuple[Evaluated, ...],
     theirs: tuple[Evaluated, ...],
-    comparisons: tuple[Comparison, ...],
+    comparisons: tuple[PolicyComparison, ...],
     judge: AnswerJudge,
     lacking: list[str],
 ) -> EvalReport:
-    from cagsr.evaluation.eval_report import EvalReport
+    from cagsr.evaluation.evaluation_report import EvalReport
 
     left_out = judge.left_out(prompts)
     if config.reward_model is None or not comparisons:
-        left_out.append(
-            f"win rate (no {'--reward_model' if config.reward_model is None else 'other side to win against'})"
-        )
+        no = "--reward_model" if config.reward_model is None else "other side to win against"
+        left_out.append(f"win rate (no {no})")
     if "self_bleu" not in mine[0].values:
         one = min(map(len, mine[0].answers)) == 1
         why = "one answer to each prompt; --samples 2 or more" if one else install_command("nltk")
         left_out.append(f"self-BLEU ({why})")
-    settings: dict[str, Any] = dataclasses.asdict(config)
     return EvalReport(
         model=str(config.answers or config.model.path),
         against=config.against or config.against_answers,
@@ -319,9 +292,5 @@ def _report(
         theirs=theirs,
         comparisons=comparisons,
         left_out=(*left_out, *lacking),
-        settings=settings,
+        settings=dataclasses.asdict(config),
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -14,7 +14,7 @@ from cagsr.commands.inputs import (
     say,
     write_rows,
 )
-from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, OutputFile, PositiveInt, Seed
 
 
@@ -55,29 +55,15 @@ class Config:
 
 def run(config: Config) -> None:
     """Sample ``num_generations`` answers to each prompt: rows of prompt, completion, tokens and ended."""
-    from cagsr.evaluation.sampling import sample_in_batches
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
+    from cagsr.rollout.sample_prompts import sample_in_batches
 
     loaded = load_model(config.model, for_training=False)
-    # Which words matter makes no difference here: all of them, so that no prompt is refused for its words.
-    prompts, notes = read_prompts(
-        config.data,
-        config.prompt,
-        SalienceConfig(weighting="uniform", skip_sink=False),
-        None,
-        loaded,
-        config.sampling.max_new_tokens,
-    )
-    say(
-        [
-            *loaded.notes,
-            *generation_notes(loaded, config.sampling),
-            *(note for note in notes if "--salience." not in note),
-        ]
-    )
+    prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, config.sampling.max_new_tokens)
+    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes])
     rows: list[dict[str, Any]] = []
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         for row, text in enumerate(rollout.completions):
@@ -96,9 +82,5 @@ def run(config: Config) -> None:
     write_rows(rows, config.output)
     where = config.output or "Standard output"
     tokens, ended = (sum(row[name] for row in rows) / len(rows) for name in ("tokens", "ended"))
-    say(
-        [
-            f"{where}: {len(rows):,} answers to {len(prompts):,} prompts, {tokens:.1f} tokens on average, {ended:.0%} ended by "
-            "themselves."
-        ]
-    )
+    done = f"{where}: {len(rows):,} answers to {len(prompts):,} prompts"
+    say([f"{done}, {tokens:.1f} tokens on average, {ended:.0%} ended by themselves."])

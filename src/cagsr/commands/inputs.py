@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr import progress
-from cagsr.config import DataConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config import DataConfig, SalienceConfig
+from cagsr.support import progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
-    from cagsr.reward.association import Associations
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def data_or_prompt(data: DataConfig, prompt: str | None) -> Iterator[str]:
 def read_prompts(
     data: DataConfig,
     prompt: str | None,
-    salience: SalienceConfig,
+    salience: SalienceConfig | None,
     frequency: DocumentFrequency | None,
     loaded: LoadedModel,
     max_new_tokens: int,
@@ -45,6 +46,7 @@ def read_prompts(
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
     """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
 
+    ``salience`` None: which words matter makes no difference, so all do, and no prompt is refused for its words.
     ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
     ones (``load_rows``).
 
@@ -55,12 +57,15 @@ def read_prompts(
     from cagsr.prompts.prepare import encode_texts, prepare_prompts
 
     limit = loaded.room_for_prompts(max_new_tokens)
+    any_word = salience is None
+    salience = salience or SalienceConfig(weighting="uniform", skip_sink=False)
     if prompt is not None:
         return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
     found = prepare_prompts(
         data, salience, loaded.tokenizer, max_length=limit, frequency=frequency, text_columns=text_columns
     )
-    return list(found.prompts if found.reopen is None else found.reopen()), found.notes
+    notes = tuple(note for note in found.notes if not any_word or "--salience." not in note)
+    return list(found.prompts if found.reopen is None else found.reopen()), notes
 
 
 def groups_of(prompts: Sequence[EncodedPrompt]) -> list[int]:
@@ -76,33 +81,6 @@ def about_idf(salience: SalienceConfig, reward_from: str | None) -> list[str]:
     return ["IDF: counted on the prompts at hand (--reward_from RUN takes a run's)."]
 
 
-def named_associations(reward: RewardConfig) -> Associations | None:
-    """Read the file that ``reward.associations.path`` names; None where it names none.
-
-    Raises:
-        DataError: it can't be read.
-    """
-    if reward.associations.path is None:
-        return None
-    from cagsr.associate import read_associations
-
-    return read_associations(Path(reward.associations.path))
-
-
-def learned_associations(
-    reward: RewardConfig, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int
-) -> Associations:
-    """Read the associations, or learn them from the model's answers to these prompts.
-
-    Raises:
-        ConfigError: too few prompts to learn from.
-        DataError: the file can't be read.
-    """
-    from cagsr.associate import associations_of
-
-    return associations_of(loaded, prompts, sampling, reward.associations, seed=seed)
-
-
 def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
     """Write rows as JSON lines: to a file at once (never half of it), or to standard output.
 
@@ -111,7 +89,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
     Raises:
         RunError: the file can't be written.
     """
-    from cagsr.atomic import write_text_atomically
+    from cagsr.support.atomic import write_text_atomically
 
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if output is None:
@@ -136,6 +114,14 @@ def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:
     """Return the prompt in the form of its row: text or chat messages."""
     prompt = encoded.prompt
     return prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+
+
+def table_console() -> Console:
+    """Standard output for tables: a file or a pipe has no width of its own, and they need more than the usual 80."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
 
 
 def say(sentences: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """The command ``cagsr``: pick the subcommand, read its settings, run it, and turn bad input into one sentence.
 
-Each subcommand is a module of this package with a dataclass ``Config`` and a function ``run(config)``; it is imported
-when it is asked for, so that help and errors need no torch.
+Each subcommand is a module of this package with a dataclass ``Config`` and a function ``run(config)``, or names the two in
+``commands.yaml``; it is imported when it is asked for, so that help and errors need no torch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from pkgutil import resolve_name
+from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
 from cagsr import __version__
 from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
-from cagsr.extras import require
 from cagsr.parse import parse_command
-from cagsr.progress import shown
+from cagsr.support.extras import require
+from cagsr.support.progress import shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -32,143 +36,24 @@ BROKEN_PIPE = 141
 
 @dataclass(frozen=True)
 class Command:
-    """What the help says about a subcommand."""
+    """What ``commands.yaml`` says about a subcommand."""
 
     summary: str
-    """One line for ``cagsr --help``."""
     examples: str
-    """Command lines with a comment each, shown under the subcommand's own help."""
     positional: str = ""
-    """The setting that a first word without a flag stands for."""
     extras: tuple[str, ...] = ()
-    """Extras without which it can't begin (cagsr.extras)."""
+    config: str = ""
+    run: str = ""
 
 
-COMMANDS = {
-    "quickstart": Command(
-        "see the whole loop work in minutes, offline: a small model before and after",
-        """\
-  cagsr quickstart                      # trains, prints a before/after table, draws the curves
-  cagsr quickstart --output_dir out     # keep everything in out/""",
-        extras=("trl", "nltk", "pages"),
-    ),
-    "sft": Command(
-        "supervised start: teach a model the task from prompt-completion pairs (only if you have some)",
-        """\
-  cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start
-  cagsr sft --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir start --lora_r 16
-  cagsr sft --model folder_with_config_and_tokenizer --from_scratch --data pairs.jsonl --output_dir start""",
-        extras=("trl",),
-    ),
-    "diagnose": Command(
-        "is the reward worth a training run for this model and these prompts? Minutes, not hours",
-        """\
-  cagsr diagnose --model start --data prompts.jsonl""",
-    ),
-    "train": Command(
-        "improve a model on unlabelled prompts, the reward read from its own attention (PPO)",
-        """\
-  cagsr train --model start --data prompts.jsonl --output_dir run
-  cagsr train --model start --data prompts.jsonl --output_dir run --steps 200 --ppo.estimator rloo
-  cagsr train --model Qwen/Qwen3-0.6B --data prompts.jsonl --output_dir run --lora_r 16
-  cagsr train --config run/config.yaml --output_dir run2 --reward.self_certainty.weight 1
-  cagsr train --config run/config.yaml --resume     # go on after an interruption""",
-    ),
-    "synthesize": Command(
-        "machine-made preference pairs from prompt-completion pairs: right answers against ones with a mistake",
-        """\
-  cagsr synthesize --data pairs.jsonl --output preferences.jsonl
-  cagsr synthesize --data pairs.jsonl --output preferences.jsonl --num_pairs 3000 --corruption.repeat 0""",
-    ),
-    "reward-model": Command(
-        "a reward model from preference pairs, to train with (--reward.models)",
-        """\
-  cagsr reward-model --model start --data preferences.jsonl --output_dir rm
-  cagsr reward-model --model start --data preferences.jsonl --output_dir rm --num_pairs 200
-  cagsr train --model start --data prompts.jsonl --output_dir run --reward.models rm""",
-        extras=("trl",),
-    ),
-    "dpo": Command(
-        "train on preference pairs directly (DPO): the rival without a reward model",
-        """\
-  cagsr dpo --model start --data preferences.jsonl --output_dir tuned
-  cagsr dpo --model Qwen/Qwen3-0.6B --data preferences.jsonl --output_dir tuned --lora_r 16 --beta 0.1""",
-        extras=("trl",),
-    ),
-    "generate": Command(
-        "answer the prompts of a file",
-        """\
-  cagsr generate --model run/final --data prompts.jsonl --output answers.jsonl""",
-    ),
-    "score": Command(
-        "every reward term for prompt-response pairs, as JSONL",
-        """\
-  cagsr score --model start --data pairs.jsonl --output scores.jsonl""",
-    ),
-    "eval": Command(
-        "judge a model or its answers by measures the reward can't game, alone or against another model",
-        """\
-  cagsr eval --model run/final --data test.jsonl --against start
-  cagsr eval --model run/final --data test.jsonl --against start --checker my_checks.quality --output eval.json
-  cagsr eval --answers answers.jsonl --data test.jsonl --judge_model Qwen/Qwen3-0.6B""",
-    ),
-    "compare": Command(
-        "methods x seeds from one YAML file, resumable, to one report with intervals and plots",
-        """\
-  cagsr compare examples/e2e/paper.yaml --fast    # a small version first
-  cagsr compare examples/e2e/paper.yaml           # goes on where it stopped""",
-        positional="plan",
-        extras=("compare", "trl", "nltk"),
-    ),
-    "rank": Command(
-        "best of N by the reward, at inference: better answers without training",
-        """\
-  cagsr rank --model start --data prompts.jsonl --output best.jsonl""",
-    ),
-    "view": Command(
-        "see what answers looked at and what each term gave them: one self-contained HTML page",
-        """\
-  cagsr view --model start --prompt "tell me about the red cat" --answers 4 --out page.html
-  cagsr view --model start --data pairs.jsonl --row 3 --out page.html --png page.png""",
-    ),
-    "rate": Command(
-        "which answers do people prefer? A blind A/B page on this machine, win rate, agreement, preference pairs",
-        """\
-  cagsr rate serve --a answers_a.jsonl --b answers_b.jsonl --db ratings.sqlite
-  cagsr rate serve --db ratings.sqlite              # go on
-  cagsr rate summary --db ratings.sqlite
-  cagsr rate export --db ratings.sqlite --out pairs.jsonl""",
-        positional="mode",
-        extras=("rate",),
-    ),
-    "report": Command(
-        "a run's page: curves, warnings, answers over time, costs; one file, or served while it trains",
-        """\
-  cagsr report run                      # writes run/report.html
-  cagsr report run --serve              # refreshes while training goes on
-  cagsr report run run2 --out both.html # one over the other""",
-        positional="runs",
-        extras=("pages",),
-    ),
-}
+TEXTS = yaml.safe_load(files("cagsr.commands").joinpath("commands.yaml").read_text(encoding="utf-8"))
+COMMANDS = {name: Command(**told) for name, told in TEXTS["commands"].items()}
 
-INTRODUCTION = """\
-CAGSR: reinforcement learning for language models from unlabelled prompts.
-The reward is the attention that an answer pays to what matters in its prompt: no labels, no reward model.
-"""
 
-ORDER = """\
-In which order:
-  1. cagsr quickstart                                                  see it work
-  2. cagsr sft      --model M --data pairs.jsonl   --output_dir start  a supervised start, if you have pairs
-  3. cagsr diagnose --model start --data prompts.jsonl                 will the reward help here?
-  4. cagsr train    --model start --data prompts.jsonl --output_dir run
-  5. cagsr generate --model run/final --data new.jsonl --output answers.jsonl
-     cagsr score, cagsr rank                                           judge answers, or pick the best of N
-
-A prompt file holds one JSON object a line: {"prompt": "..."}; CSV, Parquet and Hub datasets work too.
-cagsr COMMAND --help lists a command's settings. Bad input: one sentence and exit status 2.
-"""
+def part_of(name: str, part: Literal["config", "run"]) -> Any:
+    """The settings that a subcommand reads (a dataclass), or the function that runs it with them, imported when asked for."""
+    usual = f"cagsr.commands.{name.replace('-', '_')}:{'Config' if part == 'config' else 'run'}"
+    return resolve_name(getattr(COMMANDS[name], part) or usual)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *flags = words
     for word in words:
-        if any(
-            "\ud800" <= character <= "\udfff" for character in word
-        ):  # bytes that are no UTF-8, as Python hands them over
-            shown = word.encode(errors="replace").decode()
-            return _refuse("cagsr", f"the argument '{shown}' is not UTF-8 text; write it (or rename the file) in UTF-8")
+        if any("\ud800" <= character <= "\udfff" for character in word):  # no UTF-8, as Python hands it over
+            readable = word.encode(errors="replace").decode()
+            return _refuse(
+                "cagsr", f"the argument '{readable}' is not UTF-8 text; write it (or rename the file) in UTF-8"
+            )
     if name not in COMMANDS:
         what = "flag before the command" if name.startswith("-") else "command"
         return _refuse(
@@ -224,17 +109,18 @@ def _run(name: str, flags: Sequence[str]) -> None:
     """Import the subcommand's module, read its settings and run it."""
     command = COMMANDS[name]
     _quieten()
-    module = importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}")
-    summary = command.summary[0].upper() + command.summary[1:] + "."
-    epilog = f"\nExamples:\n{command.examples}"
     config = parse_command(
-        module.Config, with_positional(name, flags), prog=f"cagsr {name}", description=summary, epilog=epilog
+        part_of(name, "config"),
+        with_positional(name, flags),
+        prog=f"cagsr {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"\nExamples:\n{command.examples}",
     )
     require(f"cagsr {name}", *command.extras)
     with shown(f"cagsr {name}"):
         # Only now, when the work begins and torch is loaded anyway: transformers' bars for every file it reads and writes.
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        module.run(config)
+        part_of(name, "run")(config)
 
 
 def with_positional(name: str, flags: Sequence[str]) -> list[str]:
@@ -247,7 +133,7 @@ def _overview() -> str:
     """Give the text of ``cagsr --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([INTRODUCTION, "usage: cagsr COMMAND [settings]", "", *lines, "", ORDER])
+    return "\n".join([TEXTS["introduction"], "usage: cagsr COMMAND [settings]", "", *lines, "", TEXTS["order"]])
 
 
 def _refuse(prog: str, sentence: str) -> int:

@@ -11,7 +11,6 @@ from cagsr.commands.inputs import (
     about_idf,
     data_or_prompt,
     groups_of,
-    learned_associations,
     prompt_as_given,
     read_prompts,
     say,
@@ -20,7 +19,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.progress import each
+from cagsr.support.progress import each
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -71,6 +70,7 @@ def run(config: Config) -> None:
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.reward.answers import AnswerScorer
+    from cagsr.reward.learn_associations import associations_of
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
     )
     associations = None
     if config.reward.needs("associations"):
-        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+        associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     scorer = AnswerScorer(
         loaded,
         config.reward,
@@ -105,9 +105,8 @@ def run(config: Config) -> None:
     )
     say([*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes])
     say(about_idf(config.salience, config.reward_from))
-    answers: list[Candidate] = []
-    for some in _given(config, loaded, scorer, prompts) if given else _sampled(config, loaded, scorer, prompts):
-        answers += some
+    candidates = _given if given else _sampled
+    answers = list(candidates(config, loaded, scorer, prompts))
     if not given:
         say(endless([answer.ended for answer in answers], config.sampling.max_new_tokens))
     own_group = groups_of(prompts)
@@ -138,28 +137,25 @@ class Candidate:
     terms: dict[str, float]
 
 
-def _sampled(config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]) -> Any:
-    """Yield candidates sampled for a few prompts at a time."""
-    from cagsr.evaluation.sampling import sample_in_batches
+def _sampled(
+    config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]
+) -> Iterator[Candidate]:
+    """Yield candidates, sampled for a few prompts at a time."""
+    from cagsr.rollout.sample_prompts import sample_in_batches
 
     start = 0
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         values = scorer.values(scorer.batch(rollout))
-        lengths = rollout.sampled.sum(dim=1).tolist()
-        yield [
-            Candidate(
-                start + row // config.sampling.num_generations,
-                text,
-                lengths[row],
-                bool(rollout.ended[row]),
-                {name: float(value[row]) for name, value in values.items()},
-            )
-            for row, text in enumerate(rollout.completions)
-        ]
+        lengths, ended = rollout.lengths.tolist(), rollout.ended.tolist()
+        for row, text in enumerate(rollout.completions):
+            terms = {name: float(value[row]) for name, value in values.items()}
+            yield Candidate(start + row // config.sampling.num_generations, text, lengths[row], ended[row], terms)
         start += len(some)
 
 
-def _given(config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]) -> Any:
+def _given(
+    config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: Sequence[EncodedPrompt]
+) -> Iterator[Candidate]:
     """Yield each prompt's own candidates, scored."""
     context = loaded.pair_context()
     for number, encoded in enumerate(each("ranking", prompts, "prompts")):
@@ -171,13 +167,11 @@ def _given(config: Config, loaded: LoadedModel, scorer: AnswerScorer, prompts: S
                 f"{where}: prompt and longest candidate have {total + 1} tokens, more than the model's context of "
                 f"{context}; shorten them, or cut prompts with --data.max_prompt_length and --data.long_prompts truncate."
             )
-        found: list[Candidate] = []
+        rest = iter(responses)
         for _, values in scorer.score_texts([encoded] * len(responses), responses):
             for row in range(len(next(iter(values.values())))):
-                response = responses[len(found)]
-                terms = {name: float(value[row]) for name, value in values.items()}
-                found.append(Candidate(number, response.text, len(response.ids), True, terms))
-        yield found
+                response, terms = next(rest), {name: float(value[row]) for name, value in values.items()}
+                yield Candidate(number, response.text, len(response.ids), True, terms)
 
 
 def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, where: str) -> list[Response]:
@@ -213,13 +207,13 @@ def _ranking(encoded: EncodedPrompt, candidates: Sequence[tuple[float, Candidate
         "reward": own[0][0],
         "candidates": [
             {
-                "completion": answer.completion,
+                "completion": one.completion,
                 "reward": value,
-                "terms": answer.terms,
-                "tokens": answer.tokens,
-                "ended": answer.ended,
+                "terms": one.terms,
+                "tokens": one.tokens,
+                "ended": one.ended,
             }
-            for value, answer in own
+            for value, one in own
         ],
     }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cagsr.config.ranges import OutputFile, Port, Seed
+from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -68,22 +69,20 @@ class Config:
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
-ONLY = {
-    "serve": (
-        "a",
-        "b",
-        "pairs",
-        "gold",
-        "prompt_column",
-        "response_column",
-        "a_column",
-        "b_column",
-        "scales",
-        "seed",
-        "port",
-    ),
-    "export": ("votes",),
-}
+SERVE = (
+    "a",
+    "b",
+    "pairs",
+    "gold",
+    "prompt_column",
+    "response_column",
+    "a_column",
+    "b_column",
+    "scales",
+    "seed",
+    "port",
+)
+ONLY = {"serve": SERVE, "export": ("votes",)}
 """Settings that one mode alone reads."""
 
 
@@ -99,27 +98,20 @@ def run(config: Config) -> None:
 
 def _serve(config: Config) -> None:
     from cagsr.commands.inputs import say
-    from cagsr.localhost import listen
-    from cagsr.rating.server import link, serve
+    from cagsr.rating.server import link, rating_app
+    from cagsr.support.localhost import listen, serve_until_interrupted
 
-    taken = listen(config.port)
     path = Path(config.db)
-    try:
-        store = _store(config, path)
-        try:
-            lines = [
-                f"Open {link(store, taken)}",
-                f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
-            ]
-            serve(store, taken, lambda: say(lines))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            count = len(store.judgements())
-            store.close()
-        say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
-    finally:
-        taken.close()
+    with closing(listen(config.port)) as taken, closing(_store(config, path)) as store:
+        lines = [
+            f"Open {link(store, taken)}",
+            f"Ratings go to {path}. Ctrl-C stops; the same command with --db alone goes on.",
+        ]
+        application = rating_app(store, taken.getsockname()[1])
+        with suppress(KeyboardInterrupt):
+            serve_until_interrupted(application, taken, lambda: say(lines))
+        count = len(store.judgements())
+    say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
 
 
 def _store(config: Config, path: Path) -> Store:
@@ -127,13 +119,7 @@ def _store(config: Config, path: Path) -> Store:
     from cagsr.rating.database import was_created
     from cagsr.rating.store import Store
 
-    if path.is_dir() or not path.parent.is_dir():
-        what = (
-            "is a folder; give the name of a file"
-            if path.is_dir()
-            else f"the folder {path.parent} does not exist; create it first"
-        )
-        raise ConfigError(f"--db {path}: {what}.")
+    checked(OutputFile, str(path), "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
@@ -165,11 +151,10 @@ def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
     if not any(not one.gold for one in asked.questions):
         raise DataError("There is nothing to rate: all pairs have two equal answers.")
     say(asked.notes())
-    labels = (config.a, config.b) if config.pairs is None else (config.a_column, config.b_column)
-    prefix = "" if config.pairs is None else f"{config.pairs}, column "
-    settings = Settings(
-        f"{prefix}{labels[0]}", f"{prefix}{labels[1]}", SCALES if config.scales else (), config.seed or 0
-    )
+    a, b = str(config.a), str(config.b)
+    if config.pairs is not None:
+        a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+    settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
     gold = sum(one.gold for one in asked.questions)
     say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
     return Store.create(path, asked.questions, settings)
@@ -190,7 +175,7 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
         if name is not None and not Path(name).is_file():
             raise DataError(f"--{flag} {name}: no such file; check the path.")
 
-    from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, together
+    from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, with_gold
 
     column = config.prompt_column
     if config.pairs is not None:
@@ -199,29 +184,30 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
         found = questions_from_answers(*sides, prompt_column=column, response_column=config.response_column)
     if config.gold is None:
         return found
-    return together(found, questions_from_pairs(config.gold, "chosen", "rejected", prompt_column=column, gold=True))
+    return with_gold(found, questions_from_pairs(config.gold, "chosen", "rejected", prompt_column=column, gold=True))
 
 
 def _summary(config: Config) -> None:
     import json
 
-    from cagsr.atomic import write_text_atomically
+    from cagsr.rating.store import Store
     from cagsr.rating.summary import summarize
+    from cagsr.support.atomic import write_text_atomically
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         questions = sum(not one.gold for one in store.questions())
         found = summarize(_that_count(config, store), questions, store.settings)
-    for line in found.lines():
-        print(line)
+    print(found.text())
     if config.out is not None:
-        write_text_atomically(Path(config.out), json.dumps(found.plain(), indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(Path(config.out), json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
 
 
 def _export(config: Config) -> None:
     from cagsr.commands.inputs import say, write_rows
     from cagsr.rating.export import preference_pairs
+    from cagsr.rating.store import Store
 
-    with closing(_opened(config)) as store:
+    with closing(Store(Path(config.db))) as store:
         found = preference_pairs(_that_count(config, store), config.votes)
     if not found.rows:
         raise DataError(
@@ -229,12 +215,6 @@ def _export(config: Config) -> None:
         )
     write_rows(found.rows, config.out)
     say([f"{config.out or 'Standard output'}: {found.sentence()}"])
-
-
-def _opened(config: Config) -> Store:
-    from cagsr.rating.store import Store
-
-    return Store(Path(config.db))
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:

@@ -39,20 +39,20 @@ def run(config: Config) -> None:
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
     if config.serve:
-        from cagsr.localhost import listen
-        from cagsr.run_page.live_page import serve
+        from cagsr.run_page.live_page import application
+        from cagsr.support.localhost import listen, serve_until_interrupted
 
         for path in paths:
             find_run(path, wait=True)
         bound = listen(config.port)
         line = f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."
-        serve(paths, bound, lambda: say([line]))
+        serve_until_interrupted(application(paths), bound, lambda: say([line]))
         return
 
-    from cagsr.atomic import disk_errors, write_text_atomically
     from cagsr.run_page.read_run import read_run
     from cagsr.run_page.run_html import render_page
     from cagsr.runs.folder import REPORT
+    from cagsr.support.atomic import disk_errors, write_text_atomically
 
     folders = [find_run(path) for path in paths]
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cagsr.commands.inputs import (
     about_idf,
     groups_of,
-    named_associations,
     prompt_as_given,
     say,
     write_rows,
@@ -16,7 +16,7 @@ from cagsr.commands.inputs import (
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt, RewardBatch
@@ -60,17 +60,19 @@ def run(config: Config) -> None:
     from cagsr.config import validate
     from cagsr.models.load import load_model
     from cagsr.reward.answers import AnswerScorer
+    from cagsr.reward.learn_associations import read_associations
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
     config, learned = with_run_reward(config, config.temperature)
     validate(config.reward, "reward.")
-    associations = named_associations(config.reward)
-    if associations is None and config.reward.needs("associations"):
+    file = config.reward.associations.path
+    if file is None and config.reward.needs("associations"):
         raise ConfigError(
             "The reward needs associations, and score samples no answers to learn them from: name the file of a training run "
             "with --reward.associations.path RUN/associations.json."
         )
+    associations = None if file is None else read_associations(Path(file))
     loaded = load_model(config.model, for_training=False)
     scorer = AnswerScorer(
         loaded,
@@ -127,7 +129,7 @@ def read_pairs(
     """
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
-    from cagsr.prompts.split import split_texts
+    from cagsr.prompts.rows import split_texts
     from cagsr.scoring.answers import encode_response
 
     rows = split_texts(load_rows(config.data, [config.response_column]), config.data)
@@ -152,14 +154,7 @@ def read_pairs(
         text = _text(columns.get(config.response_column), config, where)
         ids = columns.get("completion_ids")
         ended = columns.get("ended") is not False
-        response = encode_response(
-            loaded,
-            encoded,
-            text,
-            ended=ended,
-            limit=config.max_response_length,
-            ids=ids,
-        )
+        response = encode_response(loaded, encoded, text, ended=ended, limit=config.max_response_length, ids=ids)
         if not response.ids:
             raise DataError(f"{where}: a response of zero tokens can't be scored; remove the row or mend it.")
         # The last response token is never fed: nothing follows it.
@@ -203,17 +198,14 @@ def _text(value: Any, config: Config, where: str) -> str:
         raise DataError(
             f"{where}: no response in column '{config.response_column}'; name the column with --response_column{hint}."
         )
-    try:
-        return text_of(value)
-    except DataError as error:
-        raise DataError(f"{where}: column '{config.response_column}': {error}") from error
+    return text_of(value, f"{where}: column '{config.response_column}'")
 
 
 def _details(
     config: Config, loaded: LoadedModel, prompts: list[EncodedPrompt], batch: RewardBatch
 ) -> list[dict[str, Any]]:
     """Give what ``per_token`` and ``per_word`` add to each row."""
-    from cagsr.prompts.explain import explain_salience
+    from cagsr.prompts.word_tokens import explain_salience
     from cagsr.reward.terms.coverage import coverage_gains
 
     assert batch.attention is not None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cagsr.commands.inputs import say, write_rows
 from cagsr.config import SynthesizeConfig as Config
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     from cagsr.preferences.corrupt import SupervisedPair
@@ -49,7 +49,7 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
     from cagsr.prompts.chat import TEMPLATE_COLUMNS
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.render import text_of
-    from cagsr.prompts.split import split_texts
+    from cagsr.prompts.rows import split_texts
 
     flags = {config.data.prompt_column: "--data.prompt_column", config.completion_column: "--completion_column"}
     pairs = []
@@ -59,11 +59,7 @@ def read_supervised(config: Config) -> list[SupervisedPair]:
             if column not in row.values:
                 present = ", ".join(map(str, row.values)) or "none"
                 raise DataError(f"{where}: no column '{column}' (columns here: {present}); name it with {flag}.")
-            try:
-                text = text_of(row.values[column])
-            except DataError as error:
-                raise DataError(f"{where}: column '{column}': {error}") from error
-            if not text.strip():
+            if not text_of(row.values[column], f"{where}: column '{column}'").strip():
                 raise DataError(f"{where}: column '{column}' is empty; fill it or remove the row.")
         kept = {name: row.values[name] for name in TEMPLATE_COLUMNS if row.values.get(name)}
         prompt, answer = row.values[config.data.prompt_column], row.values[config.completion_column]

@@ -10,15 +10,13 @@ from cagsr.commands.inputs import (
     OptionalDataConfig,
     about_idf,
     data_or_prompt,
-    learned_associations,
-    named_associations,
     read_prompts,
     say,
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.extras import require
+from cagsr.support.extras import require
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -77,6 +75,7 @@ def run(config: Config) -> None:
     from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
+    from cagsr.reward.learn_associations import associations_of
     from cagsr.runs.reward import with_run_reward
     from cagsr.view.viewer import view
 
@@ -101,9 +100,9 @@ def run(config: Config) -> None:
     prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
     answers: int | Sequence[str | Response]
     answers = config.answers or config.answer or _answers_of(config, loaded, prompt)
-    associations = named_associations(config.reward)
-    if learn:
-        associations = learned_associations(config.reward, loaded, prompts, config.sampling, config.seed)
+    associations = None
+    if learn or config.reward.associations.path is not None:
+        associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     say([*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes])
     say(about_idf(config.salience, config.reward_from))
     try:

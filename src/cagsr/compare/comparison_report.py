@@ -9,30 +9,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from cagsr.atomic import write_text_atomically
 from cagsr.compare import result_figures as figures
 from cagsr.compare import result_tables as tables
 from cagsr.compare.plan import START
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
-from cagsr.progress import working
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot as SVG text."""
-
-    title: str
-    svg: str
+from cagsr.html_page import templates
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 
 def finding(results: Results) -> str:
@@ -51,14 +42,7 @@ def finding(results: Results) -> str:
 def write_report(results: Results, command: str, failures: Sequence[Failure], path: Path) -> tuple[Path, Path]:
     """Write the report as ``path`` (Markdown), its pictures into a folder of that name, and all in one as ``.html``.
 
-    Args:
-        results: what is done.
-        command: the command that makes it, printed at its top.
-        failures: jobs that failed, named in it.
-        path: Markdown file.
-
-    Returns:
-        The Markdown and the HTML file.
+    The command that makes it and the jobs that failed are named in it. Returns the Markdown and the HTML file.
 
     Raises:
         RunError: nothing is done yet.
@@ -69,7 +53,7 @@ def write_report(results: Results, command: str, failures: Sequence[Failure], pa
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in content["pictures"].items():
-        write_text_atomically(folder / f"{name}.svg", picture.svg)
+        write_text_atomically(folder / f"{name}.svg", picture["svg"])
     content["folder"] = os.path.relpath(folder, path.parent)
     page = path.with_suffix(".html")
     write_text_atomically(path, re.sub(r"\n{3,}", "\n\n", _render("markdown", content)).rstrip() + "\n")
@@ -118,7 +102,7 @@ def _content(results: Results) -> dict[str, Any]:
         "groups": groups,
         "main": main,
         "labels": labels,
-        "pictures": {name: Picture(title, svg) for name, (title, svg) in drawn.items() if svg is not None},
+        "pictures": {name: {"title": title, "svg": svg} for name, (title, svg) in drawn.items() if svg is not None},
         "by_seeds": sorted(by_seeds.items(), reverse=True),
         "validity": next(iter(results.validity()), None),
         "start": results.raw(START, first) | {"seed": first},
@@ -131,13 +115,7 @@ def _content(results: Results) -> dict[str, Any]:
 
 def _render(kind: str, content: dict[str, Any]) -> str:
     """Fill ``report.jinja`` with the macros of a format, ``markdown`` or ``html``."""
-    environment = Environment(
-        loader=PackageLoader("cagsr", "compare"),
-        autoescape=kind == "html",
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.do"],
-    )
+    environment = templates("compare", html=kind == "html")
     markdown = MarkdownIt("commonmark", {"html": False})
     environment.filters |= {
         "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),

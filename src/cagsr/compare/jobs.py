@@ -7,13 +7,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from cagsr.atomic import write_text_atomically
 from cagsr.compare.plan import START, Plan
 from cagsr.errors import ConfigError
 from cagsr.runs.fingerprint import fingerprint_path
+from cagsr.support.atomic import write_text_atomically
 
 Kind = Literal["prepare", "judges", "start", "reward_model", "method", "validity"]
 SAMPLED, GREEDY, MATCHED = "sampled", "greedy", "start_matched"
@@ -154,45 +155,41 @@ def plan_jobs(plan: Plan) -> list[Job]:
     judges = (plan.judges.judge_model, plan.judges.embedding_model, plan.judges.reward_model)
     judges_files = tuple(plan.fill(path) for path in (plan.files.test, *judges) if path is not None)
     prompts = (plan.files.train, plan.files.held_out)
-    starts: dict[int, Job] = {}
-    models: dict[tuple[str, int], Job] = {}
+
+    @cache
+    def start(seed: int) -> Job:
+        return add("start", "", seed, prepare, plan.start)
+
+    @cache
+    def reward_model(name: str, seed: int) -> Job:
+        spec = plan.reward_models[name]
+        reads = (spec.data, spec.held_out)
+        return add("reward_model", name, seed, [start(seed)], dataclasses.asdict(spec), reads=reads)
+
+    @cache
+    def policy(name: str, seed: int) -> Job:
+        method = plan.methods[name]
+        needs = [start(seed)]
+        if method.reward_model is not None:
+            # DPO needs the pairs only, but its reward model's accuracy belongs beside it.
+            needs.append(reward_model(method.reward_model, seed))
+        if method.after not in (None, START):
+            needs.append(policy(str(method.after), seed))
+        shown_only = ("label", "group", "curve", "seeds")
+        own = {key: value for key, value in dataclasses.asdict(method).items() if key not in shown_only}
+        read = () if method.kind == "dpo" else prompts
+        return add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged, reads=read)
+
     for seed in plan.seeds:
-        starts[seed] = add("start", "", seed, prepare, plan.start)
-        add("method", START, seed, [starts[seed]], _texts(plan.configs), plan.set, judged=judged)
-    for name, method in plan.methods.items():
+        add("method", START, seed, [start(seed)], _texts(plan.configs), plan.set, judged=judged)
+    for name in plan.methods:
         for seed in plan.seeds_of(name):
-            if method.reward_model is not None and (method.reward_model, seed) not in models:
-                spec = plan.reward_models[method.reward_model]
-                # DPO needs the pairs only, but its reward model's accuracy belongs beside it.
-                models[method.reward_model, seed] = add(
-                    "reward_model",
-                    method.reward_model,
-                    seed,
-                    [starts[seed]],
-                    dataclasses.asdict(spec),
-                    reads=(spec.data, spec.held_out),
-                )
-    remaining = dict(plan.methods)
-    while remaining:
-        for name, method in list(remaining.items()):
-            if method.after in remaining:
-                continue
-            del remaining[name]
-            shown_only = ("label", "group", "curve", "seeds")
-            own = {key: value for key, value in dataclasses.asdict(method).items() if key not in shown_only}
-            for seed in plan.seeds_of(name):
-                needs = [starts[seed]]
-                if method.reward_model is not None:
-                    needs.append(models[method.reward_model, seed])
-                if method.after not in (None, START):
-                    needs.append(jobs[f"method-{method.after}-seed{seed}"])
-                read = () if method.kind == "dpo" else prompts
-                add("method", name, seed, needs, own, _texts(method.configs), *trained, judged=judged, reads=read)
+            policy(name, seed)
     if plan.validity is not None:
         for seed in plan.seeds[: plan.validity.seeds]:
             base = plan.methods[plan.settings_method]
             facts = (dataclasses.asdict(plan.validity), dataclasses.asdict(base), *trained)
-            add("validity", "", seed, [starts[seed]], *facts, reads=(*prompts, plan.validity.file))
+            add("validity", "", seed, [start(seed)], *facts, reads=(*prompts, plan.validity.file))
     return _in_order_of_weight(plan, list(jobs.values()))
 
 

@@ -12,22 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cagsr.associate import associations_of
-from cagsr.atomic import write_text_atomically
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
-from cagsr.config import ModelConfig, SalienceConfig, SamplingConfig, TrainConfig
+from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
-from cagsr.evaluation.matched_entropy import Answers, answers_at, matching_temperature
-from cagsr.evaluation.sampling import sample_in_batches
+from cagsr.evaluation.matched_entropy import SampledAnswers, answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.progress import working
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.association import Associations
+from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.weigh import weigh
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 
@@ -39,44 +40,37 @@ SAMPLING_SEED = 7
 
 @working("judging the method")
 def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, float]) -> None:
-    """Judge one method with one seed and write its result.
+    """Judge one method with one seed and write its result, with its costs so far (seconds and labels).
 
-    Args:
-        plan: the comparison.
-        job: which method and seed.
-        model: the policy's folder; None for the start and for best of N, which have no policy of their own.
-        costs: seconds and labels so far, kept with the result.
+    ``model`` is the policy's folder; None for the start and for best of N, which have no policy of their own.
     """
     assert job.seed is not None
     began = time.perf_counter()
     config = _base_config(plan, job.target, job.seed)
     # One answer a prompt: more prompts tell more than more answers.
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
-    start = load_model(
-        ModelConfig(path=str(start_folder(plan.folder, job.seed)), device=config.model.device), for_training=False
-    )
+    start = load_start(plan, job.seed, config)
     prompts = test_prompts(plan, config, start)
     judge = answer_judge(plan, start)
     seed = job.seed + SAMPLING_SEED
-    found: dict[str, Answers] = {}
+
+    def at(loaded: LoadedModel, temperature: float) -> SampledAnswers:
+        sampling = dataclasses.replace(config.sampling, temperature=temperature)
+        return answers_at(loaded, prompts, sampling, seed, BATCH)
+
+    found: dict[str, SampledAnswers] = {}
     temperature = None
     if job.target != START and plan.methods[job.target].kind == "best_of_n":
         found[SAMPLED] = best_of_n(plan, job, config, start, seed)
     else:
-        loaded = (
-            start
-            if model is None
-            else load_model(ModelConfig(path=str(model), device=config.model.device), for_training=False)
-        )
-        found[SAMPLED] = answers_at(loaded, prompts, config.sampling, seed, BATCH)
-        found[GREEDY] = answers_at(loaded, prompts, _greedy(config.sampling), seed, BATCH)
+        policy = ModelConfig(path=str(model), device=config.model.device)
+        loaded = start if model is None else load_model(policy, for_training=False)
+        found[SAMPLED], found[GREEDY] = at(loaded, config.sampling.temperature), at(loaded, 0.0)
         if model is not None:
             # Half of the prompts settle the temperature well enough, at half the cost.
-            half = prompts[::2]
             target = float(np.mean(found[SAMPLED].entropy[::2]))
-            temperature = matching_temperature(start, half, config.sampling, target, seed, BATCH)
-            matched = dataclasses.replace(config.sampling, temperature=temperature)
-            found[MATCHED] = answers_at(start, prompts, matched, seed, BATCH)
+            temperature = matching_temperature(start, prompts[::2], config.sampling, target, seed, BATCH)
+            found[MATCHED] = at(start, temperature)
     values = {name: _measures(judge, prompts, answers) for name, answers in found.items()}
     result = {
         "method": job.target,
@@ -95,11 +89,16 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     write_text_atomically(file, json.dumps(result))
 
 
+def load_start(plan: Plan, seed: int, config: TrainConfig) -> LoadedModel:
+    """The supervised start of a seed, on the device of a method's settings."""
+    path = str(start_folder(plan.folder, seed))
+    return load_model(ModelConfig(path=path, device=config.model.device), for_training=False)
+
+
 def _base_config(plan: Plan, target: str, seed: int) -> TrainConfig:
     """The method's own settings; the start and DPO are judged as the plan's base would sample."""
-    if target != START and plan.methods[target].kind != "dpo":
-        return reward_settings(plan, target, seed)
-    return reward_settings(plan, plan.settings_method, seed)
+    own = target != START and plan.methods[target].kind != "dpo"
+    return reward_settings(plan, target if own else plan.settings_method, seed)
 
 
 def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[EncodedPrompt]:
@@ -109,46 +108,25 @@ def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[E
         config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit, streaming=False
     )
     uniform = SalienceConfig(weighting="uniform")
-    column = plan.judges.follow_up_column
-    columns = [] if column is None else [column]
+    columns = [] if plan.judges.follow_up_column is None else [plan.judges.follow_up_column]
     return list(prepare_prompts(data, uniform, loaded.tokenizer, max_length=room, text_columns=columns).prompts)
 
 
 def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
     """Everything that judges answers, loaded once."""
-    judges = {
-        field.name: None if value is None else plan.fill(value)
-        for field in dataclasses.fields(plan.judges)
-        for value in [getattr(plan.judges, field.name)]
-    }
+    named = dataclasses.asdict(plan.judges)
+    judges = {name: None if value is None else plan.fill(value) for name, value in named.items()}
     return AnswerJudge(Judges(**judges), loaded.device)
 
 
 @working("taking the best of N")
-def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> Answers:
+def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, seed: int) -> SampledAnswers:
     """The best of N answers of the start by the method's reward: what the reward is worth without training."""
+    assert job.seed is not None
     method = plan.methods[job.target]
-    room = loaded.room_for_prompts(config.sampling.max_new_tokens)
-    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
-    associations = None
-    if config.reward.needs("associations"):
-        associations = associations_of(
-            loaded, training.prompts, config.sampling, config.reward.associations, seed=job.seed or 0
-        )
-    # The reward weighs words by the training prompts' frequencies, not by the test's.
     data = dataclasses.replace(config.data, path=plan.fill(plan.files.test), limit=plan.files.test_limit)
-    weighed = prepare_prompts(
-        data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
-    ).prompts
-    scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.sampling.temperature,
-        micro_batch_size=BATCH,
-        associations=associations,
-    )
+    learned = config.reward.needs("associations")
+    weighed, scorer, _ = prompts_and_scorer(config, loaded, data, job.seed, associated=learned, micro_batch_size=BATCH)
     sampling = dataclasses.replace(config.sampling, num_generations=method.num_generations)
     texts: list[str] = []
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
@@ -169,17 +147,47 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     terms = {name: torch.cat(values) for name, values in raw.items()}
     total = weigh(terms, scorer.weights, config.reward, group).total
     best = total.view(len(weighed), -1).argmax(dim=1) + torch.arange(len(weighed)) * method.num_generations
-    return Answers(
+    return SampledAnswers(
         tuple(texts[row] for row in best.tolist()),
         *(torch.cat(parts).cpu()[best].double().numpy() for parts in (entropy, tokens, ended)),
     )
 
 
-def _greedy(sampling: SamplingConfig) -> SamplingConfig:
-    return dataclasses.replace(sampling, temperature=0.0)
+def prompts_and_scorer(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    data: DataConfig,
+    seed: int,
+    *,
+    associated: bool,
+    micro_batch_size: int = 32,
+) -> tuple[Sequence[EncodedPrompt], AnswerScorer, Associations | None]:
+    """Prompts of ``data`` and a method's reward: words weigh, and go together, as in its training prompts.
+
+    What goes together is learned, if ``associated``, from answers of the start, which ``seed`` draws.
+    """
+    room = loaded.room_for_prompts(config.sampling.max_new_tokens)
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
+    prompts = prepare_prompts(
+        data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
+    ).prompts
+    associations = None
+    if associated:
+        settings = config.reward.associations
+        associations = associations_of(loaded, training.prompts, config.sampling, settings, seed=seed)
+    scorer = AnswerScorer(
+        loaded,
+        config.reward,
+        config.attention,
+        config.salience,
+        temperature=config.sampling.temperature,
+        micro_batch_size=micro_batch_size,
+        associations=associations,
+    )
+    return prompts, scorer, associations
 
 
-def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: Answers) -> dict[str, Floats]:
+def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: SampledAnswers) -> dict[str, Floats]:
     """Every measure of every answer, ``(prompts,)`` each; measures that no row has are left out."""
     found = dict(judge.measure(prompts, answers.texts))
     found |= {"tokens": np.asarray(answers.tokens, float), "entropy": np.asarray(answers.entropy, float)}

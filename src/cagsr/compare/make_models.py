@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cagsr.atomic import remove_folder, write_text_atomically
 from cagsr.compare.jobs import Job, changed, contents, method_folder, model_folder, reward_model_folder, start_folder
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
-from cagsr.progress import resting
+from cagsr.support.atomic import remove_folder, write_text_atomically
+from cagsr.support.progress import resting
 
 
 def run_command(plan: Plan, command: str, **names: object) -> None:
@@ -53,12 +53,10 @@ def make_start(plan: Plan, job: Job) -> None:
     folder = start_folder(plan.folder, job.seed)
     begun = _begun(plan, job)
     known = _read(begun)
-    if known is None:
-        other = job.facts(plan).get("fingerprint", job.fingerprint) != job.fingerprint
-        fresh = other or not _is_whole(folder)
-    else:
-        fresh = known != job.training or not _is_whole(folder)
-    if fresh:
+    done = job.facts(plan).get("fingerprint", job.fingerprint)
+    same = known == job.training if known is not None else done == job.fingerprint
+    whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    if not (same and whole):
         # A command that can go on from what it left may; weights without an end are no model.
         goes_on = known == f"{UNFINISHED} {job.training}" and not (folder / "config.json").exists()
         if not goes_on:
@@ -68,10 +66,6 @@ def make_start(plan: Plan, job: Job) -> None:
         if not (folder / "config.json").exists():
             raise ConfigError(f"the plan's start command left no model in {folder}; it must write one to {{output}}.")
     _write(begun, job.training)
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
 def make_reward_model(plan: Plan, job: Job) -> None:
@@ -209,13 +203,9 @@ def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -
 
 def _config(kind: Any, files: list[str], settings: dict[str, Any], keep: Path | None) -> Any:
     """Config files, then dotted settings over them; written to ``keep`` so that a person can repeat the run by hand."""
-    text = yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
     flags = [flag for file in files for flag in ("--config", file)]
-    if keep is not None:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(keep, text)
-        return parse_command(kind, [*flags, "--config", str(keep)], prog="cagsr compare")
     with TemporaryDirectory() as folder:
-        file = Path(folder) / "settings.yaml"
-        file.write_text(text, encoding="utf-8")
+        file = keep or Path(folder) / "settings.yaml"
+        given = {key: value for key, value in settings.items() if value is not None}
+        _write(file, yaml.safe_dump(given, sort_keys=False))
         return parse_command(kind, [*flags, "--config", str(file)], prog="cagsr compare")

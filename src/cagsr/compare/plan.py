@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,19 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from cagsr.configfile import suggestion
 from cagsr.errors import ConfigError
 
-_STRICT = ConfigDict(extra="forbid")
-
 START = "start"
 """Name of the method that does nothing: the supervised start."""
 
 
 @dataclass(frozen=True)
-class Files:
+class _Strict:
+    """Refuses unknown keys."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Files(_Strict):
     """The prompts. No prompt of ``test`` may be in any file that something is trained on."""
 
     train: str
@@ -33,11 +38,9 @@ class Files:
     test_limit: int | None = None
     """Use only the first so many test prompts."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class JudgeFiles:
+class JudgeFiles(_Strict):
     """What judges the answers; none of it may be part of a reward (an oracle apart)."""
 
     checker: str | None = None
@@ -51,11 +54,9 @@ class JudgeFiles:
     follow_up_column: str | None = None
     """Column of the true follow-up; None: the reference."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class RewardModelPlan:
+class RewardModelPlan(_Strict):
     """A reward model, trained once for each seed from that seed's start."""
 
     data: str
@@ -69,11 +70,9 @@ class RewardModelPlan:
     set: dict[str, Any] = field(default_factory=dict)
     """Settings of ``cagsr reward-model``, with dots."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class Method:
+class Method(_Strict):
     """One row of the tables."""
 
     kind: Literal["train", "dpo", "best_of_n"] = "train"
@@ -99,11 +98,9 @@ class Method:
     num_generations: int = 8
     """best_of_n: N."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class Validity:
+class Validity(_Strict):
     """How well the reward's terms see the truth, before any training."""
 
     prompts: int = 96
@@ -117,11 +114,9 @@ class Validity:
     disagreements: int = 8
     """How many of the worst disagreements between reward and first checker are printed."""
 
-    __pydantic_config__ = _STRICT
-
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(_Strict):
     """A whole comparison."""
 
     title: str
@@ -167,8 +162,6 @@ class Plan:
     """What the numbers do not show; the report adds what it can see itself."""
     fast: dict[str, Any] = field(default_factory=dict)
     """Values that --fast puts in place of the plan's; methods: a list of those it keeps."""
-
-    __pydantic_config__ = _STRICT
 
     @property
     def folder(self) -> Path:
@@ -233,7 +226,8 @@ def read_plan(path: Path, *, fast: bool = False) -> Plan:
         plan = TypeAdapter(Plan).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
-    _check(path, plan)
+    for problem in _problems(plan):
+        raise ConfigError(f"{path}: {problem}")
     return plan
 
 
@@ -270,83 +264,69 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = {
-            field.name
-            for kind in (Plan, Files, JudgeFiles, RewardModelPlan, Method, Validity)
-            for field in dataclasses.fields(kind)
-        }
+        known = {field.name for kind in _Strict.__subclasses__() for field in dataclasses.fields(kind)}
         return f"unknown key '{where}'{suggestion(str(problem['loc'][-1]), sorted(known))}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"'{where}' is missing"
     return f"'{where}': {problem['msg']} (it is {problem['input']!r})"
 
 
-def _check(path: Path, plan: Plan) -> None:
-    """Names that refer to others, and values out of range."""
+def _problems(plan: Plan) -> Iterator[str]:
+    """Names that refer to nothing or to the wrong thing, and values out of range, each in one sentence."""
+    methods = plan.methods
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
-        raise ConfigError(f"{path}: 'seeds' must list at least one seed, each once.")
-    if START in plan.methods:
-        raise ConfigError(f"{path}: 'methods.{START}': that name is the supervised start's; choose another.")
-
-    def known(name: str, where: str) -> None:
-        if name != START and name not in plan.methods:
-            raise ConfigError(f"{path}: '{where}': unknown method '{name}'{suggestion(name, list(plan.methods))}")
-
-    for name, method in plan.methods.items():
+        yield "'seeds' must list at least one seed, each once."
+    if START in methods:
+        yield f"'methods.{START}': that name is the supervised start's; choose another."
+    references = {
+        f"methods.{name}.after": [method.after] for name, method in methods.items() if method.after is not None
+    }
+    references |= {"contrasts": [name for pair in plan.contrasts for name in pair], "base": [plan.base or START]}
+    for where, names in references.items():
+        for name in names:
+            if name != START and name not in methods:
+                yield f"'{where}': unknown method '{name}'{suggestion(str(name), list(methods))}"
+    for name, method in methods.items():
         if method.reward_model is not None and method.reward_model not in plan.reward_models:
-            raise ConfigError(
-                f"{path}: 'methods.{name}.reward_model': unknown reward model '{method.reward_model}'"
-                f"{suggestion(method.reward_model, list(plan.reward_models))}"
-            )
+            hint = suggestion(method.reward_model, list(plan.reward_models))
+            yield f"'methods.{name}.reward_model': unknown reward model '{method.reward_model}'{hint}"
         if method.kind == "dpo" and method.reward_model is None:
-            raise ConfigError(f"{path}: 'methods.{name}': dpo needs the reward_model whose pairs it is trained on.")
-        if method.after is not None:
-            known(method.after, f"methods.{name}.after")
-            _check_after(path, plan, name, method.after)
-            seen: set[str] = {name}
-            current: str | None = method.after
-            while current is not None:
-                if current in seen:
-                    raise ConfigError(f"{path}: 'methods.{name}.after' comes back to itself; break the circle.")
-                seen.add(current)
-                current = plan.methods[current].after if current in plan.methods else None
-            missing = set(plan.seeds_of(name)) - set(plan.seeds_of(method.after))
-            if missing:
-                raise ConfigError(
-                    f"{path}: 'methods.{name}' needs more seeds than '{method.after}', which it starts from, has."
-                )
+            yield f"'methods.{name}': dpo needs the reward_model whose pairs it is trained on."
+        yield from _after_problems(plan, name)
     for pair in plan.contrasts:
         if len(pair) != 2:
-            raise ConfigError(f"{path}: 'contrasts': {pair} must be two methods.")
-        for name in pair:
-            known(name, "contrasts")
+            yield f"'contrasts': {pair} must be two methods."
     if plan.base:
-        known(plan.base, "base")
-        if plan.base == START or plan.methods[plan.base].kind == "dpo":
-            raise ConfigError(f"{path}: 'base': '{plan.base}' has no settings of cagsr train; name a method that has.")
-    elif all(method.kind == "dpo" for method in plan.methods.values()):
-        raise ConfigError(
-            f"{path}: 'methods' must hold one of the kind train or best_of_n: its sampling is what the start and DPO are "
-            "judged with."
+        if plan.base == START or methods[plan.base].kind == "dpo":
+            yield f"'base': '{plan.base}' has no settings of cagsr train; name a method that has."
+    elif all(method.kind == "dpo" for method in methods.values()):
+        yield (
+            "'methods' must hold one of the kind train or best_of_n: its sampling is what the start and DPO are judged with."
         )
     if plan.validity is not None and not plan.validity.checkers:
-        raise ConfigError(
-            f"{path}: 'validity.checkers' must name at least one truth, as {{quality: my_checks.quality}}."
-        )
-    if any(method.group == "ablation" for method in plan.methods.values()) and not plan.base:
-        raise ConfigError(f"{path}: ablations need 'base', the method that they change.")
+        yield "'validity.checkers' must name at least one truth, as {quality: my_checks.quality}."
+    if any(method.group == "ablation" for method in methods.values()) and not plan.base:
+        yield "ablations need 'base', the method that they change."
 
 
-def _check_after(path: Path, plan: Plan, name: str, after: str) -> None:
-    """Refuse to start from, or with, what has no policy of its own."""
-    if after == START:
+def _after_problems(plan: Plan, name: str) -> Iterator[str]:
+    """What is wrong with the method that a method starts from: it must have a policy of its own, with the same seeds."""
+    after = plan.methods[name].after
+    if after is None:
         return
-    if plan.methods[name].kind == "best_of_n":
-        raise ConfigError(
-            f"{path}: 'methods.{name}.after': best_of_n picks among the start's answers, so it comes after nothing; leave "
-            "'after' out."
+    if after != START and plan.methods[name].kind == "best_of_n":
+        yield (
+            f"'methods.{name}.after': best_of_n picks among the start's answers, so it comes after nothing; leave 'after' out."
         )
-    if plan.methods[after].kind == "best_of_n":
-        raise ConfigError(
-            f"{path}: 'methods.{name}.after': '{after}' is best_of_n, which trains no model to start from; name another."
-        )
+    if after != START and plan.methods[after].kind == "best_of_n":
+        yield (f"'methods.{name}.after': '{after}' is best_of_n, which trains no model to start from; name another.")
+    seen = [name]
+    while after is not None and after != START:
+        if after in seen:
+            yield f"'methods.{name}.after' comes back to itself; break the circle."
+            return
+        seen.append(after)
+        after = plan.methods[after].after
+    after = str(plan.methods[name].after)
+    if set(plan.seeds_of(name)) - set(plan.seeds_of(after)):
+        yield f"'methods.{name}' needs more seeds than '{after}', which it starts from, has."

@@ -55,7 +55,7 @@ def gains_figure(results: Results, methods: Sequence[str], measure: str) -> str 
 def label_figure(results: Results, measure: str) -> str | None:
     """Quality against the number of human labels: people only, and the hybrid."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=False)
+    panels = figure.subplots(1, 2)
     drawn = False
     curves = {"human": "human preferences only", "hybrid": "hybrid with the self-reward"}
     for axes, how in zip(panels, (GREEDY, MATCHED), strict=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from cagsr.compare.plan import START
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
@@ -19,6 +21,7 @@ GAINS = {
 }
 HOWS = {GREEDY: "greedy", MATCHED: "gain at matched entropy", SAMPLED: "sampled"}
 LOWER = ("missed", "added", "wrong", "perplexity", "follow_up_perplexity", "repetition", "self_bleu")
+TEXTS = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 WIN_RATE = "reward_model"
 """The measure of an unseen reward model, which becomes a win rate."""
 
@@ -33,7 +36,14 @@ class Table:
     note: str = ""
 
 
-def levels(results: Results, methods: Sequence[str]) -> Table:
+def _table(kind: str, rows: Sequence[tuple[str, ...]], columns: Iterable[str] = (), **names: object) -> Table | None:
+    """A table with its texts of ``tables.yaml`` and more columns; None where it has no rows."""
+    texts = TEXTS[kind]
+    title, note = (texts[part].format(**names) for part in ("title", "note"))
+    return Table(title, (*texts["header"], *columns), tuple(rows), note) if rows else None
+
+
+def levels(results: Results, methods: Sequence[str]) -> Table | None:
     """Mean of every measure, for each method and decoding."""
     measures = results.measures
     rows = []
@@ -43,7 +53,7 @@ def levels(results: Results, methods: Sequence[str]) -> Table:
             if values[0] is not None:
                 cells = ("" if one is None else f"{np.nanmean(one):.3f}" for one in values)
                 rows.append((results.plan.label(name), str(len(results.seeds(name))), how, *cells))
-    return Table("Levels", ("method", "seeds", "decoding", *measures), tuple(rows), "Means over seeds and prompts.")
+    return _table("levels", rows, measures)
 
 
 @dataclass(frozen=True)
@@ -86,19 +96,11 @@ def differences(
             if any(own):
                 seeds = set(results.seeds(name)) & set(results.seeds(against))
                 rows.append((results.plan.label(name), str(len(seeds)), *own))
-        if against == START:
-            better = "less" if measure in (*LOWER, *results.plan.lower_is_better) else "more"
-            what = (
-                f" ({better} is better), 95 % bootstrap interval over seeds and prompts. * p < 0.05 by the same bootstrap, "
-                "after"
-            )
-        else:
-            what = f" from {results.plan.label(against)} with the same seeds, paired by prompt, 95 % interval. * p < 0.05 after"
-        note = f"Difference in {measure}{what} Holm's correction for {len(tests)} comparisons."
-        if rows:
-            header = ("method", "seeds", *columns.values())
-            tables.append(Table(f"{title}: {measure}", header, tuple(rows), note))
-    return tables
+        better = "less" if measure in (*LOWER, *results.plan.lower_is_better) else "more"
+        names = {"title": title, "measure": measure, "better": better, "against": results.plan.label(against)}
+        kind = "gains" if against == START else "against"
+        tables.append(_table(kind, rows, columns.values(), tests=len(tests), **names))
+    return [table for table in tables if table is not None]
 
 
 def starred(tests: Sequence[PairedTest]) -> list[str]:
@@ -118,15 +120,8 @@ def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
                 if test is not None:
                     labels = (results.plan.label(name) for name in (first, second))
                     found[*labels, str(len(seeds)), measure, said] = test
-    if not found:
-        return None
-    return Table(
-        "Methods against each other",
-        ("method", "against", "seeds", "measure", "how", "difference"),
-        tuple((*row, cell) for row, cell in zip(found, starred(list(found.values())), strict=True)),
-        "First less second, paired by seed and prompt, 95 % interval. At matched entropy: the difference of their gains, each over "
-        "the start at that method's own entropy. * p < 0.05 after Holm's correction over this table.",
-    )
+    cells = starred(list(found.values()))
+    return _table("contrasts", [(*row, cell) for row, cell in zip(found, cells, strict=True)])
 
 
 def win_rates(results: Results, methods: Sequence[str]) -> Table | None:
@@ -141,14 +136,7 @@ def win_rates(results: Results, methods: Sequence[str]) -> Table | None:
             )
             cells = ("" if own is None else str(mean_interval(own)) for own in rates)
             rows.append((results.plan.label(name), *cells))
-    if not rows:
-        return None
-    return Table(
-        "Win rate under a reward model that no method was trained against",
-        ("method", *GAINS.values()),
-        tuple(rows),
-        "Share of prompts on which the method's answer scores higher than the start's; ties count half; 95 % interval.",
-    )
+    return _table("win_rates", rows, GAINS.values())
 
 
 def label_points(results: Results, curve: str, measure: str, how: str) -> list[tuple[float, Interval]]:
@@ -173,14 +161,7 @@ def label_table(results: Results, measure: str) -> Table | None:
         for labels in sorted(set(curves["human"]) | set(curves["hybrid"])):
             cells = [str(curves[curve].get(labels, "")) for curve in ("human", "hybrid")]
             rows.append((said, f"{labels:.0f}", *cells))
-    if not rows:
-        return None
-    return Table(
-        f"Human labels: {measure}",
-        ("how", "labels (pairs)", "human preferences only", "hybrid with the self-reward"),
-        tuple(rows),
-        f"Difference in {measure} from the start, 95 % interval.",
-    )
+    return _table("labels", rows, measure=measure)
 
 
 def reward_models(results: Results) -> Table | None:
@@ -192,14 +173,7 @@ def reward_models(results: Results) -> Table | None:
         source = "people" if results.plan.reward_models[name].human else "machine"
         accuracy = f"{np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})" if accuracies else ""
         rows.append((name, source, str(pairs), str(len(found)), accuracy))
-    if not rows:
-        return None
-    return Table(
-        "Reward models",
-        ("reward model", "pairs from", "pairs", "seeds", "held-out accuracy"),
-        tuple(rows),
-        "Share of a prompt's held-out pairs that it ranks right, mean over prompts; mean over seeds, and the range.",
-    )
+    return _table("reward_models", rows)
 
 
 def validity(results: Results) -> Table | None:
@@ -215,23 +189,14 @@ def validity(results: Results) -> Table | None:
         cells = [f"{np.mean([signal[column] for signal in signals]):+.2f}" for column in (*truths, "length")]
         share, low, high = (np.mean([one["oracle_share"][key] for one in signals]) for key in ("mean", "low", "high"))
         rows.append((name, *cells, f"{share:.0%} [{low:.0%}, {high:.0%}]"))
-    first = found[0]
-    return Table(
-        "Does the reward see the truth?",
-        (
-            "signal",
-            *(f"correlation with {truth}" for truth in truths),
-            "correlation with length",
-            "share of the oracle's best-of-8 gain",
-        ),
-        tuple(rows),
-        f"Correlations within the {first['candidates']} answers to one prompt, {first['prompts']} held-out prompts, mean over "
-        f"{len(found)} start models; the interval of the share is the mean of the starts' own over prompts. Mean {truths[0]} "
-        f"{np.mean([one['mean'] for one in found]):.3f}, best of 8 by an oracle {np.mean([one['oracle'] for one in found]):.3f}.",
-    )
+    columns = [f"correlation with {column}" for column in (*truths, "length")]
+    columns.append("share of the oracle's best-of-8 gain")
+    means = {name: np.mean([one[name] for one in found]) for name in ("mean", "oracle")}
+    facts = {name: found[0][name] for name in ("candidates", "prompts")}
+    return _table("validity", rows, columns, starts=len(found), truth=truths[0], **facts, **means)
 
 
-def costs(results: Results, methods: Sequence[str]) -> Table:
+def costs(results: Results, methods: Sequence[str]) -> Table | None:
     """Time, memory and labels of each method, a run."""
     rows = []
     for name in methods:
@@ -239,9 +204,4 @@ def costs(results: Results, methods: Sequence[str]) -> Table:
         found["memory"] = found["peak_memory_bytes"] / 2**20
         shown = ("train_seconds", "reward_model_seconds", "judge_seconds", "memory", "human_labels")
         rows.append((results.plan.label(name), *(f"{found.get(key, 0.0):.0f}" for key in shown)))
-    return Table(
-        "Costs",
-        ("method", "training, s", "reward model, s", "judging, s", "peak memory, MiB", "human labels"),
-        tuple(rows),
-        "Means over seeds, as measured while jobs ran beside each other on the same cores; the memory is the whole process's.",
-    )
+    return _table("costs", rows)

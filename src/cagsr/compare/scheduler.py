@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cagsr.atomic import disk_errors
 from cagsr.compare.jobs import Job
 from cagsr.compare.plan import Plan
 from cagsr.errors import RunError
-from cagsr.progress import Task, duration, say, working
+from cagsr.support.atomic import disk_errors
+from cagsr.support.progress import Task, duration, say, working
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,7 @@ def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, pa
 
     A job that fails takes those that need it with it; the others go on, so that a night is not lost.
 
-    Args:
-        plan: the comparison.
-        plan_file: its file, which the jobs read again.
-        jobs: all of them.
-        fast: the plan's fast version.
-        parallel: jobs at a time; the cores are shared among them.
-
-    Returns:
-        What failed.
+    The jobs read ``plan_file`` again; ``parallel`` of them run at a time and share the cores. Returns what failed.
 
     Raises:
         RunError: another process works on the same folder.
@@ -82,39 +74,42 @@ class _Running:
         return f"{self.job.name} {duration(time.perf_counter() - self.began)}" + (f": {said[:200]}" if said else "")
 
 
+@dataclass
 class _Run:
-    def __init__(self, plan: Plan, plan_file: Path, fast: bool, parallel: int, task: Task) -> None:
-        self._plan = plan
-        self._plan_file = plan_file
-        self._fast = fast
-        self._parallel = parallel
-        self._task = task
-        self._running: dict[str, _Running] = {}
-        task.note = lambda: "; ".join(one.told() for one in list(self._running.values()))
+    plan: Plan
+    plan_file: Path
+    fast: bool
+    parallel: int
+    task: Task
+    running: dict[str, _Running] = field(default_factory=dict)
 
     def all(self, waiting: dict[str, Job]) -> list[Failure]:
-        running = self._running
+        self.task.note = lambda: "; ".join(one.told() for one in list(self.running.values()))
+        running = self.running
         failures: list[Failure] = []
+        lost: set[str] = set()
         try:
             while waiting or running:
-                for name in [name for name, job in waiting.items() if self._ready(job, waiting)]:
-                    if len(running) == self._parallel:
-                        break
-                    running[name] = self._start(waiting.pop(name))
-                if not running:
-                    break  # what is left needs something that failed
+                for name, job in list(waiting.items()):  # each behind those that it needs
+                    if lost & set(job.needs):
+                        lost.add(name)
+                        del waiting[name]
+                    elif len(running) < self.parallel and not any(
+                        need in waiting or need in running for need in job.needs
+                    ):
+                        running[name] = self._start(waiting.pop(name))
                 time.sleep(0.2)
                 for name, one in list(running.items()):
                     if one.process.poll() is None:
                         continue
                     del running[name]
                     if one.process.returncode != 0:
-                        failures.append(self._failure(one.job, one.process.returncode))
+                        failures.append(_failure(one))
                         say(f"{name}: failed: {failures[-1].reason}")
-                        self._drop(one.job, waiting)
+                        lost.add(name)
                         continue
-                    self._task.advance()
-                    say(f"{self._task.counted()} {name}: {duration(time.perf_counter() - one.began)}")
+                    self.task.advance()
+                    say(f"{self.task.counted()} {name}: {duration(time.perf_counter() - one.began)}")
         finally:
             for one in running.values():
                 os.killpg(one.process.pid, signal.SIGTERM)
@@ -122,15 +117,12 @@ class _Run:
                 one.process.wait()
         return failures
 
-    def _ready(self, job: Job, waiting: dict[str, Job]) -> bool:
-        return not any(need in waiting or need in self._running for need in job.needs)
-
     def _start(self, job: Job) -> _Running:
-        log = self._log(job)
-        command = [sys.executable, "-m", "cagsr.compare.worker", str(self._plan_file), job.name]
-        command += ["--fast"] if self._fast else []
+        log = self.plan.folder / "logs" / f"{job.name}.log"
+        command = [sys.executable, "-m", "cagsr.compare.worker", str(self.plan_file), job.name]
+        command += ["--fast"] if self.fast else []
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
-        threads = str(max(1, (os.cpu_count() or 1) // self._parallel))
+        threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the log tells of the work; its last line is shown
         with disk_errors(log):
@@ -147,23 +139,10 @@ class _Run:
                 )
         return _Running(job, process, log, size, time.perf_counter())
 
-    def _log(self, job: Job) -> Path:
-        return self._plan.folder / "logs" / f"{job.name}.log"
 
-    def _failure(self, job: Job, status: int) -> Failure:
-        log = self._log(job)
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return Failure(job, log, f"exit status {status}: {lines[-1] if lines else 'no output'}")
-
-    def _drop(self, failed: Job, waiting: dict[str, Job]) -> None:
-        lost = {failed.name}
-        while True:
-            more = {name for name, job in waiting.items() if lost & set(job.needs)} - lost
-            if not more:
-                break
-            lost |= more
-        for name in lost & set(waiting):
-            del waiting[name]
+def _failure(one: _Running) -> Failure:
+    lines = [line for line in one.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return Failure(one.job, one.log, f"exit status {one.process.returncode}: {lines[-1] if lines else 'no output'}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -13,15 +14,11 @@ from pathlib import Path
 from cagsr.compare.jobs import Job, contents, plan_jobs, reward_model_folder
 from cagsr.compare.plan import START, Plan, read_plan
 from cagsr.errors import CagsrError, ConfigError
-from cagsr.progress import shown
+from cagsr.support.progress import shown
 
 
 def do_job(plan: Plan, job: Job) -> None:
-    """Do a job whose needs are done, and mark it.
-
-    Raises:
-        CagsrError: bad input, in one sentence.
-    """
+    """Do a job whose needs are done, and mark it; raises CagsrError where its input is bad."""
     from cagsr.compare import make_models
 
     began = time.perf_counter()
@@ -73,13 +70,8 @@ def human_labels(plan: Plan, job: Job) -> int:
     if method.kind == "dpo":
         from cagsr.preferences.pairs import count_pairs
 
-        columns = (
-            str(method.set.get(name, default))
-            for name, default in (("chosen_column", "chosen"), ("rejected_column", "rejected"))
-        )
+        columns = (str(method.set.get(f"{name}_column", name)) for name in ("chosen", "rejected"))
         return max(before, count_pairs(plan.fill(spec.data), *columns))
-    import json
-
     assert job.seed is not None
     told = json.loads((reward_model_folder(plan.folder, method.reward_model, job.seed) / "metrics.json").read_text())
     return max(before, int(told["pairs"]))

@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cagsr.config.train import TrainConfig
     from cagsr.config.trainers import (
         CorruptionConfig,
         DpoConfig,
@@ -49,12 +48,13 @@ if TYPE_CHECKING:
     from cagsr.reward.terms.repetition import RepetitionConfig
     from cagsr.reward.terms.self_certainty import SelfCertaintyConfig
     from cagsr.reward.terms.unsupported import UnsupportedConfig
+    from cagsr.training.settings import TrainConfig
 
 _PLACES = (
     "cagsr.config.validation",
     "cagsr.config.training",
     "cagsr.config.trainers",
-    "cagsr.config.train",
+    "cagsr.training.settings",
     "cagsr.reward.settings",
 )
 """Where the names of this package are, those that need no torch first."""

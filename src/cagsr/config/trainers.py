@@ -15,7 +15,6 @@ from cagsr.config.ranges import (
     PositiveFloat,
     PositiveInt,
     Seed,
-    Share,
     ShareBelowOne,
 )
 from cagsr.config.training import DataConfig, LoraConfig, ModelConfig, SaveDtype
@@ -40,7 +39,7 @@ class TrainerConfig:
     """Pairs in memory at once (a divisor of batch_size); None: the whole batch."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate."""
-    warmup_ratio: Share = 0.03
+    warmup_ratio: ShareBelowOne = 0.03
     """Share of the steps with a rising learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up."""
@@ -62,6 +61,11 @@ class TrainerConfig:
     """Go on from the folder's last checkpoint."""
     overwrite: bool = False
     """Replace what another such training left in this folder."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The one given, else the usual one of the command."""
+        raise NotImplementedError
 
     @property
     def micro(self) -> int:

@@ -117,6 +117,8 @@ class SamplingConfig:
 class RolloutConfig:
     """Who samples the answers (docs/rollouts.md)."""
 
+    task: str | None = None
+    """Dotted path of a task of several turns (package.module.Task, see cagsr.tasks.task); None: one answer to each prompt."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the policy itself, in this process; vllm: a vLLM server that gets the new weights after every update."""
     url: str = "http://127.0.0.1:8000"
@@ -144,6 +146,8 @@ class RolloutConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
+        if self.task is not None and self.engine == "vllm":
+            yield "--rollout.task: a task of several turns is sampled by transformers alone; leave --rollout.engine out."
         address = urlparse(self.url)
         if self.engine == "vllm" and (address.scheme not in ("http", "https") or not address.hostname):
             yield f"--rollout.url {self.url}: give the server's address as http://HOST:PORT."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -51,7 +51,7 @@ def checked(kind: Any, value: Any, name: str, *, strict: bool = False) -> Any:
     except ValidationError as error:
         problems = error.errors()
         for problem in problems:
-            if allowed := _allowed(kind, problem):
+            if allowed := must_be(problem, bounds(kind)):
                 raise ConfigError(f"{name} {problem['input']}: {allowed}.") from None
         texts = dict.fromkeys(problem["msg"].removeprefix("Input ") for problem in problems)
         raise ConfigError(f"{name} {' or '.join(texts)} (it is {value!r})") from None
@@ -69,15 +69,15 @@ def bounds(kind: Any) -> dict[str, Any]:
     return next(filter(None, map(bounds, get_args(kind))), {})
 
 
-def _allowed(kind: Any, problem: Any) -> str:
-    """What a value out of range should have been; empty for one of another type."""
+def must_be(problem: Any, bounds: Mapping[str, Any]) -> str:
+    """Say of one of pydantic's errors what a value out of ``bounds`` must be; empty for one of another kind."""
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "finite_number":
         return "must be a finite number"
     if not problem["type"].startswith(("greater_than", "less_than")):
         return ""
-    match bounds(kind):
+    match bounds:
         case {"ge": low, "le": high}:
             return f"must lie between {low} and {high}"
         case {"ge": low, "lt": high}:
@@ -88,7 +88,7 @@ def _allowed(kind: Any, problem: Any) -> str:
             return f"must be above {low}"
         case {"ge": low}:
             return f"must be {low} or more"
-    return problem["msg"].replace("Input should", "must")
+    return str(problem["msg"]).replace("Input should", "must")
 
 
 def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

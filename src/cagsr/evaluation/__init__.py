@@ -1,1 +1,1 @@
-"""Evaluation: metrics, monitors and diagnosis of a reward."""
+"""Evaluation: measures of answers that share nothing with the reward, and the statistics behind them."""

@@ -18,7 +18,7 @@ from cagsr.errors import ModelError
 from cagsr.evaluation.perplexity import mean_nll
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.reward.model import join_answer
 

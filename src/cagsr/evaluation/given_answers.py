@@ -15,7 +15,7 @@ from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.load import Row, load_rows
 from cagsr.prompts.render import messages_of, render_prompt, text_of
-from cagsr.prompts.split import split_texts
+from cagsr.prompts.rows import split_texts
 
 _RECORDED = ("tokens", "ended")
 """Columns of ``cagsr generate`` that are measures themselves."""
@@ -133,10 +133,7 @@ def _completion(row: Row) -> str:
     where = f"{row.source}, row {row.number}"
     if value is None:
         raise DataError(f"{where}: no answer in column 'completion'; give a file as cagsr generate writes it.")
-    try:
-        return text_of(value)
-    except DataError as error:
-        raise DataError(f"{where}: column 'completion': {error}") from error
+    return text_of(value, f"{where}: column 'completion'")
 
 
 def _numbers(rows: Sequence[tuple[Any, ...]]) -> dict[str, NDArray[np.float64]]:

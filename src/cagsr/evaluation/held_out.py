@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +15,15 @@ from cagsr.config import SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
-from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main, share, together
-from cagsr.progress import each, working
-from cagsr.reward.user_functions import import_dotted
+from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.dotted_path import import_dotted
+from cagsr.support.extras import has_extra, install_command
+from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.progress import each, working
 
 ResultT = TypeVar("ResultT")
 Metric = Callable[..., Sequence[float]]
@@ -39,8 +41,8 @@ class HeldOutMetric:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers to held-out prompts with what the metric says of each."""
+class JudgedAnswers:
+    """JudgedAnswers to held-out prompts with what the metric says of each."""
 
     completions: tuple[str, ...]
     metric: tuple[float, ...]
@@ -90,7 +92,8 @@ def answer(
     seed: int,
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
-) -> Answers:
+    player: EpisodePlayer | None = None,
+) -> JudgedAnswers:
     """Answer each prompt once and judge the answers; every random generator is left as it was.
 
     Args:
@@ -102,24 +105,26 @@ def answer(
         batch_size: prompts at once.
         accelerator: divides the prompts among its processes, which all call this and get the same; the metric is
             computed by the main one.
+        player: plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
 
     Raises:
         ConfigError: the metric gives another number of values than there are prompts.
     """
-    mine = share(prompts, accelerator)
+    mine = split_between_processes(prompts, accelerator)
     found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
         for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
-            batch = prompt_batch(loaded, mine[start : start + batch_size])
-            rollout = sample_responses(loaded, batch, sampling)
-            lengths, ended = rollout.sampled.sum(dim=1).tolist(), rollout.ended.tolist()
-            found += zip(rollout.completions, lengths, ended, strict=True)
-    everywhere = together(found, accelerator)
+            some = mine[start : start + batch_size]
+            sample = partial(sample_responses, loaded, sampling=sampling)
+            episodes = played(player, sample, some, prompt_batch(loaded, some))
+            lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()
+            found += zip(episodes.completions, lengths, ended, strict=True)
+    everywhere = gather_objects(found, accelerator)
     completions = tuple(text for text, _, _ in everywhere)
-    values = from_main(lambda: judge(metric, prompts, completions), accelerator)
-    return Answers(
+    values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
+    return JudgedAnswers(
         completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
     )
 
@@ -178,7 +183,7 @@ def call_checked(
         ) from error
 
 
-def evaluation_metrics(sampled: Answers, greedy: Answers) -> dict[str, float]:
+def evaluation_metrics(sampled: JudgedAnswers, greedy: JudgedAnswers) -> dict[str, float]:
     """What is logged of an evaluation: sampled at the training temperature, and greedy.
 
     A policy that only became more peaked gains when sampled and gains nothing greedy, so both

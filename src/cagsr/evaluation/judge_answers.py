@@ -16,11 +16,11 @@ from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.evaluation.relevance import embedding_relevance, load_encoder
-from cagsr.extras import has_extra, install_command
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.progress import working
 from cagsr.reward.model import load_reward_model
-from cagsr.reward.user_functions import import_dotted
+from cagsr.support.dotted_path import import_dotted
+from cagsr.support.extras import has_extra, install_command
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 

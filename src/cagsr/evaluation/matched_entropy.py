@@ -20,15 +20,15 @@ from scipy.optimize import brentq
 
 from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
-from cagsr.evaluation.sampling import sample_in_batches
 from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.progress import each, working
 from cagsr.rollout.rows import episode_rows
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.statistics import token_entropy
+from cagsr.support.progress import each, working
 
 Floats = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ _LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
-class Answers:
+class SampledAnswers:
     """Sampled answers, those to one prompt in a row, with what sampling saw; every array ``(answers,)`` float64."""
 
     texts: tuple[str, ...]
@@ -60,7 +60,7 @@ def answers_at(
     sampling: SamplingConfig,
     seed: int,
     batch_size: int = 256,
-) -> Answers:
+) -> SampledAnswers:
     """Answer every prompt ``sampling.num_generations`` times and read the entropies in one teacher-forced pass.
 
     The same seed, prompts and batch size give the same random numbers at every temperature (the sampler draws one
@@ -94,7 +94,7 @@ def answers_at(
         entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0)
         tokens[places] = rollout.sampled.sum(dim=1).cpu().numpy()
         ended[places] = rollout.ended.cpu().numpy()
-    return Answers(tuple(texts), entropy, tokens, ended)
+    return SampledAnswers(tuple(texts), entropy, tokens, ended)
 
 
 @torch.no_grad()

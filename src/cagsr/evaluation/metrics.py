@@ -17,7 +17,7 @@ import regex
 
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
 from cagsr.evaluation.perplexity import perplexity
-from cagsr.prompts.words import UNSPACED
+from cagsr.prompts.find_words import UNSPACED
 
 __all__ = [
     "Interval",

@@ -13,7 +13,7 @@ from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.lengths import length_borders
-from cagsr.progress import each
+from cagsr.support.progress import each
 
 Floats = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from cagsr.errors import ModelError
-from cagsr.extras import require
 from cagsr.models.files import check_files
-from cagsr.progress import working
+from cagsr.support.extras import require
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 

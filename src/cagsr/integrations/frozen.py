@@ -18,7 +18,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cagsr.associate import NAME_A_FILE, named_associations
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
@@ -27,6 +26,7 @@ from cagsr.models.load import load_model
 from cagsr.parse import parse_command
 from cagsr.prompts.load import load_rows
 from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.learn_associations import NAME_A_FILE, named_associations
 from cagsr.reward.weigh import weigh
 from cagsr.runs.reward import with_run_reward
 from cagsr.scoring.answers import Response, encode_response, stop_token

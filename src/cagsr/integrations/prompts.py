@@ -11,9 +11,9 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder
-from cagsr.prompts.pool import pool_words
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.salience import DocumentFrequency, salient_words
+from cagsr.prompts.word_tokens import words_of_tokens
 
 GivenPrompt = str | Sequence[Mapping[str, Any]]
 """A prompt as the loops hand it over: text, or a list of chat messages."""
@@ -112,4 +112,6 @@ class PromptEncoder:
         tokens = self._texts.encode(prompt.text, add_special_tokens=special)
         # Without a count every word is as rare as any other.
         frequency = self.frequency or DocumentFrequency.fit([prompt])
-        return pool_words(prompt, tokens, salient_words(prompt, self.salience, frequency, where), self.salience, where)
+        return words_of_tokens(
+            prompt, tokens, salient_words(prompt, self.salience, frequency, where), self.salience, where
+        )

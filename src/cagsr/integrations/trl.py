@@ -21,7 +21,6 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cagsr.associate import NAME_A_FILE, named_associations
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, validate
 from cagsr.errors import CagsrError, ConfigError, DataError, RewardError
 from cagsr.flow import EncodedPrompt
@@ -32,6 +31,7 @@ from cagsr.models.reference import Reference
 from cagsr.models.stops import stop_tokens
 from cagsr.prompts.render import text_of
 from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.learn_associations import NAME_A_FILE, named_associations
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.values import TermValues

@@ -27,7 +27,7 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.texts import TokenTexts, token_texts
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.models.sharding import first_pass, shard_frozen, whole
+from cagsr.models.sharding import first_pass, gathered, shard_frozen
 
 
 class Reference:
@@ -53,10 +53,10 @@ class Reference:
     def model(self) -> Iterator[nn.Module]:
         """Give the reference model for forward passes inside the ``with`` block."""
         if self._copy is not None:
-            with whole(self._copy):
+            with gathered(self._copy):
                 yield self._copy
         else:
-            with whole(self._policy), self._policy.disable_adapter():
+            with gathered(self._policy), self._policy.disable_adapter():
                 yield self._policy
 
 

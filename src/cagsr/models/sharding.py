@@ -54,7 +54,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module) -> Iterator[None]:
     """Hold all weights of a sharded module in every process inside the ``with`` block, for passes without gradients.
 
     Each layer is gathered once, not once for each pass; inside, no pass waits for the other processes, so they may
@@ -115,8 +115,8 @@ def full_state(module: nn.Module, *, keep: bool = True, names: set[str] | None =
         if not isinstance(tensor, Tensor) or (names is not None and name not in names):
             continue
         if id(tensor) not in seen:
-            whole_one = full_tensor(tensor.detach())
-            seen[id(tensor)] = whole_one.cpu() if keep else whole_one.new_empty(0)
+            full = full_tensor(tensor.detach())
+            seen[id(tensor)] = full.cpu() if keep else full.new_empty(0)
         if keep:
             found[name] = seen[id(tensor)]
     return found

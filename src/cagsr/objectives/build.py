@@ -11,7 +11,7 @@ from cagsr.objectives.kl import KLObjective
 from cagsr.objectives.objective import Objective
 from cagsr.objectives.policy import PolicyObjective
 from cagsr.objectives.value import ValueObjective
-from cagsr.reward.user_functions import import_dotted
+from cagsr.support.dotted_path import import_dotted
 
 
 def build_objectives(config: PPOConfig, controller: KLController) -> list[Objective]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from cagsr.config import CorruptionConfig
 from cagsr.errors import DataError
+from cagsr.prompts.find_words import find_words
 from cagsr.prompts.render import is_parts, text_of
-from cagsr.prompts.words import find_words
 
 _TRIES = 40
 """Other pairs that are looked at for a fact to take from."""

@@ -12,10 +12,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from cagsr.config import DataConfig, PreferenceConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
-from cagsr.progress import each, working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form
 from cagsr.prompts.render import is_parts, only_calls, render_prompt, text_of
+from cagsr.support.progress import each, working
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,8 @@ def count_pairs(path: str, chosen_column: str = "chosen", rejected_column: str =
     """
     count = 0
     for row in load_rows(DataConfig(path=path), [chosen_column, rejected_column]):
-        try:
-            chosen, rejected = (text_of(row.values.get(column)) for column in (chosen_column, rejected_column))
-        except DataError as error:
-            raise DataError(f"{row.source}, row {row.number}: {error}") from error
+        where = f"{row.source}, row {row.number}"
+        chosen, rejected = (text_of(row.values.get(column), where) for column in (chosen_column, rejected_column))
         count += not _equal(chosen, rejected)
     return count
 
@@ -95,65 +93,48 @@ def _equal(chosen: str, rejected: str) -> bool:
     return chosen.split() == rejected.split()
 
 
-def encode_all(
+def encode_within_limit(
     pairs: Sequence[PreferencePair],
-    encode: Callable[[PreferencePair], dict[str, list[int]]],
-    length: Callable[[dict[str, list[int]]], int],
+    encode: Callable[[PreferencePair], dict[str, Any]],
     config: PreferenceConfig,
     limit: int | None,
-) -> tuple[list[dict[str, Any]], int]:
+    measured_in: str | None = None,
+) -> list[tuple[PreferencePair, dict[str, Any]]]:
     """Encode pairs and apply the length limit as ``config.long_pairs`` says.
 
+    Args:
+        pairs: what is encoded.
+        encode: gives a pair's row, with its ``length`` in tokens.
+        config: the command's settings.
+        limit: in tokens; None: none.
+        measured_in: the file of pairs that are only measured on, for messages.
+
     Returns:
-        The encoded pairs, each with its ``length`` in tokens, and how many were dropped.
-
-    Raises:
-        DataError: a pair longer than ``limit`` tokens (unless they are dropped), or none left.
-    """
-    encoded: list[dict[str, Any]] = []
-    dropped = 0
-    for pair in each("encoding", pairs, "pairs"):
-        ids = encode(pair)
-        tokens = length(ids)
-        if _is_too_long(pair, tokens, config, limit):
-            dropped += 1
-            continue
-        encoded.append({**ids, "length": tokens})
-    if not encoded:
-        raise DataError(f"{config.data.path}: all {dropped} pairs are longer than {limit} tokens and were dropped.")
-    return encoded, dropped
-
-
-def within_limit(
-    pairs: Sequence[PreferencePair],
-    length: Callable[[PreferencePair], int],
-    config: PreferenceConfig,
-    limit: int | None,
-    source: str,
-) -> list[PreferencePair]:
-    """The pairs that ``encode_all`` would keep, where they are only measured on; ``source`` is their file, for messages.
+        The pairs that are not dropped, each with its row.
 
     Raises:
         DataError: a pair longer than ``limit`` tokens (unless they are dropped), or none left of some.
     """
-    kept = [pair for pair in pairs if not _is_too_long(pair, length(pair), config, limit)]
+    kept = []
+    for pair in each("encoding", pairs, "pairs"):
+        row = encode(pair)
+        if limit is None or row["length"] <= limit:
+            kept.append((pair, row))
+        elif config.long_pairs == "error":
+            raise DataError(
+                f"{pair.where}: prompt and answer are {row['length']} tokens long, the limit is {limit}; shorten them, raise "
+                "--max_length up to the model's context, or set --long_pairs drop."
+            )
     if pairs and not kept:
+        if measured_in is None:
+            raise DataError(
+                f"{config.data.path}: all {len(pairs)} pairs are longer than {limit} tokens and were dropped."
+            )
         raise DataError(
-            f"{source}: all {len(pairs)} pairs to measure on are longer than {limit} tokens; give shorter ones, or measure "
-            "nothing (--held_out 0, no --eval_data)."
+            f"{measured_in}: all {len(pairs)} pairs to measure on are longer than {limit} tokens; give shorter ones, or "
+            "measure nothing (--held_out 0, no --eval_data)."
         )
     return kept
-
-
-def _is_too_long(pair: PreferencePair, tokens: int, config: PreferenceConfig, limit: int | None) -> bool:
-    if limit is None or tokens <= limit:
-        return False
-    if config.long_pairs == "error":
-        raise DataError(
-            f"{pair.where}: prompt and answer are {tokens} tokens long, the limit is {limit}; shorten them, raise "
-            "--max_length up to the model's context, or set --long_pairs drop."
-        )
-    return True
 
 
 class OrderByEpoch:
@@ -186,13 +167,15 @@ class _EpochSampler(LengthGroupedSampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-BY_LENGTH = {
+TRAINER_ARGUMENTS = {
     # Pairs of like length make a batch: a third less to compute, as answers differ much in length.
     "train_sampling_strategy": "group_by_length",
     "length_column_name": "length",
     "remove_unused_columns": False,
+    "max_length": None,  # encode_within_limit has seen to it
+    "disable_dropout": True,
 }
-"""Arguments of transformers' Trainer for what ``encode_all`` gives."""
+"""Arguments of TRL's trainers for what ``encode_within_limit`` gives."""
 
 
 def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
@@ -206,10 +189,7 @@ def _answer(prompt: Prompt, column: str, flag: str, where: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not is_parts(value):
             _check_message(value, prompt, column, where)
-        try:
-            value = text_of(value)
-        except DataError as error:
-            raise DataError(f"{where}: column '{column}': {error}") from error
+        value = text_of(value, f"{where}: column '{column}'")
     if not isinstance(value, str) and value is not None:
         raise DataError(f"{where}: column '{column}' must hold text or a list with one chat message.")
     if not value or not value.strip():

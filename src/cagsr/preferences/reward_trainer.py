@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from cagsr import __version__
 from cagsr.config import RewardModelConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.metrics import Interval, mean_interval
 from cagsr.models.load import LoadedModel, add_lora, load_model
 from cagsr.preferences.pairs import (
-    BY_LENGTH,
+    TRAINER_ARGUMENTS,
     OrderByEpoch,
     PreferencePair,
-    encode_all,
+    encode_within_limit,
     read_preferences,
-    within_limit,
 )
 from cagsr.preferences.split import prompt_key, split_by_prompt, subset
-from cagsr.progress import working
 from cagsr.reward.model import RewardModel, encode_answered
-from cagsr.runs.saved import TEXTS, Saved, ScoreProbe, dtype_note, saved_facts
-from cagsr.runs.trainer_folder import (
-    check_trainer_config,
-    length_limit,
-    mean_of,
-    open_trainer_folder,
-    run_trainer,
-    save_trained,
-    say_done,
-    settings_file,
-    trainer_arguments,
-)
-
-COMMAND = "reward-model"
+from cagsr.runs.saved import TEXTS, Saved, ScoreProbe
+from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl
+from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)
@@ -82,74 +67,63 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
     Raises:
         CagsrError: bad input, in one sentence; an output folder that holds something else.
     """
-    folder = Path(config.output_dir)
-    check_trainer_config(config, COMMAND)
-    torch.manual_seed(config.seed)  # rows of a vocabulary that grows
-    loaded = load_model(config.model)
-    if not loaded.architecture.one_sequence:
-        raise ModelError(
-            f"--model {config.model.path} is an encoder-decoder model; a reward model is made from a decoder-only one."
-        )
-    limit = length_limit(config, loaded)
+    return train_with_trl(config, "reward-model", lambda config: load_model(config.model), _prepare, quiet=quiet)
+
+
+def _prepare(config: RewardModelConfig, loaded: LoadedModel, limit: int | None) -> Training:
     read: list[str] = []
-    training, held_out = _divide(config, loaded.tokenizer, read)
-    encoded, dropped = encode_all(
-        training,
-        lambda pair: _encode(pair, loaded.tokenizer),
-        _length,
-        config,
-        limit,
-    )
+    training, others = _divide(config, loaded.tokenizer, read)
+
+    def encode(pair: PreferencePair) -> dict[str, Any]:
+        return _encode(pair, loaded.tokenizer)
+
+    rows = [row for _, row in encode_within_limit(training, encode, config, limit)]
     # What can't be measured is known now, not once the training is done.
-    measurable = within_limit(
-        held_out,
-        lambda pair: _length(_encode(pair, loaded.tokenizer)),
-        config,
-        limit,
-        config.eval_data or config.data.path,
-    )
-    unmeasured, held_out = len(held_out) - len(measurable), measurable
+    source = config.eval_data or config.data.path
+    held_out = [pair for pair, _ in encode_within_limit(others, encode, config, limit, source)]
     seen = len({prompt_key(pair) for pair in training} & {prompt_key(pair) for pair in held_out})
-    notes = [*loaded.notes, f"{len(encoded):,} pairs from {config.data.path}.", *read]
-    notes.append(dtype_note(config.save_dtype, loaded, "--save_dtype"))
-    if dropped:
-        notes.append(f"{dropped:,} pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop).")
-    if unmeasured:
-        notes.append(
+    if unmeasured := len(others) - len(held_out):
+        read.append(
             f"{unmeasured:,} held-out pairs are longer than {limit:,} tokens and were dropped (--long_pairs drop)."
         )
     if held_out:
-        notes.append(f"Accuracy is measured on {len(held_out):,} other pairs.")
+        read.append(f"Accuracy is measured on {len(held_out):,} other pairs.")
     if seen:
-        notes.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
-    classifier = _classifier(loaded, config)
-    checkpoint = open_trainer_folder(config, COMMAND, notes)
-    trainer = _Trainer(
-        model=classifier,
-        args=_arguments(config, loaded),
-        train_dataset=Dataset.from_list(encoded),
-        processing_class=loaded.tokenizer,
+        read.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
+
+    def describe(trainer: Any, saved: Saved) -> Outcome:
+        measured = _measure_model(saved.model, loaded, held_out)
+        metrics: dict[str, Any] = {
+            "pairs": len(rows),
+            "steps": trainer.state.global_step,
+            "loss": mean_of(trainer, "loss"),
+        }
+        if measured is not None:
+            metrics["held_out"] = {**asdict(measured), "prompts_also_trained_on": seen, "data": source}
+        facts = [
+            f"Held-out accuracy: {_accuracy(config, measured)}",
+            f"Data: {len(rows):,} preference pairs from `{config.data.path}`.",
+            "It reads prompt and answer as one text, without an end token: `cagsr train --reward.models` gives it just that.",
+        ]
+        said = _how_good(measured, mean_of(trainer, "accuracy"))
+        return Outcome(facts, [said], {"metrics.json": json.dumps(metrics, indent=2) + "\n"})
+
+    return Training(
+        trainer=partial(_Trainer, _classifier(loaded, config)),
+        arguments=partial(
+            TrlRewardConfig, **TRAINER_ARGUMENTS, center_rewards_coefficient=config.center_rewards or None
+        ),
+        rows=rows,
+        dropped=len(training) - len(rows),
+        notes=read,
+        probe=ScoreProbe(loaded, [row[side] for row in rows[:TEXTS] for side in ("chosen_ids", "rejected_ids")]),
+        describe=describe,
+        what=f"A reward model from `{config.model.path}`",
+        trl="RewardTrainer",
+        limits="It knows the preferences of its pairs and nothing else: answers unlike those pairs get scores that mean "
+        "little, and a policy\ntrained against it will find them.",
+        task="text-classification",
     )
-    run_trainer(trainer, folder, checkpoint, notes, quiet=quiet)
-    if trainer.is_world_process_zero():
-        measured: PairAccuracy | None = None
-
-        def texts(saved: Saved) -> dict[str, str]:
-            nonlocal measured
-            # Measured before the folder is complete: an interrupted training must not look finished.
-            measured = _measure_model(saved.model, loaded, held_out)
-            metrics = _metrics(
-                config, len(encoded), trainer.state.global_step, mean_of(trainer, "loss"), measured, seen
-            )
-            card = _card(config, metrics, measured, saved_facts(loaded, saved))
-            return {"README.md": card, "metrics.json": json.dumps(metrics, indent=2) + "\n"}
-
-        probe = ScoreProbe(loaded, [pair[side] for pair in encoded[:TEXTS] for side in ("chosen_ids", "rejected_ids")])
-        saved = save_trained(trainer, config, loaded, probe, texts)
-        if not quiet:
-            print(saved.sentence)
-            say_done(trainer, folder, _how_good(measured, mean_of(trainer, "accuracy")))
-    return folder
 
 
 class _Trainer(OrderByEpoch, RewardTrainer):
@@ -192,15 +166,12 @@ def _divide(
     return subset(pairs, config.num_pairs, config.seed), held_out
 
 
-def _encode(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
-    return {
-        name: encode_answered(pair.prompt, _without_end(answer, tokenizer.eos_token), tokenizer)
-        for name, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected))
-    }
-
-
-def _length(ids: dict[str, list[int]]) -> int:
-    return max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+def _encode(pair: PreferencePair, tokenizer: Any) -> dict[str, Any]:
+    chosen, rejected = (
+        encode_answered(pair.prompt, _without_end(answer, tokenizer.eos_token), tokenizer)
+        for answer in (pair.chosen, pair.rejected)
+    )
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
 
 
 def _without_end(answer: str, end: str | None) -> str:
@@ -229,26 +200,6 @@ def _classifier(loaded: LoadedModel, config: RewardModelConfig) -> nn.Module:
     return add_lora(classifier, config.lora, "SEQ_CLS") if config.lora.r > 0 else classifier
 
 
-def _arguments(config: RewardModelConfig, loaded: LoadedModel) -> TrlRewardConfig:
-    with warnings.catch_warnings():
-        # TRL's own default uses a name that transformers has renamed; the new one is unknown to older versions.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*checkpointing.*")
-        return TrlRewardConfig(
-            **trainer_arguments(config, loaded, learning_rate(config)),
-            **BY_LENGTH,
-            max_length=None,  # encode_all has seen to it
-            disable_dropout=True,
-            center_rewards_coefficient=config.center_rewards or None,
-        )
-
-
-def learning_rate(config: RewardModelConfig) -> float:
-    """The peak learning rate: the one given, else TRL's recommendation."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return 1e-3 if config.lora.r > 0 else 1e-4
-
-
 @working("measuring on held-out pairs")
 def _measure_model(model: Any, loaded: LoadedModel, pairs: Sequence[PreferencePair]) -> PairAccuracy | None:
     if not pairs:
@@ -265,56 +216,11 @@ def _how_good(measured: PairAccuracy | None, training: float | None) -> str:
     return f"accuracy not measured, no pairs were held out{trained_on}"
 
 
-def _metrics(
-    config: RewardModelConfig,
-    pairs: int,
-    steps: int,
-    loss: float | None,
-    measured: PairAccuracy | None,
-    seen: int,
-) -> dict[str, Any]:
-    """What ``metrics.json`` holds."""
-    metrics: dict[str, Any] = {"pairs": pairs, "steps": steps, "loss": loss}
-    if measured is not None:
-        metrics["held_out"] = {
-            "accuracy": asdict(measured.accuracy),
-            "pair_accuracy": measured.pair_accuracy,
-            "margin": measured.margin,
-            "pairs": measured.pairs,
-            "prompts": measured.prompts,
-            "prompts_also_trained_on": seen,
-            "data": config.eval_data or config.data.path,
-        }
-    return metrics
-
-
-def _card(config: RewardModelConfig, metrics: dict[str, Any], measured: PairAccuracy | None, saved: str) -> str:
-    accuracy = "Not measured: no pairs were held out."
-    if measured is not None:
-        source = f"`{config.eval_data}`" if config.eval_data else "prompts kept out of training"
-        accuracy = (
-            f"{measured.accuracy} (mean over {measured.prompts:,} prompts, 95 % bootstrap interval over prompts), on "
-            f"{measured.pairs:,} pairs of {source}; {measured.pair_accuracy:.3f} of all pairs. Chance is 0.5."
-        )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [cagsr, reward-model, trl]
----
-
-# {Path(config.output_dir).name}
-
-A reward model from `{config.model.path}` with `cagsr reward-model` {__version__} (TRL's RewardTrainer).
-
-- Held-out accuracy: {accuracy}
-- Data: {metrics["pairs"]:,} preference pairs from `{config.data.path}`.
-- {metrics["steps"]:,} steps of {config.batch_size} pairs, peak learning rate {learning_rate(config):g}, seed {config.seed}.
-- It reads prompt and answer as one text, without an end token: `cagsr train --reward.models` gives it just that.
-{saved}
-- All settings: `{settings_file(COMMAND)}`.
-
-## Limits
-
-It knows the preferences of its pairs and nothing else: answers unlike those pairs get scores that mean little, and a policy
-trained against it will find them.
-"""
+def _accuracy(config: RewardModelConfig, measured: PairAccuracy | None) -> str:
+    if measured is None:
+        return "Not measured: no pairs were held out."
+    source = f"`{config.eval_data}`" if config.eval_data else "prompts kept out of training"
+    return (
+        f"{measured.accuracy} (mean over {measured.prompts:,} prompts, 95 % bootstrap interval over prompts), on "
+        f"{measured.pairs:,} pairs of {source}; {measured.pair_accuracy:.3f} of all pairs. Chance is 0.5."
+    )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from cagsr.errors import DataError
-from cagsr.prompts.ranges import Range, outside
+from cagsr.prompts.character_ranges import Range, outside
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns of a row that its chat template reads: they belong to the prompt, and go where it goes."""
@@ -69,14 +69,13 @@ def apply_template(
     Args:
         messages: the conversation.
         tokenizer: has a chat template.
-        columns: the row's columns; the two may be text, as JSON (a table has no other way to hold them).
+        columns: the row's; the two may be text, as JSON (a table has no other way to hold them).
         where: opens the message.
         opened: with the opening of the next answer, or with the assistant's last message left open; else as it stands.
 
     Raises:
         DataError: the template refuses the conversation, or one of the two columns holds something else.
     """
-    arguments = template_arguments(columns, where)
     continued = opened and messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(
@@ -84,7 +83,7 @@ def apply_template(
             tokenize=False,
             add_generation_prompt=opened and not continued,
             continue_final_message=continued,
-            **arguments,
+            **template_arguments(columns, where),
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
@@ -124,16 +123,10 @@ def _by_placeholders(
     # calls tools) stays as it is.
     holders = [None if message["content"] is None else f"\ue000{index}\ue001" for index, message in enumerate(messages)]
     try:
-        skeleton = apply_template(
-            [
-                message if holder is None else {**message, "content": holder}
-                for message, holder in zip(messages, holders, strict=True)
-            ],
-            tokenizer,
-            columns,
-            "",
-            opened=True,
-        )
+        held = [
+            one if holder is None else {**one, "content": holder} for one, holder in zip(messages, holders, strict=True)
+        ]
+        skeleton = apply_template(held, tokenizer, columns, "", opened=True)
     except DataError:
         return None  # the template looks into the contents: search for them instead
     places: list[Place | None] = []
@@ -171,10 +164,9 @@ def _by_search(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Place 
         stripped = content.strip()
         place = None
         for candidate, skipped in ((content, 0), (stripped, len(content) - len(content.lstrip()))):
-            found = text.find(candidate, cursor) if candidate else -1
-            if found >= 0:
-                place = Place(found, found + len(candidate), skipped)
-                cursor = place.end
+            if candidate and (found := text.find(candidate, cursor)) >= 0:
+                cursor = found + len(candidate)
+                place = Place(found, cursor, skipped)
                 break
         places.append(place)
     return tuple(places)

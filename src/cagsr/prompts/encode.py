@@ -9,7 +9,7 @@ from typing import Any
 
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import Prompt
-from cagsr.prompts.ranges import cut, overlaps
+from cagsr.prompts.character_ranges import cut, overlaps
 
 
 @dataclass(frozen=True)

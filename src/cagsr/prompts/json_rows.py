@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cagsr.errors import DataError
-from cagsr.prompts.row import Row, number_as_text
+from cagsr.prompts.rows import Row, number_as_text
 
-_SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)
 
@@ -95,26 +93,18 @@ def _row(value: Any, written: str, path: Path, number: int, text_columns: Collec
     return Row(number, str(path), value)
 
 
-def _check_surrogates(value: Any, where: str, column: str | None = None) -> None:
+def _check_surrogates(row: dict[str, Any], where: str) -> None:
     """Refuse half of a surrogate pair, which is no character: no tokenizer reads it and no file can hold it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            place = "a column's name" if column is None else f"column '{column}'"
-            raise DataError(
-                f"{where}: {place} holds half a surrogate pair (\\u{ord(value[error.start]):04x}), which is no character; "
-                "mend or remove that row."
-            ) from error
-    elif isinstance(value, dict):
-        for name, entry in value.items():
-            _check_surrogates(name, where, column)
-            _check_surrogates(entry, where, name if column is None else column)
-    elif isinstance(value, list):
-        for entry in value:
-            _check_surrogates(entry, where, column)
+    for name, entry in row.items():
+        for place, part in (("a column's name", name), (f"column '{name}'", entry)):
+            try:
+                json.dumps(part, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: {place} holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no "
+                    "character; mend or remove that row."
+                ) from error
 
 
 def _skip(text: str, cursor: int) -> int:
-    found = _SPACE.match(text, cursor)
-    return cursor if found is None else found.end()
+    return next((place for place in range(cursor, len(text)) if not text[place].isspace()), len(text))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from cagsr.config import DataConfig
 from cagsr.errors import DataError
 from cagsr.models.files import is_lfs_pointer
 from cagsr.prompts.json_rows import read_document, read_lines
-from cagsr.prompts.row import TEXT_COLUMNS, Row, with_text, without_messages
+from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, with_text, without_messages
 
 __all__ = ["Row", "Rows", "load_rows"]
 
@@ -25,20 +23,6 @@ _SPLITS = {
 }
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that ``datasets`` puts beside data: they describe it and hold no rows."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a data set, read anew at every iteration: nothing is kept in memory."""
-
-    source: str
-    """What the user named."""
-    open: Callable[[], Iterator[Row]]
-    """Starts reading from the first row."""
-    limit: int | None = None
-
-    def __iter__(self) -> Iterator[Row]:
-        return islice(self.open(), self.limit)
 
 
 def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
@@ -143,19 +127,27 @@ def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
 
 
 def _local(kind: str, path: Path, **options: Any) -> Iterator[Row]:
-    # Streaming reads the file in place; without it datasets would copy it into its cache first.
-    from datasets import load_dataset
+    def opened() -> Iterable[Any]:
+        from datasets import load_dataset
+
+        if path.stat().st_size == 0:
+            return ()
+        # Streaming reads the file in place; without it datasets would copy it into its cache first.
+        return load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+
+    return _dataset(str(path), opened, f"not a readable {kind.upper()} file after row {{row}} ({{reason}}).")
+
+
+def _dataset(source: str, opened: Callable[[], Iterable[Any]], problem: str) -> Iterator[Row]:
+    """The rows of what ``datasets`` opens; ``problem`` says what is wrong where it can't be read, with ``row`` and ``reason``."""
     from datasets.exceptions import DatasetsError
 
     number = 0
     try:
-        if path.stat().st_size == 0:
-            return
-        data = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-        for number, values in enumerate(data, start=1):
-            yield Row(number, str(path), values)
-    except (ValueError, TypeError, OSError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{path}: not a readable {kind.upper()} file after row {number} ({_reason(error)}).") from error
+        for number, values in enumerate(opened(), start=1):
+            yield Row(number, source, values)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, DatasetsError) as error:
+        raise DataError(f"{source}: {problem.format(row=number, reason=_reason(error))}") from error
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -166,40 +158,35 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _saved(folder: Path, config: DataConfig) -> Iterator[Row]:
-    from datasets import DatasetDict, load_from_disk
-    from datasets.exceptions import DatasetsError
+    def opened() -> Iterable[Any]:
+        from datasets import DatasetDict, load_from_disk
 
-    try:
         data = load_from_disk(str(folder))
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{folder}: the dataset saved there can't be read ({_reason(error)}).") from error
-    if isinstance(data, DatasetDict):
+        if not isinstance(data, DatasetDict):
+            return data
         wanted = next((names for names in _SPLITS.values() if config.split in names), {config.split})
         name = config.split if config.split in data else next((name for name in data if name in wanted), None)
         if name is None:
-            raise DataError(
-                f"{folder}: no split '{config.split}' (found: {', '.join(map(str, data))}); set --data.split."
-            )
-        data = data[name]
-    for number, values in enumerate(data, start=1):
-        yield Row(number, str(folder), values)
+            found = ", ".join(map(str, data))
+            raise DataError(f"{folder}: no split '{config.split}' (found: {found}); set --data.split.")
+        return data[name]
+
+    return _dataset(str(folder), opened, "the dataset saved there can't be read ({reason}).")
 
 
 def _hub(config: DataConfig) -> Iterator[Row]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    def opened() -> Iterable[Any]:
+        from datasets import load_dataset
 
-    try:
         # A limited set is streamed too: only its first rows are downloaded.
         streaming = config.streaming or config.limit is not None
-        data = load_dataset(config.path, config.name, split=config.split, streaming=streaming)
-        for number, values in enumerate(data, start=1):
-            yield Row(number, config.path, values)
-    except (ValueError, TypeError, OSError, RuntimeError, DatasetsError) as error:
-        raise DataError(
-            f"{config.path}: neither a file or folder here nor a dataset that the Hugging Face Hub gave "
-            f"({_reason(error)}); check --data.path, --data.name and --data.split, and the network."
-        ) from error
+        return load_dataset(config.path, config.name, split=config.split, streaming=streaming)
+
+    problem = (
+        "neither a file or folder here nor a dataset that the Hugging Face Hub gave ({reason}); check --data.path, "
+        "--data.name and --data.split, and the network."
+    )
+    return _dataset(config.path, opened, problem)
 
 
 def _reason(error: BaseException) -> str:

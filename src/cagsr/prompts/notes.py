@@ -9,7 +9,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.flow import Prompt
 from cagsr.models.stops import turn_end
 from cagsr.prompts.salience import DocumentFrequency
-from cagsr.prompts.written import is_rendered
+from cagsr.prompts.template_marks import is_rendered
 
 
 def describe(

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.progress import working
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
-from cagsr.prompts.explain import explain_salience, salience_table
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
-from cagsr.prompts.pool import pool_words
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.render import render_prompt
+from cagsr.prompts.rows import split_texts
 from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.split import split_texts
-
-__all__ = ["PromptSet", "encode_texts", "explain_salience", "prepare_prompts", "salience_table"]
+from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.support.progress import working
 
 FREQUENCY_ROWS = 10_000
 """Rows of a streamed set on which document frequencies are estimated."""
@@ -42,13 +39,13 @@ def prepare_prompts(
     """Read the prompts that ``data`` names and encode them with their salience.
 
     Args:
-        data: Where the prompts are, how they are read, what happens to long ones: ``truncate`` leaves out a
+        data: where the prompts are, how they are read, what happens to long ones: ``truncate`` leaves out a
             conversation's earliest turns, then the earliest text, never special tokens or the chat template.
-        salience: Which words matter.
-        tokenizer: A fast tokenizer.
-        max_length: Longest prompt in tokens, special tokens included: what the model's context leaves after the
+        salience: which words matter.
+        tokenizer: a fast one.
+        max_length: longest prompt in tokens, special tokens included: what the model's context leaves after the
             answer. ``data.max_prompt_length`` lowers it further.
-        frequency: Document frequencies of an earlier run; None: counted on these prompts (on the first
+        frequency: document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
         text_columns: columns that are text beside the usual ones (``load_rows``).
 
@@ -65,25 +62,21 @@ def prepare_prompts(
     located = list(pipeline.render(rows))
     fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
     results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
-    encoded = [result.encoded for result in results if result.encoded is not None]
-    long = sum(result.too_long for result in results)
+    encoded = [one for one, _ in results if one is not None]
+    long = sum(too_long for _, too_long in results)
     if not encoded:
-        raise DataError(
-            f"{data.path}: all {len(results)} prompts are longer than {pipeline.limit} tokens and were dropped; "
-            "set --data.long_prompts truncate or allow longer prompts."
-        )
+        raise pipeline.all_dropped(f"all {len(results)}")
     texts = {one.prompt.text for one in encoded}
     different = f" ({len(texts):,} different)" if len(texts) < len(encoded) else ""
     notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
-    if long and data.long_prompts == "drop":
+    if long:
+        dropped = data.long_prompts == "drop"
+        than = f"longer than {pipeline.limit:,} tokens"
         notes.append(
-            f"{long:,} of {len(results):,} prompts are longer than {pipeline.limit:,} tokens and were dropped "
-            "(--data.long_prompts drop)."
-        )
-    elif long:
-        notes.append(
-            f"{long:,} of {len(results):,} prompts were longer than {pipeline.limit:,} tokens; their earliest turns "
-            "or text were cut, the end kept (--data.long_prompts truncate)."
+            f"{long:,} of {len(results):,} prompts are {than} and were dropped (--data.long_prompts drop)."
+            if dropped
+            else f"{long:,} of {len(results):,} prompts were {than}; their earliest turns or text were cut, the end kept "
+            "(--data.long_prompts truncate)."
         )
     if located[0][0].from_messages:
         notes.append(about_messages(data))
@@ -102,13 +95,8 @@ def encode_texts(
 ) -> list[EncodedPrompt]:
     """Encode prompts that come from no file: texts, or conversations as lists of chat messages.
 
-    Args:
-        texts: The prompts.
-        tokenizer: A fast tokenizer.
-        salience: Which words matter.
-        max_length: Longest prompt in tokens.
-        frequency: Document frequencies of a run or a prompt set; None: counted on ``texts`` themselves.
-        source: Where the prompts come from, for messages.
+    ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; the rest as
+    :func:`prepare_prompts`.
 
     Raises:
         DataError: a prompt that is empty, too long or holds no word that matters, named by its number.
@@ -119,12 +107,7 @@ def encode_texts(
     located = list(pipeline.render(rows))
     fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
     results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
-    return [result.encoded for result in results if result.encoded is not None]
-
-
-class _Result(NamedTuple):
-    encoded: EncodedPrompt | None
-    too_long: bool
+    return [encoded for encoded, _ in results if encoded is not None]
 
 
 @dataclass(frozen=True)
@@ -141,8 +124,8 @@ class _Pipeline:
         for row in rows:
             yield row, self._render(row)
 
-    def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> _Result:
-        """Turn a prompt into tokens and words; None where it is too long and long prompts are dropped."""
+    def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> tuple[EncodedPrompt | None, bool]:
+        """Turn a prompt into tokens and words, and tell whether it was too long; None where it is and such are dropped."""
         where = f"{row.source}, row {row.number}"
         tokens = encode_prompt(prompt, self.encoder)
         too_long = len(tokens.ids) > self.limit
@@ -157,11 +140,18 @@ class _Pipeline:
                 "set --data.long_prompts to drop or truncate, or allow longer prompts."
             )
         if too_long and self.data.long_prompts == "drop":
-            return _Result(None, True)
+            return None, True
         if too_long:
             prompt, tokens = truncate_prompt(*self._drop_turns(row, prompt, tokens), self.limit, where)
         salient = salient_words(prompt, self.salience, frequency, where)
-        return _Result(pool_words(prompt, tokens, salient, self.salience, where), too_long)
+        return words_of_tokens(prompt, tokens, salient, self.salience, where), too_long
+
+    def all_dropped(self, which: str) -> DataError:
+        """What is wrong where no prompt is left."""
+        return DataError(
+            f"{self.data.path}: {which} prompts are longer than {self.limit} tokens and were dropped; set --data.long_prompts "
+            "truncate or allow longer prompts."
+        )
 
     def _drop_turns(self, row: Row, prompt: Prompt, tokens: Tokens) -> tuple[Prompt, Tokens]:
         """Leave out the earliest turns of a conversation, as few as it takes, the last user message never."""
@@ -196,16 +186,13 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
 
     def reopen() -> Iterator[EncodedPrompt]:
         for row, prompt in pipeline.render(rows):
-            encoded = pipeline.encode(row, prompt, fitted).encoded
+            encoded, _ = pipeline.encode(row, prompt, fitted)
             if encoded is not None:
                 yield encoded
 
     head = list(islice(reopen(), HEAD_ROWS))
     if not head:
-        raise DataError(
-            f"{data.path}: all prompts are longer than {pipeline.limit} tokens and were dropped; "
-            "set --data.long_prompts truncate or allow longer prompts."
-        )
+        raise pipeline.all_dropped("all")
     if data.long_prompts != "error":
         done = "dropped" if data.long_prompts == "drop" else "cut at their front"
         notes.append(f"Prompts longer than {pipeline.limit:,} tokens are {done} as they are read, uncounted.")

@@ -9,9 +9,9 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
+from cagsr.prompts.character_ranges import Range, cut
 from cagsr.prompts.chat import Rendered, render_chat
-from cagsr.prompts.ranges import Range, cut
-from cagsr.prompts.written import written_marks
+from cagsr.prompts.template_marks import written_marks
 
 
 def render_prompt(
@@ -32,13 +32,7 @@ def render_prompt(
     their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
     ``spans_column`` count in the content of the last user message, and markers may stand in any message.
 
-    Args:
-        row: Column name -> value.
-        number: 1-based position in the file, for messages.
-        config: The columns and the system prompt.
-        salience: Its ``markers`` are used.
-        tokenizer: Used for its chat template only.
-        source: File that the row comes from, for messages; ``config.path`` when None.
+    The row stands at ``number`` (from 1) in the file ``source`` (None: ``config.path``), for messages.
 
     Raises:
         DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the
@@ -73,29 +67,30 @@ def render_prompt(
     )
 
 
-def text_of(value: Any) -> str:
+def text_of(value: Any, where: str | None = None) -> str:
     """Return the text of a completion or reference column in either of TRL's formats: text, or chat messages.
 
     Text may also come as the content of a message does, in parts ``{"type": "text", "text": ...}``.
 
     Raises:
-        DataError: ``value`` is neither.
+        DataError: ``value`` is neither; ``where`` (file, row, column) opens the message.
     """
+    about = "" if where is None else f"{where}: "
     if isinstance(value, str):
         return value
     if is_parts(value):
         if (text := content_of(value)) is not None:
             return text
-        raise DataError("A part of it is not text (images are not supported).")
+        raise DataError(f"{about}A part of it is not text (images are not supported).")
     if isinstance(value, Sequence) and all(isinstance(entry, Mapping) for entry in value):
         spoken = [entry for entry in value if not only_calls(entry)]
         contents = [content_of(entry.get("content")) for entry in spoken]
         if value and not spoken:
-            raise DataError("The messages only call tools, and there is no text to read.")
+            raise DataError(f"{about}The messages only call tools, and there is no text to read.")
         if all(content is not None for content in contents):
             return "\n".join(content for content in contents if content is not None)
-        raise DataError("A message's content is not text (images are not supported).")
-    raise DataError(f"Expected text or a list of chat messages, found {_kind(value)}.")
+        raise DataError(f"{about}A message's content is not text (images are not supported).")
+    raise DataError(f"{about}Expected text or a list of chat messages, found {_kind(value)}.")
 
 
 def is_parts(value: Any) -> bool:
@@ -220,16 +215,12 @@ def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str,
         cuts += [(start, start + len(opening)), (end, end + len(closing))]
         inside.append((start + len(opening), end))
         cursor = end + len(closing)
-    if closing in text[cursor:] or any(closing in text[a:b] for a, b in _between(cuts)):
+    # What stands before the first pair of markers, between one pair and the next, and behind the last.
+    outside = zip([0, *(end for _, end in cuts[1::2])], [*(start for start, _ in cuts[0::2]), len(text)], strict=True)
+    if any(closing in text[start:end] for start, end in outside):
         raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
     shorter, (ranges,) = cut(text, cuts, inside)
     return shorter, tuple((start, end) for start, end in ranges if start < end)
-
-
-def _between(cuts: Sequence[Range]) -> list[Range]:
-    """Return the stretches before the first pair of markers and between one pair and the next."""
-    starts = [0, *(end for _, end in cuts[1::2])]
-    return list(zip(starts, (start for start, _ in cuts[0::2]), strict=False))
 
 
 def _given_spans(

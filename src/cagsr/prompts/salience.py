@@ -1,7 +1,7 @@
 """Salience: how much each word of a prompt matters.
 
-Template markers are excluded by :func:`cagsr.prompts.words.find_words`; special tokens, padding and the attention sink
-by :mod:`cagsr.prompts.pool`, where words meet tokens.
+Template markers are excluded by :func:`cagsr.prompts.find_words.find_words`; special tokens, padding and the attention sink
+by :mod:`cagsr.prompts.word_tokens`, where words meet tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from cagsr.config import SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
-from cagsr.prompts.ranges import overlaps
-from cagsr.prompts.words import Word, find_words
+from cagsr.prompts.character_ranges import overlaps
+from cagsr.prompts.find_words import Word, find_words
 
 
 @dataclass(frozen=True)

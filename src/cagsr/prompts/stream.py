@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from cagsr.errors import DataError, RunError
-from cagsr.flow import EncodedPrompt
+from cagsr.flow import EncodedPrompt, Returns
 from cagsr.prompts.promptset import PromptSet
 
 BUFFER_ROWS = 1_000
@@ -29,11 +29,8 @@ class PromptStream:
             raise ValueError("PromptStream needs batch_size >= 1 and 0 <= process_index < num_processes")
         if not prompts.prompts:
             raise DataError("There is no prompt to train on; give more prompts or hold out fewer.")
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._seed = seed
-        self._process_index = process_index
-        self._num_processes = num_processes
+        self._prompts, self._batch_size, self._seed = prompts, batch_size, seed
+        self._process_index, self._num_processes = process_index, num_processes
         self._epoch = 0
         self._position = 0  # prompts taken from this epoch by all processes together
         self._rest: Iterator[EncodedPrompt] | None = None
@@ -45,15 +42,18 @@ class PromptStream:
             return float(self._epoch)
         return self._epoch + self._position / len(self._prompts.prompts)
 
-    def next_batch(self) -> list[EncodedPrompt]:
+    def next(self) -> list[EncodedPrompt]:
         """Return this process's next ``batch_size`` prompts.
 
         Raises:
             DataError: a row of a streamed set that can't be used, or a streamed set that has become empty.
         """
-        together = [self._take() for _ in range(self._batch_size * self._num_processes)]
+        everyones = [self._take() for _ in range(self._batch_size * self._num_processes)]
         first = self._process_index * self._batch_size
-        return together[first : first + self._batch_size]
+        return everyones[first : first + self._batch_size]
+
+    def observe(self, prompts: Sequence[EncodedPrompt], returns: Returns) -> None:
+        """Nothing: the order does not depend on how the answers do."""
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands, the same in every process; goes into JSON."""

@@ -17,8 +17,8 @@ from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
-from cagsr.progress import working
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
+from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
 
@@ -106,18 +106,10 @@ def compare(
     *,
     seed: int,
 ) -> BeforeAfter:
-    """Let both models answer every prompt and measure the answers; the same seed gives the same numbers.
+    """Let both models answer held-out prompts, with a ``reference`` each, and measure; the same seed, the same numbers.
 
     How peaked a model is, and which temperature matches it, is what ``cagsr compare`` means by it
-    (:mod:`cagsr.evaluation.matched_entropy`).
-
-    Args:
-        start: the model before.
-        trained: the model after.
-        judge: whose perplexity is reported; neither of the two.
-        prompts: held-out prompts, each with a complete ``reference`` in its columns.
-        sampling: how long answers may be; the temperatures are set here.
-        seed: of the sampling.
+    (:mod:`cagsr.evaluation.matched_entropy`). The perplexity is a third model's, the judge's.
 
     Raises:
         ModelError: no temperature makes the start as peaked as the trained model.
@@ -125,9 +117,8 @@ def compare(
 
     def answered(loaded: LoadedModel, temperature: float) -> Answered:
         draws = DRAWS if temperature > 0 else 1
-        found = answers_at(
-            loaded, prompts, replace(sampling, num_generations=draws, temperature=temperature), seed, BATCH
-        )
+        settings = replace(sampling, num_generations=draws, temperature=temperature)
+        found = answers_at(loaded, prompts, settings, seed, BATCH)
         texts = [text.strip() for text in found.texts]
         own = tuple(tuple(texts[first : first + draws]) for first in range(0, len(texts), draws))
         values = measure(judge, prompts, own)
@@ -139,13 +130,8 @@ def compare(
         several = replace(sampling, num_generations=DRAWS)
         known = {1.0: before.entropy}
         temperature = matching_temperature(start, prompts, several, after.entropy, seed, BATCH, known=known)
-        return BeforeAfter(
-            before=before,
-            peaked=answered(start, temperature),
-            after=after,
-            before_greedy=answered(start, 0.0),
-            after_greedy=answered(trained, 0.0),
-        )
+        peaked = answered(start, temperature)
+        return BeforeAfter(before, peaked, after, answered(start, 0.0), answered(trained, 0.0))
 
 
 def measure(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from cagsr.evaluation.intervals import Interval, paired_difference
 from cagsr.flow import EncodedPrompt
+from cagsr.html_page import templates
 from cagsr.quickstart.before_after import MEASURES, Answered, BeforeAfter, Measure
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.task import read_prompt, stated_facts
@@ -127,17 +127,20 @@ def remark(prompt: str, answer: str) -> str:
 
 def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, config: QuickstartConfig) -> str:
     """The report as a Markdown file: table, verdict, examples, settings."""
-    environment = Environment(loader=PackageLoader("cagsr", "quickstart"), trim_blocks=True, keep_trailing_newline=True)
-    text: str = environment.get_template("report.md.jinja").render(
-        title=_title(found),
-        verdict=verdict(found),
-        columns=list(found.columns()),
-        rows=table_rows(found),
-        temperature=found.peaked.temperature,
-        examples=examples(prompts, found),
-        config=config,
+    text: str = (
+        templates("quickstart", html=False)
+        .get_template("report.md.jinja")
+        .render(
+            title=_title(found),
+            verdict=verdict(found),
+            columns=list(found.columns()),
+            rows=table_rows(found),
+            temperature=found.peaked.temperature,
+            examples=examples(prompts, found),
+            config=config,
+        )
     )
-    return text
+    return text + "\n"
 
 
 def next_steps(console: Console, folder: Path, seconds: float) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cagsr.atomic import disk_errors, write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig, TrainConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
@@ -35,6 +34,7 @@ from cagsr.quickstart.quickstart_report import (
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.start_model import Recipe, as_jsonl
 from cagsr.quickstart.task import make_prompts
+from cagsr.support.atomic import disk_errors, write_text_atomically
 from cagsr.train import train
 
 SETTINGS = "quickstart.yaml"
@@ -103,11 +103,7 @@ def train_config(config: QuickstartConfig, folder: Path) -> TrainConfig:
 
 
 def _open(config: QuickstartConfig, folder: Path) -> str:
-    """Make the folder, or take over an earlier quickstart's; give a note about what was found there.
-
-    Raises:
-        RunError: a file, or a folder that holds something else.
-    """
+    """Make the folder, or take over an earlier quickstart's; give a note about what was found there."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: give a folder as --output_dir.")
     with disk_errors(folder):

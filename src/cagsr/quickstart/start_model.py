@@ -12,11 +12,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, SftConfig
 from cagsr.configfile import to_yaml
 from cagsr.quickstart.task import all_words, make_pairs
 from cagsr.sft import SETTINGS, sft
+from cagsr.support.atomic import write_text_atomically
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
@@ -126,11 +126,7 @@ class Recipe:
         )
 
     def make(self) -> Path:
-        """Train the model with ``sft``, from random weights, and return its folder.
-
-        Raises:
-            CagsrError: a folder in the way, a full disk.
-        """
+        """Train the model with ``sft``, from random weights, and return its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.folder / "pairs.jsonl", self.rows())
         save_blank(self.folder / "blank", self.seed)

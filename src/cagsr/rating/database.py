@@ -16,25 +16,6 @@ APPLICATION = 0x63616773
 """What SQLite's header says of files that are ours ("cags")."""
 VERSION = 1
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE questions (
-    id TEXT PRIMARY KEY, number INTEGER NOT NULL, prompt TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL,
-    gold INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE raters (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, created TEXT NOT NULL);
-CREATE TABLE orders (
-    rater INTEGER NOT NULL REFERENCES raters, place INTEGER NOT NULL, question TEXT NOT NULL REFERENCES questions,
-    a_left INTEGER NOT NULL, PRIMARY KEY (rater, place), UNIQUE (rater, question)) WITHOUT ROWID;
-CREATE TABLE ratings (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, rater INTEGER NOT NULL, question TEXT NOT NULL,
-    choice TEXT NOT NULL CHECK (choice IN ('a', 'b', 'tie', 'both_bad', 'skip')), scales TEXT,
-    client_id TEXT NOT NULL UNIQUE, created TEXT NOT NULL,
-    UNIQUE (rater, question), FOREIGN KEY (rater, question) REFERENCES orders (rater, question));
-CREATE TABLE undone (
-    client_id TEXT PRIMARY KEY, rater INTEGER NOT NULL, question TEXT NOT NULL, choice TEXT NOT NULL, scales TEXT,
-    created TEXT NOT NULL, undone TEXT NOT NULL) WITHOUT ROWID;
-"""
-
 
 def create_database(path: Path, questions: Sequence[RatingQuestion], settings: Mapping[str, object]) -> None:
     """Make the file with its questions, in one transaction, readable by its owner alone (it holds the page's token).
@@ -50,7 +31,7 @@ def create_database(path: Path, questions: Sequence[RatingQuestion], settings: M
                 raise DataError(f"{path} holds another database; choose a new name with --db.")
             connection.execute("PRAGMA journal_mode = WAL")
             with transaction(connection):
-                for statement in filter(str.strip, _SCHEMA.split(";\n")):
+                for statement in Path(__file__).with_name("schema.sql").read_text(encoding="utf-8").split(";\n"):
                     connection.execute(statement)
                 everything = {"token": secrets.token_urlsafe(32), "database": secrets.token_hex(8), **settings}
                 connection.executemany(
@@ -84,17 +65,13 @@ def open_database(path: Path) -> sqlite3.Connection:
         try:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error:
+            if application != APPLICATION:
+                raise DataError(f"{path} is no ratings file of cagsr rate; choose another one with --db.")
+            if version > VERSION:
+                raise DataError(f"{path} comes from a later version of cagsr; choose another one with --db.")
+        except (sqlite3.Error, DataError):
             connection.close()
             raise
-        if application != APPLICATION or version > VERSION:
-            connection.close()
-            why = (
-                "comes from a later version of cagsr"
-                if application == APPLICATION
-                else "is no ratings file of cagsr rate"
-            )
-            raise DataError(f"{path} {why}; choose another one with --db.")
     return connection
 
 

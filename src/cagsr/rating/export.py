@@ -39,24 +39,18 @@ def preference_pairs(judgements: Sequence[Judgement], votes: Literal["majority",
     for each rating that prefers an answer. A conversation's answers become one message of the assistant each.
     """
     asked = [one for one in judgements if not one.question.gold]
-    left_out = dict.fromkeys(REASONS, 0)
-    for one in asked:
-        if one.choice in left_out:
-            left_out[one.choice] += 1
+    left_out = {reason: sum(one.choice == reason for one in asked) for reason in REASONS}
+    preferred = [(one.question, str(one.choice)) for one in asked if one.choice in ("a", "b")]
     rows = []
-    for question, choice in _each(asked) if votes == "each" else _majority(asked, left_out):
+    for question, choice in preferred if votes == "each" else _majority(asked, left_out):
         if not question.a.strip() or not question.b.strip():
             left_out["empty"] += 1
             continue
-        better, worse = (question.a, question.b) if choice == "a" else (question.b, question.a)
-        rows.append(
-            {"prompt": question.prompt, "chosen": _answer(question, better), "rejected": _answer(question, worse)}
-        )
+        answers: list[Any] = [question.a, question.b] if choice == "a" else [question.b, question.a]
+        if not isinstance(question.prompt, str):
+            answers = [[{"role": "assistant", "content": text}] for text in answers]
+        rows.append({"prompt": question.prompt, "chosen": answers[0], "rejected": answers[1]})
     return Exported(tuple(rows), left_out)
-
-
-def _each(judgements: Sequence[Judgement]) -> list[tuple[RatingQuestion, str]]:
-    return [(one.question, one.choice) for one in judgements if one.choice in ("a", "b")]
 
 
 def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list[tuple[RatingQuestion, str]]:
@@ -73,7 +67,3 @@ def _majority(judgements: Sequence[Judgement], left_out: dict[str, int]) -> list
         elif len(own) > 1:  # a single rater's tie is counted as one already
             left_out["no_majority"] += 1
     return found
-
-
-def _answer(question: RatingQuestion, text: str) -> str | list[dict[str, str]]:
-    return text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]

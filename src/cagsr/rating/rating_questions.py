@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,16 @@ def questions_from_answers(
     for name, other, (first, second) in ((a, b, (mine, theirs)), (b, a, (theirs, mine))):
         lacking = next((key for key in first if key not in second), None)
         if lacking is not None:
-            row = first[lacking][0]
+            row, *_ = first[lacking][0]
             raise DataError(
-                f"{name}, row {row.number}: its prompt is not answered in {other}; both files must answer the same prompts."
+                f"{name}, row {row}: its prompt is not answered in {other}; both files must answer the same prompts."
             )
     pairs = []
     unpaired = 0
     for key, rows in mine.items():
         others = theirs[key]
         unpaired += abs(len(rows) - len(others))
-        pairs += [RatingQuestion(one.prompt, one.text, two.text) for one, two in zip(rows, others, strict=False)]
+        pairs += [RatingQuestion(prompt, a, b) for (_, prompt, a), (*_, b) in zip(rows, others, strict=False)]
     return _kept(pairs, unpaired)
 
 
@@ -94,14 +94,14 @@ def questions_from_pairs(
     Raises:
         DataError: a row without one of the columns.
     """
-    pairs = []
-    for row in load_rows(_config(path, prompt_column), [a_column, b_column]):
-        prompt = prompt_of(row, prompt_column)
-        pairs.append(RatingQuestion(prompt, _text(row, a_column), _text(row, b_column), gold))
+    rows = load_rows(DataConfig(path=path, prompt_column=prompt_column), [a_column, b_column])
+    pairs = [
+        RatingQuestion(prompt_of(row, prompt_column), _text(row, a_column), _text(row, b_column), gold) for row in rows
+    ]
     return _kept(pairs, 0)
 
 
-def together(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
+def with_gold(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
     """Put questions and gold questions into one set."""
     return RatingQuestions(
         (*asked.questions, *gold.questions),
@@ -131,26 +131,15 @@ def prompt_of(row: Row, column: str = "prompt") -> PromptText:
     raise DataError(f'{where}: column \'{column}\' must hold text or chat messages {{"role": ..., "content": ...}}.')
 
 
-@dataclass(frozen=True)
-class _Answer:
-    number: int
-    prompt: PromptText
-    text: str
-
-
-def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[_Answer]]:
-    """Answers of a file under their prompts, in the order of the prompts' first mention."""
-    found: dict[str, list[_Answer]] = {}
-    for row in load_rows(_config(path, prompt_column), [response_column]):
+def _answers(path: str, prompt_column: str, response_column: str) -> dict[str, list[tuple[int, PromptText, str]]]:
+    """A file's answers under their prompts, in the order of these: number of the row, prompt, answer."""
+    found: dict[str, list[tuple[int, PromptText, str]]] = {}
+    for row in load_rows(DataConfig(path=path, prompt_column=prompt_column), [response_column]):
         prompt = prompt_of(row, prompt_column)
         found.setdefault(json.dumps(prompt, sort_keys=True), []).append(
-            _Answer(row.number, prompt, _text(row, response_column, "--response_column"))
+            (row.number, prompt, _text(row, response_column, "--response_column"))
         )
     return found
-
-
-def _config(path: str, prompt_column: str) -> DataConfig:
-    return DataConfig(path=path, prompt_column=prompt_column)
 
 
 def _text(row: Row, column: str, flag: str | None = None) -> str:
@@ -181,20 +170,10 @@ def _message(entry: Any, position: int, where: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _equal(question: RatingQuestion) -> bool:
-    """Whether nobody could tell the answers apart: white space is not what is judged."""
-    return question.a.split() == question.b.split()
-
-
 def _kept(pairs: Sequence[RatingQuestion], unpaired: int) -> RatingQuestions:
-    different = [pair for pair in pairs if not _equal(pair)]
-    kept = tuple(_once(different))
-    return RatingQuestions(kept, len(pairs) - len(different), len(different) - len(kept), unpaired)
-
-
-def _once(pairs: Sequence[RatingQuestion]) -> Iterator[RatingQuestion]:
-    seen: set[str] = set()
-    for pair in pairs:
-        if pair.id not in seen:
-            seen.add(pair.id)
-            yield pair
+    """Leave out pairs that nobody could tell apart (white space is not what is judged) and those that came before."""
+    different = [pair for pair in pairs if pair.a.split() != pair.b.split()]
+    first: dict[str, RatingQuestion] = {}
+    for pair in different:
+        first.setdefault(pair.id, pair)
+    return RatingQuestions(tuple(first.values()), len(pairs) - len(different), len(different) - len(first), unpaired)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import socket
 import sqlite3
-from collections.abc import Callable
 from dataclasses import asdict
-from importlib.resources import files
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import uvicorn
-from jinja2 import Environment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,28 +17,22 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import DataError
-from cagsr.localhost import HOST, serve_until_interrupted
+from cagsr.html_page import page_file, templates
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
+from cagsr.support.localhost import HOST
 
 LARGEST = 16_384
 """Bytes of a message from the page; the largest that it sends has some hundred."""
-SCALE_TEXTS = {
-    "relevance": "Does it answer what was asked?",
-    "fluency": "Is it well written?",
-    "helpfulness": "Is it of use to whoever asked?",
-}
 
 
 class _Message(BaseModel):
+    """What every message says; with no more than that somebody gives a name."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
     database: str
     """Which ratings file the page was opened for."""
     rater: Annotated[str, Field(min_length=1, max_length=400)]
-
-
-class JoinMessage(_Message):
-    """Somebody gives a name."""
 
 
 Mark = Annotated[int, Field(ge=1, le=5)]
@@ -66,21 +56,14 @@ class UndoMessage(_Message):
 MessageT = TypeVar("MessageT", bound=_Message)
 
 
-class Refusal(Exception):
-    """A message that can't be served: one sentence and an HTTP status."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
 def rating_app(store: Store, port: int) -> Starlette:
     """Make the ASGI application for one ratings file.
 
     Writes answer with where the rater stands, so that the page needs no second request. Status 409: another rating stands
     there; 412: the page was opened for another file; 503: the disk refused, nothing was kept.
     """
-    page = _page(store)
+    template = templates("rating").get_template("page.html.jinja")
+    page = template.render(database=store.database, scales=store.settings.scales)
 
     async def show(request: Request) -> Response:
         response = HTMLResponse(page)
@@ -91,11 +74,11 @@ def rating_app(store: Store, port: int) -> Starlette:
         _check_database(store, request.query_params.get("database", ""))
         found = await run_in_threadpool(store.progress, request.query_params.get("rater", ""))
         if found is None:
-            raise Refusal(404, "Nobody of that name rates here yet.")
+            raise HTTPException(404, "Nobody of that name rates here yet.")
         return _progress(found)
 
     async def join(request: Request) -> Response:
-        message = await _read(request, JoinMessage, store)
+        message = await _read(request, _Message, store)
         return _progress(await run_in_threadpool(store.join, message.rater))
 
     async def rate(request: Request) -> Response:
@@ -114,14 +97,14 @@ def rating_app(store: Store, port: int) -> Starlette:
     async def _answer(outcome: str, message: _Message) -> Response:
         found = await run_in_threadpool(store.progress, message.rater)
         if outcome == "unknown" or found is None:
-            raise Refusal(404, "No such rater or question in this ratings file.")
+            raise HTTPException(404, "No such rater or question in this ratings file.")
         return _progress(found, outcome, 409 if outcome == "conflict" else 200)
 
     return Starlette(
         routes=[
             Route("/", show),
-            Route("/rate.js", _file("rate.js", "text/javascript")),
-            Route("/rate.css", _file("rate.css", "text/css")),
+            Route("/rate.js", lambda request: Response(page_file("rating", "rate.js"), media_type="text/javascript")),
+            Route("/rate.css", lambda request: Response(page_file("rating", "rate.css"), media_type="text/css")),
             Route("/api/state", state),
             Route("/api/rater", join, methods=["POST"]),
             Route("/api/rate", rate, methods=["POST"]),
@@ -129,7 +112,6 @@ def rating_app(store: Store, port: int) -> Starlette:
         ],
         middleware=[Middleware(Guard, token=store.token, port=port)],
         exception_handlers={
-            Refusal: lambda request, error: JSONResponse({"error": str(error)}, error.status),
             DataError: lambda request, error: JSONResponse({"error": str(error)}, 400),
             HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code),
             sqlite3.Error: lambda request, error: JSONResponse({"error": f"The ratings file refuses: {error}."}, 503),
@@ -137,64 +119,32 @@ def rating_app(store: Store, port: int) -> Starlette:
     )
 
 
-def serve(store: Store, taken: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until interrupted; ``ready`` is called when the page can be opened."""
-    port = taken.getsockname()[1]
-    settings = uvicorn.Config(
-        rating_app(store, port),
-        log_level="warning",
-        access_log=False,  # its lines would show the token
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=3,
-    )
-    serve_until_interrupted(settings, taken, ready)
-
-
 def link(store: Store, taken: socket.socket) -> str:
     """Give the address of the page, token included."""
     return f"http://{HOST}:{taken.getsockname()[1]}/?token={store.token}"
 
 
-def _page(store: Store) -> str:
-    template = (files("cagsr.rating") / "page.html.jinja").read_text(encoding="utf-8")
-    scales = [(name, SCALE_TEXTS[name]) for name in store.settings.scales]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(database=store.database, scales=scales)
-
-
-def _file(name: str, kind: str) -> Callable[[Request], Any]:
-    content = (files("cagsr.rating") / name).read_text(encoding="utf-8")
-
-    async def give(request: Request) -> Response:
-        return Response(content, media_type=kind)
-
-    return give
-
-
 async def _read(request: Request, kind: type[MessageT], store: Store) -> MessageT:
     """Read and check the page's message."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refusal(415, "A message must be JSON.")
+        raise HTTPException(415, "A message must be JSON.")
     content = b""
     async for part in request.stream():
         content += part
         if len(content) > LARGEST:
-            raise Refusal(413, "The message is too long.")
+            raise HTTPException(413, "The message is too long.")
     try:
         message = kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'The message'}: {first['msg']}.") from None
+        raise HTTPException(400, f"{'.'.join(map(str, first['loc'])) or 'The message'}: {first['msg']}.") from None
     _check_database(store, message.database)
     return message
 
 
 def _check_database(store: Store, named: str) -> None:
     if named != store.database:
-        raise Refusal(412, "This page was opened for another ratings file than the one served here now.")
+        raise HTTPException(412, "This page was opened for another ratings file than the one served here now.")
 
 
 def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
@@ -203,7 +153,7 @@ def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
     marks = message.marks or {}
     if any(set(marks.get(side, {})) != set(scales) for side in ("left", "right")):
         wanted = ", ".join(scales) or "no scales"
-        raise Refusal(400, f"Both answers need marks for: {wanted}.")
+        raise HTTPException(400, f"Both answers need marks for: {wanted}.")
 
 
 def _progress(progress: Progress, outcome: str = "done", status: int = 200) -> Response:

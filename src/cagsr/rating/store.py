@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import unicodedata
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 from cagsr.errors import DataError
 from cagsr.rating.database import create_database, database_errors, open_database, transaction
-from cagsr.rating.order import draw_order
 from cagsr.rating.rating_questions import PromptText, RatingQuestion
 
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
@@ -217,11 +217,11 @@ class Store:
 
     def _progress(self, key: str) -> Progress:
         rater, name = self._connection.execute("SELECT id, name FROM raters WHERE key = ?", (key,)).fetchone()
-        total = self._connection.execute("SELECT count(*) FROM orders WHERE rater = ?", (rater,)).fetchone()[0]
-        done, latest = self._connection.execute(
-            "SELECT count(*), max(id) FROM ratings WHERE rater = ?", (rater,)
+        total, done, last = self._connection.execute(
+            "SELECT (SELECT count(*) FROM orders WHERE rater = :rater), (SELECT count(*) FROM ratings WHERE rater = :rater), "
+            "(SELECT client_id FROM ratings WHERE rater = :rater ORDER BY id DESC LIMIT 1)",
+            {"rater": rater},
         ).fetchone()
-        last = self._connection.execute("SELECT client_id FROM ratings WHERE id = ?", (latest,)).fetchone()
         row = self._connection.execute(
             "SELECT questions.id, prompt, a, b, a_left FROM orders JOIN questions ON questions.id = orders.question "
             "LEFT JOIN ratings ON ratings.rater = orders.rater AND ratings.question = orders.question "
@@ -232,7 +232,20 @@ class Store:
         if row is not None:
             question, prompt, a, b, a_left = row
             asked = Asked(question, json.loads(prompt), *((a, b) if a_left else (b, a)))
-        return Progress(name, done, total, None if last is None else last[0], asked)
+        return Progress(name, done, total, last, asked)
+
+
+def draw_order(seed: int, rater: str, questions: Sequence[str]) -> list[tuple[str, bool]]:
+    """Shuffle the questions' names for a rater and draw whether A stands on the left, each independently.
+
+    The draw hangs on nothing but seed, rater and name: it is the same on every machine and for every order of ``questions``.
+
+    Returns:
+        ``(question, A is on the left)`` in the order in which they are asked.
+    """
+    # 256 random bits each: the first ones place the question, the last one places its answers.
+    drawn = sorted((hashlib.sha256(f"{seed}\0{one}\0{rater}".encode()).digest(), one) for one in questions)
+    return [(question, bool(digest[-1] & 1)) for digest, question in drawn]
 
 
 def rater_name(name: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
+from cagsr.html_page import templates
 from cagsr.rating.rating_statistics import choice_agreement, mark_agreement, mark_of, prompt_means, win_score
 from cagsr.rating.store import Judgement, Settings
 
@@ -66,37 +66,10 @@ class Summary:
     raters: tuple[RaterSummary, ...]
     scales: dict[str, ScaleSummary]
 
-    def plain(self) -> dict[str, Any]:
-        """Give everything as JSON has it."""
-        return asdict(self)
-
-    def lines(self) -> Iterator[str]:
-        """Give the summary as text, line by line."""
-        counts = self.counts
-        yield f"A: {self.label_a}"
-        yield f"B: {self.label_b}"
-        judged = sum(counts.values())
-        yield f"{judged:,} ratings by {len(self.raters)} raters on {self.questions:,} questions (gold left out)"
-        yield (
-            f"A better {counts['a']:,}, B better {counts['b']:,}, tie {counts['tie']:,}, both bad {counts['both_bad']:,}, "
-            f"skipped {counts['skip']:,}"
-        )
-        if self.win_rate is None:
-            yield "win rate of A: nothing judged yet"
-        else:
-            few = "; few prompts: the interval is too narrow" if self.prompts < FEW else ""
-            yield (
-                f"win rate of A: {self.win_rate} (95 % bootstrap interval over {self.prompts:,} prompts; ties and both bad "
-                f"count half{few})"
-            )
-        yield f"Krippendorff's alpha, choices: {_alpha(self.agreement, 'questions')}"
-        for name, scale in self.scales.items():
-            yield f"{name}: A {scale.a}, B {scale.b}, A - B {scale.difference}; alpha {_alpha(scale.agreement, 'answers')}"
-        for rater in self.raters:
-            made = sum(rater.counts.values())
-            gold = f", gold {rater.gold_right} of {rater.gold_answered} right" if rater.gold_answered else ""
-            left = "" if rater.left_share is None else f", left chosen {rater.left_share:.2f} of left and right"
-            yield f"{rater.name}: {made:,} ratings, {rater.counts['skip']:,} skipped{gold}{left}"
+    def text(self) -> str:
+        """Give the summary as text, a few lines."""
+        text: str = templates("rating", html=False).get_template("summary.txt.jinja").render(s=self, few=FEW)
+        return text.rstrip("\n")
 
 
 def summarize(judgements: Sequence[Judgement], questions: int, settings: Settings) -> Summary:
@@ -143,11 +116,3 @@ def _scale(judgements: Sequence[Judgement], scale: str) -> ScaleSummary:
     return ScaleSummary(
         mean_interval(a), mean_interval(b), paired_difference(a, b), Agreement(*mark_agreement(judgements, scale))
     )
-
-
-def _alpha(agreement: Agreement, units: str) -> str:
-    if agreement.alpha is not None:
-        return f"{agreement.alpha:.3f} over {agreement.shared:,} {units} that two raters or more judged"
-    if agreement.shared == 0:
-        return f"undefined (no {units} that two raters have judged)"
-    return f"undefined (all judgements of the {agreement.shared:,} shared {units} are the same)"

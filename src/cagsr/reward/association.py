@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cagsr.errors import DataError
 from cagsr.flow import EpisodeBatch
-from cagsr.prompts.words import find_words
+from cagsr.prompts.find_words import find_words
 
 FORMAT = "phi of prompt n-grams and answer words"
 DENSE_UP_TO = 2**22

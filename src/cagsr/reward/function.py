@@ -70,7 +70,8 @@ class RewardFunction:
         Returns:
             The reward. A term without variance contributes 0; where a term does not apply to an answer its raw value
             is NaN and it contributes 0. Rows of ``per_token`` sum to ``total``, except that an answer without tokens
-            is paid nothing on tokens. Of several turns each answer is judged among the answers of that turn.
+            is paid nothing on tokens. Of several turns each answer is judged among the answers of that turn to its prompt; one
+            that came there alone is neither better nor worse.
 
         Raises:
             RewardError: a term fails or gives a number that is not finite (the moments are then unchanged).
@@ -92,6 +93,7 @@ class RewardFunction:
         for name, weight in zip(self.names, self.weights, strict=True):
             term = values[name]
             amount, scale = self.normalizer(name, term, group), self.normalizer.scale(name)
+            amount = amount.masked_fill(exchanges.alone, 0.0)
             # Dense gains keep their place, scaled; the centring and the clipping of the sum fall on the last token.
             tokens = torch.zeros_like(per_token) if term.tokens is None else term.tokens * scale
             tokens = add_at_last_token(tokens, amount - tokens.sum(dim=1), mask)

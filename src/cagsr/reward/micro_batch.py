@@ -39,8 +39,9 @@ class TermVisitor:
         # Of several turns each answer is judged apart, once all is read.
         at_once = episodes.context is None and not keep_maps
         self._terms = [term for term in terms if at_once and by_micro_batch(term)]
+        later = [term for term in terms if not (at_once and by_micro_batch(term))]
         self._maps: Tensor | None = None
-        if keep_maps or any(ATTENTION in needs_of(term) for term in terms if term not in self._terms):
+        if keep_maps or any(ATTENTION in needs_of(term) for term in later):
             self._maps = torch.zeros(*episodes.ids.shape, episodes.words.shape[1], device=episodes.ids.device)
         self._values: dict[str, RawValues] = {}
         self._failures: dict[str, CagsrError] = {}

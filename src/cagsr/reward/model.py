@@ -23,11 +23,11 @@ from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.models.files import check_files, is_adapter, weights_problem
 from cagsr.models.lengths import length_borders
-from cagsr.progress import each, working
-from cagsr.prompts.answered import answered_messages
+from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import once_special
 from cagsr.reward.values import quote_prompt
+from cagsr.support.progress import each, working
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
 _OPENING = frozenset("([{‘“«")

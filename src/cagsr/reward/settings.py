@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cagsr.config.ranges import NonNegativeFloat, PositiveInt, PositiveShare
 from cagsr.reward.registry import registered_terms
@@ -28,9 +28,13 @@ class AssociationsConfig:
     """Weaker associations (phi) count as none."""
 
 
+_dataclass: Any = dataclass(frozen=True)  # so that type checkers take any section as an argument
+
 if TYPE_CHECKING:
 
     class _Sections:
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
         def __init__(self, **sections: Any) -> None: ...
         def __getattr__(self, name: str) -> Any: ...
 
@@ -42,7 +46,7 @@ else:
     )
 
 
-@dataclass(frozen=True)
+@_dataclass
 class RewardConfig(_Sections):
     """The reward: a weighted sum of terms, each brought to one scale first."""
 

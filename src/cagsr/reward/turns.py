@@ -45,6 +45,14 @@ class Exchanges:
             _answers(batch, row, turn), episodes.prompts.group[row] * turns + turn, row, turn, (len(there), turns)
         )
 
+    @property
+    def alone(self) -> Tensor:
+        """``(answers,)`` bool: the only answer in a later turn of its prompt, which has nothing to be compared with."""
+        if self.turn is None:
+            return torch.zeros_like(self.group, dtype=torch.bool)
+        _, own, counts = torch.unique(self.group, return_inverse=True, return_counts=True)
+        return (counts[own] == 1) & (self.turn > 0)
+
     def seen_by(self, term: RewardTerm) -> RewardBatch:
         """The batch with the words of those turns alone that the term looks over (its attribute ``turns``)."""
         turns: Turns = getattr(term, "turns", "all")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -22,40 +19,9 @@ from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.term import UNKNOWN, PartialValues, RewardTerm
 from cagsr.reward.trainer_calls import TRAINER_ARGUMENTS, no_trainer
 from cagsr.reward.values import quote_prompt
+from cagsr.support.dotted_path import import_dotted
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
-
-
-def import_dotted(path: str, setting: str = "reward.functions") -> Any:
-    """Import what a dotted path names; modules in the current directory are found too.
-
-    Args:
-        path: ``package.module.name``.
-        setting: the config key it comes from, for messages.
-
-    Raises:
-        ConfigError: not a dotted path, no such module, the module can't be imported, or it has no such name.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name or not name or path.startswith("."):
-        raise ConfigError(f"{setting}: {path!r} is not a dotted path; write package.module.function")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # as python -m does: the command line's script directory hides it
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(
-                f"{setting}: {path!r} names no module {error.name!r}, neither installed nor in {os.getcwd()}"
-            ) from error
-        raise ConfigError(f"{setting}: {module_name!r} imports {error.name!r}, which is not installed") from error
-    except Exception as error:  # importing runs the user's code, which can raise anything
-        raise ConfigError(
-            f"{setting}: importing {module_name!r} failed with {type(error).__name__}: {error}; mend the module"
-        ) from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{setting}: module {module_name!r} ({module.__file__}) has no {name!r}")
-    return getattr(module, name)
 
 
 def load_function(path: str, name: str | None = None, settings: Mapping[str, Any] | None = None) -> RewardTerm:

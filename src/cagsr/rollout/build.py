@@ -21,11 +21,6 @@ WEIGHTS_FOLDER = "rollout-weights"
 def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Accelerator) -> Sampler:
     """Make the sampler; with vLLM, meet the server.
 
-    Args:
-        config: all settings.
-        loaded: the policy.
-        accelerator: which process this is.
-
     Raises:
         ConfigError: the model can't be sampled from this way.
         RolloutError: the server isn't there or isn't fit.

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from cagsr.errors import ModelError
 from cagsr.models.cache import put_rows, rows_can_be_picked
 from cagsr.models.lengths import length_borders, read_as_long_as
-from cagsr.progress import working
+from cagsr.support.progress import working
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""

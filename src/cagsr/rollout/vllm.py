@@ -12,29 +12,22 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 
 from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
-from cagsr.processes import from_main
-from cagsr.progress import working
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
 from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
 from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
+from cagsr.support.processes import broadcast, gather_objects
+from cagsr.support.progress import working
 
 
 class VLLMSampler:
-    """A ``Sampler`` whose answers come from a vLLM server.
-
-    Args:
-        loaded: the policy.
-        model: where it came from.
-        rollout: the server's address and how long to wait.
-        accelerator: which process this is.
-        channel: makes the way of the weights, in the main process, from the server.
+    """A ``Sampler`` whose answers come from a vLLM server; ``channel`` makes the way of the weights in the main process.
 
     Raises:
         RolloutError: the server isn't there or isn't fit (in every process).
@@ -60,7 +53,7 @@ class VLLMSampler:
             self._channel = channel(self._server)
             return served
 
-        self._served = from_main(connect, accelerator)
+        self._served = broadcast(connect, accelerator)
         self.notes: tuple[str, ...] = (
             f"Rollouts: vLLM at {self._server.url}, weights by {rollout.weights}; its context is "
             f"{self._served.context or 'an untold number of'} tokens.",
@@ -71,15 +64,13 @@ class VLLMSampler:
         if self._stale:
             self._send_weights()
             self._stale = False
-        own = questions_of(prompts, sampling.num_generations)
-        everyone = self._everyones(own)
+        own, rank = questions_of(prompts, sampling.num_generations), self._accelerator.process_index
+        everyone = gather_objects([own], self._accelerator)
         asked = [question for questions in everyone for question in questions]
         with working("sampling by vLLM"):
-            answers = from_main(lambda: self._ask(asked, sampling), self._accelerator)
-        before = sum(len(questions) for questions in everyone[: self._accelerator.process_index])
-        first = before * sampling.num_generations
-        mine = answers[first : first + len(own) * sampling.num_generations]
-        return assemble(mine, prompts, self._loaded, sampling)
+            answers = broadcast(lambda: self._ask(asked, sampling), self._accelerator)
+        first = sum(len(questions) for questions in everyone[:rank]) * sampling.num_generations
+        return assemble(answers[first : first + len(prompts.group)], prompts, self._loaded, sampling)
 
     def policy_changed(self) -> None:
         """As the protocol: the weights are sent before the next answers."""
@@ -102,28 +93,18 @@ class VLLMSampler:
     @working("sending the weights to vLLM")
     def _send_weights(self) -> None:
         weights = policy_weights(self._loaded)
-        from_main(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)
+        broadcast(lambda: self._channel.prepare() if self._channel is not None else None, self._accelerator)
         if not self._accelerator.is_main_process:
             for weight in weights:
                 weight.tensor()  # a sharded weight is put together by all processes
-        from_main(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
-
-    def _everyones(self, own: list[Question]) -> list[list[Question]]:
-        if self._accelerator.num_processes == 1:
-            return [own]
-        found: list[list[Question]] = gather_object([own])
-        return found
+        broadcast(lambda: self._channel.send(weights) if self._channel is not None else None, self._accelerator)
 
 
 def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
-    """The prompts without padding and without their repetitions.
-
-    Args:
-        prompts: ``(batch, prompt)``, padded on either side.
-        generations: how often each prompt stands there, in a row.
+    """The prompts without padding and without their repetitions, each standing there ``generations`` times in a row.
 
     Raises:
-        ValueError: the rows are no such repetitions.
+        ValueError: they are no such repetitions.
     """
     ids, mask, group = prompts.ids.cpu(), prompts.real.cpu(), prompts.group.cpu()
     if len(group) % generations or not torch.equal(group, group[::generations].repeat_interleave(generations)):
@@ -139,23 +120,14 @@ def assemble(
 ) -> EpisodeBatch:
     """Pad an engine's answers into a rollout, cut as the built-in sampler's are.
 
-    Args:
-        answers: one for each row of ``prompts``.
-        prompts: ``(batch, prompt)``.
-        loaded: tokenizer, stop and PAD tokens.
-        sampling: stop strings.
-
-    Returns:
-        The rollout on the prompts' device; ``sampler_logprobs`` is 0 on padding.
+    ``sampler_logprobs`` is 0 on padding.
     """
     device = prompts.ids.device
     lengths = torch.tensor([len(answer.ids) for answer in answers])
-    width = int(lengths.max())
-    ids = torch.full((len(answers), width), loaded.pad_token_id, dtype=torch.long)
-    logprobs = torch.zeros(len(answers), width)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer.ids)] = torch.tensor(answer.ids)
-        logprobs[row, : len(answer.ids)] = torch.tensor(answer.logprobs)
+    ids = pad_sequence(
+        [torch.tensor(answer.ids) for answer in answers], batch_first=True, padding_value=loaded.pad_token_id
+    )
+    logprobs = pad_sequence([torch.tensor(answer.logprobs) for answer in answers], batch_first=True)
     cut = cut_responses(ids.to(device), prompts, loaded, *loaded.stops(sampling))
     # An answer may be over before its stop shows in our text (the engine's own idea of a stop string), and what comes
     # after it is filling, not tokens.

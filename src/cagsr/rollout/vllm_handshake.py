@@ -30,12 +30,6 @@ class ServedModel:
 def meet(server: VLLMServer, rollout: RolloutConfig, model: ModelConfig, loaded: LoadedModel) -> ServedModel:
     """Wait for the server and look whether it can sample for this policy.
 
-    Args:
-        server: the server.
-        rollout: how long to wait, and how the weights will travel.
-        model: where the policy came from.
-        loaded: the policy.
-
     Raises:
         RolloutError: not up in time, no vLLM server, started without a setting that is needed, or with another tokenizer.
         ConfigError: the policy's vocabulary has grown since it was loaded, so the server's copy can't hold its weights.

@@ -23,11 +23,8 @@ class VLLMServer:
     """The server at one address.
 
     TRL's ``VLLMClient`` can't be used here: it wants vllm installed beside the trainer even to ask for answers, never
-    times out, and retries a POST that may have been carried out.
-
-    Args:
-        url: address, with or without a trailing slash or ``/v1``.
-        timeout: seconds to wait for each reply.
+    times out, and retries a POST that may have been carried out. ``url`` may end in a slash or ``/v1``; ``timeout`` is how
+    many seconds each reply may take.
     """
 
     def __init__(self, url: str, timeout: float) -> None:

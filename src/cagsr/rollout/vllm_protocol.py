@@ -42,13 +42,7 @@ def completion_request(
     """The body of the request for ``sampling.num_generations`` answers to each question.
 
     Every setting that the server would otherwise take from the model's generation config is named, so that the sampled
-    policy is the one the scoring pass knows.
-
-    Args:
-        model: the server's name for the model.
-        questions: prompts as token ids.
-        sampling: temperature, filters, lengths, stop strings.
-        stop_ids: token ids that end an answer.
+    policy is the one the scoring pass knows. ``model`` is the server's name for it.
     """
     return {
         "model": model,
@@ -73,13 +67,7 @@ def completion_request(
 
 
 def check_room(questions: Sequence[Question], sampling: SamplingConfig, context: int | None, url: str) -> None:
-    """Refuse prompts that don't fit the server's context together with the longest answer.
-
-    Args:
-        questions: prompts as token ids.
-        sampling: ``max_new_tokens``.
-        context: the server's ``--max-model-len`` in tokens; None: not told.
-        url: its address.
+    """Refuse prompts that don't fit the server's ``context`` (tokens; None: not told) together with the longest answer.
 
     Raises:
         RolloutError: naming the row of the first that doesn't.
@@ -98,14 +86,7 @@ def check_room(questions: Sequence[Question], sampling: SamplingConfig, context:
 def engine_answers(
     reply: Any, questions: Sequence[Question], sampling: SamplingConfig, stop_ids: Sequence[int], vocabulary: int
 ) -> list[EngineAnswer]:
-    """Read and check the reply to ``completion_request``.
-
-    Args:
-        reply: the decoded JSON.
-        questions: what was asked.
-        sampling: how.
-        stop_ids: token ids that end an answer.
-        vocabulary: number of rows of the policy's embedding.
+    """Read and check the reply to ``completion_request``, decoded from JSON.
 
     Returns:
         ``len(questions) * num_generations`` answers, those to one question in a row.

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cagsr.atomic import clean_leftovers, disk_errors, replace_folder
 from cagsr.errors import ConfigError, RolloutError
-from cagsr.extras import require
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
+from cagsr.support.atomic import clean_leftovers, disk_errors, replace_folder
+from cagsr.support.extras import require
 
 
 @dataclass(frozen=True)
@@ -50,36 +51,20 @@ class PolicyWeight:
 
 
 def policy_weights(loaded: LoadedModel) -> list[PolicyWeight]:
-    """Every weight that the policy's forward pass uses, LoRA merged, tied weights once.
-
-    Args:
-        loaded: the policy; sent in its compute precision.
-
-    Returns:
-        The weights in the model's order, not yet computed.
-    """
-    model = loaded.model
+    """Every weight that the policy's forward pass uses, in the model's order, LoRA merged, tied weights once; not yet computed."""
+    model: Any = loaded.model
     adapted: dict[str, Callable[[], Tensor]] = {}
-    if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        for name, module in base.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                adapted[f"{name}.weight"] = _delta_of(module)
-        prefix = model.prefix
-    else:
-        base, prefix = model, None
+    base, prefix = (model.get_base_model(), model.prefix) if isinstance(model, PeftModel) else (model, None)
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            (adapter,) = module.active_adapters
+            adapted[f"{name}.weight"] = partial(module.get_delta_weight, adapter)
     found = []
     for name, parameter in base.named_parameters():
-        if prefix is not None and prefix in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        found.append(PolicyWeight(plain, parameter, adapted.get(plain), loaded.compute_dtype))
+        if prefix is None or prefix not in name:
+            plain = name.replace(".base_layer.", ".")
+            found.append(PolicyWeight(plain, parameter, adapted.get(plain), loaded.compute_dtype))
     return found
-
-
-def _delta_of(module: Any) -> Callable[[], Tensor]:
-    (adapter,) = module.active_adapters
-    return lambda: module.get_delta_weight(adapter)
 
 
 class WeightChannel(Protocol):
@@ -111,12 +96,9 @@ class DiskWeights:
     """Weights as safetensors in a folder that the server sees too, loaded by its workers' ``reload_weights``.
 
     vLLM documents both parts: ``POST /collective_rpc`` (vLLM's docs/features/sleep_mode.md) and ``reload_weights`` with a
-    ``weights_path`` (docs/training/layerwise.md). The trainer needs neither vllm nor a GPU.
-
-    Args:
-        server: where to.
-        model: the policy, for its config and for transformers' way from module names to checkpoint names.
-        folder: of this run alone; the latest weights lie in a subfolder with a new name each time.
+    ``weights_path`` (docs/training/layerwise.md). The trainer needs neither vllm nor a GPU. The policy ``model`` gives its
+    config and transformers' way from module names to checkpoint names; ``folder`` is of this run alone, and the latest
+    weights lie in a subfolder with a new name each time.
     """
 
     def __init__(self, server: VLLMServer, model: nn.Module, folder: Path) -> None:
@@ -164,13 +146,9 @@ class DiskWeights:
 
 
 class NcclWeights:
-    """Weights from GPU to GPU, through TRL's ``VLLMClient`` and vLLM's NCCL weight-transfer engine.
+    """Weights from the main process's GPU to the server's, through TRL's ``VLLMClient`` and vLLM's NCCL weight-transfer engine.
 
-    Args:
-        server: where to.
-        device: the main process's GPU.
-        group_port: where trainer and server meet.
-        timeout: seconds that the client may wait for the server to be up.
+    Trainer and server meet at ``group_port``; the client may wait ``timeout`` seconds for the server to be up.
 
     Raises:
         ConfigError: no CUDA device, no vllm beside the trainer, or a TRL whose client speaks another protocol.
@@ -199,7 +177,7 @@ class NcclWeights:
             (weight.name, str(weight.dtype).removeprefix("torch."), list(weight.parameter.shape)) for weight in weights
         ]
         with self._errors():
-            self._client.update_named_params(metadata, _on(self._device, weights))
+            self._client.update_named_params(metadata, ((one.name, one.tensor().to(self._device)) for one in weights))
         reset_prefix_cache(self._server)
 
     def close(self) -> None:
@@ -255,11 +233,6 @@ def reset_prefix_cache(server: VLLMServer) -> None:
             f"The vLLM server at {server.url} can't drop its prefix cache, so it would answer with old weights: does "
             "someone else use it at the same time?"
         )
-
-
-def _on(device: torch.device, weights: Sequence[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
-    for weight in weights:
-        yield weight.name, weight.tensor().to(device)
 
 
 def _line(error: Exception) -> str:

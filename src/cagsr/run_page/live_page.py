@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -20,11 +18,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import CagsrError
-from cagsr.localhost import HOST, serve_until_interrupted
 from cagsr.run_page.find_run import find_run, labels
 from cagsr.run_page.read_run import Run, read_run
 from cagsr.run_page.run_html import Content, content_of, render_page
 from cagsr.runs.folder import CONFIG, is_being_written
+from cagsr.support.localhost import HOST
 
 SHARE = 10
 """After a reading that took a second the next one waits this many: training must not lose its cores to its page."""
@@ -117,9 +115,3 @@ def application(paths: Sequence[Path]) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)],
         exception_handlers={CagsrError: refused},
     )
-
-
-def serve(paths: Sequence[Path], bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until interrupted; ``ready`` is called when the page can be opened."""
-    settings = uvicorn.Config(application(paths), log_level="warning", access_log=False)
-    serve_until_interrupted(settings, bound, ready)

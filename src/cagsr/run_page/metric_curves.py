@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import STEP_SECONDS, TOKENS_PER_SECOND, is_number
+from cagsr.run_page.step_times import is_number
 
 MOST_POINTS = 45_000
 """Points on a page, over all curves of all runs: they take about 1 MB."""
@@ -34,61 +36,20 @@ class Curve:
 HELD_OUT, REWARD, POLICY, SPEED, MORE = "Held-out", "Reward", "Policy", "Speed", "More curves"
 GROUPS = (HELD_OUT, REWARD, POLICY, SPEED, MORE)
 
-_KNOWN = (
-    Curve("eval/metric", "Held-out metric, sampled", "higher is better", HELD_OUT),
-    Curve("eval/metric_greedy", "Held-out metric, greedy", "higher is better", HELD_OUT),
-    Curve("eval/length", "Held-out length", "tokens", HELD_OUT),
-    Curve("eval/repetition", "Held-out repetition", "share of repeated n-grams", HELD_OUT, 0.1),
-    Curve("eval/ended", "Held-out answers that end", "share", HELD_OUT, 1.0),
-    Curve("objective/raw_scores", "Reward", "mean, not normalised, before the KL penalty", REWARD),
-    Curve("objective/kl", "KL to the starting model", "nats per answer", POLICY),
-    Curve("policy/entropy_avg", "Entropy of the policy", "nats per token", POLICY),
-    Curve("response/length", "Answer length", "tokens", POLICY),
-    Curve("response/repetition", "Repetition", "share of repeated n-grams", POLICY, 0.1),
-    Curve("response/ended", "Answers that end by themselves", "share", POLICY, 1.0),
-    Curve("policy/clipfrac_avg", "Clip fraction", "share of tokens", POLICY, 0.1),
-    Curve("val/explained_variance", "Explained variance of the values", "1 is perfect", POLICY),
-    Curve(TOKENS_PER_SECOND, "Speed", "sampled tokens per second of a whole step", SPEED),
-    Curve(STEP_SECONDS, "Time of a step", "seconds", SPEED),
-    Curve("objective/scores", "Reward, normalised", "mean of what is paid", MORE),
-    Curve("objective/rlhf_reward", "Reward less the KL penalty", "mean", MORE),
-    Curve("objective/entropy", "Entropy of an answer", "nats per answer", MORE),
-    Curve("policy/approxkl_avg", "KL of one update", "nats per token", MORE),
-    Curve("policy/grad_norm", "Gradient norm", "before clipping", MORE),
-    Curve("lr", "Learning rate", "", MORE),
-    Curve("kl_coef", "Weight of the KL", "", MORE),
-)
-
-MARKED = {
-    "kl": ("objective/kl",),
-    "negative_kl": ("objective/kl",),
-    "length_drift": ("response/length",),
-    "repetition": ("response/repetition",),
-    "ended": ("response/ended",),
-    "entropy": ("policy/entropy_avg",),
-    "metric_drop": ("eval/metric", "objective/raw_scores", "objective/scores"),
-}
-"""Monitor -> the curves that it watches. All others are marked at the reward, ``dominance`` also at every term's share."""
+NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+_KNOWN = tuple(Curve(*row) for row in NAMES["curves"])
 
 
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
     """The charts that these runs have numbers for, in the order of the page."""
     present = {key for run in runs for row in run.rows for key in row if key != "step"}
-    reward_first = "objective/raw_scores" if "objective/raw_scores" in present else "objective/scores"
-    found: list[Curve] = []
-    for curve in _KNOWN:
-        if curve.key not in present:
-            continue
-        if curve.key == reward_first and curve.group == MORE:
-            curve = Curve(curve.key, "Reward", "mean, before the KL penalty", REWARD)
-        found.append(curve)
-    known = {curve.key for curve in found}
-    found += [_named(key) for key in sorted(present - known, key=_order)]
+    found = [curve for curve in _KNOWN if curve.key in present]
+    others = present - {curve.key for curve in found}
+    found += [_named(key) for key in sorted(others, key=lambda key: (not key.endswith("/mean"), key))]
+    if "objective/raw_scores" not in present:
+        reward = Curve("objective/scores", "Reward", "mean, before the KL penalty", REWARD)
+        found = [reward if curve.key == reward.key else curve for curve in found]
     return sorted(found, key=lambda curve: GROUPS.index(curve.group))
-
-
-def _order(key: str) -> tuple[bool, str]:
-    return not key.endswith("/mean"), key
 
 
 def _named(key: str) -> Curve:
@@ -98,14 +59,9 @@ def _named(key: str) -> Curve:
         term = name.replace("_", " ")
         if kind == "mean" and name != "total":
             return Curve(key, f"Term: {term}", "mean, raw", REWARD)
-        kinds = {
-            "mean": ("mean", None),
-            "std": ("standard deviation", None),
-            "share": ("share of the reward's variance", 1.0),
-            "length_correlation": ("", None),
-        }
-        unit, floor = kinds.get(kind, (kind, None))
-        return Curve(key, f"{'Reward' if name == 'total' else term}: {kind.replace('_', ' ')}", unit, MORE, floor)
+        units = {"std": "standard deviation", "share": "share of the reward's variance", "length_correlation": ""}
+        title = f"{'Reward' if name == 'total' else term}: {kind.replace('_', ' ')}"
+        return Curve(key, title, units.get(kind, kind), MORE, 1.0 if kind == "share" else None)
     if key.startswith("eval/"):
         return Curve(key, f"Held-out {key.removeprefix('eval/').replace('_', ' ')}", "", HELD_OUT)
     return Curve(key, key, "", MORE)
@@ -181,12 +137,13 @@ def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, 
             smoothed = smooth(values)
             kept = thin(values, room)
             thinned |= len(kept) < len(values)
+            marks = [row for row in run.warnings if _belongs(row, curve.key)]
             found[curve.key].append(
                 {
                     "step": [steps[place] for place in kept],
                     "value": [values[place] for place in kept],
                     "smooth": None if smoothed is None else [_short(smoothed[place]) for place in kept],
-                    "marks": [[row["step"], _said(row)] for row in run.warnings if _belongs(row, curve.key)],
+                    "marks": [[row["step"], f"step {row['step']}: {row.get('sentence', '')}"] for row in marks],
                 }
             )
     return found, thinned
@@ -196,11 +153,8 @@ def _belongs(warning: Mapping[str, Any], key: str) -> bool:
     name = warning.get("name")
     if name == "dominance" and key.startswith("rewards/") and key.endswith("/share"):
         return True
-    return key in MARKED.get(str(name), ("objective/raw_scores", "objective/scores"))
-
-
-def _said(warning: Mapping[str, Any]) -> str:
-    return f"step {warning['step']}: {warning.get('sentence', '')}"
+    _, *watched = NAMES["monitors"].get(str(name), [""])
+    return key in (watched or ("objective/raw_scores", "objective/scores"))
 
 
 def _short(value: float | None) -> float | None:

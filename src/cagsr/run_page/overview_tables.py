@@ -8,35 +8,9 @@ from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.config.validation import flatten
-from cagsr.run_page.metric_curves import HELD_OUT, MORE, SPEED, Curve, points
+from cagsr.run_page.metric_curves import HELD_OUT, MORE, NAMES, SPEED, Curve, points
 from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import PHASES, is_number, step_seconds
-
-MONITORS = {
-    "kl": "KL too large",
-    "negative_kl": "KL below zero",
-    "length_drift": "Length drifts",
-    "repetition": "Repetition",
-    "ended": "Answers don't end",
-    "entropy": "Entropy collapses",
-    "dominance": "One term dominates",
-    "metric_drop": "Reward up, held-out metric down",
-}
-PHASE_NAMES = dict(zip(PHASES, ("sampling, scoring, reward", "update", "held-out evaluation"), strict=True))
-INSIDE = {
-    "collect_seconds": {
-        "rollout_seconds": "sampling",
-        "scoring_seconds": "scoring, with attention",
-        "reference_seconds": "reference",
-        "reward_seconds": "reward and advantages",
-    },
-    "update_seconds": {
-        "forward_seconds": "update: forward",
-        "backward_seconds": "update: backward",
-        "optimizer_seconds": "update: optimizer",
-    },
-}
-"""What lies inside the phases, where a run has recorded it."""
+from cagsr.run_page.step_times import is_number, step_seconds
 
 
 @dataclass(frozen=True)
@@ -63,12 +37,12 @@ def ends(run: Run, key: str) -> Ends | None:
 
 def glance(runs: Sequence[Run], curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """The rows of the first table: what matters, for each run."""
-    found = []
-    for curve in curves:
-        if curve.group in (MORE, SPEED) or (curve.group == HELD_OUT and curve.key.endswith(("/ended", "/repetition"))):
-            continue
-        found.append({"curve": curve, "runs": [ends(run, curve.key) for run in runs]})
-    return found
+    return [
+        {"curve": curve, "runs": [ends(run, curve.key) for run in runs]}
+        for curve in curves
+        if curve.group not in (MORE, SPEED)
+        and not (curve.group == HELD_OUT and curve.key.endswith(("/ended", "/repetition")))
+    ]
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -78,7 +52,7 @@ def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "run": number,
             "label": run.label,
             "step": row["step"],
-            "name": MONITORS.get(str(row.get("name")), str(row.get("name", "")).replace("_", " ")),
+            "name": NAMES["monitors"].get(str(row.get("name")), [str(row.get("name", "")).replace("_", " ")])[0],
             "sentence": str(row.get("sentence", "")),
             "stop": row.get("action") == "stop",
         }
@@ -98,18 +72,14 @@ def costs(run: Run) -> dict[str, Any] | None:
     """
     if not run.timings:
         return None
-    seconds = {
-        key: sum(row[key] for row in run.timings if is_number(row.get(key)))
-        for key in dict.fromkeys(key for row in run.timings for key in row if key.endswith("_seconds"))
-    }
+    recorded = [(key, value) for row in run.timings for key, value in row.items() if is_number(value)]
+    seconds: dict[str, float] = {}
+    for key, value in recorded:
+        if key.endswith("_seconds"):
+            seconds[key] = seconds.get(key, 0.0) + value
     total = sum(step_seconds(row) for row in run.timings)
-    tokens = sum(row["response_tokens"] for row in run.timings if is_number(row.get("response_tokens")))
-    memory = [
-        row[key]
-        for row in run.timings
-        for key in row
-        if "memory" in key and key.endswith("_bytes") and is_number(row[key])
-    ]
+    tokens = sum(value for key, value in recorded if key == "response_tokens")
+    memory = [value for key, value in recorded if "memory" in key and key.endswith("_bytes")]
     collecting = seconds.get("collect_seconds", 0.0)
     return {
         "parts": [(what, key, value, value / total if total else 0.0) for what, key, value in _parts(seconds)],
@@ -125,12 +95,12 @@ def costs(run: Run) -> dict[str, Any] | None:
 def _parts(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """``(what, key, seconds)``: each phase, or what lies inside it and the rest of it."""
     found: list[tuple[str, str, float]] = []
-    for phase, name in PHASE_NAMES.items():
+    for phase, names in NAMES["phases"].items():
         if phase not in seconds:
             continue
-        inside = [(what, key, seconds[key]) for key, what in INSIDE.get(phase, {}).items() if key in seconds]
+        inside = [(what, key, seconds[key]) for key, what in names["inside"].items() if key in seconds]
         rest = seconds[phase] - sum(value for _, _, value in inside)
-        found += [*inside, (f"{name}: the rest" if inside else name, phase, max(0.0, rest))]
+        found += [*inside, (f"{names['name']}: the rest" if inside else names["name"], phase, max(0.0, rest))]
     return found
 
 
@@ -138,13 +108,9 @@ def changed_settings(run: Run) -> list[tuple[str, str, str]]:
     """The settings that are not the default ones: dotted key, value, default (empty where there is none)."""
     defaults = flatten(TrainConfig(model=ModelConfig(path=""), data=DataConfig(path=""), output_dir=""))
     needed = ("model.path", "data.path", "output_dir")
-    found = []
-    for key, value in _flat(run.settings).items():
-        if key in needed or key not in defaults:
-            found.append((key, _text(value), ""))
-        elif _text(value) != _text(defaults[key]):
-            found.append((key, _text(value), _text(defaults[key])))
-    return found
+    known = {key: _text(value) for key, value in defaults.items() if key not in needed}
+    rows = [(key, _text(value), known.get(key, "")) for key, value in _flat(run.settings).items()]
+    return [row for row in rows if row[0] not in known or row[1] != row[2]]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -40,17 +40,6 @@ class Run:
     warnings: tuple[Row, ...]
     state: State
 
-    @property
-    def steps(self) -> int | None:
-        """Steps that the run is to do."""
-        steps = self.setting("run.steps")
-        return steps if isinstance(steps, int) else None
-
-    @property
-    def last_step(self) -> int | None:
-        """The last step whose metrics are written, None before the first line."""
-        return self.metrics[-1]["step"] if self.metrics else None
-
     def setting(self, key: str) -> Any:
         """A setting by its dotted key, None where the file has none."""
         value: Any = self.settings

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, Template
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from cagsr.html_page import page_file, script_digest, script_json, templates
 from cagsr.run_page.bokeh_chart import DASHES, MARKERS, bokeh_script, chart
 from cagsr.run_page.metric_curves import GROUPS, MORE, curve_data, curves_of
 from cagsr.run_page.overview_tables import changed_settings, costs, differing_settings, glance, warnings_of
@@ -44,10 +39,7 @@ def content_of(runs: Sequence[Run]) -> Content:
             {"label": run.label, "state": run.state.kind, "sentence": run.state.sentence, "written": run.state.written}
             for run in runs
         ],
-        "curves": [
-            {"key": one.key, "title": one.title, "unit": one.unit, "group": one.group, "floor": one.floor}
-            for one in curves
-        ],
+        "curves": [asdict(one) for one in curves],
         "groups": GROUPS,
         "lazy": MORE,
         "figure": chart(len(runs)),
@@ -57,7 +49,7 @@ def content_of(runs: Sequence[Run]) -> Content:
         "dashes": DASHES,
         "markers": MARKERS,
     }
-    parts: Any = _template("sections.html.jinja").module
+    parts: Any = templates("run_page").get_template("sections.html.jinja").module
     html = {
         "state": parts.state(runs),
         "glance": parts.glance(runs, glance(runs, curves)),
@@ -84,58 +76,21 @@ def render_page(runs: Sequence[Run], content: Content | None = None, *, live: st
         live: the version of a page that is served and asks for news; empty for a file.
     """
     content = content or content_of(runs)
-    folder = files("cagsr.run_page")
-    parts = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    parts = "\n".join(page_file("run_page", name) for name in SCRIPTS)
     scripts = [bokeh_script(), f'(async () => {{\n"use strict";\n{parts}}})();']
-    page: str = _template("page.html.jinja").render(
-        title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
-        runs=runs,
-        html={name: Markup(text) for name, text in content.html.items()},
-        style=Markup(folder.joinpath("report.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],
-        digests=[_digest(script) for script in scripts],
-        data=as_json(content.data),
-        live=live,
-        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+    page: str = (
+        templates("run_page")
+        .get_template("page.html.jinja")
+        .render(
+            title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
+            runs=runs,
+            html={name: Markup(text) for name, text in content.html.items()},
+            style=page_file("run_page", "report.css"),
+            scripts=[Markup(script) for script in scripts],
+            digests=[script_digest(script) for script in scripts],
+            data=script_json(content.data),
+            live=live,
+            made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        )
     )
     return page
-
-
-def as_json(data: Any) -> Markup:
-    """Write JSON that can stand inside a script element: no tag, comment or entity can begin in it."""
-    return htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":"))
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("cagsr", "run_page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _number, "signed": _signed, "duration": _duration}
-    return environment
-
-
-def _template(name: str) -> Template:
-    return _environment().get_template(name)
-
-
-def _number(value: float) -> str:
-    """Four digits, a true minus."""
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _signed(value: float) -> str:
-    return (f"{value:+.3g}" if value else "0").replace("-", "\N{MINUS SIGN}")
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: ``48.2 s``, ``5 min 12 s``, ``3 h 05 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -28,11 +28,7 @@ def state_of(
 ) -> State:
     """Tell a run's state from its lock, which the kernel frees however a process ends, and from what it has written.
 
-    Args:
-        path: the run folder.
-        metrics: its rows so far.
-        warnings: what the monitors said.
-        steps: how many steps the run is to do, None if that is not known.
+    ``steps`` is how many the run is to do, None if that is not known.
     """
     done = int(metrics[-1]["step"]) if metrics else None
     log = path / LOGS[0]

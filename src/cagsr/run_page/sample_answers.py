@@ -42,27 +42,26 @@ def answers_of(run: Run, room: int) -> dict[str, Any]:
     """A run's sample answers, ready for JSON.
 
     An answer is compared with the earliest one to the same prompt and of the same kind (sampled in training, or greedy and
-    held out): at step 0 or 1 that is the start's own, which no update has touched.
-
-    Args:
-        run: the run.
-        room: characters of text that may be used; steps are left out evenly where there are more.
+    held out): at step 0 or 1 that is the start's own, which no update has touched. Steps are left out evenly where the texts
+    have more than ``room`` characters.
 
     Returns:
         ``prompts``, and ``rows``: one for each answer, with ``first`` (the row that ``diff`` compares with) where
         there is an earlier one, and ``left_out``: how many steps are not there.
     """
     rows = [*_given(run.held_out, held_out=True), *_given(run.samples, held_out=False)]
+    rows.sort(key=lambda row: row["step"])
     # A prompt's answers belong together: its earliest is looked for before any step is left out.
     earliest: dict[tuple[bool, str], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row["step"]):
+    for row in rows:
         earliest.setdefault((row["held_out"], row["prompt"]), row)
     steps = sorted({row["step"] for row in rows})
     kept = _even(steps, rows, room)
-    chosen = [row for row in rows if row["step"] in kept]
     prompts: dict[str, int] = {}
-    shown: list[dict[str, Any]] = []
-    for row in sorted(chosen, key=lambda row: row["step"]):
+    shown = []
+    for row in rows:
+        if row["step"] not in kept:
+            continue
         first = earliest[row["held_out"], row["prompt"]]
         entry = row | {"prompt": prompts.setdefault(row["prompt"], len(prompts))}
         if first is not row and first["step"] < row["step"]:

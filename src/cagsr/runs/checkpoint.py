@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
-A checkpoint folder ``step-000020`` holds one safetensors file per module, a JSON (and safetensors) file per optimizer,
-scheduler and extra state, one RNG state per process, and ``manifest.json`` with the size and SHA-256 of each. The
+A checkpoint folder ``step-000020`` holds one safetensors file per module, a JSON (and safetensors) file per optimizer
+and for the extra state, one RNG state per process, and ``manifest.json`` with the size and SHA-256 of each. The
 folder is written under a temporary name and renamed, so one that a kill cut short is never taken for a checkpoint;
 one that was damaged later is found by its manifest and skipped.
 """
@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cagsr.atomic import remove_folder, replace_folder
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
 from cagsr.runs.rng import reseed, rng_state, set_rng_state
-from cagsr.runs.tensors import load_tree, load_weights, save_tree, save_weights, stored_names
+from cagsr.runs.state_files import load_tree, load_weights, save_tree, save_weights, stored_names
+from cagsr.support.atomic import remove_folder, replace_folder
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -38,8 +38,6 @@ class CheckpointState:
     """``policy``, ``value_head`` ... Tied weights are stored once."""
     optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
     """Moments, step counts and parameter groups, exactly."""
-    schedulers: Mapping[str, Any] = field(default_factory=dict)
-    """Anything with ``state_dict`` and ``load_state_dict``: learning rate schedulers."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The rest as plain data (numbers, text, tensors, containers): data position, KL controller, running moments,
     monitors. Not restored in place: ``load_checkpoint`` returns it."""
@@ -57,12 +55,7 @@ class Collected:
 
 
 def collect_state(state: CheckpointState, *, keep: bool = True) -> Collected:
-    """Put together what ``save_checkpoint`` writes; where the model is sharded every process calls it.
-
-    Args:
-        state: what to save.
-        keep: False on processes that only take part.
-    """
+    """Put together what ``save_checkpoint`` writes; every process calls it, with ``keep`` False where it only takes part."""
     return Collected(
         {
             name: full_state(module, keep=keep, names=stored_names(module) if state.trainable_only else None)
@@ -114,19 +107,15 @@ def save_checkpoint(
     rng: Sequence[Mapping[str, Any]] | None = None,
     collected: Collected | None = None,
 ) -> Path:
-    """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep``. Only the main process calls it.
+    """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep`` (at least 1). Only the main process calls it.
 
     Args:
         folder: the run's ``checkpoints`` folder, made where it is absent.
         step: steps done.
         state: what to save.
-        keep: how many checkpoints to keep, at least 1. Older ones go only after the new one is in place.
-        rng: the RNG state of every process (``gather_rng_states``, which all processes call); None: this process's.
-        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: no module is
-            sharded.
-
-    Returns:
-        The checkpoint's folder.
+        keep: how many checkpoints to keep. Older ones go only after the new one is in place.
+        rng: the RNG state of every process (``rng_state``), in the order of their ranks; None: this process's.
+        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: none is sharded.
 
     Raises:
         ConfigError: ``keep`` is below 1.
@@ -143,22 +132,12 @@ def save_checkpoint(
             save_weights(weights, temporary / f"{name}.safetensors")
         for name, optimizer in tensors.optimizers.items():
             save_tree(optimizer, temporary / f"optimizer-{name}")
-        for name, scheduler in state.schedulers.items():
-            save_tree(scheduler.state_dict(), temporary / f"scheduler-{name}")
         save_tree(dict(state.extra), temporary / "extra")
         for rank, one in enumerate(ranks):
             save_tree(dict(one), temporary / f"rng-rank{rank}")
-        files = {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())
-        }
-        manifest = {
-            "format": "cagsr-checkpoint",
-            "version": VERSION,
-            "step": step,
-            "processes": len(ranks),
-            "trainable_only": state.trainable_only,
-            "files": files,
-        }
+        files = {one.name: {"size": one.stat().st_size, "sha256": _sha256(one)} for one in sorted(temporary.iterdir())}
+        manifest = {"format": "cagsr-checkpoint", "version": VERSION, "step": step, "processes": len(ranks)}
+        manifest |= {"trainable_only": state.trainable_only, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _delete_old(folder, step, keep)
     return target
@@ -177,12 +156,7 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
 
 
 def checkpoint_problem(path: Path, *, thorough: bool = True) -> str | None:
-    """Why a checkpoint folder is not valid, or None where it is.
-
-    Args:
-        path: the checkpoint.
-        thorough: compare contents (SHA-256) too, not only names and sizes.
-    """
+    """Why a checkpoint folder is not valid, or None; ``thorough`` compares contents (SHA-256) too, not only names and sizes."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != "cagsr-checkpoint" or manifest["version"] != VERSION:
@@ -217,17 +191,11 @@ def latest_checkpoint(folder: Path) -> Latest:
 
 
 def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1, *, seed: int = 0) -> Loaded:
-    """Restore modules, optimizers, schedulers and this process's RNG in place, and return the rest.
+    """Restore modules, optimizers and this process's RNG in place, and return the rest.
 
-    Every process calls it. The random state is set last, so that nothing done here moves it. A checkpoint of another
-    number of processes holds everything but their random states: these start anew, and a note says so.
-
-    Args:
-        path: a valid checkpoint (``latest_checkpoint``).
-        state: the objects to fill; ``state.extra`` is not read.
-        rank: this process's number.
-        processes: how many there are.
-        seed: the run's, from which random states start anew where the number of processes has changed.
+    Every process calls it. ``state.extra`` is not read. The random state is set last, so that nothing done here moves it. A
+    checkpoint of another number of processes holds everything but their random states: these start anew, from the run's
+    ``seed``, and a note says so.
 
     Raises:
         RunError: the checkpoint is broken or doesn't fit the objects.
@@ -238,9 +206,10 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["trainable_only"] != state.trainable_only:
         raise RunError(f"The checkpoint {path} was written with the other setting of lora.r: resume with the same.")
-    wanted = [f"{name}.safetensors" for name in state.modules]
-    wanted += [f"optimizer-{name}.json" for name in state.optimizers]
-    wanted += [f"scheduler-{name}.json" for name in state.schedulers]
+    wanted = [
+        *(f"{name}.safetensors" for name in state.modules),
+        *(f"optimizer-{name}.json" for name in state.optimizers),
+    ]
     absent = [name for name in wanted if name not in manifest["files"]]
     if absent:
         raise RunError(
@@ -257,8 +226,6 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
                 f"The checkpoint {path} doesn't fit the optimizer {name} ({error}): resume with the settings the run "
                 "was started with."
             ) from error
-    for name, scheduler in state.schedulers.items():
-        scheduler.load_state_dict(load_tree(path / f"scheduler-{name}"))
     extra = load_tree(path / "extra")
     if manifest["processes"] == processes:
         notes = set_rng_state(load_tree(path / f"rng-rank{rank}"))

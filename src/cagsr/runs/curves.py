@@ -6,21 +6,20 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from cagsr.atomic import write_bytes_atomically
 from cagsr.errors import RunError
 from cagsr.runs.lines import read_lines
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+from cagsr.support.atomic import write_bytes_atomically
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ _PANELS = (
     _Panel("Repetition", ("response/repetition",), "share of repeated n-grams", floor=0.2),
     _Panel("Entropy of the policy", ("policy/entropy_avg",), "nats per token"),
 )
+_TERMS = _Panel("Reward terms", (), "change, in standard deviations")
 
 
 def _series(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
@@ -53,35 +53,16 @@ def _series(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], lis
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and the ones around it, with a shorter window at the ends."""
-    half = window // 2
-    pieces = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(piece) / len(piece) for piece in pieces]
-
-
 def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str, marks: bool) -> None:
     """Draw a series: faint as it is and strong smoothed where it is long, with its points where it is sparse."""
     window = len(values) // 12
     if marks or window < 3:
         axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if marks else None, markersize=4, label=label)
         return
+    # The mean of each value and the ones around it, of fewer at the ends.
+    around = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(len(values))]
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=label)
-
-
-def _style(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_ylabel(unit, fontsize=8.5, color="#555555")
-    axes.set_xlabel("step", fontsize=8.5, color="#555555")
-    axes.tick_params(labelsize=8.5, colors="#555555")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#BBBBBB")
+    axes.plot(steps, [sum(some) / len(some) for some in around], color=colour, linewidth=1.8, label=label)
 
 
 def _since_start(rows: Sequence[dict[str, Any]], key: str) -> tuple[str, list[int], list[float]]:
@@ -94,15 +75,7 @@ def _since_start(rows: Sequence[dict[str, Any]], key: str) -> tuple[str, list[in
 
 
 def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
-    """Draw the curves of a run as PNG. Only panels with data are drawn.
-
-    Args:
-        metrics: the run's ``metrics.jsonl``.
-        out: the picture to write.
-        title: the heading.
-
-    Returns:
-        ``out``.
+    """Draw the curves of a run's ``metrics.jsonl`` as PNG to ``out``, and return that. Only panels with data are drawn.
 
     Raises:
         RunError: there is nothing to draw, the file is broken or ``out`` can't be written.
@@ -118,31 +91,36 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
     term_series = [one for one in term_series if one[1]]
     if term_series:
         place = next((i + 1 for i, (panel, _) in enumerate(drawn) if panel.title == "Reward"), len(drawn))
-        drawn.insert(place, (_Panel("Reward terms", (), "change, in standard deviations"), term_series))
+        drawn.insert(place, (_TERMS, term_series))
     if not drawn:
         raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
+    with rc_context(fname=str(files("cagsr.runs") / "curves.mplstyle")):
+        write_bytes_atomically(out, _png(drawn, title))
+    return out
 
+
+def _png(drawn: Sequence[tuple[_Panel, list[tuple[str, list[int], list[float]]]]], title: str) -> bytes:
     columns = min(len(drawn), 4 if len(drawn) > 6 else 3)
     lines = math.ceil(len(drawn) / columns)
-    figure = Figure(
-        figsize=(3.7 * columns, 2.9 * lines + 0.6), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    )
+    figure = Figure(figsize=(3.7 * columns, 2.9 * lines + 0.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(title, x=0.01, ha="left")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (panel, series) in zip(grid, drawn, strict=False):
-        for index, (label, steps, values) in enumerate(series):
-            _draw(axes, steps, values, _COLOURS[index % len(_COLOURS)], label, panel.marks)
-        _style(axes, panel.title, panel.unit)
+        for number, (label, steps, values) in enumerate(series):
+            _draw(axes, steps, values, f"C{number}", label, panel.marks)
+        axes.set_title(panel.title)
+        axes.set_ylabel(panel.unit)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if len(series) > 1 or series[0][0]:
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + (high - low) * 0.1 * (len(series) + 1))  # room for the legend above the curves
-            axes.legend(fontsize=8, frameon=False, loc="upper left")
+            axes.legend()
         if panel.floor is not None:
             axes.set_ylim(0, max(panel.floor, axes.get_ylim()[1]))
     for axes in grid[len(drawn) :]:
         axes.set_visible(False)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor="white")
-    write_bytes_atomically(out, stream.getvalue())
-    return out
+    figure.savefig(stream, format="png", dpi="figure")
+    return stream.getvalue()

@@ -14,13 +14,13 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import DataConfig, RewardModelConfig, TrainConfig, TrainerConfig
 from cagsr.errors import RunError
 from cagsr.models.files import fingerprint_model
-from cagsr.progress import working
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.prepare import HEAD_ROWS
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import working
 
 FINGERPRINT = "fingerprint.json"
 
@@ -50,17 +50,12 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
         DataError: data that can't be read.
     """
     part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if config.data.streaming else ""
-    found: Fingerprint = {
-        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
-        f"model.path {config.model.path}": fingerprint_model(config.model.path),
-    }
-    path = config.evaluation.path
-    if path is not None:
+    found = _data_and_model(config, part)
+    if (path := config.evaluation.path) is not None:
         held_out = dataclasses.replace(config.data, path=path, limit=config.evaluation.held_out, streaming=False)
         found[f"evaluation.path {path}"] = fingerprint_rows(held_out)
     found |= {f"reward.models {model}": fingerprint_model(model) for model in config.reward.models}
-    path = config.reward.associations.path
-    if path is not None:
+    if (path := config.reward.associations.path) is not None:
         found[f"reward.associations.path {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
 
@@ -72,15 +67,17 @@ def fingerprint_trainer(config: TrainerConfig) -> Fingerprint:
     Raises:
         DataError: data that can't be read.
     """
-    found: Fingerprint = {
-        f"data.path {config.data.path}": fingerprint_rows(config.data),
+    found = _data_and_model(config)
+    if isinstance(config, RewardModelConfig) and (path := config.eval_data) is not None:
+        found[f"eval_data {path}"] = fingerprint_rows(dataclasses.replace(config.data, path=path))
+    return found
+
+
+def _data_and_model(config: TrainConfig | TrainerConfig, part: str = "") -> Fingerprint:
+    return {
+        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
         f"model.path {config.model.path}": fingerprint_model(config.model.path),
     }
-    if isinstance(config, RewardModelConfig) and config.eval_data is not None:
-        found[f"eval_data {config.eval_data}"] = fingerprint_rows(
-            dataclasses.replace(config.data, path=config.eval_data)
-        )
-    return found
 
 
 @working("taking fingerprints of what is read")
@@ -96,8 +93,7 @@ def fingerprint_path(path: str) -> str | None:
 
 
 def _of_file(path: Path) -> str:
-    state = path.stat()
-    return _read_file(str(path), state.st_mtime_ns, state.st_size)
+    return _read_file(str(path), path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @lru_cache(maxsize=1024)
@@ -112,18 +108,10 @@ def write_fingerprint(folder: Path, found: Mapping[str, str | None]) -> None:
 
 
 def check_fingerprint(folder: Path, found: Mapping[str, str | None], what: str) -> list[str]:
-    """Compare what is read now with what a stopped training has read.
-
-    Args:
-        folder: where :func:`write_fingerprint` has left it.
-        found: as it is now.
-        what: opens the message: what can't be resumed.
-
-    Returns:
-        Sentences about what can't be compared.
+    """Compare what is read now with what a stopped training has read; gives sentences about what can't be compared.
 
     Raises:
-        RunError: something has changed; it is named.
+        RunError: something has changed; it is named. ``what`` can't be resumed opens the message.
     """
     try:
         before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))

@@ -1,23 +1,4 @@
-"""The run folder: what a run writes, who may write it, and how it goes on after a stop.
-
-config.yaml      the resolved settings
-metrics.jsonl    one line a step, deterministic values only: a resumed run's file is bit for bit the same
-timings.jsonl    one line a step, seconds and rates (kept apart for that reason)
-samples.jsonl    answers with their reward breakdown
-held_out.jsonl   greedy answers to the same held-out prompts at each evaluation, step 0 being the start's
-warnings.jsonl   what the monitors said
-checkpoints/     step-000020 ... (cagsr.runs.checkpoint)
-fingerprint.json hashes of the data and the models that the run reads, compared when it is resumed
-associations.json  which words go together, where the reward needs it (learned before the first step)
-frequency.json   how many prompts hold each word, for the IDF weights
-scales.json      the scales of the reward's terms as learned so far (``runs/reward.py`` reads them for other commands)
-profile.md       where the time went, if asked for
-rollout-weights/  the policy on its way to a vLLM server, while a run goes on
-final/           the trained model in Hugging Face layout, with its card as README.md
-final-adapter/   the LoRA adapter alone, where one was trained
-final-differs/   in place of these: what was saved, where it is not what was trained
-report.html      the run's page, where cagsr report has written it
-"""
+"""The run folder: what a run writes (docs/commands.md tells of each file), who may write it, how it goes on after a stop."""
 
 from __future__ import annotations
 
@@ -25,22 +6,19 @@ import fcntl
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import yaml
 
-from cagsr.atomic import clean_leftovers, disk_errors, remove_folder, sync, write_text_atomically
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
 from cagsr.runs.fingerprint import FINGERPRINT, check_fingerprint, write_fingerprint
 from cagsr.runs.lines import append_lines, truncate_lines
-
-if TYPE_CHECKING:  # who only reads a folder (cagsr report) does not wait for torch
-    from cagsr.runs.checkpoint import CheckpointState, Collected
+from cagsr.support.atomic import clean_leftovers, disk_errors, remove_folder, sync, write_text_atomically
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -80,13 +58,13 @@ MAY_DIFFER = (
 runs. Everything else would make the second half another experiment than the first."""
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``section.key``."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flat_tree(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
@@ -98,7 +76,7 @@ def differing_keys(
     A setting that the old one lacks, because it was written by an older version, is taken at its default: ``defaults``, or
     those of training.
     """
-    old, new = _flat(yaml.safe_load(old_yaml)), _flat(yaml.safe_load(new_yaml))
+    old, new = flat_tree(yaml.safe_load(old_yaml)), flat_tree(yaml.safe_load(new_yaml))
     absent = object()
     known = flat_defaults(TrainConfig) if defaults is None else defaults
     old = {key: value for key, value in known.items() if key in new} | old
@@ -112,15 +90,11 @@ def differing_keys(
 
 def flat_defaults(kind: Any) -> dict[str, Any]:
     """Every default of a config with a model, data and an output folder, ``section.key``; of these three an empty text."""
-    return _flat(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
-
-
-def _entries(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []
+    return flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
 
 
 @dataclass
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A run's folder, locked against other processes. Only the main process opens it; others need no folder."""
 
     path: Path
@@ -149,7 +123,7 @@ class RunFolder:
 
         Args:
             path: the folder, made where it is absent.
-            config_yaml: the resolved settings, as YAML.
+            config_yaml: the resolved settings.
             resume: go on from the last checkpoint of the run in this folder, if there is one.
             overwrite: remove the run in this folder first.
             fingerprint: what the run reads (``cagsr.runs.fingerprint``), kept, and on ``resume`` compared first; None: neither.
@@ -165,7 +139,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: give a folder as output_dir.")
         with disk_errors(path):
-            holds_files = bool(_entries(path))
+            holds_files = path.is_dir() and any(path.iterdir())
             is_run = (path / LOCK).exists() or ((path / CONFIG).exists() and (path / LOGS[0]).exists())
             if holds_files and not is_run:
                 raise RunError(f"{path} holds files that are not a cagsr run: choose an empty or new folder.")
@@ -208,58 +182,25 @@ class RunFolder:
         """File of the metrics."""
         return self.path / LOGS[0]
 
-    def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add one line to ``metrics.jsonl``. Deterministic values only: nothing read from a clock.
+    def append(self, log: str, step: int, *rows: Mapping[str, Any]) -> None:
+        """Add one line for each row to a log (``metrics``, ``samples`` ...). Into ``metrics`` goes nothing read from a clock.
 
         Raises:
-            RunError: the disk is full or the file can't be written (so for all ``append_`` functions).
+            RunError: the disk is full or the file can't be written.
         """
-        append_lines(self.path / "metrics.jsonl", [{"step": step, **metrics}])
+        append_lines(self.path / f"{log}.jsonl", [{"step": step, **row} for row in rows])
 
-    def append_timings(self, step: int, timings: Mapping[str, Any]) -> None:
-        """Add one line to ``timings.jsonl``: seconds, rates, memory."""
-        append_lines(self.path / "timings.jsonl", [{"step": step, **timings}])
-
-    def append_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add one line for each answer to ``samples.jsonl``."""
-        append_lines(self.path / "samples.jsonl", [{"step": step, **row} for row in rows])
-
-    def append_held_out(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add one line for each answer to ``held_out.jsonl``."""
-        append_lines(self.path / "held_out.jsonl", [{"step": step, **row} for row in rows])
-
-    def append_warning(self, step: int, name: str, sentence: str, action: str = "warn") -> None:
-        """Add what a monitor said to ``warnings.jsonl``."""
-        append_lines(
-            self.path / "warnings.jsonl", [{"step": step, "name": name, "sentence": sentence, "action": action}]
-        )
-
-    def save_checkpoint(
-        self,
-        step: int,
-        state: CheckpointState,
-        keep: int,
-        rng: Sequence[Mapping[str, Any]] | None = None,
-        collected: Collected | None = None,
-    ) -> Path:
-        """As ``checkpoint.save_checkpoint``, after bringing the logs to the disk: none may lag behind a checkpoint."""
+    def sync_logs(self) -> None:
+        """Bring the logs to the disk before a checkpoint is saved: none may lag behind it."""
         with disk_errors(self.path):
             for name in LOGS:
                 sync(self.path / name)
-        from cagsr.runs.checkpoint import save_checkpoint
-
-        return save_checkpoint(self.checkpoints, step, state, keep, rng, collected)
 
     def close(self) -> None:
         """Release the lock; the folder may then be opened again."""
         self._lock.close()
 
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -329,7 +270,9 @@ def _resume(
     path: Path, config_yaml: str, fingerprint: Mapping[str, str | None] | None
 ) -> tuple[Path | None, int, list[str]]:
     """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
-    from cagsr.runs.checkpoint import latest_checkpoint
+    from cagsr.runs.checkpoint import (
+        latest_checkpoint,  # who only reads a folder (cagsr report) does not wait for torch
+    )
 
     config = path / CONFIG
     if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:
@@ -352,7 +295,7 @@ def _resume(
     notes = list(latest.notes)
     if fingerprint is not None:
         notes += check_fingerprint(path, fingerprint, f"The run in {path}")
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(config_yaml))
+    before, after = flat_tree(yaml.safe_load(old)), flat_tree(yaml.safe_load(config_yaml))
     decays = after.get("ppo.lr_scheduler", "constant") != "constant"
     if decays and before.get("run.steps") != after.get("run.steps"):
         notes.append(

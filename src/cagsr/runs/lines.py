@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cagsr.atomic import disk_errors, write_bytes_atomically
 from cagsr.errors import RunError
+from cagsr.support.atomic import disk_errors, write_bytes_atomically
 
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -75,10 +75,7 @@ def _parsed(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def truncate_lines(path: Path, step: int) -> int:
-    """Drop the rows with a ``step`` above ``step`` and half-written lines at the end, atomically.
-
-    Returns:
-        How many whole rows were dropped.
+    """Drop the rows with a ``step`` above ``step`` and half-written lines at the end, atomically; tells how many whole rows.
 
     Raises:
         RunError: a line is not a JSON object with a ``step``, or the file can't be written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from cagsr.progress import Task
+from cagsr.support.progress import Task
 
 SHOWN = {
     "loss": ("loss",),

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.errors import ConfigError, RunError
@@ -19,7 +18,8 @@ from cagsr.reward.normalize import Normalizer
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
-from cagsr.runs.tensors import load_tree
+from cagsr.runs.state_files import load_tree
+from cagsr.support.atomic import write_text_atomically
 
 
 class Judging(Protocol):
@@ -103,9 +103,7 @@ def _scales(run: str, reward: RewardConfig) -> Scales:
 def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, RunReward | None]:
     """Put the reward of the run that ``--reward_from`` names into a command's settings; unchanged without one.
 
-    Args:
-        config: has ``reward_from``, ``reward``, ``attention`` and ``salience``.
-        temperature: that the command divides logits by.
+    ``temperature`` is what the command divides logits by.
 
     Raises:
         RunError: no run, or one that has learned no scales yet.

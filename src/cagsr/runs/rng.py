@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
 
 def rng_state() -> dict[str, Any]:
-    """Read this process's generators: Python, NumPy (legacy global), torch on CPU, every CUDA device and MPS.
-
-    Returns:
-        A tree of numbers and CPU tensors that ``pack_tree`` can store.
-    """
+    """The generators of this process (Python, NumPy's global, torch on CPU, every CUDA device, MPS) as numbers and CPU tensors."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -31,11 +27,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> list[str]:
-    """Put the generators of this process where ``rng_state`` found them.
-
-    Returns:
-        Notes for the user: devices whose generator can't be restored here (another machine), empty otherwise.
-    """
+    """Put the generators of this process where ``rng_state`` found them; notes tell of devices where that can't be done."""
     notes = []
     random.setstate(state["python"])
     algorithm, keys, *rest = state["numpy"]
@@ -61,8 +53,3 @@ def reseed(seed: int, step: int, rank: int, processes: int) -> None:
     """Start every generator of this process anew, from what the run is and where it stands, and nothing else."""
     text = f"{seed}/{step}/{rank}/{processes}"
     set_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
-
-
-def gather_rng_states() -> list[dict[str, Any]]:
-    """Collect the ``rng_state`` of every process in the order of their ranks; every process must call it."""
-    return gather_object([rng_state()])

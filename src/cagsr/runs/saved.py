@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -24,7 +25,6 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cagsr.atomic import delete
 from cagsr.config import SamplingConfig
 from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt
@@ -35,6 +35,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.tied import UNTIED
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.support.atomic import delete
 
 TOLERANCE = 1e-3
 """How far a logit may be off, as a share of the largest (or of 1). All is computed in float32, so what is left is sums in
@@ -56,32 +57,23 @@ class Outputs:
 
     logits: Tensor  # (positions, outputs) float32, on the CPU
     told: Tensor  # (positions,) what the user is told the difference of
+    unit: str
+    """What ``told`` is, in words."""
 
 
-class Probe(Protocol):
-    """Runs a model on a few texts, in the precision of its weights."""
-
-    @property
-    def unit(self) -> str:
-        """What ``Outputs.told`` is, in words."""
-        ...
-
-    def __call__(self, model: nn.Module) -> Outputs:
-        """Run the model on the texts; it may be the trained one, with or without adapters, or what was saved of it."""
-        ...
+Probe = Callable[[nn.Module], Outputs]
+"""Runs a model on a few texts, in the precision of its weights: the trained one, with or without adapters, or the saved one."""
 
 
 @dataclass(frozen=True)
 class AnswerProbe:
-    """A language model's logits at the tokens of a few answers."""
+    """A language model's logits at the tokens of a few answers, all in one pass."""
 
     loaded: LoadedModel
     texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     """Token ids of prompts and of their answers."""
-    unit: str = "log-probabilities"
 
-    def __call__(self, model: nn.Module) -> Outputs:
-        """As the protocol; all texts in one pass."""
+    def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
         loaded, device = self.loaded, next(model.parameters()).device
         texts = self.texts[:TEXTS]
         ids, mask = _padded(
@@ -92,19 +84,17 @@ class AnswerProbe:
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             logits, _ = loaded.teacher_forced(inputs, model)
         found = logits[answer_mask].float().cpu()
-        return Outputs(found, found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0])
+        logprobs = found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0]
+        return Outputs(found, logprobs, "log-probabilities")
 
 
 def _padded(texts: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(texts, longest)`` token ids and the mask of the real ones."""
-    width = max(len(text) for text in texts)
-    ids = torch.full((len(texts), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        place = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
-        ids[row, place] = torch.tensor(text, dtype=torch.long)
-        mask[row, place] = True
-    return ids.to(device), mask.to(device)
+    rows = [torch.tensor(text, dtype=torch.long, device=device) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    return ids, pad_sequence(
+        [torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True, padding_side=side
+    )
 
 
 @dataclass(frozen=True)
@@ -113,15 +103,13 @@ class ScoreProbe:
 
     loaded: LoadedModel
     texts: Sequence[Sequence[int]]
-    unit: str = "scores"
 
-    def __call__(self, model: nn.Module) -> Outputs:
-        """As the protocol."""
+    def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
         device = next(model.parameters()).device
         ids, mask = _padded(self.texts[:TEXTS], self.loaded.pad_token_id, "right", device)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             logits = model(input_ids=ids, attention_mask=mask.long()).logits.float().cpu()
-        return Outputs(logits, logits[:, 0])
+        return Outputs(logits, logits[:, 0], "scores")
 
 
 @dataclass(frozen=True)
@@ -130,8 +118,6 @@ class Saved:
 
     model: PreTrainedModel
     """What was loaded again, in float32."""
-    dtype: torch.dtype
-    """The precision it was saved in."""
     sentence: str
     """What the user is told of it."""
 
@@ -154,7 +140,7 @@ def dtype_note(choice: str, loaded: LoadedModel, flag: str) -> str:
     dtype = chosen_dtype(choice, loaded)
     why = "as the starting model is" if choice == "auto" else "as asked"
     more = "" if dtype == torch.float32 else f"; {flag} float32 would keep every digit of the training"
-    return f"To be saved in {_name(dtype)}, {why}{more}."
+    return f"To be saved in {str(dtype).removeprefix('torch.')}, {why}{more}."
 
 
 def save_compared(
@@ -170,12 +156,11 @@ def save_compared(
 ) -> Saved:
     """Write a trained model (adapters merged) and its tokenizer, load them again and compare.
 
-    The trained model is left as it is. Memory: a copy of the model in float32, beside one for merging where there are
-    adapters.
+    The trained model is left as it is. Memory: a copy in float32, beside one for merging where there are adapters.
 
     Args:
         folder: an empty folder, of a temporary name.
-        model: the trained model, or the peft model around it, whole (not sharded), in evaluation mode.
+        model: the trained model, or the peft model around it, not sharded, in evaluation mode.
         loaded: how it was loaded: tokenizer, kind, precision.
         probe: the texts.
         dtype: the precision to save in.
@@ -186,6 +171,7 @@ def save_compared(
     Raises:
         RunError: what was loaded again is not the trained model, or that one gives no numbers.
     """
+    precision = str(dtype).removeprefix("torch.")
     full, trained = _without_adapters(model, probe)
     if bool(trained.logits.isnan().any()):
         raise RunError(
@@ -207,36 +193,28 @@ def save_compared(
         _write(kept, full, torch.float32, generation)
         loaded.tokenizer.save_pretrained(kept)
         raise RunError(
-            f"{place} was not written, because in {_name(dtype)} the trained model gives no numbers any more (save_dtype): it "
+            f"{place} was not written, because in {precision} the trained model gives no numbers any more (save_dtype): it "
             f"is in {kept} instead, in float32."
         )
     if problem:
-        _keep(folder, kept)
+        _set_aside(folder, kept)
         raise RunError(
             f"{place} was not written, because what was saved is not what was trained ({problem}): it is kept in {kept} for a "
             "look, and all checkpoints stay; please report this with the model's name."
         )
     off = (found.told - trained.told).abs()
     sentence = (
-        f"Saved in {_name(dtype)}, loaded again and compared: {probe.unit} differ from the trained model's by "
+        f"Saved in {precision}, loaded again and compared: {found.unit} differ from the trained model's by "
         f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
     )
     more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
-    return Saved(again, dtype, f"{sentence}{more}.")
+    return Saved(again, f"{sentence}{more}.")
 
 
 def save_adapter_compared(
     folder: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, place: Path, kept: Path
 ) -> None:
-    """Write the adapters alone, load them again into the same base and compare.
-
-    Args:
-        folder: an empty folder, of a temporary name.
-        model: the trained model; left as it is.
-        loaded: how it was loaded.
-        probe: the texts.
-        place: what the folder will be called, for messages.
-        kept: where the files go if the comparison fails.
+    """Write the adapters alone, load them again into the same base and compare; the rest as ``save_compared``.
 
     Raises:
         RunError: what was loaded again is not what was trained.
@@ -257,14 +235,14 @@ def save_adapter_compared(
         model.set_adapter(active)
         model.delete_adapter(again)
     if problem := _unlike(found, trained):
-        _keep(folder, kept)
+        _set_aside(folder, kept)
         raise RunError(
             f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
             f"they are kept in {kept} for a look, and all checkpoints stay; please report this with the model's name."
         )
 
 
-def _keep(folder: Path, kept: Path) -> None:
+def _set_aside(folder: Path, kept: Path) -> None:
     """Move a folder whose comparison failed to a name that says so."""
     delete(kept)
     os.replace(folder, kept)
@@ -383,13 +361,10 @@ def _tokens_unlike(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | No
     """Whether the saved tokenizer reads a text otherwise; the text is made of pieces from all over the vocabulary."""
     step = max(1, len(tokenizer) // 200)
     text = tokenizer.decode(list(range(0, len(tokenizer), step)))
-    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=_is_remote(tokenizer))
+    remote = type(tokenizer).__module__.startswith("transformers_modules")
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
     same = again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.pad_token_id == tokenizer.pad_token_id
     return None if same else "the tokenizer reads texts otherwise"
-
-
-def _is_remote(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return type(tokenizer).__module__.startswith("transformers_modules")
 
 
 @contextmanager
@@ -407,10 +382,6 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(own)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> AnswerProbe:
     """Compare on a policy's greedy answers of at most ``longest`` tokens to a few short prompts."""
     some = sorted(prompts[: 16 * TEXTS], key=lambda prompt: len(prompt.ids))[:TEXTS]
@@ -418,8 +389,3 @@ def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest:
     rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
     answers = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.sampled, strict=True)]
     return AnswerProbe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])
-
-
-def on_device_of(loaded: LoadedModel, model: nn.Module) -> LoadedModel:
-    """The same settings for a whole copy of the policy that lies elsewhere (put together from shards)."""
-    return replace(loaded, model=model, device=next(model.parameters()).device)

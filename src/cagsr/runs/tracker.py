@@ -5,69 +5,27 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from cagsr.atomic import disk_errors
 from cagsr.errors import ConfigError
+from cagsr.runs.folder import flat_tree
+from cagsr.support.atomic import disk_errors
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 
-_PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 """For each tracker the modules of which one must be there."""
 
 
-class Tracker(Protocol):
-    """Where metrics go besides the run folder."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step's metrics."""
-
-    def finish(self) -> None:
-        """Send what is left and close."""
-
-
-class _NoTracker:
-    """tracker: none."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-
-class _AccelerateTracker:
-    """One of accelerate's trackers; on other processes than the main one it does nothing by itself."""
-
-    def __init__(self, tracker: GeneralTracker) -> None:
-        self._tracker = tracker
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step's metrics."""
-        self._tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, step=step)
-
-    def finish(self) -> None:
-        """Send what is left and close."""
-        self._tracker.finish()
-
-
-def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Flatten settings to ``section.key`` with values every tracker takes (lists and None become text)."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in config.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            flat.update(flat_settings(value, name))
-        else:
-            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return flat
+def flat_settings(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Nested settings as ``section.key`` with values every tracker takes (lists and None become text)."""
+    return {
+        key: value if isinstance(value, (str, int, float, bool)) else str(value)
+        for key, value in flat_tree(config).items()
+    }
 
 
 def check_tracker(name: TrackerName) -> None:
@@ -81,23 +39,18 @@ def check_tracker(name: TrackerName) -> None:
         raise ConfigError(f'run.tracker is {name} but its package is not installed: pip install "cagsr[{name}]".')
 
 
-def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """Start a tracker for a run.
+def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) -> GeneralTracker | None:
+    """Start a tracker for a run; ``none`` gives None.
 
     TensorBoard and Weights & Biases write to ``folder/trackers``; Weights & Biases and Trackio name the run after
-    ``folder`` in the project ``cagsr``.
-
-    Args:
-        name: which one; ``none`` gives a tracker that does nothing.
-        folder: the run folder.
-        config: the resolved settings, nested.
+    ``folder`` in the project ``cagsr``. ``config`` holds the resolved settings, nested.
 
     Raises:
         ConfigError: the package is not installed.
     """
     check_tracker(name)
     if name == "none":
-        return _NoTracker()
+        return None
     PartialState()  # accelerate's trackers ask it whether they run on the main process
     tracker: GeneralTracker
     if name == "tensorboard":
@@ -110,4 +63,4 @@ def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) ->
         tracker = TrackioTracker("cagsr", name=folder.name)
     tracker.start()
     tracker.store_init_configuration(flat_settings(config))
-    return _AccelerateTracker(tracker)
+    return tracker

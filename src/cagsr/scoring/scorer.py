@@ -22,11 +22,11 @@ from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.progress import each
 from cagsr.rollout.rows import episode_rows
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.reading import attention_of, reading
 from cagsr.scoring.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
+from cagsr.support.progress import each
 
 
 class FrozenModel(Protocol):

@@ -19,28 +19,29 @@ from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
-from cagsr.clock import Clock
 from cagsr.config import TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Targets, Trainer
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, PromptBatch, Readings, RewardBatch, Targets, Trainer
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
-from cagsr.models.sharding import first_pass, full_tensor, shard, whole
+from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
 from cagsr.objectives.build import build_objectives
 from cagsr.objectives.objective import UpdateBatch
-from cagsr.progress import each, working
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.build import build_sampler
+from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import episode_rows, prompt_batch
 from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer, readings_of
 from cagsr.scoring.statistics import logprobs_and_entropy, token_logprobs
+from cagsr.support.clock import Clock
+from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
 from cagsr.training.schedule import learning_rate_factor
 
@@ -55,14 +56,21 @@ class PPO:
         loaded: the starting model.
         reward: the weighted sum of reward terms.
         accelerator: device placement and processes.
+        player: plays a task of several turns; None: one answer to each prompt.
     """
 
     def __init__(
-        self, config: TrainConfig, loaded: LoadedModel, reward: RewardFunction, accelerator: Accelerator
+        self,
+        config: TrainConfig,
+        loaded: LoadedModel,
+        reward: RewardFunction,
+        accelerator: Accelerator,
+        player: EpisodePlayer | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded
         self.sampler = build_sampler(config, loaded, accelerator)
+        self.player = player
         self.reward = reward
         self.accelerator = accelerator
         self.reference = Reference(loaded)
@@ -101,11 +109,11 @@ class PPO:
             RolloutError: an engine that samples fails, or samples from something else than the policy.
         """
         config, loaded = self.config, self.loaded
-        first_group = self.accelerator.process_index * len(prompts)
-        batch = prompt_batch(loaded, prompts, config.sampling.num_generations, first_group)
-        with whole(self.actor_critic):
+        many = config.sampling.num_generations
+        batch = prompt_batch(loaded, prompts, many, self.accelerator.process_index * len(prompts))
+        with gathered(self.actor_critic):
             with self.clock.part("rollout"):
-                episodes = self.sampler.sample(batch, config.sampling)
+                episodes = played(self.player, self._sample, [one for one in prompts for _ in range(many)], batch)
             visitor, readings, pass_metrics = self._score(episodes)
         limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
@@ -207,6 +215,9 @@ class PPO:
         """What the user should know, a sentence each, since the last call."""
         taken, self._warnings = self._warnings, []
         return taken
+
+    def _sample(self, batch: PromptBatch) -> EpisodeBatch:
+        return self.sampler.sample(batch, self.config.sampling)
 
     def _score(self, episodes: EpisodeBatch) -> tuple[TermVisitor, Readings, dict[str, float]]:
         """The scoring pass, compared with the plain one; where they differ, the plain one from now on."""

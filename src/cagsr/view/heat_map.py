@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cagsr.atomic import write_bytes_atomically
+from cagsr.support.atomic import write_bytes_atomically
 from cagsr.view.measure import Answer, Measured
 from cagsr.view.planes import REWARD
 

@@ -14,14 +14,7 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Give each token's text, the space before it included.
 
     A character that is split over several tokens (an emoji in a byte-level vocabulary) is shown by the first of them;
-    the others are empty.
-
-    Args:
-        tokenizer: decodes ids.
-        ids: a prompt or an answer, special tokens included.
-
-    Returns:
-        One text for each id.
+    the others are empty. Special tokens are texts too.
     """
 
     def decode(part: Sequence[int]) -> str:

@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from cagsr.atomic import write_text_atomically
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, validate
 from cagsr.errors import ConfigError, DataError
-from cagsr.evaluation.sampling import sample_in_batches
-from cagsr.extras import require
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
@@ -20,11 +17,12 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
 from cagsr.reward.weigh import Scales
+from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.answers import Response, encode_response
+from cagsr.support.atomic import write_text_atomically
+from cagsr.support.extras import require
 from cagsr.view.measure import Measured, measure
 from cagsr.view.view_html import render_page
-
-UNLIMITED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,7 @@ def view(
     sampling = sampling or SamplingConfig()
     salience = salience or SalienceConfig()
     if not isinstance(prompt, EncodedPrompt):
-        context = loaded.context_length()
-        room = UNLIMITED if context is None else context
-        if context is not None and isinstance(answers, int) and loaded.architecture.one_sequence:
-            room = max(1, context - sampling.max_new_tokens)
+        room = loaded.room_for_prompts(sampling.max_new_tokens if isinstance(answers, int) else 0)
         prompt = encode_texts([prompt], loaded.tokenizer, salience, room, frequency, source="the prompt")[0]
     scorer = AnswerScorer(
         loaded,

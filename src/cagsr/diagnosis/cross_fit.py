@@ -1,0 +1,135 @@
+"""What a choice among many is worth: chosen on some prompts, judged on the others.
+
+The best of a hundred settings looks good on the prompts it was chosen on, if only by luck. So the choice is made again and
+again without a tenth of the prompts, and what it gives on that tenth is put together to one signal that owes nothing to luck
+(cross-fitting). Everything here is a pure function of ``(prompts, candidates)`` float64 arrays, one row a prompt.
+
+The statistic is the correlation with the truth within the answers to one prompt, *with length held fixed*: longer answers say
+more, so whatever grows with length seems to see the truth, and paid as a reward it would only make answers longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cagsr.evaluation.intervals import Interval
+
+Floats = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+FOLDS = 10
+_NOISE = 1e-9
+"""Share of a variance below which what is left of it is rounding."""
+
+
+def centred(values: ArrayLike) -> Floats:
+    """Take each prompt's mean off, the last axis being its answers; NaN (does not apply) and rounding become 0."""
+    x = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(x)
+    count = np.maximum(known.sum(axis=-1, keepdims=True), 1)
+    deviation = np.where(known, x - np.where(known, x, 0.0).sum(axis=-1, keepdims=True) / count, 0.0)
+    return np.where(np.abs(deviation) > 1e-6 * np.abs(np.where(known, x, 0.0)), deviation, 0.0)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Sums of products of signals, truth and length within each prompt: all that correlations are made of."""
+
+    xx: Floats  # (signals, prompts)
+    xy: Floats
+    xz: Floats
+    yy: Floats  # (prompts,)
+    yz: Floats
+    zz: Floats
+
+    @classmethod
+    def of(cls, signals: Sequence[ArrayLike], truth: ArrayLike, length: ArrayLike) -> Products:
+        """Of several signals, all arrays ``(prompts, candidates)``."""
+        x, y, z = np.stack([centred(one) for one in signals]), centred(truth), centred(length)
+        pairs = ((x, x), (x, y), (x, z), (y, y), (y, z), (z, z))
+        return cls(*((one * other).sum(axis=-1) for one, other in pairs))
+
+    def correlations(self, counts: Floats, *, hold_length: bool) -> Floats:
+        """Correlation of each signal with the truth within prompts.
+
+        Args:
+            counts: ``(draws, prompts)``, how often each prompt counts.
+            hold_length: the part of both that is linear in length is taken off first.
+
+        Returns:
+            ``(draws, signals)``; 0 where either does not vary.
+        """
+        xx, xy, xz = (counts @ sums.T for sums in (self.xx, self.xy, self.xz))
+        yy, yz, zz = ((counts @ sums)[:, None] for sums in (self.yy, self.yz, self.zz))
+        left_x, left_y, left = xx, yy, xy
+        if hold_length:
+            safe = np.where(zz > 0, zz, 1.0)
+            left_x, left_y, left = xx - xz * xz / safe, yy - yz * yz / safe, xy - xz * yz / safe
+        varies = (left_x > _NOISE * xx) & (left_y > _NOISE * yy)
+        return np.where(varies, left / np.sqrt(np.where(varies, left_x * left_y, 1.0)), 0.0).clip(-1.0, 1.0)
+
+
+def held_fixed(signal: ArrayLike, truth: ArrayLike, length: ArrayLike) -> float:
+    """Correlation of a signal with the truth within prompts, length held fixed; 0 where either does not vary then."""
+    products = Products.of([signal], truth, length)
+    return float(products.correlations(np.ones((1, len(products.yy))), hold_length=True)[0, 0])
+
+
+@dataclass(frozen=True)
+class FoldComparison:
+    """Two signals on the same answers: correlation with the truth within prompts, length held fixed, 95 % intervals."""
+
+    new: Interval
+    old: Interval
+    difference: Interval
+
+
+def compare(
+    new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike, resamples: int = 2000
+) -> FoldComparison:
+    """Compare two signals; the percentile bootstrap draws prompts, the same for both."""
+    products = Products.of([new, old], truth, length)
+    prompts = len(products.yy)
+    draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    whole = products.correlations(np.ones((1, prompts)), hold_length=True)[0]
+    drawn = products.correlations(draws.astype(np.float64), hold_length=True)
+
+    def interval(value: float, values: Floats) -> Interval:
+        low, high = np.quantile(values, [0.025, 0.975])
+        return Interval(float(value), float(low), float(high))
+
+    return FoldComparison(
+        interval(whole[0], drawn[:, 0]),
+        interval(whole[1], drawn[:, 1]),
+        interval(whole[0] - whole[1], drawn[:, 0] - drawn[:, 1]),
+    )
+
+
+def folds(prompts: int) -> list[tuple[Index, Index]]:
+    """Divide prompts into parts at random: for each part (the others, the part itself), as sorted indices.
+
+    Raises ValueError for fewer than two prompts.
+    """
+    if prompts < 2:
+        raise ValueError("two prompts or more can be divided")
+    order = np.random.default_rng(0).permutation(prompts)
+    parts = [np.sort(part) for part in np.array_split(order, min(FOLDS, prompts))]
+    return [(np.setdiff1d(np.arange(prompts), part), part) for part in parts]
+
+
+def cross_fitted(shape: tuple[int, ...], chosen: Callable[[Index, Index], Floats]) -> Floats:
+    """A signal whose values at each prompt were chosen without that prompt.
+
+    Args:
+        shape: ``(prompts, candidates)``.
+        chosen: chooses on the prompts of its first argument and gives the values at those of its second, ``(part,
+            candidates)``, on a scale that is the same for every choice.
+    """
+    found = np.zeros(shape)
+    for others, part in folds(shape[0]):
+        found[part] = chosen(others, part)
+    return found

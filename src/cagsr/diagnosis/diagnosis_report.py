@@ -1,0 +1,181 @@
+"""The diagnosis as tables on a terminal, as JSON, as Markdown, and its recommendation as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cagsr.config import AttentionConfig, RewardConfig
+from cagsr.diagnosis.diagnose import Diagnosis
+from cagsr.diagnosis.recommend import flags_of, yaml_of
+from cagsr.diagnosis.signals import Setting
+
+Rows = list[list[str]]
+
+
+def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """One row a signal: correlations within a prompt, and what picking by it gains."""
+    header = ["signal", "length", "repetition", "within-prompt variance"]
+    if found.truth_mean is not None:
+        header[1:1] = ["truth", "truth, length fixed"]
+        header += [f"best of {found.candidates}", "gain [95 %]", "of the oracle's gain"]
+    rows = []
+    for signal in found.signals:
+        row = [signal.name, _signed(signal.length), _signed(signal.repetition), f"{signal.within_share:.0%}"]
+        if signal.truth is not None and signal.gain is not None and signal.oracle_share is not None:
+            row[1:1] = [_signed(signal.truth), _signed(signal.truth_held_fixed or 0.0)]
+            share = signal.oracle_share
+            row += [
+                f"{signal.best_of_n:.3f}",
+                f"{signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]",
+                f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]",
+            ]
+        rows.append(row)
+    return header, rows
+
+
+def agreement_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """Correlation of the single terms with each other, within a prompt."""
+    names = [name for name in found.signals[0].others if name != "length"]
+    single = [signal for signal in found.signals if signal.name in names]
+    return ["term", *names], [[one.name, *(_signed(one.others[name]) for name in names)] for one in single]
+
+
+def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
+    """Coverage by layers and threshold: correlation with the truth, length held fixed (without one: with length), and mean."""
+    thresholds = sorted({one.setting.threshold for one in found.settings})
+    layers = list(dict.fromkeys(one.setting.layers for one in found.settings))
+    cells = {one.setting: one for one in found.settings}
+    rows = []
+    for name in layers:
+        row = [name]
+        for threshold in thresholds:
+            one = cells[Setting(name, pooling, threshold)]
+            seen = one.length if one.truth_held_fixed is None else one.truth_held_fixed
+            row.append(f"{_signed(seen)} ({one.mean:.2f})")
+        rows.append(row)
+    return ["layers", *(f"tau {threshold:g}" for threshold in thresholds)], rows
+
+
+def headline(found: Diagnosis) -> list[str]:
+    """What was sampled, in one or two sentences."""
+    lines = [
+        f"{found.prompts} prompts, {found.candidates} answers each; {found.length:.1f} tokens on average, "
+        f"{found.ended:.0%} ended by themselves, repetition {found.repetition:.3f}."
+    ]
+    if found.truth_mean is not None and found.oracle is not None:
+        lines.append(
+            f"Truth: {found.truth_name}; mean {found.truth_mean:.3f}, best of {found.candidates} by an oracle "
+            f"{found.oracle:.3f}."
+        )
+    else:
+        lines.append("No truth: neither --checker nor a reference in the rows.")
+    return lines
+
+
+def print_report(found: Diagnosis, configured: Setting, console: Console) -> None:
+    """Print everything, the recommendation last, where the eye falls."""
+    for line in headline(found):
+        console.print(line, highlight=False)
+    console.print(_rich("Within the answers to one prompt: correlation with", *signal_table(found)))
+    console.print(_rich("Terms with each other", *agreement_table(found)))
+    console.print(_rich(_settings_title(found, configured.pooling), *setting_table(found, configured.pooling)))
+    for warning in found.warnings:
+        console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
+    for line in recommendation_lines(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def recommendation_lines(found: Diagnosis) -> list[str]:
+    """Why, and the flags to paste."""
+    lines = ["Recommendation:", *(f"  {reason}" for reason in found.recommendation.reasons)]
+    if not found.recommendation.weights:
+        return [*lines, "  No term helps here: don't spend a training run on this reward."]
+    if found.recommendation.configured:
+        return [*lines, "  Train with the settings that were measured."]
+    return [
+        *lines,
+        "  The weights are for --reward.normalize within_prompt (the default) and scaled so that the reward's standard "
+        "deviation within a prompt is 1.",
+        "",
+        "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation)]),
+    ]
+
+
+def finding(found: Diagnosis) -> str:
+    """What it comes to, in one sentence: how well the recommended reward sees the truth, or that nothing helps."""
+    over = f"{found.prompts:,} prompts, {found.candidates} answers each"
+    if not found.recommendation.weights:
+        return f"Diagnosed {over}: no term helps here."
+    terms = ", ".join(found.recommendation.weights)
+    signal = next(one for one in found.signals if one.name == "recommended reward")
+    if signal.truth is None or signal.gain is None:
+        return f"Diagnosed {over}: recommended are {terms}; nothing here tells the truth to test them against."
+    return (
+        f"Diagnosed {over}: recommended are {terms}, with a correlation of {signal.truth:+.2f} with {found.truth_name}; the "
+        f"best of {found.candidates} by them gains {signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]."
+    )
+
+
+def as_json(found: Diagnosis) -> str:
+    """Return all numbers as JSON text."""
+    return json.dumps(_plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_yaml(found: Diagnosis, model: str, attention: AttentionConfig, reward: RewardConfig) -> str:
+    """Return the recommendation, with the settings it was measured under, as a file for ``cagsr train --config``."""
+    comment = f"# What cagsr diagnose recommends for {model} on {found.prompts} prompts.\n"
+    reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
+    if (reward.functions or reward.models) and not found.recommendation.configured:
+        reasons += (
+            "# Functions and reward models of the measured reward are not part of it: add them, if you want them.\n"
+        )
+    return comment + reasons + yaml.safe_dump(yaml_of(found.recommendation, attention, reward), sort_keys=False)
+
+
+def as_markdown(found: Diagnosis, configured: Setting) -> str:
+    """Return the report as Markdown."""
+    parts = ["# Diagnosis\n", *headline(found), ""]
+    for title, (header, rows) in (
+        ("Within the answers to one prompt", signal_table(found)),
+        ("Terms with each other", agreement_table(found)),
+        (_settings_title(found, configured.pooling), setting_table(found, configured.pooling)),
+    ):
+        parts += [f"## {title}\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+        parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    parts += ["## Warnings\n", *(f"- {warning}" for warning in found.warnings or ("none",)), ""]
+    parts += ["## Recommendation\n", "```", *recommendation_lines(found), "```", ""]
+    return "\n".join(parts)
+
+
+def _settings_title(found: Diagnosis, pooling: str) -> str:
+    against = "length" if found.truth_mean is None else f"{found.truth_name}, length held fixed"
+    return f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
+
+
+def _rich(title: str, header: Sequence[str], rows: Rows) -> Table:
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

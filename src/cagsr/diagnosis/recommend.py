@@ -1,0 +1,346 @@
+"""From measured signals to a recommendation: layers, threshold, weights, and warnings in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from cagsr.config import AttentionConfig, RewardConfig
+from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.choose import SettingChoice, choose_setting
+from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, compare, cross_fitted, held_fixed
+from cagsr.diagnosis.signals import Setting, Signals, prompts_of
+from cagsr.evaluation.intervals import Interval
+from cagsr.evaluation.metrics import lexical_relevance, word_weights
+from cagsr.reward.normalize import Normalization, Normalizer
+from cagsr.reward.values import TermValues
+from cagsr.reward.weigh import contributions, weigh
+
+Floats = NDArray[np.float64]
+
+WEIGHED = (
+    "coverage",
+    "copy_coverage",
+    "grounded_coverage",
+    "associated_coverage",
+    "focus",
+    "self_certainty",
+    "unsupported",
+)
+"""Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
+PENALTIES = frozenset({"unsupported"})
+"""Those of them whose weight is negative."""
+ALL_WEIGHTS = (*WEIGHED, "repetition")
+GUARD = -0.3
+"""Weight of repetition in a recommendation whose other terms together have the standard deviation 1 within a prompt."""
+SMALL = 0.2
+"""A weight below this share of the largest is left out."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to train with."""
+
+    setting: Setting
+    weights: Mapping[str, float]
+    """Term -> weight, for ``reward.normalize within_prompt``; terms not named: 0. Empty: no term helps."""
+    reasons: tuple[str, ...]
+    """What it rests on, one sentence each."""
+    configured: bool = False
+    """The configured reward as it is, ``reward.normalize``, functions and models included: nothing better was found."""
+    compared: FoldComparison | None = None
+    """Fitting weights, judged on prompts that they were not fitted on, against the configured reward; None: no truth."""
+
+
+def within_z(values: ArrayLike) -> Floats:
+    """Centre each row and divide by the standard deviation that is left over all rows; NaN becomes 0.
+
+    ``(prompts, candidates)`` in and out; zeros where the values do not vary within any row.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    given, group = TermValues.of(torch.from_numpy(x.ravel().copy())), _prompt_of_each(x)
+    normalizer = Normalizer(["x"], "within_prompt", clip=0.0)
+    normalizer.update({"x": given}, group)
+    return normalizer("x", given, group).numpy().reshape(x.shape)
+
+
+def _prompt_of_each(values: Floats) -> torch.Tensor:
+    """``(prompts * candidates,)`` int64, the number of each value's prompt."""
+    return torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
+
+
+def agreement_target(signals: Signals) -> Floats:
+    """What stands in for the truth without a checker: self-certainty plus the prompt's words that an answer uses.
+
+    Neither reads attention, so that a coverage which agrees with them is likely to see the prompt's content.
+    """
+    weights = word_weights([encoded.prompt.text for encoded in signals.prompts])
+    relevance = np.array(
+        [
+            [lexical_relevance(encoded.prompt.text, text, weights) for text in texts]
+            for encoded, texts in zip(signals.prompts, signals.completions, strict=True)
+        ]
+    )
+    return within_z(within_z(signals.terms["self_certainty"]) + within_z(relevance))
+
+
+def fit_weights(
+    columns: Mapping[str, ArrayLike], target: ArrayLike, ridge: float = 0.05, length: ArrayLike | None = None
+) -> dict[str, float]:
+    """Ridge weights of within-prompt z-scores that predict the target best; small ones left out.
+
+    ``min_w |target - sum_i w_i z_i|^2 / n + ridge |w|^2``, ``w >= 0`` (``<= 0`` for ``PENALTIES``), both sides as
+    :func:`within_z`. Weights below ``SMALL`` of the largest are set aside and the rest is fitted again. Empty where no
+    column helps. With ``length``, ``(prompts, candidates)``, what length explains of the target is left to it: a multiple
+    of it, of either sign and free of the penalty, is fitted beside the weights and thrown away.
+    """
+    scored = {name: _sign(name) * within_z(values).ravel() for name, values in columns.items()}
+    names = [name for name, values in scored.items() if np.any(values)]
+    y = within_z(target).ravel()
+    z = np.zeros((len(y), 0)) if length is None else np.outer(within_z(length).ravel(), [1.0, -1.0])
+    while names:
+        matrix = np.stack([scored[name] for name in names], axis=1)
+        penalty = np.sqrt(ridge * len(y)) * np.eye(len(names), len(names) + z.shape[1])
+        system = np.vstack([np.hstack([matrix, z]), penalty])
+        solution = nnls(system, np.concatenate([y, np.zeros(len(names))]))[0][: len(names)]
+        largest = solution.max()
+        if largest <= 1e-6:
+            return {}
+        kept = [name for name, weight in zip(names, solution, strict=True) if weight >= SMALL * largest]
+        if len(kept) == len(names):
+            return {name: _sign(name) * float(weight) for name, weight in zip(names, solution, strict=True)}
+        names = kept
+    return {}
+
+
+def _sign(name: str) -> float:
+    return -1.0 if name in PENALTIES else 1.0
+
+
+def _weighed(columns: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The terms whose weights are fitted, of those that were measured."""
+    return {name: columns[name] for name in WEIGHED if name in columns}
+
+
+def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """Scale weights of within-prompt z-scores for ``reward.normalize within_prompt``.
+
+    The standard deviation of the weighted sum within a prompt becomes 1, comparable with a KL coefficient and the
+    missing-EOS penalty. Two significant digits; empty where nothing varies.
+    """
+    if not weights:
+        return {}
+    total = np.sum([weight * within_z(columns[name]) for name, weight in weights.items()], axis=0)
+    # As training counts: the prompts' means cost a degree of freedom each.
+    spread = float(np.sqrt(np.square(total).sum() / (total.size - len(total))))
+    return {name: float(f"{weight / spread:.2g}") for name, weight in weights.items()} if spread > 0 else {}
+
+
+def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
+    """All terms as they would be under ``setting``: the attention terms at its layers, the coverage at its threshold."""
+    return {**signals.terms, **signals.by_layers[setting.layers], "coverage": signals.coverage[setting]}
+
+
+def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]) -> Recommendation:
+    """Choose layers, threshold and weights: never worse than the configured ones on these prompts.
+
+    With a truth by correlation within prompts, length held fixed, and judged on prompts that the choice was not made on:
+    what is not better there than the configured reward, beyond luck, does not replace it. Without a truth by agreement of
+    the signals and low correlation with length, which is said in the reasons.
+
+    Args:
+        signals: what was measured.
+        configured: ``(prompts, candidates)`` the configured reward.
+        weights: its weights, term -> weight.
+    """
+    if signals.truth is None:
+        return _without_truth(signals)
+    choice = choose_setting(signals, signals.truth)
+    setting, fitted = fit_reward(signals)
+    reasons = [_about_setting(signals, choice, signals.truth_name)]
+    compared = compare(
+        cross_fitted(signals.length.shape, lambda others, part: _fitted_elsewhere(signals, others, part)),
+        configured,
+        signals.truth,
+        signals.length,
+    )
+    reasons.append(
+        f"Weights fitted by least squares reach {_signed(compared.new)} with {signals.truth_name} on prompts they were not "
+        f"fitted on, length held fixed; the configured reward {_signed(compared.old)}: difference "
+        f"{_signed(compared.difference)}."
+    )
+    reward = sum(weighted_parts(term_columns(signals, setting), fitted).values(), np.zeros_like(signals.length))
+    if fitted and compared.difference.low > 0 and _no_worse(reward, configured, signals):
+        reasons += _about_length(reward, signals.length)
+        return Recommendation(setting, fitted, tuple(reasons), compared=compared)
+    if not fitted and compared.old.low <= 0:
+        return Recommendation(signals.configured, {}, tuple(reasons), compared=compared)
+    reasons.append(
+        "That is no better beyond luck, so the configured reward stays"
+        + (": more prompts (--num_prompts) tell smaller differences apart." if compared.difference.high > 0 else ".")
+    )
+    kept = {name: weight for name, weight in weights.items() if weight != 0}
+    return Recommendation(signals.configured, kept, tuple(reasons), True, compared)
+
+
+def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
+    """Fit a reward to the truth: under the chosen setting or under the configured one, whichever then sees more.
+
+    Returns:
+        The setting, and weights for training, the guard against repetition among them; empty where no term helps.
+    """
+    assert signals.truth is not None
+    found: list[tuple[float, Setting, dict[str, float]]] = []
+    for setting in dict.fromkeys((choose_setting(signals, signals.truth).setting, signals.configured)):
+        columns = term_columns(signals, setting)
+        weights = training_weights(fit_weights(_weighed(columns), signals.truth, length=signals.length), columns)
+        if weights:
+            weights = {**weights, "repetition": GUARD}
+        reward = sum(weighted_parts(columns, weights).values(), np.zeros_like(signals.length))
+        found.append((held_fixed(reward, signals.truth, signals.length), setting, weights))
+    _, setting, weights = max(found, key=lambda one: one[0])  # of equals the chosen setting, which comes first
+    return setting, weights
+
+
+def _fitted_elsewhere(signals: Signals, others: Index, part: Index) -> Floats:
+    """The reward of some prompts by weights, setting and scales that were fitted on the others."""
+    setting, weights = fit_reward(prompts_of(signals, others))
+    reward = np.zeros((len(part), signals.length.shape[1]))
+    if not weights:
+        return reward
+    columns = term_columns(signals, setting)
+    normalizer = Normalizer(list(weights), "within_prompt")
+    learned = {name: TermValues.of(torch.from_numpy(columns[name][others].ravel())) for name in weights}
+    normalizer.update(learned, _prompt_of_each(signals.length[others]))
+    raw = {name: torch.from_numpy(columns[name][part].ravel()) for name in weights}
+    parts = contributions(raw, weights, normalizer, _prompt_of_each(reward))
+    return np.sum([values.numpy().reshape(reward.shape) for values in parts.values()], axis=0)
+
+
+def _no_worse(reward: Floats, configured: Floats, signals: Signals) -> bool:
+    """Whether a reward sees the truth at least as well as the configured one, length held fixed or not."""
+    assert signals.truth is not None
+    products = Products.of([reward, configured], signals.truth, signals.length)
+    counts = np.ones((1, len(reward)))
+    found = [products.correlations(counts, hold_length=hold)[0] for hold in (True, False)]
+    return all(new >= old for new, old in found)
+
+
+def _without_truth(signals: Signals) -> Recommendation:
+    target = agreement_target(signals)
+    choice = choose_setting(signals, target)
+    columns = term_columns(signals, choice.setting)
+    weights = _agreeing(_weighed(columns), signals.length)
+    reasons = [
+        _about_setting(signals, choice, "signals that read no attention"),
+        "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
+        "with length, not on truth. Give --checker, or rows with references, to test it.",
+    ]
+    paid = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(signals.length))
+    scaled = training_weights(weights, columns)
+    reasons += _about_length(paid, signals.length)
+    return Recommendation(choice.setting, {**scaled, "repetition": GUARD} if scaled else {}, tuple(reasons))
+
+
+def _about_setting(signals: Signals, choice: SettingChoice, judged: str) -> str:
+    configured, best, compared = signals.configured, choice.best, choice.compared
+    if best == configured:
+        return (
+            f"Layers {configured.layers}, threshold {configured.threshold:g}, as configured: none of the {choice.candidates} "
+            f"choices has a coverage that sees more of {judged} ({_signed(compared.old)} within a prompt, length held fixed)."
+        )
+    said = (
+        f"layers {best.layers}, threshold {best.threshold:g}, of {choice.candidates} choices. Choosing like this gives "
+        f"{_signed(compared.new)} with {judged} within a prompt, length held fixed, on prompts that were not chosen on; as "
+        f"configured ({configured.layers}, {configured.threshold:g}) it is {_signed(compared.old)}: difference "
+        f"{_signed(compared.difference)}."
+    )
+    if choice.setting == configured:
+        return f"Layers {configured.layers}, threshold {configured.threshold:g} stay: the best coverage is at {said}"
+    return f"The best coverage is at {said}"
+
+
+def _about_length(reward: Floats, length: Floats) -> list[str]:
+    bias = correlation(reward, length)
+    if abs(bias) <= 0.3:
+        return []
+    return [
+        f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
+        "prompt): watch the length in training."
+    ]
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
+    """Coverage, plus each term that agrees with it without repeating it and keeps the sum from paying for length."""
+    if not np.any(within_z(columns["coverage"])):
+        return {}
+    weights, total = {"coverage": 1.0}, within_z(columns["coverage"])
+    for name in ("associated_coverage", "grounded_coverage", "copy_coverage", "self_certainty", "unsupported"):
+        if name not in columns or (name == "copy_coverage" and "grounded_coverage" in weights):
+            continue
+        sign = _sign(name)
+        agrees = 0.05 < sign * correlation(columns[name], total) < 0.9
+        more = total + sign * within_z(columns[name])
+        if agrees and abs(correlation(more, length)) <= 0.3:
+            weights[name], total = sign, more
+    return weights
+
+
+def weighted_parts(
+    terms: Mapping[str, Floats],
+    weights: Mapping[str, float],
+    normalize: Normalization = "within_prompt",
+    clip: float = 5.0,
+) -> dict[str, Floats]:
+    """Normalise and weigh terms as training does: name -> ``(prompts, candidates)``, terms of weight 0 left out."""
+    active = {name: weight for name, weight in weights.items() if weight != 0 and name in terms}
+    if not active:
+        return {}
+    raw = {name: torch.from_numpy(np.asarray(terms[name], dtype=np.float64).ravel().copy()) for name in active}
+    shape = terms[next(iter(active))].shape
+    config = RewardConfig(normalize=normalize, clip=clip)
+    found = weigh(raw, active, config, _prompt_of_each(terms[next(iter(active))]))
+    return {name: part.numpy().reshape(shape) for name, part in found.contributions.items()}
+
+
+def flags_of(recommendation: Recommendation) -> list[str]:
+    """Write the recommendation as flags of ``cagsr train``."""
+    setting = recommendation.setting
+    flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
+    return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
+
+
+def yaml_of(
+    recommendation: Recommendation, attention: AttentionConfig, reward: RewardConfig
+) -> dict[str, dict[str, object]]:
+    """Write the recommendation as the settings of a ``--config`` file, beside those that it was measured under."""
+    chosen, given = recommendation.setting, _set(reward, RewardConfig())
+    if recommendation.configured:
+        return {"attention": _set(attention, AttentionConfig()), "reward": given}
+    sections: dict[str, object] = {"normalize": "within_prompt"}
+    for name in ALL_WEIGHTS:
+        threshold = {"threshold": chosen.threshold} if name == "coverage" else {}
+        sections[name] = {**given.get(name, {}), "weight": recommendation.weights.get(name, 0.0), **threshold}
+    sections |= {name: given[name] for name in ("associations", "clip") if name in given}
+    return {"attention": _set(attention, AttentionConfig()) | {"layers": chosen.layers}, "reward": sections}
+
+
+def _set(config: Any, default: Any) -> dict[str, Any]:
+    """What is not at its default, section by section."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        usual = getattr(default, name)
+        if value != usual:
+            found[name] = _set(value, usual) if dataclasses.is_dataclass(value) else value
+    return found

@@ -1,0 +1,249 @@
+"""Sample answers and read every signal of them once, for all layers and thresholds at the same time.
+
+Each layer is read alone, all of them in one forward; the attention of several layers is the mean of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cagsr.attention import PromptAttentionReader
+from cagsr.attention.select import parse_layers
+from cagsr.config import AttentionConfig, SamplingConfig
+from cagsr.evaluation.metrics import repetition
+from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, Readings, RewardBatch
+from cagsr.models.inputs import PassInputs
+from cagsr.models.load import LoadedModel
+from cagsr.reward.answers import AnswerScorer
+from cagsr.reward.pooling import pool_pieces
+from cagsr.reward.term import ATTENTION, needs_of
+from cagsr.reward.terms.coverage import saturating_coverage
+from cagsr.reward.values import term_values
+from cagsr.rollout.sample_prompts import sample_in_batches
+from cagsr.support.progress import working
+
+Floats = NDArray[np.float64]
+_Key = TypeVar("_Key")
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Attention at which a word counts as covered, as tried by the diagnosis."""
+POOLINGS: tuple[Literal["sum", "max"], ...] = ("sum", "max")
+MOST_LAYERS = 12
+"""A deeper model is compared at this many layers alone: the first four, where words are looked at before they are mixed, and
+others evenly spread; last-N and all stay exact."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to compute the coverage."""
+
+    layers: str
+    """As ``attention.layers`` takes it."""
+    pooling: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What was measured of P prompts with G answers each; all arrays ``(prompts, candidates)`` float64."""
+
+    terms: Mapping[str, Floats]
+    """Every reward term, raw, as configured; NaN where it does not apply."""
+    coverage: Mapping[Setting, Floats]
+    """Saturating coverage for all layer choices, poolings and thresholds."""
+    by_layers: Mapping[str, Mapping[str, Floats]]
+    """Layer choice -> attention term (copy_coverage, mean_mass, focus) -> values, pooled as configured."""
+    configured: Setting
+    """The setting that ``terms`` were computed with."""
+    length: Floats
+    """Tokens."""
+    repetition: Floats
+    """Repeated word 3-grams of the text."""
+    ended: Floats
+    """1 where the answer stopped by itself."""
+    prompts: tuple[EncodedPrompt, ...] = ()
+    completions: tuple[tuple[str, ...], ...] = ()
+    truth: Floats | None = None
+    """What a checker or a reference metric says, higher is better."""
+    truth_name: str = ""
+
+
+def prompts_of(signals: Signals, index: NDArray[np.int64]) -> Signals:
+    """The same signals of some of the prompts."""
+
+    def rows(table: Mapping[_Key, Floats]) -> dict[_Key, Floats]:
+        return {name: values[index] for name, values in table.items()}
+
+    return replace(
+        signals,
+        terms=rows(signals.terms),
+        coverage=rows(signals.coverage),
+        by_layers={layers: rows(terms) for layers, terms in signals.by_layers.items()},
+        length=signals.length[index],
+        repetition=signals.repetition[index],
+        ended=signals.ended[index],
+        prompts=tuple(signals.prompts[number] for number in index),
+        completions=tuple(signals.completions[number] for number in index),
+        truth=None if signals.truth is None else signals.truth[index],
+    )
+
+
+def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[int, ...]]:
+    """Name the layer choices that are compared: each layer, last-1 to last-4, all, and the configured one.
+
+    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number).
+
+    Raises:
+        ConfigError: the configured layers do not exist.
+    """
+    names = [configured, "all", *(f"last-{count}" for count in range(1, 5)), *map(str, available)]
+    found: dict[tuple[int, ...], str] = {}
+    for name in names:
+        found.setdefault(parse_layers(name, available), name)
+    return {name: layers for layers, name in found.items()}
+
+
+@working("measuring the terms")
+def collect_signals(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    scorer: AnswerScorer,
+    attention: AttentionConfig,
+    *,
+    seed: int,
+    chunk: int = 8,
+) -> Signals:
+    """Sample ``sampling.num_generations`` answers to each prompt and measure everything about them.
+
+    Args:
+        loaded: the policy.
+        prompts: what is asked.
+        sampling: how answers are sampled.
+        scorer: the reward's terms and their settings.
+        attention: the configured layers and heads.
+        seed: of the sampling; the global random generators are left as they were.
+        chunk: prompts at once.
+    """
+    everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
+    choices = layer_choices(everything.layers, attention.layers)
+    choices = _thinned(choices, everything.layers, attention.layers)
+    numbers = sorted({number for layers in choices.values() for number in layers})
+    readers = {
+        number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
+    }
+    configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
+    parts: list[_Part] = []
+    for _, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
+        scores = scorer.scorer.policy(rollout)
+        parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
+    return _joined(parts, prompts, sampling.num_generations, configured)
+
+
+def attention_by_layer(
+    loaded: LoadedModel, rollout: EpisodeBatch, readers: Mapping[int, PromptAttentionReader]
+) -> dict[int, Tensor]:
+    """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
+    inputs = PassInputs.of(rollout)
+    (region,) = loaded.architecture.regions(loaded.model, inputs)
+    with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
+        readings = {number: stack.enter_context(reader.read(region)) for number, reader in readers.items()}
+        loaded.teacher_forced(inputs)
+    return {
+        number: loaded.architecture.attention(loaded.model, inputs, [reading.attention])
+        for number, reading in readings.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The signals of one chunk, flat: ``(sequences,)`` each."""
+
+    terms: dict[str, Tensor]
+    coverage: dict[Setting, Tensor]
+    by_layers: dict[str, dict[str, Tensor]]
+    length: Tensor
+    ended: Tensor
+    completions: tuple[str, ...]
+
+
+@working("reading the attention of every layer")
+def _measure(
+    loaded: LoadedModel,
+    rollout: EpisodeBatch,
+    scores: Readings,
+    readers: Mapping[int, PromptAttentionReader],
+    choices: Mapping[str, tuple[int, ...]],
+    scorer: AnswerScorer,
+    configured: Setting,
+) -> _Part:
+    layers = attention_by_layer(loaded, rollout, readers)
+    salience, mask = rollout.salience, rollout.sampled
+    terms: dict[str, Tensor] = {}
+    coverage: dict[Setting, Tensor] = {}
+    by_layers: dict[str, dict[str, Tensor]] = {}
+    thresholds = sorted({*THRESHOLDS, configured.threshold})
+    for name, numbers in choices.items():
+        attention = torch.stack([layers[number] for number in numbers]).mean(dim=0)
+        for pooling in POOLINGS:
+            words = pool_pieces(attention, rollout.words, salience.shape[1], pooling)
+            for threshold in thresholds:
+                coverage[Setting(name, pooling, threshold)] = saturating_coverage(words, salience, mask, threshold)
+            if pooling != configured.pooling:
+                continue
+            seen = RewardBatch(rollout, scores, scores.logprobs, Attention(attention, words))
+            if name == configured.layers:
+                terms = scorer.values(seen)
+            by_layers[name] = {
+                term.name: term_values(term, seen).raw
+                for term in scorer.terms
+                if ATTENTION in needs_of(term) and term.name != "coverage"
+            }
+    return _Part(terms, coverage, by_layers, mask.sum(dim=1), rollout.ended, rollout.completions)
+
+
+def _joined(parts: Sequence[_Part], prompts: Sequence[EncodedPrompt], candidates: int, configured: Setting) -> Signals:
+    def table(values: Sequence[Tensor]) -> Floats:
+        return torch.cat([value.cpu().double() for value in values]).view(-1, candidates).numpy()
+
+    first = parts[0]
+    texts = [text for part in parts for text in part.completions]
+    rows = tuple(tuple(texts[start : start + candidates]) for start in range(0, len(texts), candidates))
+    return Signals(
+        terms={name: table([part.terms[name] for part in parts]) for name in first.terms},
+        coverage={setting: table([part.coverage[setting] for part in parts]) for setting in first.coverage},
+        by_layers={
+            choice: {name: table([part.by_layers[choice][name] for part in parts]) for name in terms}
+            for choice, terms in first.by_layers.items()
+        },
+        configured=configured,
+        length=table([part.length for part in parts]),
+        repetition=np.array([[repetition(text) for text in row] for row in rows]),
+        ended=table([part.ended for part in parts]),
+        prompts=tuple(prompts),
+        completions=rows,
+    )
+
+
+def _thinned(
+    choices: Mapping[str, tuple[int, ...]], available: Sequence[int], configured: str
+) -> dict[str, tuple[int, ...]]:
+    """Leave out single layers of a deep model, evenly, so that the table stays readable."""
+    if len(available) <= MOST_LAYERS:
+        return dict(choices)
+    first, rest = available[:4], available[4:]
+    more = MOST_LAYERS - len(first)
+    spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
+    return {
+        name: layers
+        for name, layers in choices.items()
+        if len(layers) > 1 or layers[0] in spread or name in (configured, "last-1")
+    }

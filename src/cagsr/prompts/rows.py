@@ -1,0 +1,113 @@
+"""The rows of the data, and what is done to them wherever they come from: text columns, OpenAI's ``messages``, texts cut in two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from typing import Any, NamedTuple
+
+from cagsr.config import DataConfig
+
+MESSAGES = "messages"
+TEXT_COLUMNS = ("completion", "chosen", "rejected", "response", "reference", "references", "follow_up")
+"""Columns that hold text under their usual names: a number in them is read as its digits."""
+
+
+class Row(NamedTuple):
+    """One row of the data."""
+
+    number: int
+    """1-based position in its file (the line of a JSONL file; a CSV's header does not count)."""
+    source: str
+    """The file or Hub dataset it comes from, for messages."""
+    values: Mapping[str, Any]
+    """Column name -> value."""
+    from_messages: bool = False
+    """Prompt and answer were taken from a column ``messages``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set, read anew at every iteration: nothing is kept in memory."""
+
+    source: str
+    """What the user named."""
+    open: Callable[[], Iterator[Row]]
+    """Starts reading from the first row."""
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return islice(self.open(), self.limit)
+
+
+def number_as_text(value: Any) -> Any:
+    """A number as its digits, also in a list; the very object where there is none. True and False are no numbers here."""
+    if isinstance(value, float) and math.isnan(value):
+        return None  # what a table has for nothing
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and any(number_as_text(item) is not item for item in value):
+        return [number_as_text(item) for item in value]
+    return value
+
+
+def with_text(row: Row, columns: Collection[str]) -> Row:
+    """Read numbers in text columns as text."""
+    changed = {
+        name: text
+        for name, value in row.values.items()
+        if name in columns and (text := number_as_text(value)) is not value
+    }
+    return row._replace(values={**row.values, **changed}) if changed else row
+
+
+def without_messages(row: Row, prompt_column: str) -> Row:
+    """Read OpenAI's ``messages`` (TRL's language-modelling rows) as a prompt and its answer, where no prompt is given.
+
+    The last turn of the assistant, with the calls and results of tools within it, becomes ``completion``; all before it is
+    the prompt. A conversation that ends otherwise is a prompt without an answer.
+    """
+    messages = row.values.get(MESSAGES)
+    if prompt_column != "prompt" or prompt_column in row.values or not isinstance(messages, list | tuple):
+        return row
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        return row
+    values = {name: value for name, value in row.values.items() if name != MESSAGES}
+    end = len(messages)
+    if messages[-1].get("role") == "assistant":
+        end = next((n for n in range(end, 0, -1) if messages[n - 1].get("role") not in ("assistant", "tool")), 0)
+        values["completion"] = list(messages[end:])
+    return row._replace(values={"prompt": list(messages[:end]), **values}, from_messages=True)
+
+
+def split_texts(rows: Rows, config: DataConfig) -> Rows:
+    """Cut each row's text as ``config.split_text`` says; 0 leaves the rows as they are.
+
+    The prompt column keeps the beginning and ``completion`` holds the rest, which scoring takes as the response and
+    evaluation as the reference. Rows whose prompt column holds no text stay as they are.
+    """
+    if config.split_text == 0:
+        return rows
+
+    def halves() -> Iterator[Row]:
+        for row in rows:
+            text = row.values.get(config.prompt_column)
+            if isinstance(text, str):
+                prompt, rest = split_at_space(text, config.split_text)
+                row = row._replace(values={**row.values, config.prompt_column: prompt, "completion": rest})
+            yield row
+
+    return Rows(rows.source, halves)
+
+
+def split_at_space(text: str, share: float) -> tuple[str, str]:
+    """Cut a text at the first white space from ``share`` of its characters on; the rest begins with that space.
+
+    A text without white space there is all prompt, its rest empty.
+    """
+    start = max(1, round(len(text) * share))
+    position = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
+    return text[:position], text[position:]

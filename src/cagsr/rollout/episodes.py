@@ -1,0 +1,173 @@
+"""Engine x task: answers are sampled, the task replies, and so on until it is over; then all of it as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cagsr.errors import ConfigError
+from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, PromptBatch, Segment
+from cagsr.models.load import LoadedModel
+from cagsr.rollout.rows import prompt_batch
+from cagsr.tasks.segments import SegmentEncoder
+from cagsr.tasks.task import Task, reply_of
+
+Sample = Callable[[PromptBatch], EpisodeBatch]
+"""Samples one answer to each row of a batch of prompts."""
+
+
+@dataclass(frozen=True)
+class EpisodePlayer:
+    """Plays a task of several turns.
+
+    Args:
+        loaded: the policy.
+        task: replies to answers.
+        encoder: turns what is said into segments.
+        room: tokens that an episode may have before its next answer.
+    """
+
+    loaded: LoadedModel
+    task: Task
+    encoder: SegmentEncoder
+    room: int
+
+    def __post_init__(self) -> None:
+        if not self.loaded.architecture.one_sequence:
+            raise ConfigError(
+                f"--rollout.task: {self.loaded.path} is an encoder-decoder model, whose encoder reads the prompt once; a task of "
+                "several turns needs a decoder-only model."
+            )
+
+    def __call__(self, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch) -> EpisodeBatch:
+        """Play an episode for each row.
+
+        Args:
+            sample: the engine.
+            prompts: the prompt of each row.
+            batch: the same, padded.
+
+        Returns:
+            The episodes in the order of the rows; where none had a second turn they are as those of one turn.
+
+        Raises:
+            RolloutError: the task fails, or a chat template can't go on.
+        """
+        said: list[list[_Said]] = [[] for _ in prompts]
+        episodes = [Episode(prompt, (), True) for prompt in prompts]
+        going, turn = list(range(len(prompts))), 0
+        found = first = sample(batch)
+        while True:
+            for place, row in enumerate(going):
+                own = _Said.of(found, place, self.encoder, turn)
+                said[row].append(own)
+                episodes[row] = replace(
+                    episodes[row], segments=(*episodes[row].segments, own.segment), ended=bool(found.ended[place])
+                )
+            going = [row for row in going if self._goes_on(episodes, row)]
+            if not going:
+                break
+            turn += 1
+            spoken = [_so_far(episodes[row]) for row in going]
+            again = prompt_batch(self.loaded, spoken)
+            found = sample(replace(again, group=batch.group[going]))
+        if turn == 0:
+            return first
+        return self._tensors(episodes, said, batch)
+
+    def _goes_on(self, episodes: list[Episode], row: int) -> bool:
+        """Ask the task, and put down what it says."""
+        episode = episodes[row]
+        if not episode.ended or (text := reply_of(self.task, episode)) is None:
+            return False
+        reply = self.encoder.reply(episode, text)
+        longer = replace(episode, segments=(*episode.segments, reply))
+        if len(_so_far(longer).ids) > self.room:
+            return False  # no room for another answer: the episode is over
+        episodes[row] = longer
+        return True
+
+    def _tensors(self, episodes: list[Episode], said: list[list[_Said]], batch: PromptBatch) -> EpisodeBatch:
+        device = batch.ids.device
+        rows = [[(one, number) for one in episode.segments for number in one.ids] for episode in episodes]
+        width = max(map(len, rows))
+
+        def padded(values: Sequence[Sequence[int | float]], fill: int | float, dtype: torch.dtype) -> Tensor:
+            wide = [[*row, *[fill] * (width - len(row))] for row in values]
+            return torch.tensor(wide, dtype=dtype, device=device)
+
+        decoded: Tensor | None = None
+        if all(one.logprobs is not None for row in said for one in row):
+            drawn = [iter([x for one in row for x in one.logprobs or ()]) for row in said]
+            decoded = padded(
+                [[next(own) if one.sampled else 0.0 for one, _ in row] for own, row in zip(drawn, rows, strict=True)],
+                0.0,
+                torch.float32,
+            )
+        return EpisodeBatch(
+            prompts=batch,
+            ids=padded([[number for _, number in row] for row in rows], self.loaded.pad_token_id, torch.int64),
+            real=padded([[1] * len(row) for row in rows], 0, torch.bool),
+            sampled=padded([[one.sampled for one, _ in row] for row in rows], 0, torch.bool),
+            turn=padded([[one.turn for one, _ in row] for row in rows], 0, torch.int64),
+            ended=torch.tensor([episode.ended for episode in episodes], device=device),
+            completions=tuple(episode.answers[-1] for episode in episodes),
+            decoded_logprobs=decoded,
+            context=_context(episodes, batch, width),
+        )
+
+
+def played(
+    player: EpisodePlayer | None, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch
+) -> EpisodeBatch:
+    """One answer to each row, or, with a player, an episode for each; arguments as :meth:`EpisodePlayer.__call__`."""
+    return sample(batch) if player is None else player(sample, prompts, batch)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """One answer of one row, as it was sampled."""
+
+    segment: Segment
+    logprobs: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, found: EpisodeBatch, row: int, encoder: SegmentEncoder, turn: int) -> _Said:
+        mask = found.real[row]
+        segment = encoder.answer(found.ids[row][mask].tolist(), found.completions[row], turn)
+        drawn = found.decoded_logprobs
+        return cls(segment, None if drawn is None else tuple(drawn[row][mask].tolist()))
+
+
+def _so_far(episode: Episode) -> EncodedPrompt:
+    """All that was said, as the prompt of the next answer."""
+    ids = (*episode.first.ids, *(number for segment in episode.segments for number in segment.ids))
+    return replace(episode.first, ids=ids, words=(-1,) * len(ids))
+
+
+def _context(episodes: Sequence[Episode], batch: PromptBatch, width: int) -> Context:
+    """The words of prompts and segments, numbered through; an answer's own words are there for later turns only."""
+    device, prompt = batch.ids.device, batch.ids.shape[1]
+    words = torch.full((len(episodes), prompt + width), -1, dtype=torch.int64)
+    words[:, :prompt] = batch.words.cpu()
+    weights: list[list[float]] = []
+    turns: list[list[int]] = []
+    for row, episode in enumerate(episodes):
+        own, since = list(episode.first.salience), [0] * len(episode.first.salience)
+        place = prompt
+        for segment in episode.segments:
+            for word in segment.words:
+                words[row, place] = -1 if word < 0 else len(own) + word
+                place += 1
+            place += len(segment.ids) - len(segment.words)
+            own += segment.salience
+            since += [segment.turn + segment.sampled] * len(segment.salience)
+        weights.append(own)
+        turns.append(since)
+    most = max(map(len, weights))
+    salience = torch.tensor([[*row, *[0.0] * (most - len(row))] for row in weights], dtype=torch.float32)
+    since_turn = torch.tensor([[*row, *[0] * (most - len(row))] for row in turns], dtype=torch.int64)
+    return Context(words.to(device), salience.to(device), since_turn.to(device), tuple(episodes))

@@ -1,0 +1,58 @@
+"""A port of this machine only, for the pages that are served."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from cagsr.errors import ConfigError
+from cagsr.support.progress import resting
+
+HOST = "127.0.0.1"
+
+
+def listen(port: int) -> socket.socket:
+    """Take the port on 127.0.0.1; 0 takes a free one. A browser that is too early waits instead of being refused.
+
+    Raises:
+        ConfigError: it is taken, or not allowed.
+    """
+    taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((HOST, port))
+        taken.listen(128)
+    except OSError as error:
+        taken.close()
+        why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
+        raise ConfigError(f"--port {port}: {why}; give another one, or 0 for any that is free.") from None
+    return taken
+
+
+def serve_until_interrupted(application: ASGIApp, taken: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve an application on the port of ``listen`` until Ctrl-C.
+
+    ``ready`` is called once the server listens to Ctrl-C too: one that comes before can be lost in an import.
+    """
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+    settings = uvicorn.Config(
+        application,
+        log_level="warning",
+        access_log=False,  # its lines would show a token
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=3,
+    )
+    with resting():
+        Server(settings).run(sockets=[taken])

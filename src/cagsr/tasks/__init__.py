@@ -1,0 +1,1 @@
+"""Tasks: what follows an answer, and in which order prompts are met."""

@@ -1,0 +1,71 @@
+"""A task: what is said to the model after an answer of its own, or that the episode is over.
+
+The default asks once. A task of your own needs no base class::
+
+    class AskForMore:
+        def reply(self, episode: Episode) -> str | None:
+            return "Tell me more." if len(episode.answers) == 1 else None
+
+Name it in ``rollout.task`` by its dotted path. What it says is read by the model, not paid and not trained on; its words become
+part of what the next answer is judged by.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from cagsr.errors import ConfigError, RolloutError
+from cagsr.flow import Episode
+from cagsr.support.dotted_path import import_dotted
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Decides how an episode goes on."""
+
+    def reply(self, episode: Episode) -> str | None:
+        """What is said to the model next, as text: behind a plain prompt as it is, in a conversation as the user's message.
+
+        It is asked after every answer that ended by itself (one that was cut at the length limit ends its episode).
+
+        Args:
+            episode: the prompt and all that was said since.
+
+        Returns:
+            The text, which is not empty; None: the episode is over.
+        """
+        ...
+
+
+def load_task(path: str | None) -> Task | None:
+    """The task that a dotted path names: an object, or a class that needs no argument; None: one answer to each prompt.
+
+    Raises:
+        ConfigError: it can't be imported, or is no task.
+    """
+    if path is None:
+        return None
+    found = import_dotted(path, "rollout.task")
+    try:
+        task = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(f"--rollout.task {path}: the class can't be made without arguments ({error}).") from error
+    if not isinstance(task, Task):
+        raise ConfigError(f"--rollout.task {path}: a task has a method reply(episode) that returns a text or None.")
+    return task
+
+
+def reply_of(task: Task, episode: Episode) -> str | None:
+    """Ask a task and look at what it says.
+
+    Raises:
+        RolloutError: it raises, or says something that is no text.
+    """
+    where = f"row {episode.first.prompt.row}, turn {len(episode.answers)}"
+    try:
+        said = task.reply(episode)
+    except Exception as error:  # a user's code can raise anything; the cause stays attached
+        raise RolloutError(f"the task failed with {type(error).__name__}: {error} ({where}); mend its reply") from error
+    if said is not None and (not isinstance(said, str) or not said):
+        raise RolloutError(f"the task replied {said!r} ({where}); return a text, or None to end the episode")
+    return said

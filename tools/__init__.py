@@ -1,0 +1,1 @@
+"""What keeps the documents: small figures, HTML made of the Markdown."""
