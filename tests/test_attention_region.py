@@ -48,6 +48,36 @@ def test_encoder_decoder_and_decoding_by_hand():
     assert step.keys == 7
 
 
+def test_what_was_said_since_is_looked_at_by_hand():
+    """Prompts of two and three tokens; responses of four, of which the first sequence's second and third are looked at."""
+    prompt = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    sampled = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0]])
+    looked_at = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]])
+    region = AttentionRegion.left_padded(prompt, sampled, looked_at)
+    # Token t is predicted at position 2 + t; columns are positions, and the last token is not fed: nothing looks at it.
+    assert region.rows.tolist() == [[2, -1, -1, 5], [2, 3, -1, -1]]
+    assert region.columns.tolist() == [[-1, 1, 2, -1, 4, 5], [0, 1, 2, -1, -1, -1]]
+    assert (region.row_slice, region.column_slice) == (slice(2, 6), slice(0, 6))
+    assert region.shape == (2, 4, 6)
+    assert region.valid(torch.device("cpu"))[0, 3].tolist() == [False, True, True, False, True, True]
+    # Behind the prompts' cache the first token's row is missing, and positions are counted from the first cached key.
+    behind = AttentionRegion.after_prefix(prompt, sampled[:, 1:], looked_at)
+    assert behind.rows.tolist() == [[-1, -1, 2], [0, -1, -1]]
+    assert torch.equal(behind.columns, region.columns)
+    assert (behind.row_slice, behind.column_slice, behind.keys) == (slice(0, 3), slice(0, 6), 6)
+    assert behind.shape == (2, 3, 6)
+
+
+def test_nothing_to_look_at_is_the_prompt_alone():
+    prompt, response = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 1]])
+    plain = AttentionRegion.left_padded(prompt, response)
+    found = AttentionRegion.left_padded(prompt, response, torch.zeros(1, 2))
+    assert torch.equal(found.rows, plain.rows)
+    assert found.columns.tolist() == [[*plain.columns[0].tolist(), -1]]
+    # A response of one token is fed to nothing.
+    assert AttentionRegion.left_padded(prompt, response[:, :1], torch.ones(1, 1)).columns.tolist() == [[-1, 1, 2]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=5))
 def test_packed_is_right_padded_moved(lengths):

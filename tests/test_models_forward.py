@@ -33,7 +33,8 @@ def made_up(loaded: LoadedModel, responses: list[int], prompts: list[int], group
     lengths = torch.tensor(prompts)[:, None]
     mask = places < lengths if not loaded.architecture.one_sequence else places >= width - lengths
     texts = tuple(Prompt(number + 1, "") for number in group)
-    batch = PromptBatch(texts, ids[of_row], mask[of_row], ids[of_row], torch.ones(len(group), 1), of_row)
+    words = torch.full_like(ids[of_row], -1)
+    batch = PromptBatch(texts, ids[of_row], mask[of_row], words, torch.ones(len(group), 1), of_row)
     answer = torch.randint(3, size, (len(group), max(responses)), generator=generator)
     answered = torch.arange(max(responses))[None] < torch.tensor(responses)[:, None]
     return EpisodeBatch.of_one_turn(

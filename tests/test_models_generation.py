@@ -265,7 +265,7 @@ def test_generate_with_the_saved_file_samples_what_training_sampled(
     auto = loaded.architecture.auto_class
     final = auto.from_pretrained(tmp_path / "final").eval()
     torch.manual_seed(5)
-    ids = final.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
+    ids = final.generate(input_ids=prompts.ids, attention_mask=prompts.real.long())
     found = ids[:, len(decoder_prefix(final)) if not loaded.architecture.one_sequence else prompts.ids.shape[1] :]
     if "forced_bos_token_id" in settings:
         assert set(ids[:, 1].tolist()) == {FORCED}

@@ -39,6 +39,7 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.sample import sample_responses
+from conversations import conversations, token_by_token
 from scored import scored, scored_with_maps
 from test_models_forward import made_up
 
@@ -251,6 +252,21 @@ def test_attention_across_the_border_is_eager_s(kind: str, share: bool, folders:
     torch.testing.assert_close((by_layer[0] + by_layer[1]) / 2, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", CHANGING)
+def test_two_turns_across_the_border_are_eager_s(kind: str, share: bool, folders: dict[str, Path]):
+    """A row is fed once for each side of the border: what was replied on one side is seen from the other."""
+    loaded, model = loaded_from(folders[kind]), own(folders[kind], attn_implementation="eager")
+    segments = [(4, 3, 6), (2, 6, 5), (9, 2, 2), (3, 1, 1), (1, 1, 3)]
+    episodes = conversations([5, 10, 17], [0, 1, 0, 1, 2], segments)
+    if not share:
+        sharing.stop_sharing(loaded.model)
+    readings, found = scored_with_maps(loaded, episodes, micro_batch_size=5)
+    logprobs, expected = token_by_token(model, episodes)
+    torch.testing.assert_close(readings.logprobs, logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", CHANGING)
 def test_a_row_padded_on_the_right_is_what_it_is_alone(kind: str, folders: dict[str, Path]):
     """As trainers batch: no positions are given, and the longest row is beyond the border."""
@@ -288,7 +304,7 @@ def test_positions_that_count_padding_are_refused_where_they_matter(folders: dic
     loaded = loaded_from(folders["llama4-chunks"])
     alike = answered(loaded, [30, 30], longest=14)
     truth = each_by_itself(own(folders["llama4-chunks"]), alike)
-    torch.testing.assert_close(scored(loaded, alike), truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs_of(loaded, alike), truth, atol=2e-5, rtol=1e-5)
     with pytest.raises(ModelError, match=r"from 40 tokens on this llama4_text model .* count the padding"):
         logprobs_of(loaded, answered(loaded, [20, 30], longest=14))
 

@@ -92,7 +92,7 @@ def _transformers_own(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampl
     """What transformers' own loop gives, every row to the end, each prompt read once for each of its answers."""
     settings = sampled_with(loaded, sampling)
     with torch.no_grad(), sample._only_these_settings(loaded.model, settings):
-        ids = loaded.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
+        ids = loaded.model.generate(input_ids=prompts.ids, attention_mask=prompts.real.long())
     return ids[:, 1 if not loaded.architecture.one_sequence else prompts.ids.shape[1] :]
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cagsr.config import RolloutConfig
@@ -93,6 +93,7 @@ def test_what_the_engine_calls_impossible_stops_the_run(worst: float):
         account_for_engine(*made(engine=engine), RolloutConfig(), lambda tensor: tensor)
 
 
+@settings(deadline=None)
 @given(st.floats(-9999, 0), st.floats(-50, 0), st.floats(1, 10))
 def test_the_weight_is_positive_and_truncated(engine: float, ours: float, cap: float):
     logprobs, said = torch.tensor([[ours, ours]]), torch.tensor([[engine, engine]])

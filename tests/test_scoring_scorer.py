@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny
 from cagsr.config import AttentionConfig, LoraConfig, ModelConfig, SamplingConfig
@@ -15,9 +16,12 @@ from cagsr.models.forward import teacher_forced
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference
+from cagsr.models.sharing import shares_prompts, stop_sharing
+from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.sample import sample_responses
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer
+from conversations import conversations, token_by_token
 from scored import scored, scored_with_maps
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
@@ -154,3 +158,74 @@ def test_micro_batches_are_a_partition_sorted_by_length(tmp_path: Path):
     assert sorted(torch.cat(chunks).tolist()) == [0, 1, 3, 6, 7]
     lengths = rollout.prompts.real.sum(1) + rollout.sampled.sum(1)
     assert lengths[torch.cat(chunks)].tolist() == sorted(lengths[chosen].tolist())
+
+
+# ---- episodes of several turns ----
+
+TURNS = conversations([4, 7], [0, 1, 0, 1, 0], [(2, 3, 2), (3,), (1, 1, 4), (2, 2, 3), (4, 2, 1)])
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma3"])
+def test_two_turns_are_read_as_token_by_token(kind: str, share: bool, micro_batch_size: int, tmp_path: Path):
+    """Prompt, answer, reply, answer: what was sampled alone is scored, and it is seen to look at what stands before it."""
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    assert shares_prompts(loaded, TURNS)
+    if not share:
+        stop_sharing(loaded.model)
+    actor_critic = ActorCritic(loaded, value="head")
+    torch.nn.init.normal_(actor_critic.value_head.weight)
+    found, maps = scored_with_maps(loaded, TURNS, micro_batch_size=micro_batch_size, actor_critic=actor_critic)
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    logprobs, expected = token_by_token(eager, TURNS)
+    torch.testing.assert_close(found.logprobs, logprobs, atol=2e-5, rtol=1e-5)
+    assert maps.shape == (5, 7, 7 + 7)
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
+    assert float(maps[0, 5:, 7:].sum()) > 1e-3  # the second answer looks at the reply
+    for value in (*vars(found).values(), maps):
+        assert (value[~TURNS.sampled] == 0).all()
+    assert (found.entropy[TURNS.sampled] > 0).all()
+    assert (found.values[TURNS.sampled] != 0).all()
+
+
+def test_two_turns_are_one_plain_forward(tmp_path: Path):
+    """The log-probabilities are those of one forward over all that was said, with every token at its own position."""
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    found = scored(loaded, TURNS, SamplingConfig(temperature=0.7))
+    for row in range(5):
+        prompt, said = TURNS.prompts.ids[row][TURNS.prompts.real[row]], TURNS.ids[row][TURNS.real[row]]
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.cat([prompt, said])[None], use_cache=False).logits[0]
+        plain = (logits / 0.7).log_softmax(-1)[len(prompt) - 1 : -1].gather(1, said[:, None])[:, 0]
+        sampled = TURNS.sampled[row, : len(said)]
+        torch.testing.assert_close(found.logprobs[row, : len(said)], plain * sampled, atol=2e-5, rtol=1e-5)
+
+
+def test_words_of_two_turns_are_pooled_over_all_that_is_seen(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    visitor = TermVisitor(TURNS, [], "sum", keep_maps=True)
+    Scorer(loaded, AttentionConfig(layers="all"), SamplingConfig(), 2).policy(TURNS, visitor)
+    attention = visitor.attention()
+    assert attention is not None
+    assert TURNS.context is not None
+    assert attention.words.shape == (5, 7, 4)  # the prompt's word, and one of each segment
+    for row, column in TURNS.sampled.nonzero().tolist():
+        for word in range(4):
+            pieces = attention.maps[row, column, TURNS.context.words[row] == word]
+            assert float(attention.words[row, column, word]) == pytest.approx(float(pieces.sum()), abs=1e-6)
+    # The first answer sees neither what was replied to it nor what was said then; itself it sees as it grows.
+    assert (attention.words[0, :2, 2:] == 0).all()
+    assert (attention.words[0, 5:, :3] > 0).all()
+
+
+def test_a_reference_reads_two_turns_too(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    policy = TermVisitor(TURNS, [], "sum", keep_maps=True)
+    Scorer(loaded, AttentionConfig(), SamplingConfig(), 8).read(TURNS, policy)
+    reference = TermVisitor(TURNS, [], "sum", keep_maps=True)
+    scorer = Scorer(loaded, AttentionConfig(source="reference"), SamplingConfig(), 8, reference=Reference(loaded))
+    readings, logprobs = scorer.read(TURNS, reference)
+    assert (logprobs[~TURNS.sampled] == 0).all()
+    torch.testing.assert_close(logprobs, readings.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reference.attention().maps, policy.attention().maps, atol=1e-5, rtol=1e-4)

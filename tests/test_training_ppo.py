@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
 from cagsr.reward.build import build_reward
 from cagsr.training.ppo import PPO
+from conversations import conversations
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "t5", "bart"]
 
@@ -214,3 +216,41 @@ def test_salience_pooling_reaches_the_reward(tmp_path: Path):
     coverage = experience.returns.terms["coverage"]
     assert ((coverage >= 0) & (coverage <= 1)).all()
     assert coverage.std() > 0
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+@pytest.mark.parametrize("source", ["policy", "reference"])
+def test_two_turns_are_trained_on_and_micro_batches_change_nothing(tmp_path: Path, estimator: str, source: str):
+    """Episodes that a task made: prompt, answer, reply, answer, some of them with one answer alone."""
+    lengths = [(2, 3, 2), (3,), (1, 1, 4), (2, 2, 3), (4, 2, 1), (5, 1, 1)]
+    episodes = conversations([4, 7], [0, 1, 0, 1, 0, 1], lengths)
+
+    def trained(micro: int) -> tuple[Experience, dict[str, float], torch.Tensor]:
+        config = PPOConfig(
+            estimator=estimator,  # type: ignore[arg-type]
+            num_ppo_epochs=2,
+            micro_batch_size=micro,
+            learning_rate=1e-3,
+            adam_eps=1e-3,
+        )
+        ppo, prompts = setting(tmp_path, ppo=config, attention=AttentionConfig(source=source))  # type: ignore[arg-type]
+        ppo.sampler.sample = lambda batch, sampling: episodes  # type: ignore[method-assign]
+        experience = ppo.collect(prompts.prompts[:2])
+        torch.manual_seed(1)
+        metrics = ppo.update(experience)
+        return experience, metrics, torch.cat([one.flatten() for one in ppo.loaded.model.parameters()]).detach()
+
+    experience, whole, weights = trained(16)
+    assert experience.returns.by_turn.shape == (6, 2)
+    torch.testing.assert_close(experience.returns.by_turn.sum(1), experience.returns.total)
+    assert experience.returns.by_turn[1].tolist() == [float(experience.returns.total[1]), 0.0]
+    assert (experience.targets.advantages[~episodes.sampled] == 0).all()
+    second = experience.targets.advantages[episodes.sampled & (episodes.turn == 1)]
+    assert second.abs().max() > 0.1
+    assert whole["val/ratio_first_error"] < 1e-4
+    assert whole["response/length"] == pytest.approx(28 / 6)
+    assert all(math.isfinite(value) for value in whole.values())
+    _, split, same = trained(2)
+    torch.testing.assert_close(same, weights, atol=2e-5, rtol=1e-4)
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, abs=2e-3, rel=2e-3), name

@@ -93,7 +93,7 @@ class AttentionRegion:
     def pooled(self, words: Tensor, num_words: int) -> AttentionRegion:
         """Add up the columns of each word while reading: what is read is ``(n, response, words)``.
 
-        The same as ``cagsr.reward.words.pool_words`` with ``how="sum"`` of what would be read without, but columns of
+        The same as ``cagsr.reward.pooling.pool_pieces`` with ``how="sum"`` of what would be read without, but columns of
         no word are never computed, and what is as wide as the prompt never stored.
 
         Args:
@@ -303,7 +303,9 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _columns(prompt: Tensor, looked_at: Tensor | None) -> Tensor:
     """The prompt's positions and those of the response that are looked at; the last one is never fed."""
-    return _positions(prompt if looked_at is None else torch.cat([prompt, looked_at[:, :-1]], dim=1))
+    return _positions(
+        prompt if looked_at is None else torch.cat([prompt, looked_at[:, :-1].to(prompt.device).bool()], 1)
+    )
 
 
 def _runs(starts: Tensor, lengths: Tensor) -> Tensor:

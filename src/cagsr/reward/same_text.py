@@ -47,7 +47,8 @@ def says(texts: TokenTexts, response_ids: Tensor, mask: Tensor, prompt_ids: Tens
     holds_text = texts.power[response_ids] != 1
     opens, closes = texts.opens[response_ids], texts.closes[response_ids]
     yes = torch.ones_like(mask[:, :1])
-    begins = mask & holds_text & (opens | torch.cat([yes, closes[:, :-1]], dim=1))
+    # What stands before an answer is somebody else's: its first token begins a word, whatever that ends with.
+    begins = mask & holds_text & (opens | torch.cat([yes, closes[:, :-1] | ~mask[:, :-1]], dim=1))
     ends = mask & holds_text & (closes | torch.cat([opens[:, 1:] | ~mask[:, 1:], yes], dim=1))
     for length, run in _runs(texts, response_ids):
         last = length - 1
