@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.config import DataConfig
+from cagsr.config import DataConfig, SalienceConfig
 from cagsr.support import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cagsr.config import SalienceConfig
     from cagsr.flow import EncodedPrompt
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
