@@ -15,40 +15,52 @@ import torch
 
 from benchmarks import memory
 from benchmarks.capture import peak_of
-from cagsr.flow import EpisodeBatch, Prompt, PromptBatch, Scores
+from cagsr.flow import EpisodeBatch, Prompt, PromptBatch, Readings, RewardBatch
 from cagsr.models.texts import TokenTexts
-from cagsr.reward.micro_batch import AttentionKeeper, reward_batch
-from cagsr.reward.terms import AttentionTerm, Coverage, GroundedCoverage
-from cagsr.reward.values import term_values
+from cagsr.reward.micro_batch import TermVisitor
+from cagsr.reward.term import RewardTerm
+from cagsr.reward.terms.coverage import Coverage, CoverageConfig
+from cagsr.reward.terms.grounded_coverage import GroundedCoverage, GroundedCoverageConfig
+from cagsr.reward.values import RawValues, checked_values, term_values
 from cagsr.rollout.rows import episode_rows
+from cagsr.scoring.scorer import readings_of
 
 LENGTHS = (256, 1024, 4096, 16384)
 ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
 YES = torch.ones(1000, dtype=torch.bool)
 TEXTS = TokenTexts(torch.arange(1000), torch.arange(1, 1001), torch.full((1000,), 1009), YES, YES)
 """Each token is a word of its own."""
-TERMS: tuple[AttentionTerm, ...] = (Coverage(0.1, dense=False), GroundedCoverage(0.1, False, TEXTS))
+TERMS: tuple[RewardTerm, ...] = (
+    Coverage(CoverageConfig(threshold=0.1)),
+    GroundedCoverage(GroundedCoverageConfig(threshold=0.1), TEXTS),
+)
 
 
 def measure(prompt: int) -> dict[str, float]:
     """MiB at the peak of reading and rewarding a step's answers, with and without keeping the maps."""
-    rollout = _rollout(prompt)
+    episodes = _episodes(prompt)
     zeros = torch.zeros(ANSWERS, RESPONSE)
-    scores = Scores(zeros, zeros, zeros, zeros)
+    readings = Readings(zeros, zeros, zeros, zeros)
 
     def run(keep: bool) -> None:
-        keeper = AttentionKeeper(rollout, None if keep else TERMS)
+        visitor = TermVisitor(episodes, TERMS, "sum", keep_maps=keep)
         for index in torch.arange(ANSWERS).split(MICRO_BATCH):
-            keeper.add(index, episode_rows(rollout, index), torch.rand(len(index), RESPONSE, prompt) / prompt)
-        batch = reward_batch(rollout, scores, None, keeper.kept)
+            maps = torch.rand(len(index), RESPONSE, prompt) / prompt
+            visitor.visit(index, episode_rows(episodes, index), readings_of(readings, index, RESPONSE), maps)
+            del maps
+        batch = RewardBatch(episodes, readings, None, visitor.attention())
         for term in TERMS:
-            term_values(term, batch)
+            known = visitor.values.get(term.name)
+            if isinstance(known, RawValues):
+                checked_values(term, known, batch)
+            else:
+                term_values(term, batch)
 
     run(False)  # libraries allocate their own buffers at the first call
     return {name: peak_of(lambda keep=keep: run(keep)) for name, keep in (("worked out", False), ("kept", True))}  # type: ignore[misc]
 
 
-def _rollout(prompt: int) -> EpisodeBatch:
+def _episodes(prompt: int) -> EpisodeBatch:
     """Random answers to one prompt, half of whose tokens are salient, two to a word."""
     torch.manual_seed(0)
     numbers = torch.arange(prompt)
@@ -56,14 +68,15 @@ def _rollout(prompt: int) -> EpisodeBatch:
     prompts = PromptBatch(
         prompts=(Prompt(1, ""),) * ANSWERS,
         ids=torch.randint(0, 1000, (1, prompt)).expand(ANSWERS, prompt),
-        mask=torch.ones(ANSWERS, prompt, dtype=torch.bool),
+        real=torch.ones(ANSWERS, prompt, dtype=torch.bool),
         words=words,
         salience=torch.ones(ANSWERS, int(words.max()) + 1),
         group=torch.zeros(ANSWERS, dtype=torch.int64),
     )
     shape = (ANSWERS, RESPONSE)
     mask = torch.ones(shape, dtype=torch.bool)
-    return EpisodeBatch(prompts, torch.randint(0, 1000, shape), mask, torch.ones(ANSWERS).bool(), ("",) * ANSWERS)
+    ids, ended = torch.randint(0, 1000, shape), torch.ones(ANSWERS).bool()
+    return EpisodeBatch.of_one_turn(prompts, ids, mask, ended, ("",) * ANSWERS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

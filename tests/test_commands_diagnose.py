@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cagsr.evaluation.scorer import Scorer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +32,8 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
 from cagsr.prompts.prepare import encode_texts
+from cagsr.reward.answers import AnswerScorer
+from cagsr.rollout.sample_prompts import sample_in_batches
 
 HERE = Setting("last-2", "sum", 0.3)
 WEIGHTS = {"coverage": 1.0, "repetition": -1.0, "self_certainty": 0.0}
@@ -245,19 +246,17 @@ def test_the_sweep_gives_what_the_scorer_gives(kind: str, tmp_path: Path):
     texts = ["tell me about the red cat", "tell me about the blue dog near a house", "the bird"]
     prompts = encode_texts(texts, loaded.tokenizer, SalienceConfig(), 50)
     sampling, attention = SamplingConfig(num_generations=2, max_new_tokens=5), AttentionConfig(layers="last-2")
-    scorer = Scorer(loaded, RewardConfig(), attention, SalienceConfig())
+    scorer = AnswerScorer(loaded, RewardConfig(), attention, SalienceConfig())
     before = torch.random.get_rng_state()
     signals = collect_signals(loaded, prompts, sampling, scorer, attention, seed=3, chunk=2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert signals.length.shape == (3, 2)
     np.testing.assert_allclose(signals.coverage[signals.configured], signals.terms["coverage"], atol=1e-6)
     # All layers in one reading, as training reads them, against the mean of layers read one by one.
-    from cagsr.rollout.sample_prompts import sample_in_batches
-
-    for (_, rollout), rows in zip(
+    for (_, episodes), rows in zip(
         sample_in_batches(loaded, prompts, sampling, 3, 2), (slice(0, 2), slice(2, 3)), strict=True
     ):
-        for name, value in scorer.values(scorer.batch(rollout)).items():
+        for name, value in scorer.values(scorer.batch(episodes)).items():
             np.testing.assert_allclose(signals.terms[name][rows].ravel(), value.numpy(), atol=1e-5, err_msg=name)
     assert PromptAttentionReader(loaded.model, layers="all").layers == (0, 1)
 
@@ -306,7 +305,7 @@ def test_the_recommendation_is_the_reward_that_was_measured():
 
 def test_where_nothing_helps_no_config_is_written(model: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "cagsr.evaluation.diagnosis.recommend",
+        "cagsr.diagnosis.diagnose.recommend",
         lambda signals, configured, weights: Recommendation(signals.configured, {}, ("why",)),
     )
     out = tmp_path / "diagnosis.json"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import apart
 from cagsr.commands import main as commands_main
-from cagsr.commands.main import COMMANDS, main
+from cagsr.commands.main import COMMANDS, main, part_of
 from cagsr.config import (
     AttentionConfig,
     DataConfig,
@@ -24,6 +24,7 @@ from cagsr.config import (
     SftConfig,
     TrainConfig,
 )
+from cagsr.config.validation import leaf_types
 from cagsr.errors import ConfigError, DataError, MonitorStop
 from cagsr.parse import ALIASES, flatten, parse_command, to_yaml
 
@@ -146,7 +147,7 @@ def test_yaml_round_trip(
         sampling=SamplingConfig(stop_strings=stops, temperature=learning),
         salience=SalienceConfig(markers=markers),
         attention=AttentionConfig(layers="1,2"),
-        reward=RewardConfig(functions=["a.b"], function_weights=[learning, 1.0]),
+        reward=RewardConfig(functions=["a.b", "c.d"], function_weights=[learning, 1.0]),
         run=RunConfig(resume=flag),
     )
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
@@ -304,13 +305,28 @@ def test_the_help_names_every_command_and_the_version_is_told(
     assert COMMANDS["score"].examples in printed
 
 
-def test_help_and_mistakes_need_no_torch() -> None:
+WITH_A_REWARD = {"train", "score", "rank", "diagnose", "view"}
+"""Commands with a reward among their settings: a term is one file with its formula, which needs torch."""
+
+
+def test_help_and_mistakes_of_commands_without_a_reward_need_no_torch() -> None:
+    names = sorted(set(COMMANDS) - WITH_A_REWARD)
     code = (
         "import sys\nfrom cagsr.commands.main import main\n"
-        "assert main(['--help']) == 0 and main(['train', '--help']) == 0 and main(['sft', '--modle', 'x']) == 2\n"
+        f"assert main(['--help']) == 0 and not any(main([name, '--help']) for name in {names})\n"
+        "assert main(['sft', '--modle', 'x']) == 2 and main(['trian']) == 2\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    assert "did you mean '--model'?" in apart.finish(apart.python("-c", code))
+    said = apart.finish(apart.python("-c", code))
+    assert "did you mean '--model'?" in said
+    assert "did you mean 'train'?" in said
+
+
+def test_commands_with_a_reward_are_those_that_have_one() -> None:
+    with_one = {
+        name for name in COMMANDS if any(key.startswith("reward.") for key, _ in leaf_types(part_of(name, "config")))
+    }
+    assert with_one == WITH_A_REWARD
 
 
 def test_the_config_of_a_training_run_serves_other_commands(tmp_path, capsys):

@@ -13,8 +13,9 @@ import tiny
 from cagsr.commands.main import main
 from cagsr.config import RewardConfig
 from cagsr.models.texts import token_texts
+from cagsr.reward.build import weighted_terms
 from cagsr.reward.function import RewardFunction
-from cagsr.reward.terms import builtin_terms
+from cagsr.reward.registry import Resources
 from cagsr.reward.weigh import weigh
 
 
@@ -121,7 +122,8 @@ def test_bad_input_is_one_sentence(model: Path, prompts: Path, tmp_path: Path, c
 def test_the_scale_is_that_of_training(make_reward_batch):
     """Candidates are weighed as training weighs them: the reward function and ``weigh`` give the same contributions."""
     batch = make_reward_batch(seed=3, prompts=4, generations=5)
-    terms = builtin_terms(RewardConfig(), texts=token_texts(tiny.tokenizer()))
+    resources = Resources(texts=token_texts(tiny.tokenizer()))
+    terms = weighted_terms(RewardConfig(), "cpu", resources, every=True)
     weights = {term.name: float(number + 1) for number, (term, _) in enumerate(terms)}
     function = RewardFunction([term for term, _ in terms], list(weights.values()), "within_prompt", clip=1.5)
     reward = function(batch)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from cagsr.evaluation.scorer import Scorer, encode_response
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,8 @@ from cagsr.config import AttentionConfig, CoverageConfig, ModelConfig, RewardCon
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.rows import split_at_space
+from cagsr.reward.answers import AnswerScorer
+from cagsr.scoring.answers import encode_response
 
 PAIRS = [
     {"prompt": "tell me about the red cat", "completion": "the red cat sees a bird ."},
@@ -170,7 +171,7 @@ def test_an_own_function_is_scored_and_may_not_apply(model: Path, pairs: Path, m
 
 def test_weights_change_the_reward_not_the_terms(loaded: LoadedModel):
     reward = RewardConfig(coverage=CoverageConfig(weight=0.0, threshold=0.2))
-    scorer = Scorer(loaded, reward, AttentionConfig(), SalienceConfig())
+    scorer = AnswerScorer(loaded, reward, AttentionConfig(), SalienceConfig())
     prompts = encode_texts(["tell me about the red cat"], loaded.tokenizer, SalienceConfig(), 60)
     ((_, values),) = scorer.score_texts(prompts, [encode_response(loaded, prompts[0], "the cat")])
     assert scorer.weights["coverage"] == 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from cagsr.commands.main import COMMANDS
+from cagsr.commands.main import COMMANDS, part_of
 from cagsr.config import (
     CorruptionConfig,
     DataConfig,
@@ -37,7 +36,7 @@ VALUES: dict[str, Any] = {
     **{"runs": ["run"], "mode": "serve"},
 }
 """For the settings that have no default."""
-CONFIGS = {name: importlib.import_module(f"cagsr.commands.{name.replace('-', '_')}").Config for name in COMMANDS}
+CONFIGS = {name: part_of(name, "config") for name in COMMANDS}
 COUNTS = {"train": 45, "sft": 14, "dpo": 17, "quickstart": 7, "eval": 10}
 """How many settings of a command state a range, at least."""
 

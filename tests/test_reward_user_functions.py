@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,18 +12,27 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
+from cagsr.commands.main import main
 from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import build_reward
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.term import PartialValues
-from cagsr.support.dotted_path import import_dotted, load_function
+from cagsr.reward.user_functions import load_function
+from cagsr.support.dotted_path import import_dotted
 
 MakeBatch = Callable[..., RewardBatch]
 
 MODULE = """
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 seen = {}
 
@@ -85,6 +95,43 @@ class NeedsArguments:
 
 class NamedAsAnother(Term):
     name = "length"
+
+@dataclass(frozen=True)
+class WithSettingsConfig:
+    factor: float = 2.0
+    most: int | None = None
+    words: tuple[str, ...] = ("answer",)
+
+class WithSettings:
+    name = "with_settings"
+    needs = frozenset()
+    settings: "WithSettingsConfig"
+    seen: "Path"  # imported for type checkers alone
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def __call__(self, batch):
+        said = [sum(text.count(word) for word in self.settings.words) for text in batch.episodes.completions]
+        values = torch.tensor(said) * self.settings.factor
+        return values if self.settings.most is None else values.clamp(max=self.settings.most)
+
+class Inherits(WithSettings):
+    name = "inherits"
+
+class NeedsOne:
+    name = "needs_one"
+    settings: "NeedsOneConfig"
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def __call__(self, batch):
+        return torch.full((len(batch.episodes.completions),), self.settings.size)
+
+@dataclass
+class NeedsOneConfig:
+    size: float
 
 instance = Term()
 number = 7
@@ -237,3 +284,103 @@ def test_nan_of_a_function_is_an_error_and_none_is_not(module: Any, make_reward_
     config = RewardConfig(functions=["user_rewards_for_test.nan"])
     with pytest.raises(RewardError, match="'nan' gave nan for the prompt of row 1"):
         build_reward(config, device="cpu")(make_reward_batch())
+
+
+# --- settings of a user's own term
+
+
+OFF = {"coverage": CoverageConfig(weight=0.0), "repetition": RepetitionConfig(weight=0.0), "normalize": "none"}
+
+
+def valued(batch: RewardBatch, names: list[str], *settings: str) -> list[float]:
+    """What a reward of these functions alone gives."""
+    functions = [f"user_rewards_for_test.{name}" for name in names]
+    config = RewardConfig(**OFF, functions=functions, function_settings=list(settings))
+    return build_reward(config, device="cpu")(batch).total.tolist()
+
+
+def test_a_class_takes_its_settings_by_name(module: Any, make_reward_batch: MakeBatch) -> None:
+    batch = make_reward_batch(prompts=1, generations=2)
+    batch = replace(batch, episodes=replace(batch.episodes, completions=("answer answer", "answer more")))
+    assert valued(batch, ["WithSettings"]) == [4.0, 2.0]
+    assert valued(batch, ["WithSettings"], "WithSettings.factor=0.5") == [1.0, 0.5]
+    assert valued(batch, ["WithSettings"], "user_rewards_for_test.WithSettings.most=3") == [3.0, 2.0]
+    assert valued(batch, ["WithSettings"], "WithSettings.factor=3", "WithSettings.words=[more, a]") == [6.0, 6.0]
+    # YAML reads 1e-1 as text and ~ as nothing; a value may hold the sign itself.
+    assert valued(batch, ["WithSettings"], "WithSettings.factor=1e-1", "WithSettings.most=~") == pytest.approx(
+        [0.2, 0.1]
+    )
+    assert valued(batch, ["WithSettings"], "WithSettings.words=['=']") == [0.0, 0.0]
+    # Of two classes each takes its own; one that inherits its settings has them too.
+    assert valued(batch, ["WithSettings", "Inherits"], "Inherits.factor=0") == [4.0, 2.0]
+    assert valued(batch, ["NeedsOne", "Term"], "NeedsOne.size=0.25") == [1.25, 1.25]
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        (["WithSettings"], "WithSettings.facotr=1", r"has no setting 'facotr'; it has \['factor', 'most', 'words'\]"),
+        (["WithSettings"], "WithSettings.factor=much", r"factor .*number.*'much'"),
+        (["WithSettings"], "WithSettings.factor=true", r"factor .*(true or false|number).*True"),
+        (["WithSettings"], "WithSettings.factor=.nan", r"factor nan: must be a finite number"),
+        (["WithSettings"], "WithSettings.most=1.5", r"most .*integer.*1\.5"),
+        (["WithSettings"], "WithSettings.words={a: 1}", r"words .*"),
+        (["WithSettings"], "WithSettings.words=[a", r"'WithSettings.words=\[a'.*YAML"),
+        (
+            ["WithSettings"],
+            "factor=1",
+            r"'factor=1': write name\.key=value, the name being one of \['WithSettings', 'user_r",
+        ),
+        (["WithSettings"], "WithSettings.factor", r"'WithSettings.factor': write name\.key=value"),
+        (["WithSettings"], "Another.factor=1", r"'Another.factor=1': write name\.key=value"),
+        (["Term"], "Term.factor=1", r"'user_rewards_for_test.Term' has no settings"),
+        (["on_batch"], "on_batch.factor=1", r"'user_rewards_for_test.on_batch' is no class, so it takes no settings"),
+        (["trl"], "trl.factor=1", r"'user_rewards_for_test.trl' is no class"),
+        (["instance"], "instance.factor=1", r"'user_rewards_for_test.instance' is no class"),
+    ],
+)
+def test_settings_that_can_not_be_used_are_one_sentence(
+    module: Any, names: list[str], given: str, words: str, make_reward_batch: MakeBatch
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        valued(make_reward_batch(), names, given)
+    said = str(caught.value)
+    assert said.startswith("reward.function_settings")
+    assert "\n" not in said
+
+
+def test_a_class_whose_settings_have_no_default_names_what_is_missing(module: Any) -> None:
+    with pytest.raises(ConfigError, match=r"class 'user_rewards_for_test.NeedsOne' can't be made .*'size'"):
+        load("NeedsOne")
+
+
+def test_settings_of_nothing_are_refused(make_reward_batch: MakeBatch) -> None:
+    """Not left unread: a setting of a term that the reward does not have is a slip."""
+    with pytest.raises(ConfigError, match=r"'WithSettings.factor=1': write name\.key=value"):
+        build_reward(RewardConfig(function_settings=["WithSettings.factor=1"]), device="cpu")
+
+
+def test_settings_on_the_command_line(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.save_model(tmp_path / "start")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "tell me about the cat", "completion": "a cat sees a cat"}\n')
+    line = [
+        "score",
+        "--model",
+        str(model),
+        "--model.device",
+        "cpu",
+        "--data",
+        "pairs.jsonl",
+        "--output",
+        "scores.jsonl",
+    ]
+    line += ["--reward.functions", "user_rewards_for_test.WithSettings", "--reward.function_settings"]
+    assert main([*line, "WithSettings.factor=10", "WithSettings.words=[cat]"]) == 0
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["terms"]["with_settings"] == 20.0
+    (tmp_path / "scores.jsonl").unlink()
+    capsys.readouterr()
+    assert main([*line, "WithSettings.facotr=10"]) == 2
+    said = capsys.readouterr().err
+    assert "has no setting 'facotr'" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "scores.jsonl").exists()

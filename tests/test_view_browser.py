@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cagsr.config.reward import FocusConfig
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from cagsr.config import ModelConfig, RewardConfig, SalienceConfig
+from cagsr.config import FocusConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel, load_model

@@ -15,16 +15,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cagsr.config.reward import CoverageConfig, FocusConfig, LengthConfig, RepetitionConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
+from cagsr.config import (
+    AttentionConfig,
+    CoverageConfig,
+    FocusConfig,
+    LengthConfig,
+    ModelConfig,
+    RepetitionConfig,
+    RewardConfig,
+    SalienceConfig,
+    SamplingConfig,
+)
 from cagsr.errors import ConfigError, DataError
 from cagsr.html_page import script_json
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.reward.answers import AnswerScorer
 from cagsr.view import View, view
 from cagsr.view.measure import Answer
 from cagsr.view.planes import REWARD, Plane
@@ -188,11 +198,9 @@ def test_the_notebook_shows_the_same_page_in_a_closed_frame(seen: View) -> None:
 
 
 def test_a_term_that_does_not_apply_is_said_so(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cagsr.evaluation.scorer import Scorer
-
-    values = Scorer.values
+    values = AnswerScorer.values
     monkeypatch.setattr(
-        Scorer, "values", lambda self, batch: values(self, batch) | {"length": torch.full((1,), torch.nan)}
+        AnswerScorer, "values", lambda self, batch: values(self, batch) | {"length": torch.full((1,), torch.nan)}
     )
     page = view(loaded, PROMPT, "a cat", reward=RewardConfig(length=LengthConfig(weight=1)), salience=UNIFORM).html
     assert "does not apply" in page

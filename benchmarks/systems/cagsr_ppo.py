@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import cagsr.training.ppo
 from benchmarks.turns import Turns
 from benchmarks.workload import KL, LEARNING_RATE, TEMPERATURE, Work
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, PPOConfig, RunConfig, SamplingConfig, TrainConfig
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.build import build_reward
+from cagsr.reward.registry import Resources
+from cagsr.training.ppo import PPO
 
 
 def config_of(work: Work, folder: Path, estimator: str = "gae", critic: str = "head") -> TrainConfig:
@@ -64,9 +65,9 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
         turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5)))
     room = loaded.room_for_prompts(work.response)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room).prompts
-    reward = build_reward(config.reward, device=loaded.device, texts=loaded.texts)
-    ppo = cagsr.training.ppo.PPO(config, loaded, reward, Accelerator(cpu=True))
-    scoring_begins = _moment_of("score_policy")
+    reward = build_reward(config.reward, device=loaded.device, resources=Resources(loaded.texts))
+    ppo = PPO(config, loaded, reward, Accelerator(cpu=True))
+    scoring_begins = _moment_of(ppo.scorer, "policy")
     torch.manual_seed(2)
     while True:
         turns.begin()
@@ -79,9 +80,9 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
         turns.end(int(experience.episodes.sampled.sum()))
 
 
-def _moment_of(name: str) -> Callable[[], float]:
-    """Note when ``collect`` last called a function of its module: what comes before scoring is the rollout."""
-    original: Callable[..., Any] = getattr(cagsr.training.ppo, name)
+def _moment_of(owner: object, name: str) -> Callable[[], float]:
+    """Note when a method was last called: what comes before scoring is the rollout."""
+    original: Callable[..., Any] = getattr(owner, name)
     called = [0.0]
 
     @functools.wraps(original)
@@ -89,5 +90,5 @@ def _moment_of(name: str) -> Callable[[], float]:
         called[0] = time.perf_counter()
         return original(*args, **kwargs)
 
-    setattr(cagsr.training.ppo, name, noted)
+    setattr(owner, name, noted)
     return lambda: called[0]

@@ -122,7 +122,7 @@ def read_answers(
             words_of(token_pieces(loaded.tokenizer, ids[mask].tolist()), text)
             for ids, mask, text in zip(rollout.ids, rollout.sampled, rollout.completions, strict=True)
         )
-        chunks.append(Chunk(rollout, scored.scores.logprobs.float(), heads, words))
+        chunks.append(Chunk(rollout, scored.readings.logprobs.float(), heads, words))
     answers = Answers(tuple(prompts), sampling.num_generations, tuple(chunks), {}, planes)
     columns = {name: answers.grid([part[name] for part in terms]) for name in terms[0]}
     return Answers(answers.prompts, answers.candidates, answers.chunks, columns, planes)

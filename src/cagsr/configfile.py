@@ -1,16 +1,16 @@
-"""Configs as YAML files. Needs no torch."""
+"""Configs as YAML files. Needs no torch, but to tell a setting of training from a slip."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cagsr.config import TrainConfig
 from cagsr.config.validation import checked, leaf_types
 from cagsr.errors import ConfigError
 
@@ -40,8 +40,6 @@ def read_config_file(path: Path, config_class: type[Any], left_out: list[str] | 
     """
     keys = dict(leaf_types(config_class))
     groups = _groups(keys)
-    training = [key for key, _ in leaf_types(TrainConfig)]
-    elsewhere = {*training, *_groups(training)}
     found: dict[str, Any] = {}
     for key, value in _entries(read_yaml(path), groups):
         if key in keys:
@@ -49,11 +47,20 @@ def read_config_file(path: Path, config_class: type[Any], left_out: list[str] | 
         elif key in groups:
             example = next(known for known in keys if known.startswith(f"{key}."))
             raise ConfigError(f"{path}: '{key}' is a group of settings (as '{example}'), not a single value")
-        elif key not in elsewhere:
+        elif key not in _of_training():
             raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
         elif left_out is not None:
             left_out.append(key)
     return found
+
+
+@cache
+def _of_training() -> frozenset[str]:
+    """The keys and sections of a training run. Imported where they are asked for: its reward needs torch."""
+    from cagsr.config import TrainConfig
+
+    keys = [key for key, _ in leaf_types(TrainConfig)]
+    return frozenset({*keys, *_groups(keys)})
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

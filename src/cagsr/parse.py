@@ -2,7 +2,7 @@
 
 Flags and files are two ways to write down dotted keys with values: both are converted and held to the settings' types by
 ``cagsr.config.validation``. tyro makes the help of the dataclasses. Nothing here imports torch, so that help and errors
-come at once.
+come at once, but for settings with a reward, whose terms need it.
 """
 
 from __future__ import annotations

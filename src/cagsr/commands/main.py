@@ -1,7 +1,8 @@
 """The command ``cagsr``: pick the subcommand, read its settings, run it, and turn bad input into one sentence.
 
 Each subcommand is a module of this package with a dataclass ``Config`` and a function ``run(config)``, or names the two in
-``commands.yaml``; it is imported when it is asked for, so that help and errors need no torch.
+``commands.yaml``; it is imported when it is asked for, so that help and errors of a command without a reward need no torch (a
+reward's terms do).
 """
 
 from __future__ import annotations

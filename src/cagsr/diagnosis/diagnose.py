@@ -1,6 +1,6 @@
 """The diagnosis: is this reward worth a training run for this model and these prompts?
 
-Pure functions from :class:`~cagsr.evaluation.collect.Signals` to numbers, ready for a table or a JSON file.
+Pure functions from :class:`~cagsr.diagnosis.signals.Signals` to numbers, ready for a table or a JSON file.
 """
 
 from __future__ import annotations

@@ -104,14 +104,13 @@ def _name(path: str, separator: str, taken: set[str]) -> str:
 def _settings_of(config: RewardConfig, path: str) -> dict[str, Any]:
     """What ``reward.function_settings`` says of a function, by the last part of its path or the whole."""
     found: dict[str, Any] = {}
-    names = {name.rpartition(".")[2] for name in config.functions} | set(config.functions)
     for given in config.function_settings:
-        place, equals, value = given.partition("=")
+        place, _, value = given.partition("=")
         name, _, key = place.rpartition(".")
-        if not equals or not key or name not in names:
-            raise ConfigError(
-                f"reward.function_settings {given!r}: write name.key=value, the name being one of {sorted(names)}"
-            )
         if name in (path, path.rpartition(".")[2]):
-            found[key] = yaml.safe_load(value)
+            try:
+                found[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                problem = getattr(error, "problem", None) or "malformed"
+                raise ConfigError(f"reward.function_settings {given!r}: the value is no YAML ({problem})") from error
     return found

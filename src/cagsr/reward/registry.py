@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from keyword import iskeyword
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from cagsr.errors import ConfigError
@@ -88,6 +91,22 @@ class TermClass:
         return self.build(settings, **given)
 
 
+RESERVED = frozenset(
+    {
+        *(
+            "associations",
+            "functions",
+            "function_weights",
+            "function_settings",
+            "models",
+            "model_weights",
+            "normalize",
+            "clip",
+        ),
+        *("weights", "needs", "conflicts", "total"),
+    }
+)
+"""What else the settings and the metrics of the reward have under these names."""
 _TERMS: dict[str, TermClass] = {}
 
 
@@ -95,24 +114,34 @@ def register(cls: _ClassT) -> _ClassT:
     """Make a class of terms known by its name.
 
     Raises:
-        ConfigError: the name is another term's, or its settings have no weight.
+        ConfigError: the name is another term's or can't be one, or its settings have no weight.
     """
-    config = get_type_hints(cls)["settings"]
-    found = TermClass(
-        name=cls.name,
+    name, config = cls.name, settings_class(cls)
+    if not (isinstance(name, str) and name.isidentifier() and not iskeyword(name)) or name in RESERVED:
+        raise ConfigError(f"a reward term can't be called {name!r}: it is to name a section of the settings")
+    if "weight" not in getattr(config, "__dataclass_fields__", ()):
+        raise ConfigError(f"the settings of the reward term {name!r} have no weight: derive them from TermConfig")
+    other = _TERMS.get(name)
+    if other is not None and (other.build.__module__, other.build.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConfigError(f"two reward terms are called {name!r} ({other.build.__module__}, {cls.__module__})")
+    _TERMS[name] = TermClass(
+        name=name,
         build=cls,
         config=config,
         needs=frozenset(cls.needs),
         place=getattr(cls, "place", LAST),
         advice=getattr(cls, "advice", lambda settings, reward: ()),
     )
-    other = _TERMS.get(found.name)
-    if other is not None and (other.build.__module__, other.config.__name__) != (cls.__module__, config.__name__):
-        raise ConfigError(f"two reward terms are called {found.name!r} ({other.build.__module__}, {cls.__module__})")
-    if "weight" not in config.__dataclass_fields__:
-        raise ConfigError(f"the settings of the reward term {found.name!r} have no weight: derive them from TermConfig")
-    _TERMS[found.name] = found
     return cls
+
+
+def settings_class(cls: type[Any]) -> Any:
+    """What a class annotates its ``settings`` with, None if it doesn't; its other annotations may name anything."""
+    for base in cls.__mro__:
+        own = {key: kind for key, kind in vars(base).get("__annotations__", {}).items() if key == "settings"}
+        if own:
+            return get_type_hints(SimpleNamespace(__annotations__=own), vars(sys.modules[base.__module__]))["settings"]
+    return None
 
 
 def registered_terms() -> tuple[TermClass, ...]:

@@ -87,6 +87,14 @@ class RewardConfig(_Sections):
                 yield (
                     f"reward.{kind}_weights has {len(given)} values for {len(paths)} {kind}s: give one for each, or none"
                 )
+        names = {path.rpartition(".")[2] for path in self.functions} | set(self.functions)
+        for setting in self.function_settings:
+            place, equals, _ = setting.partition("=")
+            name, _, key = place.rpartition(".")
+            if not equals or not key or name not in names:
+                yield (
+                    f"reward.function_settings {setting!r}: write name.key=value, the name being one of {sorted(names)}"
+                )
         own = [
             *weights_of(self.functions, self.function_weights),
             *weights_of(self.models, self.model_weights),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from cagsr.config.validation import checked, types_of
 from cagsr.errors import CagsrError, ConfigError, RewardError
 from cagsr.flow import Prompt, RewardBatch
+from cagsr.reward.registry import settings_class
 from cagsr.reward.term import UNKNOWN, PartialValues, RewardTerm
 from cagsr.reward.trainer_calls import TRAINER_ARGUMENTS, no_trainer
 from cagsr.reward.values import quote_prompt
@@ -84,7 +85,7 @@ def load_function(path: str, name: str | None = None, settings: Mapping[str, Any
 
 def _made(cls: Any, path: str, settings: Mapping[str, Any]) -> Any:
     """A term of a class, with its settings if it has any."""
-    kind: Any = get_type_hints(cls).get("settings")
+    kind: Any = settings_class(cls)
     if not is_dataclass(kind) and settings:
         raise ConfigError(
             f"reward.function_settings: {path!r} has no settings (a dataclass that annotates its ``settings``)"
