@@ -230,7 +230,8 @@ def _python_examples() -> dict[str, str]:
 def test_python_blocks_compile_and_are_all_run_below() -> None:
     for block in _python_examples().values():
         ast.parse(block)
-    assert set(_python_examples()) == {"read_attention.py", "left_padded.py", "my_rewards.py", "train.py"}
+    own = {"my_rewards.py", "my_terms.py", "my_tasks.py", "my_objectives.py"}
+    assert set(_python_examples()) == {"read_attention.py", "left_padded.py", "train.py", *own}
 
 
 def test_the_attention_example_reads_what_eager_gives(workplace: Path) -> None:
@@ -275,13 +276,32 @@ def test_the_reward_terms_of_the_example_run(workplace: Path, monkeypatch: pytes
     assert [row["terms"]["no_links"] for row in scored] == [0.0, -1.0]
 
 
+def test_a_term_a_task_and_an_objective_of_the_page_train(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("my_terms", "my_tasks", "my_objectives"):
+        (workplace / f"{name}.py").write_text(_python_examples()[f"{name}.py"])
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(workplace)
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    flags = [line.split("--output_dir run ")[1].split() for line in text.splitlines() if line.startswith("cagsr train")]
+    assert len(flags) == 3
+    small = (
+        "train --model start --model.device cpu --data prompts.jsonl --output_dir extended --steps 1 --run.batch_size 2 "
+        "--num_generations 2 --max_new_tokens 4 --sampling.stop_strings the --evaluation.held_out 2"
+    )
+    assert main([*small.split(), *(flag for line in flags for flag in line)]) == 0
+    last = json.loads((workplace / "extended" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["rewards/looks_back/mean"] < 1
+    assert "loss/confidence_avg" in last
+
+
 def test_looks_back_by_hand() -> None:
     made: dict[str, object] = {}
     exec(_python_examples()["my_rewards.py"], made)
     mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
     mass = torch.tensor([[0.9, 0.9, 0.4, 0.2], [0.9, 0.5, 0.1, 0.7]])
-    rollout = type("EpisodeBatch", (), {"response_mask": mask})
-    batch = type("Batch", (), {"rollout": rollout, "attention": mass[:, :, None]})
+    episodes = type("EpisodeBatch", (), {"sampled": mask})
+    attention = type("Attention", (), {"maps": mass[:, :, None]})
+    batch = type("Batch", (), {"episodes": episodes, "attention": attention})
     # Late tokens: 3 and 4 of four, 2 and 3 of three.
     torch.testing.assert_close(made["LooksBack"]()(batch), torch.tensor([0.3, 0.3]))
 

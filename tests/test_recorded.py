@@ -1,4 +1,4 @@
-"""Runs that were recorded before the house was rebuilt (recorded_runs.py) come out the same, to what rounding leaves on any machine."""
+"""Runs recorded before the house was rebuilt (recorded_runs.py) come out the same, but for the rounding of machines."""
 
 from __future__ import annotations
 

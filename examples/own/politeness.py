@@ -2,8 +2,7 @@
 
     cagsr train ... --reward.functions examples.own.politeness.Politeness --reward.function_settings Politeness.word=please
 
-With ``@register`` (cagsr.reward.registry) over it, and an entry point of the group ``cagsr.reward_terms`` in its package, it has
-flags of its own: ``--reward.politeness.weight``, ``--reward.politeness.word``.
+With ``@register`` (cagsr.reward.registry) over it and an entry point ``cagsr.reward_terms``, it has flags of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from cagsr.reward.registry import TermConfig
 
 @dataclass(frozen=True)
 class PolitenessConfig(TermConfig):
+    """Whether the answer says a word."""
+
     word: str = "please"
     """The word that is to be said."""
 

@@ -139,7 +139,7 @@ class Associations:
             "prompt_features": list(self.prompt_index),
             "answer_words": list(self.answer_index),
             "entries": [
-                [int(row), int(column), round(float(value), 6)]
+                [int(row), int(column), float(value)]
                 for row, column, value in zip(*entries.coords, entries.data, strict=True)
             ],
         }
