@@ -20,6 +20,8 @@ from cagsr.reward.registry import TermConfig
 
 @dataclass(frozen=True)
 class PolitenessConfig(TermConfig):
+    """Politeness: whether the answer says a certain word."""
+
     word: str = "please"
     """The word that is to be said."""
 
