@@ -25,6 +25,7 @@ from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
 from cagsr.config.validation import leaf_types
 from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError
+from cagsr.flow import Attention, EpisodeBatch, Prompt, PromptBatch, Readings, RewardBatch
 from cagsr.parse import ALIASES, parse_command
 
 ROOT = Path(__file__).parent.parent
@@ -299,9 +300,11 @@ def test_looks_back_by_hand() -> None:
     exec(_python_examples()["my_rewards.py"], made)
     mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
     mass = torch.tensor([[0.9, 0.9, 0.4, 0.2], [0.9, 0.5, 0.1, 0.7]])
-    episodes = type("EpisodeBatch", (), {"sampled": mask})
-    attention = type("Attention", (), {"maps": mass[:, :, None]})
-    batch = type("Batch", (), {"episodes": episodes, "attention": attention})
+    ids = torch.zeros_like(mask, dtype=torch.int64)
+    prompts = PromptBatch((Prompt(1, ""),) * 2, ids[:, :1], mask[:, :1], ids[:, :1], mass[:, :1], ids[:, 0])
+    readings = Readings(mass, mass, mass, mass)
+    episodes = EpisodeBatch.of_one_turn(prompts, ids, mask, mask[:, 0], ("", ""))
+    batch = RewardBatch(episodes, readings, None, Attention(mass[:, :, None], mass[:, :, None]))
     # Late tokens: 3 and 4 of four, 2 and 3 of three.
     torch.testing.assert_close(made["LooksBack"]()(batch), torch.tensor([0.3, 0.3]))
 

@@ -357,7 +357,13 @@ def test_bad_configs(config: RewardConfig, words: str) -> None:
 def test_warnings_name_what_goes_wrong() -> None:
     assert reward_warnings(RewardConfig()) == []
     assert any("short answers" in text for text in reward_warnings(RewardConfig(mean_mass=MeanMassConfig(weight=1.0))))
-    assert any("collapse" in text for text in reward_warnings(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))))
+    alone = replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))
+    penalised = replace(alone, repetition=RepetitionConfig(weight=-1.0), unsupported=UnsupportedConfig(weight=-1.0))
+    for config in (alone, penalised):  # what is charged keeps nothing from collapsing
+        assert any("collapse" in text for text in reward_warnings(config))
+    for company in ({"coverage": CoverageConfig(weight=1.0)}, {"functions": ["m.f"]}, {"models": ["m"]}):
+        assert not any("collapse" in text for text in reward_warnings(replace(penalised, **company)))
+    assert any("saying less" in text for text in reward_warnings(penalised))
     assert any("repetition" in text for text in reward_warnings(RewardConfig(repetition=RepetitionConfig(weight=1.0))))
 
 

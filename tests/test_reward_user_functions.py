@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cagsr.reward.registry import TermConfig
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -128,6 +130,14 @@ class NeedsOne:
 
     def __call__(self, batch):
         return torch.full((len(batch.episodes.completions),), self.settings.size)
+
+@dataclass(frozen=True)
+class WeighedConfig(TermConfig):
+    factor: float = 2.0
+
+class Weighed(WithSettings):
+    name = "weighed"
+    settings: WeighedConfig
 
 @dataclass
 class NeedsOneConfig:
@@ -333,6 +343,11 @@ def test_a_class_takes_its_settings_by_name(module: Any, make_reward_batch: Make
         ),
         (["WithSettings"], "WithSettings.factor", r"'WithSettings.factor': write name\.key=value"),
         (["WithSettings"], "Another.factor=1", r"'Another.factor=1': write name\.key=value"),
+        (
+            ["Weighed"],
+            "Weighed.weight=2",
+            r"the weight of 'user_rewards_for_test.Weighed' is given by reward\.function_weights",
+        ),
         (["Term"], "Term.factor=1", r"'user_rewards_for_test.Term' has no settings"),
         (["on_batch"], "on_batch.factor=1", r"'user_rewards_for_test.on_batch' is no class, so it takes no settings"),
         (["trl"], "trl.factor=1", r"'user_rewards_for_test.trl' is no class"),

@@ -19,7 +19,7 @@ from cagsr.reward.registry import TermConfig
 
 @dataclass(frozen=True)
 class PolitenessConfig(TermConfig):
-    """Whether the answer says a word."""
+    """Politeness: whether the answer says a certain word."""
 
     word: str = "please"
     """The word that is to be said."""

@@ -117,8 +117,6 @@ class SamplingConfig:
 class RolloutConfig:
     """Who samples the answers (docs/rollouts.md)."""
 
-    task: str | None = None
-    """Dotted path of a task of several turns (package.module.Task, see cagsr.tasks.task); None: one answer to each prompt."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the policy itself, in this process; vllm: a vLLM server that gets the new weights after every update."""
     url: str = "http://127.0.0.1:8000"
@@ -143,6 +141,8 @@ class RolloutConfig:
     """vllm: stop when the engine's log-probabilities differ from the scoring pass's by more than this, mean over tokens,
     nats: the server then holds other weights or samples otherwise. 0 never stops, nor does it with transformers, whose own
     limit is 0.05 in float32 and 0.5 in bfloat16."""
+    task: str | None = None
+    """Dotted path of a task of several turns (package.module.Task, see cagsr.tasks.task); None: one answer to each prompt."""
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""

@@ -1,6 +1,5 @@
 """Reward: terms as pure functions over named tensors, and their weighted sum.
 
-The formulas are in ``coverage``, ``focus``, ``repetition``, ``certainty`` and ``length``; ``terms`` binds them to
-their settings, ``functions`` and ``model`` bring in a user's own; ``combine`` normalises, weighs and sums; ``build``
-makes all of it from the config.
+Each file of ``terms`` is a term: its formula and its settings, which ``registry`` makes known. ``user_functions`` and ``model``
+bring in a user's own; ``function`` normalises, weighs and sums; ``build`` makes all of it from the config.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 from cagsr.config.validation import checked, types_of
 from cagsr.errors import CagsrError, ConfigError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.reward.registry import settings_class
+from cagsr.reward.registry import TermConfig, settings_class
 from cagsr.reward.term import UNKNOWN, PartialValues, RewardTerm
 from cagsr.reward.trainer_calls import TRAINER_ARGUMENTS, no_trainer
 from cagsr.reward.values import quote_prompt
@@ -94,6 +94,8 @@ def _made(cls: Any, path: str, settings: Mapping[str, Any]) -> Any:
         if not is_dataclass(kind):
             return cls()
         types = types_of(kind)
+        if "weight" in settings and isinstance(kind, type) and issubclass(kind, TermConfig):
+            raise ConfigError(f"reward.function_settings: the weight of {path!r} is given by reward.function_weights")
         unknown = next((key for key in settings if key not in types), None)
         if unknown is not None:
             raise ConfigError(f"reward.function_settings: {path!r} has no setting {unknown!r}; it has {sorted(types)}")

@@ -39,8 +39,8 @@ class SelfCertainty:
     @staticmethod
     def advice(settings: SelfCertaintyConfig, reward: RewardConfig) -> Iterator[str]:
         """Alone it collapses."""
-        others = [weight for name, weight in reward.weights().items() if name not in ("self_certainty", "repetition")]
-        others.remove(reward.unsupported.weight)
+        guards = ("self_certainty", "repetition", "unsupported")
+        others = [weight for name, weight in reward.weights().items() if name not in guards]
         if settings.weight > 0 and not any([*others, *reward.functions, *reward.models]):
             yield (
                 "self_certainty alone is known to gain early and then to shorten answers and collapse: add coverage, and "
