@@ -175,9 +175,7 @@ def call(work: Callable[..., Any], *given: Any) -> str:
     return finish(Process(work, *given))
 
 
-def gather_objects(
-    count: int, work: Callable[..., Any], *given: Any, grace: float = 20.0, **environment: str
-) -> list[str]:
+def together(count: int, work: Callable[..., Any], *given: Any, grace: float = 20.0, **environment: str) -> list[str]:
     """Call a function in several processes that find each other as torchrun's do (RANK, WORLD_SIZE, MASTER_PORT).
 
     Args:

@@ -158,7 +158,10 @@ DPO = DpoConfig(ModelConfig("m"), DataConfig("d"), "o")
         (dataclasses.replace(TRAIN, ppo=PPOConfig(num_mini_batches=65)), ["--ppo.num_mini_batches 65", "answers"]),
         (dataclasses.replace(TRAIN, ppo=PPOConfig(kl_in="loss")), ["--ppo.kl_in loss", "--ppo.kl_estimator k3"]),
         (dataclasses.replace(TRAIN, ppo=PPOConfig(kl_controller="adaptive", kl_coef=0.0)), ["--ppo.kl_coef 0"]),
-        (dataclasses.replace(TRAIN, rollout=RolloutConfig("vllm", url="localhost:8000")), ["--rollout.url", "http://"]),
+        (
+            dataclasses.replace(TRAIN, rollout=RolloutConfig(engine="vllm", url="localhost:8000")),
+            ["--rollout.url", "http://"],
+        ),
         (dataclasses.replace(TRAIN, evaluation=EvalConfig(path="p", held_out=0)), ["--evaluation.held_out 0"]),
         (
             dataclasses.replace(SFT, batch_size=8, micro_batch_size=3),

@@ -57,7 +57,7 @@ def config_for(folder: Path, url: str, **changes: Any) -> TrainConfig:
         data=DataConfig(str(folder.parent / "prompts.jsonl")),
         output_dir=str(folder.parent / "run"),
         sampling=SamplingConfig(num_generations=4, max_new_tokens=6),
-        rollout=RolloutConfig("vllm", url, wait=0, timeout=20),
+        rollout=RolloutConfig(engine="vllm", url=url, wait=0, timeout=20),
         ppo=PPOConfig(num_ppo_epochs=2, learning_rate=1e-2),
         run=RunConfig(steps=5),
     )
