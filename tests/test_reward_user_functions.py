@@ -19,6 +19,7 @@ from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import build_reward
 from cagsr.reward.micro_batch import TermVisitor
+from cagsr.reward.registry import Resources
 from cagsr.reward.term import PartialValues
 from cagsr.reward.user_functions import load_function
 from cagsr.support.dotted_path import import_dotted
@@ -399,3 +400,29 @@ def test_settings_on_the_command_line(module: Any, tmp_path: Path, capsys: pytes
     assert "has no setting 'facotr'" in said
     assert "Traceback" not in said
     assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_a_class_gets_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_reward_batch: MakeBatch
+) -> None:
+    """As a built-in one: what each token says, and associations, which the run then learns or reads."""
+    (tmp_path / "needy_terms.py").write_text(
+        "class Needy:\n"
+        '    name = "needy"\n'
+        '    needs = frozenset({"texts", "associations"})\n'
+        "    def __init__(self, texts, associations):\n"
+        "        self.held = (texts, associations)\n"
+        "    def __call__(self, batch):\n"
+        "        return batch.episodes.ids.new_zeros(len(batch.episodes.ids)).float()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = RewardConfig(coverage=CoverageConfig(weight=0.0), functions=["needy_terms.Needy"])
+    assert config.needs("associations")
+    assert not RewardConfig().needs("associations")
+    assert not RewardConfig(functions=["needy_terms.Needy"], function_weights=[0.0]).needs("associations")
+    texts, associations = object(), object()
+    resources = Resources(texts, associations)  # type: ignore[arg-type]
+    (term,) = [one for one in build_reward(config, device="cpu", resources=resources).terms if one.name == "needy"]
+    assert term.held == (texts, associations)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"needy_terms\.Needy needs associations, and none were given"):
+        build_reward(config, device="cpu")

@@ -69,7 +69,7 @@ def weighted_terms(
     for path, weight in zip(config.functions, weights_of(config.functions, config.function_weights), strict=True):
         name = _name(path, ".", taken)
         if weight != 0:
-            term = load_function(path, name, _settings_of(config, path))
+            term = load_function(path, name, _settings_of(config, path), resources)
             if term.name in taken - {name}:
                 raise ConfigError(
                     f"reward.functions {path}: its term is named {term.name!r}, as another one; rename it"

@@ -61,6 +61,17 @@ class Resources:
         """Whether everything is there of what a term needs."""
         return all(getattr(self, name) is not None for name in RESOURCES & set(needs))
 
+    def given(self, needs: Iterable[str], term: str) -> dict[str, Any]:
+        """Those of them that a term needs, by name.
+
+        Raises:
+            ValueError: one of them is not there.
+        """
+        for name in (found := sorted(RESOURCES & set(needs))):
+            if getattr(self, name) is None:
+                raise ValueError(f"the reward term {term} needs {name}, and none were given")
+        return {name: getattr(self, name) for name in found}
+
 
 RESOURCES = frozenset(Resources.__dataclass_fields__)
 
@@ -84,11 +95,7 @@ class TermClass:
         Raises:
             ValueError: a resource that it needs is not there.
         """
-        given = {name: getattr(resources, name) for name in sorted(self.needs & RESOURCES)}
-        missing = next((name for name, value in given.items() if value is None), None)
-        if missing is not None:
-            raise ValueError(f"the reward term {self.name} needs {missing}, and none were given")
-        return self.build(settings, **given)
+        return self.build(settings, **resources.given(self.needs, self.name))
 
 
 RESERVED = frozenset(

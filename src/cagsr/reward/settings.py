@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cagsr.config.ranges import NonNegativeFloat, PositiveInt, PositiveShare
 from cagsr.reward.registry import registered_terms
+from cagsr.support.dotted_path import import_dotted
 
 TERMS = registered_terms()
 """The terms that have a section; one that is registered later is named in ``reward.functions``."""
@@ -74,8 +75,11 @@ class RewardConfig(_Sections):
         return {term.name: getattr(self, term.name).weight for term in TERMS}
 
     def needs(self, what: str) -> bool:
-        """Whether a registered term with a weight needs it."""
-        return any(what in term.needs and getattr(self, term.name).weight != 0 for term in TERMS)
+        """Whether a term with a weight needs it, registered or named by its path."""
+        if any(what in term.needs and getattr(self, term.name).weight != 0 for term in TERMS):
+            return True
+        own = zip(self.functions, weights_of(self.functions, self.function_weights), strict=True)
+        return any(what in getattr(import_dotted(path), "needs", ()) for path, weight in own if weight != 0)
 
     def conflicts(self) -> Iterator[str]:
         """What does not go together, a sentence each."""

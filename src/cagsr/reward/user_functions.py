@@ -16,7 +16,7 @@ from torch import Tensor
 from cagsr.config.validation import checked, types_of
 from cagsr.errors import CagsrError, ConfigError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.reward.registry import TermConfig, settings_class
+from cagsr.reward.registry import Resources, TermConfig, settings_class
 from cagsr.reward.term import UNKNOWN, PartialValues, RewardTerm
 from cagsr.reward.trainer_calls import TRAINER_ARGUMENTS, no_trainer
 from cagsr.reward.values import quote_prompt
@@ -25,7 +25,12 @@ from cagsr.support.dotted_path import import_dotted
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 
 
-def load_function(path: str, name: str | None = None, settings: Mapping[str, Any] | None = None) -> RewardTerm:
+def load_function(
+    path: str,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resources: Resources = Resources(),  # noqa: B008  (frozen)
+) -> RewardTerm:
     """Turn a dotted path into a reward term.
 
     Taken as they are: a :class:`RewardTerm` object or a class of them that needs no argument, a function of one
@@ -36,6 +41,7 @@ def load_function(path: str, name: str | None = None, settings: Mapping[str, Any
         path: ``package.module.name``.
         name: name of a plain function's term; None: the last part of the path. Terms keep their own name.
         settings: for a class of terms whose ``settings`` are a dataclass: the values of its fields.
+        resources: for a class of terms that names some of them in its ``needs``.
 
     Raises:
         ConfigError: it can't be imported, is not callable, takes neither form of arguments, or is a coroutine function of
@@ -44,7 +50,7 @@ def load_function(path: str, name: str | None = None, settings: Mapping[str, Any
     found = import_dotted(path)
     name = name or path.rpartition(".")[2]
     if inspect.isclass(found):
-        found = _made(found, path, settings or {})
+        found = _made(found, path, settings or {}, resources)
     elif settings:
         raise ConfigError(f"reward.function_settings: {path!r} is no class, so it takes no settings")
     if not callable(found):
@@ -83,16 +89,17 @@ def load_function(path: str, name: str | None = None, settings: Mapping[str, Any
     )
 
 
-def _made(cls: Any, path: str, settings: Mapping[str, Any]) -> Any:
-    """A term of a class, with its settings if it has any."""
+def _made(cls: Any, path: str, settings: Mapping[str, Any], resources: Resources) -> Any:
+    """A term of a class, with its settings if it has any, and what it needs."""
     kind: Any = settings_class(cls)
     if not is_dataclass(kind) and settings:
         raise ConfigError(
             f"reward.function_settings: {path!r} has no settings (a dataclass that annotates its ``settings``)"
         )
     try:
+        needed = resources.given(getattr(cls, "needs", ()), path)
         if not is_dataclass(kind):
-            return cls()
+            return cls(**needed)
         types = types_of(kind)
         if "weight" in settings and isinstance(kind, type) and issubclass(kind, TermConfig):
             raise ConfigError(f"reward.function_settings: the weight of {path!r} is given by reward.function_weights")
@@ -101,7 +108,7 @@ def _made(cls: Any, path: str, settings: Mapping[str, Any]) -> Any:
             raise ConfigError(f"reward.function_settings: {path!r} has no setting {unknown!r}; it has {sorted(types)}")
         given = {key: checked(types[key], value, f"reward.function_settings {key}") for key, value in settings.items()}
         values: Any = kind(**given)  # type: ignore[operator]
-        return cls(values)
+        return cls(values, **needed)
     except TypeError as error:
         raise ConfigError(
             f"reward.functions: class {path!r} can't be made without arguments ({error}); name an instance"
