@@ -21,7 +21,7 @@ from cagsr.runs.final import model_card, save_final
 from cagsr.runs.lines import append_lines
 from cagsr.runs.numbers import live_numbers
 from cagsr.runs.saved import AnswerProbe
-from cagsr.runs.tracker import flat_settings, start_tracker
+from cagsr.runs.tracker import check_tracker, flat_settings, start_tracker
 
 FACTS: dict[str, Any] = {
     "name": "run",
@@ -152,12 +152,10 @@ def test_a_failed_save_keeps_the_earlier_final_model(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_without_its_package_says_what_to_install(
-    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_without_its_package_says_what_to_install(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=rf'pip install "cagsr\[{name}\]"'):
-        start_tracker(name, tmp_path, {})
+        check_tracker(name)
 
 
 def test_no_tracker(tmp_path: Path) -> None:

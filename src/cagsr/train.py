@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,7 @@ class TrainResult:
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Run CAGSR: PPO on unlabelled prompts with the reward read from the model's own attention.
 
-    Args:
-        config: all settings.
-        console: where to say what was chosen and how it goes; None: standard output.
-
-    Returns:
-        The run folder and the held-out metrics before and after.
+    What was chosen and how it goes is said on ``console`` (None: standard output).
 
     Raises:
         CagsrError: bad input of any kind; the last good checkpoint is intact.
@@ -127,11 +122,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     try:
         trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
-            told = [
-                dtype_note(config.run.save_dtype, loaded, "--run.save_dtype"),
-                *generation_notes(loaded, config.sampling),
-            ]
-            _introduce(console, config, loaded, train_set, held_out, metric, (*told, *ppo.sampler.notes, *record.notes))
+            precision = dtype_note(config.run.save_dtype, loaded, "--run.save_dtype")
+            generation = generation_notes(loaded, config.sampling)
+            notes = (precision, *generation, *ppo.sampler.notes, *record.notes)
+            _introduce(console, config, loaded, train_set, held_out, metric, notes)
         steps = Steps(config, loaded, ppo, stream, held_out.prompts, metric, monitors, record, trainer)
         if record.first_step == 0:
             steps.start()
@@ -167,8 +161,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if not is_installed("matplotlib"):
             curves = f"its metrics in {folder / 'metrics.jsonl'} (no curves.png: {install_command('pages')})"
         console.print(f"Done: the trained model is in {folder / 'final'}, {curves}.", markup=False)
+        told = [
+            f"{name} {evaluations[0][key]:.3f} -> {evaluations[-1][key]:.3f}"
+            for name, key in (("sampled", "eval/metric"), ("greedy", "eval/metric_greedy"))
+            if key in evaluations[-1]
+        ]
         if evaluations[-1]:
-            console.print(f"Held out, {_before_and_after(metric, evaluations[0], evaluations[-1])}.", markup=False)
+            console.print(f"Held out, {metric.name}: {', '.join(told)}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
 
 
@@ -221,16 +220,6 @@ def _trainer_state(
         is_local_process_zero=accelerator.is_local_main_process,
         is_world_process_zero=accelerator.is_main_process,
     )
-
-
-def _before_and_after(metric: HeldOutMetric, first: Mapping[str, float], last: Mapping[str, float]) -> str:
-    """The held-out metric of the start and of the trained model, sampled and greedy."""
-    told = [
-        f"{name} {first[key]:.3f} -> {last[key]:.3f}"
-        for name, key in (("sampled", "eval/metric"), ("greedy", "eval/metric_greedy"))
-        if key in last
-    ]
-    return f"{metric.name}: {', '.join(told)}"
 
 
 def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, PromptSet]:

@@ -20,32 +20,27 @@ _OPEN_TAG = re.compile(r"<([^<>/\s]+)>\s*\Z")
 
 def answered_messages(prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The whole conversation: the answer behind the prompt, or as the rest of the message that the prompt begins."""
-    before, after = [dict(message) for message in prompt], [_with_text(message) for message in answer]
+    # Parts of text are joined, as those of a prompt are.
+    contents = [content_of(message.get("content")) for message in answer]
+    after = [
+        dict(message) if content is None else {**message, "content": content}
+        for message, content in zip(answer, contents, strict=True)
+    ]
+    before = [dict(message) for message in prompt]
     if before and after and before[-1]["role"] == after[0].get("role") == "assistant":
         begun, rest = before.pop(), after[0]
         after[0] = {**begun, **rest, "content": (begun["content"] or "") + (rest.get("content") or "")}
     return [*before, *after]
 
 
-def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with parts of text joined, as those of a prompt are."""
-    content = content_of(message.get("content"))
-    return dict(message) if content is None else {**message, "content": content}
-
-
 def text_after(prompt: Prompt, answer: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> str:
     """Give the text that follows ``prompt.text`` when the conversation is answered with the messages ``answer``.
 
-    It is what the chat template adds to the prompt. Where the template would write prompt or answer otherwise than a rollout
-    meets them, as R1's do, the answer is put behind the prompt of a rollout as it stands, with the end that the template
-    writes: a rollout's prompt may open a block (``<think>``) that the template drops from finished turns, and so may the
-    thoughts be dropped that the answer holds. An answer without thoughts closes an open block first.
-
-    Args:
-        prompt: a conversational one.
-        answer: one message of the assistant, or several with calls of tools between them.
-        tokenizer: has the chat template.
-        where: opens the message.
+    ``answer`` is one message of the assistant, or several with calls of tools between them. The text is what the chat
+    template adds to the prompt. Where the template would write prompt or answer otherwise than a rollout meets them, as R1's
+    do, the answer is put behind the prompt of a rollout as it stands, with the end that the template writes: a rollout's
+    prompt may open a block (``<think>``) that the template drops from finished turns, and so may the thoughts be dropped that
+    the answer holds. An answer without thoughts closes an open block first.
 
     Raises:
         DataError: the template can't render the conversation, or writes the prompt otherwise before an answer of several
@@ -63,7 +58,7 @@ def text_after(prompt: Prompt, answer: Sequence[Mapping[str, Any]], tokenizer: A
             f"{where}: the chat template writes the prompt differently once an answer follows, so an answer of several "
             "messages can't be told apart; use a template that keeps the prompt as it is (see TRL's training chat templates)."
         )
-    if kept and _letters(content) in _letters(rest):
+    if kept and "".join(content.split()) in "".join(rest.split()):  # templates strip and add white space
         return rest
     held = answered_messages(prompt.messages, [{**answer[0], "content": _HOLDER}])
     before, _, end = apply_template(held, tokenizer, prompt.columns, where, opened=False).rpartition(_HOLDER)
@@ -81,8 +76,3 @@ def _behind(begun: str, content: str, message: Mapping[str, Any]) -> str:
     if block is None or f"</{block[1]}>" in content:
         return content
     return f"{str(thoughts).strip()}\n</{block[1]}>\n\n{content}"
-
-
-def _letters(text: str) -> str:
-    """A text without its white space, which templates strip and add."""
-    return "".join(text.split())

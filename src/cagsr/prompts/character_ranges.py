@@ -13,6 +13,11 @@ def overlaps(start: int, end: int, ranges: Sequence[Range]) -> bool:
     return any(start < other_end and other_start < end for other_start, other_end in ranges)
 
 
+def not_empty(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """The ranges that hold a character."""
+    return tuple((start, end) for start, end in ranges if start < end)
+
+
 def outside(length: int, ranges: Sequence[Range]) -> tuple[Range, ...]:
     """Return the parts of ``[0, length)`` that none of ``ranges`` touches, in order."""
     gaps, cursor = [], 0

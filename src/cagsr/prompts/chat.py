@@ -44,13 +44,9 @@ def render_chat(
 ) -> Rendered:
     """Apply the tokenizer's chat template to ``messages`` and find each message's content in the text.
 
-    The row's ``tools`` and ``chat_template_kwargs`` go to the template, as in TRL. The contents are found by rendering
-    the conversation a second time with placeholders: what stands between the placeholders is the template's, and
-    putting the contents back must give the very text. Where it does not (a template that rewrites contents), they are
-    searched for in order. ``where`` (file and row) opens the messages.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or :func:`apply_template` fails.
+    The contents are found by rendering the conversation a second time with placeholders: what stands between the
+    placeholders is the template's, and putting the contents back must give the very text. Where it does not (a template that
+    rewrites contents), they are searched for in order. Raises DataError without a template, or as :func:`apply_template`.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -69,8 +65,8 @@ def apply_template(
     Args:
         messages: the conversation.
         tokenizer: has a chat template.
-        columns: the row's; the two may be text, as JSON (a table has no other way to hold them).
-        where: opens the message.
+        columns: the row's; the two go to the template as in TRL, and may be JSON text (a table can't hold them otherwise).
+        where: file and row, opens the message.
         opened: with the opening of the next answer, or with the assistant's last message left open; else as it stands.
 
     Raises:
@@ -83,19 +79,15 @@ def apply_template(
             tokenize=False,
             add_generation_prompt=opened and not continued,
             continue_final_message=continued,
-            **template_arguments(columns, where),
+            **_template_arguments(columns, where),
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
     return str(text)
 
 
-def template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a row says to the chat template beside its messages: ``tools``, and each of its ``chat_template_kwargs``.
-
-    Raises:
-        DataError: ``tools`` is no list of objects, or ``chat_template_kwargs`` no object, nor JSON text of one.
-    """
+def _template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row says to the chat template beside its messages: ``tools``, and each of its ``chat_template_kwargs``."""
     tools = _from_json(columns.get("tools"))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise DataError(f"{where}: column 'tools' must hold a list of tools as JSON schemas, or JSON text of one.")
@@ -119,20 +111,19 @@ def _from_json(value: Any) -> Any:
 def _by_placeholders(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], text: str
 ) -> tuple[Place | None, ...] | None:
-    # Private-use characters: no template looks for them, no strip() removes them. A message without a content (one that
-    # calls tools) stays as it is.
-    holders = [None if message["content"] is None else f"\ue000{index}\ue001" for index, message in enumerate(messages)]
+    # Private-use characters: no template looks for them, no strip() removes them.
+    holders = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    held = [{**one, "content": holder} for one, holder in zip(messages, holders, strict=True)]
+    # A message without a content (one that calls tools) stays as it is.
+    held = [dict(one) if one["content"] is None else other for one, other in zip(messages, held, strict=True)]
     try:
-        held = [
-            one if holder is None else {**one, "content": holder} for one, holder in zip(messages, holders, strict=True)
-        ]
         skeleton = apply_template(held, tokenizer, columns, "", opened=True)
     except DataError:
         return None  # the template looks into the contents: search for them instead
     places: list[Place | None] = []
     cursor_skeleton = cursor = 0
     for message, holder in zip(messages, holders, strict=True):
-        if holder is None:
+        if message["content"] is None:
             places.append(None)
             continue
         found = skeleton.find(holder, cursor_skeleton)

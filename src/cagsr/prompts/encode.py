@@ -9,7 +9,7 @@ from typing import Any
 
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import Prompt
-from cagsr.prompts.character_ranges import cut, overlaps
+from cagsr.prompts.character_ranges import cut, not_empty, overlaps
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,13 @@ def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> t
 
     Special tokens and the chat template stay (a conversation without its markers is no conversation): what goes is the
     earliest text. ``Prompt.text`` and its ranges are shortened with the tokens; ``Prompt.messages`` and the columns
-    keep the row as it was.
-
-    Raises:
-        DataError: the template alone is longer than ``limit``. ``where`` (file and row) opens the message.
+    keep the row as it was. DataError where the template alone is longer than ``limit``.
     """
     surplus = len(tokens.ids) - limit
     droppable = [
         index
         for index, (start, end) in enumerate(tokens.offsets)
-        if not tokens.special[index] and not _within_template(start, end, prompt)
+        if not tokens.special[index] and not (start < end and any(a <= start and end <= b for a, b in prompt.template))
     ]
     if surplus <= 0:
         return prompt, tokens
@@ -145,8 +142,8 @@ def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> t
     shorter = replace(
         prompt,
         text=text,
-        template=tuple((start, end) for start, end in template if start < end),
-        spans=None if prompt.spans is None else tuple((start, end) for start, end in spans if start < end),
+        template=not_empty(template),
+        spans=None if prompt.spans is None else not_empty(spans),
     )
     return shorter, Tokens(
         ids=tuple(tokens.ids[index] for index in kept),
@@ -154,7 +151,3 @@ def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> t
         special=tuple(tokens.special[index] for index in kept),
         blank=tuple(tokens.blank[index] for index in kept),
     )
-
-
-def _within_template(start: int, end: int, prompt: Prompt) -> bool:
-    return start < end and any(a <= start and end <= b for a, b in prompt.template)

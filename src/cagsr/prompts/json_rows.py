@@ -18,8 +18,7 @@ _AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)
 def read_lines(path: Path, text_columns: Collection[str]) -> Iterator[Row]:
     """Read JSON lines, row by row; a file whose first object goes over several lines is read whole.
 
-    Raises:
-        DataError: malformed JSON, a row that is no object, text that is not UTF-8; file and row are named.
+    Raises DataError, with file and row, for malformed JSON, a row that is no object, text that is not UTF-8.
     """
     first = True
     with _utf8(path), path.open(encoding="utf-8-sig") as lines:
@@ -44,7 +43,7 @@ def read_lines(path: Path, text_columns: Collection[str]) -> Iterator[Row]:
 def read_document(path: Path, text_columns: Collection[str]) -> Iterator[Row]:
     """Read a file whole: a list of objects, or objects one after another, each over as many lines as it likes.
 
-    They are decoded one by one, so that a mistake has a row number. Raises as :func:`read_lines` does.
+    They are decoded one by one, so that a mistake has a row number.
     """
     with _utf8(path):
         text = path.read_text(encoding="utf-8-sig")

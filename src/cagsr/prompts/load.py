@@ -21,7 +21,8 @@ _SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SAVED = ("state.json", "dataset_info.json")
+_ABOUT = {*_SAVED, "dataset_infos.json", "dataset_dict.json"}
 """Files that ``datasets`` puts beside data: they describe it and hold no rows."""
 
 
@@ -37,23 +38,27 @@ def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
     become their digits. They are the prompt column, those named in ``TEXT_COLUMNS`` and ``text_columns``; all others keep
     their types. A row of OpenAI's ``messages`` without a prompt becomes prompt and completion (``without_messages``).
 
-    Raises:
-        DataError: no such file or dataset, an unknown file type, a folder without data; while iterating: an empty
-            file, malformed content (with the row's number), a Git LFS pointer, a Hub dataset that can't be reached.
+    Raises DataError: no such file or dataset, an unknown file type, a folder without data, a Git LFS pointer; while iterating
+    an empty file, malformed content (with the row's number), a Hub dataset that can't be reached.
     """
     columns = frozenset((config.prompt_column, *TEXT_COLUMNS, *text_columns))
 
     def rows(readers: list[Callable[[], Iterator[Row]]], source: str) -> Rows:
         def opened() -> Iterator[Row]:
-            for row in _not_empty((row for reader in readers for row in reader()), source):
+            empty = True
+            for row in (row for reader in readers for row in reader()):
+                empty = False
                 yield without_messages(with_text(row, columns), config.prompt_column)
+            if empty:
+                raise DataError(f"{source}: the file holds no rows; give at least one prompt.")
 
         return Rows(config.path, opened, config.limit)
 
     path = Path(config.path).expanduser()
     if path.is_file():
         return rows([_reader(path, columns)], str(path))
-    if path.is_dir() and _is_saved_dataset(path):
+    # What ``datasets`` saved with ``save_to_disk``: one set, or one for each split.
+    if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in _SAVED):
         return rows([lambda: _saved(path, config)], str(path))
     if path.is_dir():
         return rows([_reader(file, columns) for file in _files(path, config.split)], str(path))
@@ -84,9 +89,12 @@ def _files(folder: Path, split: str) -> list[Path]:
     )
     if not files:
         raise DataError(f"{folder}: the folder holds no .jsonl, .json, .csv or .parquet file.")
-    splits = {file: _split_names(str(file.relative_to(folder).with_suffix(""))) for file in files}
-    wanted = next((names for names in _SPLITS.values() if split in names), {split})
-    chosen = [file for file in files if splits[file] & wanted]
+    known_names = set().union(*_SPLITS.values())
+    splits = {
+        file: known_names & set(re.split(r"[^a-z0-9]+", str(file.relative_to(folder).with_suffix("")).lower()))
+        for file in files
+    }
+    chosen = [file for file in files if splits[file] & _names_of(split)]
     known = set().union(*splits.values())
     if not chosen and known:
         raise DataError(
@@ -96,17 +104,9 @@ def _files(folder: Path, split: str) -> list[Path]:
     return chosen or files
 
 
-def _split_names(name: str) -> set[str]:
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    return words & set().union(*_SPLITS.values())
-
-
-def _not_empty(rows: Iterator[Row], source: str) -> Iterator[Row]:
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{source}: the file holds no rows; give at least one prompt.")
-    yield first
-    yield from rows
+def _names_of(split: str) -> set[str]:
+    """What a split may also be called."""
+    return next((names for names in _SPLITS.values() if split in names), {split})
 
 
 def _csv(path: Path, columns: Collection[str]) -> Iterator[Row]:
@@ -120,10 +120,6 @@ def _csv(path: Path, columns: Collection[str]) -> Iterator[Row]:
         keep_default_na=False,
         na_values={name: [""] for name in header if name not in columns},
     )
-
-
-def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
-    return _local("parquet", path)
 
 
 def _local(kind: str, path: Path, **options: Any) -> Iterator[Row]:
@@ -147,14 +143,11 @@ def _dataset(source: str, opened: Callable[[], Iterable[Any]], problem: str) -> 
         for number, values in enumerate(opened(), start=1):
             yield Row(number, source, values)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{source}: {problem.format(row=number, reason=_reason(error))}") from error
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    """Whether ``datasets`` saved this folder with ``save_to_disk``: one set, or one for each split."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200].rstrip(".") or type(cause).__name__
+        raise DataError(f"{source}: {problem.format(row=number, reason=reason)}") from error
 
 
 def _saved(folder: Path, config: DataConfig) -> Iterator[Row]:
@@ -164,7 +157,7 @@ def _saved(folder: Path, config: DataConfig) -> Iterator[Row]:
         data = load_from_disk(str(folder))
         if not isinstance(data, DatasetDict):
             return data
-        wanted = next((names for names in _SPLITS.values() if config.split in names), {config.split})
+        wanted = _names_of(config.split)
         name = config.split if config.split in data else next((name for name in data if name in wanted), None)
         if name is None:
             found = ", ".join(map(str, data))
@@ -189,17 +182,10 @@ def _hub(config: DataConfig) -> Iterator[Row]:
     return _dataset(config.path, opened, problem)
 
 
-def _reason(error: BaseException) -> str:
-    """Return the innermost cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-
-
 _READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
     ".jsonl": read_lines,
     ".ndjson": read_lines,
     ".json": read_document,
     ".csv": _csv,
-    ".parquet": _parquet,
+    ".parquet": lambda path, columns: _local("parquet", path),
 }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
-from cagsr.prompts.character_ranges import Range, cut
+from cagsr.prompts.character_ranges import Range, cut, not_empty
 from cagsr.prompts.chat import Rendered, render_chat
 from cagsr.prompts.template_marks import written_marks
+
+_SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
 
 
 def render_prompt(
@@ -31,7 +34,6 @@ def render_prompt(
     ``chosen``, ``rejected``, ``references``, yours) are kept as they are. Passages between ``salience.markers`` lose
     their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
     ``spans_column`` count in the content of the last user message, and markers may stand in any message.
-
     The row stands at ``number`` (from 1) in the file ``source`` (None: ``config.path``), for messages.
 
     Raises:
@@ -70,10 +72,8 @@ def render_prompt(
 def text_of(value: Any, where: str | None = None) -> str:
     """Return the text of a completion or reference column in either of TRL's formats: text, or chat messages.
 
-    Text may also come as the content of a message does, in parts ``{"type": "text", "text": ...}``.
-
-    Raises:
-        DataError: ``value`` is neither; ``where`` (file, row, column) opens the message.
+    Text may also come as the content of a message does, in parts ``{"type": "text", "text": ...}``. DataError, which
+    ``where`` (file, row, column) opens, for anything else.
     """
     about = "" if where is None else f"{where}: "
     if isinstance(value, str):
@@ -87,8 +87,9 @@ def text_of(value: Any, where: str | None = None) -> str:
         contents = [content_of(entry.get("content")) for entry in spoken]
         if value and not spoken:
             raise DataError(f"{about}The messages only call tools, and there is no text to read.")
-        if all(content is not None for content in contents):
-            return "\n".join(content for content in contents if content is not None)
+        said = [content for content in contents if content is not None]
+        if len(said) == len(contents):
+            return "\n".join(said)
         raise DataError(f"{about}A message's content is not text (images are not supported).")
     raise DataError(f"{about}Expected text or a list of chat messages, found {_kind(value)}.")
 
@@ -191,11 +192,7 @@ def only_calls(message: Mapping[str, Any]) -> bool:
 
 
 def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], ...]:
-    """Check chat messages and take their contents as text, without a template.
-
-    Raises:
-        DataError: a message without a role or a text; ``where`` (file and row) opens the message.
-    """
+    """Check chat messages and take their contents as text, without a template; DataError for one without a role or a text."""
     return tuple(_message(entry, position, where) for position, entry in enumerate(value, start=1))
 
 
@@ -220,7 +217,7 @@ def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str,
     if any(closing in text[start:end] for start, end in outside):
         raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
     shorter, (ranges,) = cut(text, cuts, inside)
-    return shorter, tuple((start, end) for start, end in ranges if start < end)
+    return shorter, not_empty(ranges)
 
 
 def _given_spans(
@@ -236,21 +233,14 @@ def _given_spans(
             "name the column that holds the spans with --data.spans_column."
         )
     value = row[config.spans_column]
-    if isinstance(value, str):  # CSV has no lists
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
-    pairs = value if isinstance(value, list | tuple) else None
-    if pairs is None or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(type(offset) is int for offset in pair)
-        for pair in pairs
-    ):
+    try:
+        # CSV has no lists.
+        return _SPANS.validate_json(value) if isinstance(value, str) else _SPANS.validate_python(value)
+    except ValidationError as error:
         raise DataError(
             f"{where}: column '{config.spans_column}' must hold character ranges as [[start, end], ...]; "
-            f"it holds {str(row[config.spans_column])[:60]!r}."
-        )
-    return tuple((pair[0], pair[1]) for pair in pairs)
+            f"it holds {str(value)[:60]!r}."
+        ) from error
 
 
 def _check_spans(spans: Sequence[Range], length: int, where: str) -> None:

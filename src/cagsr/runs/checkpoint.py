@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import nn
 from torch.optim import Optimizer
 
-from cagsr.errors import ConfigError, RunError
+from cagsr.errors import RunError
 from cagsr.models.sharding import divided_optimizer_state, full_optimizer_state, full_state
-from cagsr.runs.rng import reseed, rng_state, set_rng_state
 from cagsr.runs.state_files import load_tree, load_weights, save_tree, save_weights, stored_names
 from cagsr.support.atomic import remove_folder, replace_folder
 
@@ -39,34 +42,12 @@ class CheckpointState:
     optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
     """Moments, step counts and parameter groups, exactly."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """The rest as plain data (numbers, text, tensors, containers): data position, KL controller, running moments,
-    monitors. Not restored in place: ``load_checkpoint`` returns it."""
+    """The rest as plain data (numbers, text, tensors, containers). Not restored in place: ``load_checkpoint`` returns it."""
     trainable_only: bool = False
     """Save only parameters that need gradients (LoRA adapters)."""
 
 
-@dataclass(frozen=True)
-class Collected:
-    """The tensors of a ``CheckpointState``, those that are divided among processes put together."""
-
-    weights: Mapping[str, Mapping[str, Tensor]]
-    """By module, then by name."""
-    optimizers: Mapping[str, Mapping[str, Any]]
-
-
-def collect_state(state: CheckpointState, *, keep: bool = True) -> Collected:
-    """Put together what ``save_checkpoint`` writes; every process calls it, with ``keep`` False where it only takes part."""
-    return Collected(
-        {
-            name: full_state(module, keep=keep, names=stored_names(module) if state.trainable_only else None)
-            for name, module in state.modules.items()
-        },
-        {name: full_optimizer_state(optimizer, keep=keep) for name, optimizer in state.optimizers.items()},
-    )
-
-
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """What ``load_checkpoint`` hands back besides what it restored in place."""
 
     step: int
@@ -75,15 +56,12 @@ class Loaded:
     """What could not be restored exactly, in sentences for the user."""
 
 
-@dataclass(frozen=True)
-class Latest:
-    """The newest valid checkpoint of a run, if it has one."""
+class Latest(NamedTuple):
+    """The newest valid checkpoint of a run (path None and step 0 where it has none), and notes on broken ones skipped."""
 
     path: Path | None
     step: int
-    """0 where there is none."""
     notes: tuple[str, ...]
-    """The broken checkpoints that were skipped, in sentences for the user."""
 
 
 def _sha256(path: Path) -> str:
@@ -105,32 +83,30 @@ def save_checkpoint(
     state: CheckpointState,
     keep: int,
     rng: Sequence[Mapping[str, Any]] | None = None,
-    collected: Collected | None = None,
+    *,
+    write: bool = True,
 ) -> Path:
-    """Write ``folder/step-…`` and then delete the oldest checkpoints beyond ``keep`` (at least 1). Only the main process calls it.
+    """Write ``folder/step-…`` and then delete the oldest intact checkpoints beyond ``keep`` (at least 1).
 
-    Args:
-        folder: the run's ``checkpoints`` folder, made where it is absent.
-        step: steps done.
-        state: what to save.
-        keep: how many checkpoints to keep. Older ones go only after the new one is in place.
-        rng: the RNG state of every process (``rng_state``), in the order of their ranks; None: this process's.
-        collected: the tensors of ``state`` put together (``collect_state``, which all processes call); None: none is sharded.
+    Every process calls it, for sharded tensors are put together; all but the main one with ``write`` False. ``rng`` is the
+    state of every process (``rng_state``) in the order of their ranks; None: this process's.
 
     Raises:
-        ConfigError: ``keep`` is below 1.
         RunError: the disk is full or the folder can't be written; earlier checkpoints are untouched.
         TypeError: ``state.extra`` holds something that is not plain data.
     """
-    if keep < 1:
-        raise ConfigError(f"run.save_total_limit is {keep}: keep at least 1 checkpoint.")
-    ranks = [rng_state()] if rng is None else list(rng)
-    tensors = collect_state(state) if collected is None else collected
-    target = folder / f"step-{step:06d}"
+    target, ranks = folder / f"step-{step:06d}", rng or [rng_state()]
+    weights = {
+        name: full_state(module, keep=write, names=stored_names(module) if state.trainable_only else None)
+        for name, module in state.modules.items()
+    }
+    optimizers = {name: full_optimizer_state(optimizer, keep=write) for name, optimizer in state.optimizers.items()}
+    if not write:
+        return target
     with replace_folder(target) as temporary:
-        for name, weights in tensors.weights.items():
-            save_weights(weights, temporary / f"{name}.safetensors")
-        for name, optimizer in tensors.optimizers.items():
+        for name, tensors in weights.items():
+            save_weights(tensors, temporary / f"{name}.safetensors")
+        for name, optimizer in optimizers.items():
             save_tree(optimizer, temporary / f"optimizer-{name}")
         save_tree(dict(state.extra), temporary / "extra")
         for rank, one in enumerate(ranks):
@@ -139,20 +115,13 @@ def save_checkpoint(
         manifest = {"format": "cagsr-checkpoint", "version": VERSION, "step": step, "processes": len(ranks)}
         manifest |= {"trainable_only": state.trainable_only, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _delete_old(folder, step, keep)
-    return target
-
-
-def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Delete the checkpoints before ``step`` beyond the newest ``keep`` intact ones (broken ones do not count)."""
     intact = 0
     for number, path in _steps(folder):
-        if number > step:
-            continue
-        if intact >= keep:
+        if number <= step and intact >= keep:
             remove_folder(path)
-        elif checkpoint_problem(path, thorough=False) is None:
+        elif number <= step and checkpoint_problem(path, thorough=False) is None:
             intact += 1
+    return target
 
 
 def checkpoint_problem(path: Path, *, thorough: bool = True) -> str | None:
@@ -177,10 +146,7 @@ def checkpoint_problem(path: Path, *, thorough: bool = True) -> str | None:
 
 
 def latest_checkpoint(folder: Path) -> Latest:
-    """Find the newest valid checkpoint in a run's ``checkpoints`` folder, with a note for each broken one skipped.
-
-    It only reads, so it may be asked while the run is going on.
-    """
+    """Find the newest valid checkpoint in a run's ``checkpoints`` folder. It only reads: the run may be going on."""
     notes: list[str] = []
     for step, path in _steps(folder):
         problem = checkpoint_problem(path)
@@ -193,9 +159,8 @@ def latest_checkpoint(folder: Path) -> Latest:
 def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes: int = 1, *, seed: int = 0) -> Loaded:
     """Restore modules, optimizers and this process's RNG in place, and return the rest.
 
-    Every process calls it. ``state.extra`` is not read. The random state is set last, so that nothing done here moves it. A
-    checkpoint of another number of processes holds everything but their random states: these start anew, from the run's
-    ``seed``, and a note says so.
+    Every process calls it. The random state is set last, so that nothing done here moves it. A checkpoint of another number
+    of processes holds everything but their random states: these start anew, from the run's ``seed``, and a note says so.
 
     Raises:
         RunError: the checkpoint is broken or doesn't fit the objects.
@@ -206,15 +171,12 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["trainable_only"] != state.trainable_only:
         raise RunError(f"The checkpoint {path} was written with the other setting of lora.r: resume with the same.")
-    wanted = [
-        *(f"{name}.safetensors" for name in state.modules),
-        *(f"optimizer-{name}.json" for name in state.optimizers),
-    ]
+    wanted = [f"{name}.safetensors" for name in state.modules]
+    wanted += [f"optimizer-{name}.json" for name in state.optimizers]
     absent = [name for name in wanted if name not in manifest["files"]]
+    as_started = "resume with the settings the run was started with."
     if absent:
-        raise RunError(
-            f"The checkpoint {path} holds no {absent[0]}: resume with the settings the run was started with."
-        )
+        raise RunError(f"The checkpoint {path} holds no {absent[0]}: {as_started}")
     for name, module in state.modules.items():
         load_weights(module, path / f"{name}.safetensors", trainable_only=state.trainable_only)
     for name, optimizer in state.optimizers.items():
@@ -222,17 +184,52 @@ def load_checkpoint(path: Path, state: CheckpointState, rank: int = 0, processes
             stored = load_tree(path / f"optimizer-{name}")
             optimizer.load_state_dict(divided_optimizer_state(stored, optimizer))
         except ValueError as error:
-            raise RunError(
-                f"The checkpoint {path} doesn't fit the optimizer {name} ({error}): resume with the settings the run "
-                "was started with."
-            ) from error
+            raise RunError(f"The checkpoint {path} doesn't fit the optimizer {name} ({error}): {as_started}") from error
     extra = load_tree(path / "extra")
     if manifest["processes"] == processes:
-        notes = set_rng_state(load_tree(path / f"rng-rank{rank}"))
+        notes = _set_rng_state(load_tree(path / f"rng-rank{rank}"))
     else:
-        reseed(seed, manifest["step"], rank, processes)
+        text = f"{seed}/{manifest['step']}/{rank}/{processes}"
+        set_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
         notes = [
             f"The checkpoint was written with {manifest['processes']} process(es) and there are {processes}: the prompts go on "
             "where they were, and random numbers start anew from seed, step and process."
         ]
     return Loaded(manifest["step"], extra, tuple(notes))
+
+
+def rng_state() -> dict[str, Any]:
+    """The generators of this process (Python, NumPy's global, torch on CPU, every CUDA device, MPS) as numbers and CPU tensors."""
+    algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(algorithm), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> list[str]:
+    """Put the generators of this process where ``rng_state`` found them; notes tell of devices where that can't be done."""
+    notes = []
+    random.setstate(state["python"])
+    algorithm, keys, *rest = state["numpy"]
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    saved_cuda, here = state.get("cuda", []), torch.cuda.device_count()
+    if len(saved_cuda) != here:
+        notes.append(
+            f"The checkpoint was written with {len(saved_cuda)} CUDA devices and there are {here} here: "
+            "their random numbers start anew, so the run goes on but not bit for bit."
+        )
+    elif saved_cuda:
+        torch.cuda.set_rng_state_all(saved_cuda)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    elif "mps" in state or torch.backends.mps.is_available():
+        notes.append("The random numbers of MPS can't be restored here, so the run goes on but not bit for bit.")
+    return notes

@@ -30,11 +30,15 @@ def model_card(*, base_model: str, estimator: str, pipeline_tag: str, **facts: A
     # The Hub resolves base_model, so a local path must not stand there.
     if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists():
         header["base_model"] = base_model
+    written = yaml.safe_dump(header, sort_keys=False).strip()
+    return render_card("card.md.jinja", header=written, base_model=base_model, estimator=estimator, **facts)
+
+
+def render_card(template: str, **facts: Any) -> str:
+    """A card as the template of that name has it."""
     environment = Environment(loader=PackageLoader("cagsr.runs", ""), undefined=StrictUndefined)
     environment.filters["cell"] = _cell
-    written = yaml.safe_dump(header, sort_keys=False).strip()
-    template = environment.get_template("card.md.jinja")
-    return template.render(header=written, base_model=base_model, estimator=estimator, **facts)
+    return environment.get_template(template).render(**facts)
 
 
 def _cell(value: Any) -> str:
@@ -55,16 +59,8 @@ def save_final(
     """Write the trained model with tokenizer, generation config and card to ``folder/final``, whole or not at all.
 
     With LoRA ``final`` holds the merged full model, loadable without peft, and ``final-adapter`` the adapter alone. Both are
-    loaded again and compared with the model in memory, which is left as it was (``save_compared``).
-
-    Args:
-        folder: the run folder.
-        model: a transformers model or a ``PeftModel`` around one, unwrapped from accelerate.
-        loaded: how it was loaded.
-        probe: the texts it is compared on.
-        card: makes the text of README.md.
-        dtype: the precision it is saved in.
-        generation: its generation config; None: the starting model's.
+    loaded again and compared with the model in memory, which is left as it was (``save_compared``, which says what the
+    arguments are). ``card`` makes the text of README.md.
 
     Raises:
         RunError: the disk is full, the folder can't be written, or what was saved is not what was trained; an earlier final
@@ -73,12 +69,19 @@ def save_final(
     final, adapter, kept = folder / "final", folder / "final-adapter", folder / f"final-{DIFFERS}"
     delete(kept)
     if isinstance(model, PeftModel):
-        with replace_folder(adapter) as temporary:
-            save_adapter_compared(temporary, model, loaded, probe, place=adapter, kept=kept)
+        save_adapter_compared(adapter, model, loaded, probe, kept=kept)
     with replace_folder(final) as temporary:
-        saved = save_compared(temporary, model, loaded, probe, dtype, generation, place=final, kept=kept)
-        text = card(saved)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
+        saved = save_compared(
+            temporary,
+            model,
+            loaded,
+            probe,
+            dtype,
+            generation,
+            texts=lambda saved: {"README.md": card(saved)},
+            place=final,
+            kept=kept,
+        )
     if isinstance(model, PeftModel):
-        write_text_atomically(adapter / "README.md", text)
+        write_text_atomically(adapter / "README.md", (final / "README.md").read_text(encoding="utf-8"))
     return saved

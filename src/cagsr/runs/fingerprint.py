@@ -1,7 +1,6 @@
 """What a training reads under its paths, as hashes: a resumed one must go on with the same data and the same models.
 
-Settings name paths; what lies there can change between a stop and a resume. A run that went on with other prompts would
-train on some that it has held out, and mix two experiments in one curve.
+A run that went on with other prompts would train on some that it has held out, and mix two experiments in one curve.
 """
 
 from __future__ import annotations
@@ -32,9 +31,6 @@ def fingerprint_rows(data: DataConfig) -> str:
     """A hash of the rows that ``data`` gives, of a streamed set of its first ``HEAD_ROWS``.
 
     Rows and not files: what lies behind ``data.limit`` or in another split may change.
-
-    Raises:
-        DataError: they can't be read.
     """
     digest = hashlib.sha256()
     for row in islice(load_rows(data), HEAD_ROWS if data.streaming else None):
@@ -44,11 +40,7 @@ def fingerprint_rows(data: DataConfig) -> str:
 
 @working("taking fingerprints of what is read")
 def fingerprint_run(config: TrainConfig) -> Fingerprint:
-    """What ``cagsr train`` reads: prompts, held-out prompts, the start, reward models, associations.
-
-    Raises:
-        DataError: data that can't be read.
-    """
+    """What ``cagsr train`` reads: prompts, held-out prompts, the start, reward models, associations."""
     part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if config.data.streaming else ""
     found = _data_and_model(config, part)
     if (path := config.evaluation.path) is not None:
@@ -62,11 +54,7 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
 
 @working("taking fingerprints of what is read")
 def fingerprint_trainer(config: TrainerConfig) -> Fingerprint:
-    """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start.
-
-    Raises:
-        DataError: data that can't be read.
-    """
+    """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start."""
     found = _data_and_model(config)
     if isinstance(config, RewardModelConfig) and (path := config.eval_data) is not None:
         found[f"eval_data {path}"] = fingerprint_rows(dataclasses.replace(config.data, path=path))
@@ -87,17 +75,15 @@ def fingerprint_path(path: str) -> str | None:
     if (place / "config.json").is_file():
         return fingerprint_model(str(place))
     if not place.is_dir():
-        return _of_file(place) if place.is_file() else None
+        return _of_file(place, place.stat().st_mtime_ns, place.stat().st_size) if place.is_file() else None
     files = sorted(file for file in place.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{file}\0{_of_file(file)}\n" for file in files).encode()).hexdigest()
-
-
-def _of_file(path: Path) -> str:
-    return _read_file(str(path), path.stat().st_mtime_ns, path.stat().st_size)
+    hashes = [_of_file(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    lines = [f"{file}\0{found}\n" for file, found in zip(files, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1024)
-def _read_file(path: str, modified: int, size: int) -> str:
+def _of_file(path: Path, modified: int, size: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

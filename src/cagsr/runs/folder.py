@@ -69,17 +69,17 @@ def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(
-    old_yaml: str, new_yaml: str, may_differ: Sequence[str] = MAY_DIFFER, defaults: Mapping[str, Any] | None = None
+    old_yaml: str, new_yaml: str, may_differ: Sequence[str] = MAY_DIFFER, kind: Any = TrainConfig
 ) -> list[str]:
     """Dotted keys whose values differ between two configs, leaving out ``may_differ``; sorted.
 
-    A setting that the old one lacks, because it was written by an older version, is taken at its default: ``defaults``, or
-    those of training.
+    A setting that the old one lacks, because it was written by an older version, is taken at the default of ``kind``, a config
+    with a model, data and an output folder.
     """
     old, new = flat_tree(yaml.safe_load(old_yaml)), flat_tree(yaml.safe_load(new_yaml))
     absent = object()
-    known = flat_defaults(TrainConfig) if defaults is None else defaults
-    old = {key: value for key, value in known.items() if key in new} | old
+    defaults = flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
+    old = {key: value for key, value in defaults.items() if key in new} | old
     return sorted(
         key
         for key in old.keys() | new.keys()
@@ -88,9 +88,24 @@ def differing_keys(
     )
 
 
-def flat_defaults(kind: Any) -> dict[str, Any]:
-    """Every default of a config with a model, data and an output folder, ``section.key``; of these three an empty text."""
-    return flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
+def check_settings(
+    stored: Path, config_yaml: str, what: str, may_differ: Sequence[str] = MAY_DIFFER, kind: Any = TrainConfig
+) -> None:
+    """Refuse to go on under other settings than ``stored`` holds: the second half would be another training than the first.
+
+    ``what`` (``run``, or the command) can't be resumed opens the message; the rest as ``differing_keys``.
+    """
+    try:
+        different = differing_keys(stored.read_text(encoding="utf-8"), config_yaml, may_differ, kind)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        instead = " or choose another folder" if what == "run" else ", or start anew with --overwrite"
+        raise RunError(f"{stored} can't be read, so the {what} can't be resumed: mend it{instead}.") from error
+    if different:
+        anew = "" if what == "run" else ", start anew (--overwrite)"
+        raise RunError(
+            f"The {what} in {stored.parent} can't be resumed because it was started with other values of "
+            f"{', '.join(different)}: give the same ones{anew} or choose another folder."
+        )
 
 
 @dataclass
@@ -119,14 +134,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Make, resume or overwrite a run folder, lock it and store the config.
 
         On ``resume`` the newest valid checkpoint is looked up and the logs are cut back to its step. Call it once
-        model and data are loaded: ``overwrite`` deletes the old run here.
-
-        Args:
-            path: the folder, made where it is absent.
-            config_yaml: the resolved settings.
-            resume: go on from the last checkpoint of the run in this folder, if there is one.
-            overwrite: remove the run in this folder first.
-            fingerprint: what the run reads (``cagsr.runs.fingerprint``), kept, and on ``resume`` compared first; None: neither.
+        model and data are loaded: ``overwrite`` deletes the old run here. ``fingerprint``, what the run reads
+        (``cagsr.runs.fingerprint``), is kept, and on ``resume`` compared first.
 
         Raises:
             ConfigError: both ``resume`` and ``overwrite``.
@@ -183,11 +192,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return self.path / LOGS[0]
 
     def append(self, log: str, step: int, *rows: Mapping[str, Any]) -> None:
-        """Add one line for each row to a log (``metrics``, ``samples`` ...). Into ``metrics`` goes nothing read from a clock.
-
-        Raises:
-            RunError: the disk is full or the file can't be written.
-        """
+        """Add one line for each row to a log (``metrics``, ``samples`` ...). Into ``metrics`` goes nothing read from a clock."""
         append_lines(self.path / f"{log}.jsonl", [{"step": step, **row} for row in rows])
 
     def sync_logs(self) -> None:
@@ -205,11 +210,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a process holds the run folder's lock at this moment. Changes nothing in the folder.
-
-    Raises:
-        RunError: the lock's file can't be read.
-    """
+    """Whether a process holds the run folder's lock at this moment. Changes nothing in the folder."""
     try:
         with open(path / LOCK, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
@@ -226,38 +227,27 @@ def _lock(path: Path) -> TextIO:
     """Lock a run folder for this process; the kernel drops the lock when the process ends, however it ends."""
     with disk_errors(path / LOCK):
         stream = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
-        try:
-            _take(stream)
-        except BlockingIOError as error:
+        for _ in range(5):  # a page of the run (``is_being_written``) may be looking just now
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+        else:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
             stream.close()
             raise RunError(
                 f"{path} is being written by another process (number {owner}): wait for it or choose another folder."
-            ) from error
+            )
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")
         stream.flush()
     return stream
 
 
-def _take(stream: TextIO, tries: int = 5) -> None:
-    """Lock a file, trying for a moment: a page of the run (``is_being_written``) may be looking just now."""
-    for number in range(1, tries + 1):
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if number == tries:
-                raise
-            time.sleep(0.02)
-
-
 def _remove_run(path: Path) -> None:
-    """Delete the files of a run, and nothing else that may lie in its folder.
-
-    The logs go last: after a kill in the middle the folder still says that it holds a run.
-    """
+    """Delete the files of a run, the logs last: after a kill in the middle the folder still says that it holds a run."""
     with disk_errors(path):
         for name in RUN_FOLDERS:
             if (path / name).is_dir() or (path / name).is_symlink():
@@ -270,38 +260,22 @@ def _resume(
     path: Path, config_yaml: str, fingerprint: Mapping[str, str | None] | None
 ) -> tuple[Path | None, int, list[str]]:
     """Where to go on from: the checkpoint, its step, notes. Cuts the logs back to it."""
-    from cagsr.runs.checkpoint import (
-        latest_checkpoint,  # who only reads a folder (cagsr report) does not wait for torch
-    )
+    # Who only reads a folder (cagsr report) does not wait for torch.
+    from cagsr.runs.checkpoint import latest_checkpoint
 
-    config = path / CONFIG
-    if not config.exists() and latest_checkpoint(path / "checkpoints").path is not None:
+    config, latest = path / CONFIG, latest_checkpoint(path / "checkpoints")
+    if not config.exists() and latest.path is not None:
         raise RunError(f"{config} is missing, so the run can't be resumed: put it back or choose another folder.")
     if not config.exists():
         return None, 0, [f"There is no run in {path} to resume: starting from the beginning."]
-    try:
-        old = config.read_text(encoding="utf-8")
-        different = differing_keys(old, config_yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{config} can't be read, so the run can't be resumed: mend it or choose another folder."
-        ) from error
-    if different:
-        raise RunError(
-            f"The run in {path} can't be resumed because it was started with other values of {', '.join(different)}: "
-            "give the same ones or choose another folder."
-        )
-    latest = latest_checkpoint(path / "checkpoints")
+    check_settings(config, config_yaml, "run")
     notes = list(latest.notes)
     if fingerprint is not None:
         notes += check_fingerprint(path, fingerprint, f"The run in {path}")
-    before, after = flat_tree(yaml.safe_load(old)), flat_tree(yaml.safe_load(config_yaml))
-    decays = after.get("ppo.lr_scheduler", "constant") != "constant"
-    if decays and before.get("run.steps") != after.get("run.steps"):
-        notes.append(
-            f"run.steps was {before.get('run.steps')} and is {after.get('run.steps')}: "
-            "the learning rate decays towards the new end from here."
-        )
+    before, after = (flat_tree(yaml.safe_load(text)) for text in (config.read_text(encoding="utf-8"), config_yaml))
+    was, now = before.get("run.steps"), after.get("run.steps")
+    if after.get("ppo.lr_scheduler", "constant") != "constant" and was != now:
+        notes.append(f"run.steps was {was} and is {now}: the learning rate decays towards the new end from here.")
     if latest.path is None:
         notes.append(f"The run in {path} has no checkpoint yet: starting from the beginning.")
     else:

@@ -31,9 +31,6 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows, each on a line of its own. Finite floats read back as the same float.
 
     NaN is written as null and infinities as the texts ``Infinity`` and ``-Infinity``, which JSON has no numbers for.
-
-    Raises:
-        RunError: the disk is full or the file can't be written.
     """
     text = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with disk_errors(path), open(path, "a", encoding="utf-8") as stream:
@@ -43,10 +40,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a file; null inside a row stays None, the infinities' texts become floats.
 
-    Lines at the end that a kill left half written are left out.
-
-    Raises:
-        RunError: a line before the last valid one is not a JSON object.
+    Lines at the end that a kill left half written are left out; RunError where one before the last valid one is no object.
     """
     return [
         {key: _INFINITIES.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
@@ -77,17 +71,14 @@ def _parsed(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def truncate_lines(path: Path, step: int) -> int:
     """Drop the rows with a ``step`` above ``step`` and half-written lines at the end, atomically; tells how many whole rows.
 
-    Raises:
-        RunError: a line is not a JSON object with a ``step``, or the file can't be written.
+    Raises RunError where a line is not a JSON object with a ``step``.
     """
-    if not path.exists():
-        return 0
     rows = _parsed(path)
     for number, (_, row) in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise RunError(f"{path}, line {number} has no step: mend or remove that line.")
     kept = [line for line, row in rows if row["step"] <= step]
     content = b"".join(line + b"\n" for line in kept)
-    if content != path.read_bytes():
+    if path.exists() and content != path.read_bytes():
         write_bytes_atomically(path, content)
     return len(rows) - len(kept)

@@ -20,12 +20,11 @@ SHOWN = {
 
 def live_numbers(metrics: Mapping[str, float]) -> str:
     """Put a few numbers of a step in one short text, as ``reward 0.61  kl 1.25  length 34.1``."""
-    parts = []
-    for label, names in SHOWN.items():
-        value = next((metrics[name] for name in names if metrics.get(name) is not None), None)
-        if value is not None and not math.isnan(float(value)):
-            parts.append(f"{label} {float(value):.3g}")
-    return "  ".join(parts)
+    found = {
+        label: float(next((metrics[name] for name in names if metrics.get(name) is not None), math.nan))
+        for label, names in SHOWN.items()
+    }
+    return "  ".join(f"{label} {value:.3g}" for label, value in found.items() if not math.isnan(value))
 
 
 class StepNumbers:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
 from cagsr.config.validation import flatten
@@ -21,23 +21,9 @@ from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
 from cagsr.runs.state_files import load_tree
 from cagsr.support.atomic import write_text_atomically
 
-
-class Judging(Protocol):
-    """The settings of a command that judges answers by a reward: a dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def reward_from(self) -> str | None: ...  # noqa: D102
-    @property
-    def reward(self) -> RewardConfig: ...  # noqa: D102
-    @property
-    def attention(self) -> AttentionConfig: ...  # noqa: D102
-    @property
-    def salience(self) -> SalienceConfig: ...  # noqa: D102
-
-
-JudgingT = TypeVar("JudgingT", bound=Judging)
+JudgingT = TypeVar("JudgingT")
+"""The settings of a command that judges answers: a dataclass with ``reward_from``, ``reward``, ``attention``, ``salience``."""
+_SECTIONS = ("reward", "attention", "salience")
 
 
 @dataclass(frozen=True)
@@ -56,12 +42,7 @@ class RunReward:
 
 
 def read_run_reward(run: str) -> RunReward:
-    """Read the reward of a training run, finished or not.
-
-    Raises:
-        RunError: no such folder, or something is missing in it or can't be read.
-        ConfigError: its settings can't be read.
-    """
+    """Read the reward of a training run, finished or not; RunError or ConfigError where something is missing or unreadable."""
     folder = Path(run)
     if not (folder / CONFIG).is_file():
         raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
@@ -110,34 +91,31 @@ def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, Run
         ConfigError: settings were given that are neither the defaults nor the run's, or another temperature where
             self-certainty is paid.
     """
-    if config.reward_from is None:
+    name: str | None = vars(config)["reward_from"]
+    if name is None:
         return config, None
-    learned = read_run_reward(config.reward_from)
-    for section in ("reward", "attention", "salience"):
+    learned = read_run_reward(name)
+    for section in _SECTIONS:
         given, run = flatten(getattr(config, section)), flatten(getattr(learned, section))
         default = flatten(type(getattr(config, section))())
         for key, value in given.items():
             # There is one model here: whose attention is read is no choice.
             if f"{section}.{key}" != "attention.source" and value not in (default[key], run[key]):
                 raise ConfigError(
-                    f"--{section}.{key} {value}: the reward is that of the run {config.reward_from}, where it is {run[key]}; "
+                    f"--{section}.{key} {value}: the reward is that of the run {name}, where it is {run[key]}; "
                     "leave one of the two flags out."
                 )
     if learned.reward.self_certainty.weight != 0 and temperature != learned.temperature:
         raise ConfigError(
-            f"The run {config.reward_from} pays self-certainty at temperature {learned.temperature:g} and this is "
+            f"The run {name} pays self-certainty at temperature {learned.temperature:g} and this is "
             f"{temperature:g}: give the run's temperature."
         )
-    settings = {name: getattr(learned, name) for name in ("reward", "attention", "salience")}
-    return dataclasses.replace(config, **settings), learned
+    changed: Any = config
+    return dataclasses.replace(changed, **{section: getattr(learned, section) for section in _SECTIONS}), learned
 
 
 def write_scales(folder: Path, moments: Mapping[str, Mapping[str, float]]) -> None:
-    """Keep the scales that a run's reward has learned so far.
-
-    Raises:
-        RunError: the disk is full or the file can't be written.
-    """
+    """Keep the scales that a run's reward has learned so far."""
     write_text_atomically(folder / SCALES, json.dumps(moments, indent=1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.tied import UNTIED
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
-from cagsr.support.atomic import delete
+from cagsr.support.atomic import delete, replace_folder
 
 TOLERANCE = 1e-3
 """How far a logit may be off, as a share of the largest (or of 1). All is computed in float32, so what is left is sums in
@@ -74,27 +74,22 @@ class AnswerProbe:
     """Token ids of prompts and of their answers."""
 
     def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
-        loaded, device = self.loaded, next(model.parameters()).device
-        texts = self.texts[:TEXTS]
-        ids, mask = _padded(
-            [prompt for prompt, _ in texts], loaded.pad_token_id, loaded.architecture.padding_side, device
-        )
-        answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded.pad_token_id, "right", device)
-        inputs = PassInputs(ids, mask, answers, answer_mask)
+        loaded, texts = self.loaded, self.texts[:TEXTS]
+        ids, mask = _padded([prompt for prompt, _ in texts], loaded, loaded.architecture.padding_side, model)
+        answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
-            logits, _ = loaded.teacher_forced(inputs, model)
+            logits, _ = loaded.teacher_forced(PassInputs(ids, mask, answers, answer_mask), model)
         found = logits[answer_mask].float().cpu()
         logprobs = found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0]
         return Outputs(found, logprobs, "log-probabilities")
 
 
-def _padded(texts: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(texts, longest)`` token ids and the mask of the real ones."""
-    rows = [torch.tensor(text, dtype=torch.long, device=device) for text in texts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
-    return ids, pad_sequence(
-        [torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True, padding_side=side
-    )
+def _padded(texts: Sequence[Sequence[int]], loaded: LoadedModel, side: str, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """``(texts, longest)`` token ids and the mask of the real ones, on the model's device."""
+    rows = [torch.tensor(text, dtype=torch.long, device=next(model.parameters()).device) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=loaded.pad_token_id, padding_side=side)
+    real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return ids, pad_sequence(real, batch_first=True, padding_side=side)
 
 
 @dataclass(frozen=True)
@@ -105,8 +100,7 @@ class ScoreProbe:
     texts: Sequence[Sequence[int]]
 
     def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
-        device = next(model.parameters()).device
-        ids, mask = _padded(self.texts[:TEXTS], self.loaded.pad_token_id, "right", device)
+        ids, mask = _padded(self.texts[:TEXTS], self.loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             logits = model(input_ids=ids, attention_mask=mask.long()).logits.float().cpu()
         return Outputs(logits, logits[:, 0], "scores")
@@ -151,6 +145,7 @@ def save_compared(
     dtype: torch.dtype,
     generation: GenerationConfig | None = None,
     *,
+    texts: Callable[[Saved], Mapping[str, str]],
     place: Path,
     kept: Path,
 ) -> Saved:
@@ -162,9 +157,10 @@ def save_compared(
         folder: an empty folder, of a temporary name.
         model: the trained model, or the peft model around it, not sharded, in evaluation mode.
         loaded: how it was loaded: tokenizer, kind, precision.
-        probe: the texts.
+        probe: the texts it is compared on.
         dtype: the precision to save in.
         generation: what its ``generation_config.json`` says; None: what the starting model's said.
+        texts: further files by name, written once the comparison has passed.
         place: what the folder will be called, for messages.
         kept: where the files go if the comparison fails.
 
@@ -208,38 +204,36 @@ def save_compared(
         f"{float(off.mean()):.1g} on average, {float(off.max()):.1g} at most"
     )
     more = "; save_dtype float32 would round nothing" if float(off.mean()) > NOTEWORTHY else ""
-    return Saved(again, f"{sentence}{more}.")
+    saved = Saved(again, f"{sentence}{more}.")
+    for name, text in texts(saved).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return saved
 
 
-def save_adapter_compared(
-    folder: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, place: Path, kept: Path
-) -> None:
-    """Write the adapters alone, load them again into the same base and compare; the rest as ``save_compared``.
-
-    Raises:
-        RunError: what was loaded again is not what was trained.
-    """
+def save_adapter_compared(place: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, kept: Path) -> None:
+    """Write the adapters alone, whole or not at all, load them again into the same base and compare, as ``save_compared``."""
     with loaded.autocast():
         trained = probe(model)
-    # The base's embeddings are frozen, so they are saved only where the base as stored lacks rows of them.
-    model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
-    if loaded.grown:
-        loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size
-    active, again = model.active_adapter, "loaded-again"
-    model.load_adapter(str(folder), again)
-    try:
-        model.set_adapter(again)
-        with loaded.autocast():
-            found = probe(model)
-    finally:
-        model.set_adapter(active)
-        model.delete_adapter(again)
-    if problem := _unlike(found, trained):
-        _set_aside(folder, kept)
-        raise RunError(
-            f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
-            f"they are kept in {kept} for a look, and all checkpoints stay; please report this with the model's name."
-        )
+    with replace_folder(place) as folder:
+        # The base's embeddings are frozen, so they are saved only where the base as stored lacks rows of them.
+        model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
+        if loaded.grown:
+            loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size
+        active, again = model.active_adapter, "loaded-again"
+        model.load_adapter(str(folder), again)
+        try:
+            model.set_adapter(again)
+            with loaded.autocast():
+                found = probe(model)
+        finally:
+            model.set_adapter(active)
+            model.delete_adapter(again)
+        if problem := _unlike(found, trained):
+            _set_aside(folder, kept)
+            raise RunError(
+                f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
+                f"they are kept in {kept} for a look, and all checkpoints stay; please report this with the model's name."
+            )
 
 
 def _set_aside(folder: Path, kept: Path) -> None:
@@ -318,10 +312,7 @@ def _dtype_saved(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch
 def _load(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """Load a folder as anyone would, in float32 (which changes no weight), beside ``like``."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=like.is_remote_code())
-    if not like.can_generate():
-        auto: Any = AutoModelForSequenceClassification
-    else:
-        auto = architecture_of(config).auto_class
+    auto: Any = architecture_of(config).auto_class if like.can_generate() else AutoModelForSequenceClassification
     again = auto.from_pretrained(
         folder,
         config=config,

@@ -25,11 +25,16 @@ _PAIRS = "__pairs__"
 _MARKS = (_TENSOR, _TUPLE, _PAIRS)
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    """Return the tensor as safetensors takes it: contiguous and alone in its storage."""
-    tensor = tensor.detach()
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors takes them, contiguous and each alone in its storage: copied only where they are not."""
+    storable: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        as_it_is = alone and tensor.is_contiguous() and tensor.data_ptr() not in seen
+        storable[name] = tensor.detach() if as_it_is else tensor.detach().clone(memory_format=torch.contiguous_format)
+        seen.add(tensor.data_ptr())
+    save_file(storable, path, metadata)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -45,30 +50,21 @@ def stored_names(module: nn.Module) -> set[str]:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a module's weights as safetensors; tensors with several names (tied weights) are stored once.
-
-    Args:
-        weights: whole tensors by name.
-        path: the file.
-    """
+    """Write a module's whole weights by name as safetensors; tensors with several names (tied weights) are stored once."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in weights.items():
         first = seen.setdefault(_identity(tensor), name)
         if first == name:
-            kept[name] = _storable(tensor)
+            kept[name] = tensor
         else:
             aliases[name] = first
-    save_file(kept, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    _write(kept, path, {"format": "pt", "aliases": json.dumps(aliases)})
 
 
 def load_weights(module: nn.Module, path: Path, *, trainable_only: bool) -> None:
-    """Load what ``save_weights`` wrote into a module of the same build, in place.
-
-    Raises:
-        RunError: the file holds other parameters or shapes than the module.
-    """
+    """Load what ``save_weights`` wrote into a module in place. RunError: it has other parameters or shapes than the file."""
     with safe_open(path, framework="pt") as file:
         aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
     weights = load_file(path)
@@ -95,13 +91,7 @@ def save_tree(tree: Any, path: Path) -> None:
     value, tensors = pack_tree(tree)
     path.with_name(path.name + ".json").write_text(json.dumps(value), encoding="utf-8")
     if tensors:
-        # Two entries of a state may be one tensor, which safetensors refuses; a copy only then, for states are large.
-        unshared: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, tensor in tensors.items():
-            unshared[name] = tensor.clone() if tensor.data_ptr() in seen else _storable(tensor)
-            seen.add(tensor.data_ptr())
-        save_file(unshared, path.with_name(path.name + ".safetensors"))
+        _write(tensors, path.with_name(path.name + ".safetensors"))
 
 
 def load_tree(path: Path) -> Any:
@@ -115,11 +105,8 @@ def pack_tree(tree: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """Split nested dicts, lists and tuples into a JSON value and its tensors by name, ``{"__tensor__": name}`` in their place.
 
     Floats, integers, strings, booleans and None are kept exactly (JSON writes the shortest text that reads back as
-    the same float; NaN and infinities as Python's ``json`` does), tuples stay tuples and integer keys integers. The tensors'
-    names begin with ``name``, as in ``state.0.exp_avg``.
-
-    Raises:
-        TypeError: the state holds an object that is neither of these.
+    the same float; NaN and infinities as Python's ``json`` does), tuples stay tuples and integer keys integers; TypeError for
+    anything else. The tensors' names begin with ``name``, as in ``state.0.exp_avg``.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -130,7 +117,7 @@ def pack_tree(tree: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
         if isinstance(value, Tensor):
             while at in tensors:  # {"a": {"b": x}, "a.b": y} would give both tensors one name
                 at += "'"
-            tensors[at] = value.detach()
+            tensors[at] = value
             return {_TENSOR: at}
         if isinstance(value, tuple):
             return {_TUPLE: [pack(item, f"{at}.{i}") for i, item in enumerate(value)]}
@@ -146,11 +133,7 @@ def pack_tree(tree: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack_tree(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo ``pack_tree``.
-
-    Raises:
-        KeyError: a tensor named in ``value`` is not in ``tensors``.
-    """
+    """Undo ``pack_tree``."""
     if isinstance(value, list):
         return [unpack_tree(item, tensors) for item in value]
     if isinstance(value, dict):

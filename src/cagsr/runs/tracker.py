@@ -23,32 +23,23 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 def flat_settings(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """Nested settings as ``section.key`` with values every tracker takes (lists and None become text)."""
     return {
-        key: value if isinstance(value, (str, int, float, bool)) else str(value)
-        for key, value in flat_tree(config).items()
+        key: value if isinstance(value, str | int | float) else str(value) for key, value in flat_tree(config).items()
     }
 
 
 def check_tracker(name: TrackerName) -> None:
-    """See that a tracker's package is there, before any model is loaded.
-
-    Raises:
-        ConfigError: it is not; the message says what to install.
-    """
+    """See that a tracker's package is there, before any model is loaded; ConfigError with what to install if it is not."""
     packages = _PACKAGES.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise ConfigError(f'run.tracker is {name} but its package is not installed: pip install "cagsr[{name}]".')
 
 
 def start_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) -> GeneralTracker | None:
-    """Start a tracker for a run; ``none`` gives None.
+    """Start a tracker for a run that ``check_tracker`` has passed, with its nested settings; ``none`` gives None.
 
     TensorBoard and Weights & Biases write to ``folder/trackers``; Weights & Biases and Trackio name the run after
-    ``folder`` in the project ``cagsr``. ``config`` holds the resolved settings, nested.
-
-    Raises:
-        ConfigError: the package is not installed.
+    ``folder`` in the project ``cagsr``.
     """
-    check_tracker(name)
     if name == "none":
         return None
     PartialState()  # accelerate's trackers ask it whether they run on the main process

@@ -8,13 +8,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from cagsr.config import TrainerConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
-from cagsr.runs.folder import differing_keys, flat_defaults
+from cagsr.runs.folder import check_settings
 from cagsr.runs.saved import DIFFERS, Saved
 from cagsr.support.atomic import delete, disk_errors, write_text_atomically
 from cagsr.support.progress import working
@@ -39,9 +37,7 @@ MAY_DIFFER = (
 def check_trainer_config(config: TrainerConfig, command: str) -> None:
     """Refuse settings that contradict each other and folders that hold something else, before anything is loaded.
 
-    Raises:
-        ConfigError: settings that exclude each other or are out of range.
-        RunError: the output folder can't be used; ``command`` (as ``sft``) is the only one whose folders may be.
+    ``command`` (as ``sft``) is the only one whose folders may be used.
     """
     validate(config)
     folder = Path(config.output_dir)
@@ -59,24 +55,7 @@ def check_trainer_config(config: TrainerConfig, command: str) -> None:
     if config.resume and (folder / "config.json").exists():
         raise RunError(f"{folder} holds a finished {command}: there is nothing to resume; start anew with --overwrite.")
     if config.resume:
-        _check_resumed(config, folder / settings_file(command), command)
-
-
-def _check_resumed(config: TrainerConfig, stored: Path, command: str) -> None:
-    """Refuse to go on under other settings: the second half would be another training than the first."""
-    try:
-        different = differing_keys(
-            stored.read_text(encoding="utf-8"), to_yaml(config), MAY_DIFFER, flat_defaults(type(config))
-        )
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{stored} can't be read, so the {command} can't be resumed: mend it, or start anew with --overwrite."
-        ) from error
-    if different:
-        raise RunError(
-            f"The {command} in {stored.parent} can't be resumed because it was started with other values of "
-            f"{', '.join(different)}: give the same ones, start anew (--overwrite) or choose another folder."
-        )
+        check_settings(folder / settings_file(command), to_yaml(config), command, MAY_DIFFER, type(config))
 
 
 def settings_file(command: str) -> str:
@@ -87,13 +66,7 @@ def settings_file(command: str) -> str:
 def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -> str | None:
     """Make or clear the output folder and write the settings into it; give the checkpoint to go on from.
 
-    Args:
-        config: the settings.
-        command: as ``sft``.
-        notes: what can't be compared on a resume is added to it.
-
-    Raises:
-        RunError: what the training reads has changed since it began; the folder can't be written.
+    What can't be compared on a resume is added to ``notes``; RunError where what the training reads has changed.
     """
     folder = Path(config.output_dir)
     keeps = config.save_every > 0
@@ -101,15 +74,12 @@ def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
-            delete(folder / CHECKPOINTS)
-            delete(folder / "adapter")
-            delete(folder / DIFFERS)
+            for name in (CHECKPOINTS, "adapter", DIFFERS):
+                delete(folder / name)
             # The config goes first: without it the folder is no model any more, whatever happens next.
             for name in ("config.json", "metrics.json", *(file.name for file in folder.glob("*.safetensors"))):
                 (folder / name).unlink(missing_ok=True)
-        checkpoint = None
-        if config.resume and (folder / CHECKPOINTS).is_dir():
-            checkpoint = _last_checkpoint(folder / CHECKPOINTS)
+        checkpoint = _last_checkpoint(folder / CHECKPOINTS) if config.resume else None
         if found is not None and checkpoint is not None:
             notes += check_fingerprint(folder / CHECKPOINTS, found, f"The {command} in {folder}")
         # The settings go first: they say whose folder it is.
@@ -127,7 +97,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     transformers writes a checkpoint file by file, ``trainer_state.json`` last: one that a kill cut short has none, or half
     of it.
     """
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir()]
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
     for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

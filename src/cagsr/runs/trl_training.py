@@ -22,6 +22,7 @@ from cagsr.config import RewardModelConfig, TrainerConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
+from cagsr.runs.final import render_card
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import (
     DIFFERS,
@@ -34,7 +35,7 @@ from cagsr.runs.saved import (
     saved_facts,
 )
 from cagsr.runs.trainer_folder import CHECKPOINTS, check_trainer_config, open_trainer_folder, settings_file, write_model
-from cagsr.support.atomic import delete, disk_errors, replace_folder
+from cagsr.support.atomic import delete, disk_errors
 from cagsr.support.progress import Task, now, say, shown, working
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
@@ -52,13 +53,11 @@ class Training:
     arguments: Callable[..., Any]
     """Makes its arguments of what all set."""
     rows: Sequence[Mapping[str, Any]]
-    """What is trained on."""
     dropped: int
     """Pairs that were too long."""
     notes: Sequence[str]
     """Worth saying of the pairs."""
     probe: Probe
-    """The texts on which what was saved is compared with what was trained."""
     describe: Callable[[Any, Saved], Outcome]
     """From the trainer and what was saved, what is told of them. Called before the folder is complete: an interrupted
     training must not look finished."""
@@ -107,8 +106,8 @@ def train_with_trl(
         The output folder, a model in Hugging Face layout.
 
     Raises:
-        CagsrError: bad input, in one sentence; an output folder that holds something else; what was saved is not what was
-            trained (the checkpoints then stay).
+        CagsrError: bad input; an output folder that holds something else; what was saved is not what was trained (the
+            checkpoints then stay).
     """
     check_trainer_config(config, command)
     torch.manual_seed(config.seed)  # fresh adapters, and rows of a vocabulary that grows
@@ -138,7 +137,16 @@ def train_with_trl(
         def texts(saved: Saved) -> dict[str, str]:
             outcome = training.describe(trainer, saved)
             measures.extend(outcome.measures)
-            card = _card(config, command, training, trainer, outcome.facts, saved_facts(loaded, saved))
+            card = render_card(
+                "trainer_card.md.jinja",
+                training=training,
+                command=command,
+                name=folder.name,
+                version=__version__,
+                facts=[f"- {fact}" for fact in (*outcome.facts, _length(config, trainer))],
+                saved=saved_facts(loaded, saved),
+                settings=settings_file(command),
+            )
             return {"README.md": card, **outcome.files}
 
         saved = save_trained(trainer, config, loaded, training.probe, texts, adapter=training.adapter)
@@ -149,12 +157,7 @@ def train_with_trl(
 
 
 def _check_start(config: TrainerConfig, loaded: LoadedModel, command: str) -> None:
-    """Refuse a starting model that TRL can't train.
-
-    Raises:
-        ModelError: an encoder-decoder model, or one whose answers could never end.
-        ConfigError: adapters on the output head: TRL reads its weight directly, so that they would never be trained.
-    """
+    """Refuse what TRL can't train: encoder-decoder models, those whose answers could never end, adapters on the output head."""
     if not loaded.architecture.one_sequence:
         raise ModelError(
             f"--model {config.model.path} is an encoder-decoder model, and {command} (TRL) trains decoder-only ones; fine-tune "
@@ -164,21 +167,20 @@ def _check_start(config: TrainerConfig, loaded: LoadedModel, command: str) -> No
         raise ModelError(f"--model {config.model.path}: the tokenizer names no EOS token, so no answer could ever end.")
     if loaded.lora and isinstance(loaded.model.get_output_embeddings(), BaseTunerLayer):
         raise ConfigError(
+            # TRL reads the head's weight directly.
             f"--lora.target_modules {config.lora.target_modules}: {command} (TRL) can't train an adapter on the output head "
             "(lm_head); leave it out."
         )
 
 
 def _length_limit(config: TrainerConfig, loaded: LoadedModel) -> int | None:
-    """The longest text in tokens: ``--max_length``, else the model's context; None where neither states one.
-
-    Raises:
-        ConfigError: ``--max_length`` is longer than the context.
-    """
+    """The longest text in tokens: ``--max_length``, else the model's context; None where neither states one."""
     context = loaded.context_length()
-    if config.max_length is not None and context is not None and config.max_length > context:
+    if config.max_length is None:
+        return context
+    if context is not None and config.max_length > context:
         raise ConfigError(f"--max_length {config.max_length}: the model's context is only {context} tokens.")
-    return config.max_length if config.max_length is not None else context
+    return config.max_length
 
 
 def _arguments(config: TrainerConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -285,15 +287,11 @@ def save_trained(
         if "ref" in model.peft_config:  # DPOTrainer's own: a frozen copy of the untrained adapter
             model.delete_adapter("ref")
         if adapter:
-            with replace_folder(folder / "adapter") as temporary:
-                save_adapter_compared(temporary, model, loaded, probe, place=folder / "adapter", kept=kept)
+            save_adapter_compared(folder / "adapter", model, loaded, probe, kept=kept)
 
     def fill(temporary: Path) -> Saved:
-        dtype = chosen_dtype(config.save_dtype, loaded)
-        saved = save_compared(temporary, model, loaded, probe, dtype, ending_as(loaded), place=folder, kept=kept)
-        for name, text in texts(saved).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        return saved
+        dtype, ending = chosen_dtype(config.save_dtype, loaded), ending_as(loaded)
+        return save_compared(temporary, model, loaded, probe, dtype, ending, texts=texts, place=folder, kept=kept)
 
     saved = write_model(folder, fill)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -320,28 +318,11 @@ def _say_done(trainer: Any, folder: Path, *measures: str) -> None:
     print(f"Done: the model is in {folder}. {', '.join((*told, *measures))}.", flush=True)
 
 
-def _card(
-    config: TrainerConfig, command: str, training: Training, trainer: Any, facts: Sequence[str], saved: str
-) -> str:
+def _length(config: TrainerConfig, trainer: Any) -> str:
+    """How long a training was and where it ended, for its card."""
     loss, steps = mean_of(trainer, "loss"), trainer.state.global_step
-    length = f"{steps:,} steps of {config.batch_size} pairs, peak learning rate {config.peak_learning_rate:g}, seed {config.seed}."
     told = "" if loss is None else f" The mean training loss over the last steps was {loss:.3f}."
-    listed = "\n".join(f"- {fact}" for fact in (*facts, length + told))
-    return f"""---
-library_name: transformers
-pipeline_tag: {training.task}
-tags: [cagsr, {command}, trl]
----
-
-# {Path(config.output_dir).name}
-
-{training.what} with `cagsr {command}` {__version__} (TRL's {training.trl}).
-
-{listed}
-{saved}
-- All settings: `{settings_file(command)}`.
-
-## Limits
-
-{training.limits}
-"""
+    return (
+        f"{steps:,} steps of {config.batch_size} pairs, peak learning rate {config.peak_learning_rate:g}, "
+        f"seed {config.seed}.{told}"
+    )

@@ -14,13 +14,7 @@ from cagsr.reward.terms.repetition import ngram_repetition, without_stop_token
 
 
 def experience_metrics(experience: Experience, kl_coef: float, accelerator: Accelerator) -> dict[str, float]:
-    """Metrics by their TRL names; every process calls it and gets the same.
-
-    Args:
-        experience: of this process.
-        kl_coef: weight of the KL now.
-        accelerator: brings the processes' sums together.
-    """
+    """Metrics of this process's experience by their TRL names; every process calls it and gets those of all."""
 
     def reduce(tensor: Tensor) -> Tensor:
         return accelerator.reduce(tensor, reduction="sum")
@@ -62,9 +56,8 @@ def experience_metrics(experience: Experience, kl_coef: float, accelerator: Acce
         "sampling/correction_avg": correction / length,
     }
     if readings.values is not None:
-        metrics["val/explained_variance"] = explained_variance(
-            readings.values, experience.targets.returns, mask, reduce
-        )
+        found = explained_variance(readings.values, experience.targets.returns, mask, reduce)
+        metrics["val/explained_variance"] = found
     return metrics | reward_metrics(*_of_all_processes(returns, lengths, episodes.prompts.group, accelerator))
 
 

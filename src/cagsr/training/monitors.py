@@ -13,15 +13,24 @@ Metrics read: ``objective/kl`` (nats per sequence), ``response/length`` (tokens)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
+
+import yaml
 
 from cagsr.config import Action, MonitorConfig
 from cagsr.models.stops import hardly_any_end
 
 NEGATIVE_KL = -0.5
 """Mean KL per sequence (nats) below which sampled and scored policy can't be the same: a KL is never negative."""
+
+_SENTENCES: dict[str, str] = yaml.safe_load((files("cagsr.training") / "monitors.yaml").read_text(encoding="utf-8"))
+_SHARE = re.compile(r"rewards/(.*)/share")
+_Judgement = tuple[str, bool, dict[str, Any]]
+"""A monitor's name, whether its metric is outside its threshold, and the values of its sentence."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +69,20 @@ class Monitors:
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
         """Look at one step's metrics (absent ones and NaN are skipped) and return what has just gone wrong.
 
-        Args:
-            step: the step the metrics belong to.
-            metrics: by name, as logged. ``eval/metric`` only in steps that evaluated.
-
-        Returns:
-            At most one alert a monitor, and none while an excursion that was reported goes on.
+        ``metrics`` are those logged, ``eval/metric`` only in steps that evaluated. At most one alert a monitor, and none
+        while an excursion that was reported goes on.
         """
         seen = {name: float(value) for name, value in metrics.items() if value is not None}
         seen = {name: value for name, value in seen.items() if not math.isnan(value)}
-        found = [
-            self._kl(seen),
-            self._negative_kl(seen),
-            self._length(seen),
-            self._repetition(seen),
-            self._ended(seen),
-            self._entropy(seen),
-            self._dominance(seen),
-            self._metric_drop(seen),
-        ]
-        return [Alert(name, step, sentence, action) for name, sentence, action in found if sentence and action != "off"]
+        alerts, streak, config = [], self._state.streak, self._config
+        for name, outside, told in (*self._compared(seen), *self._metric_drop(seen)):
+            streak[name] = streak.get(name, 0) + 1 if outside else 0
+            action: Action = getattr(config, "kl_action" if name == "negative_kl" else f"{name}_action")
+            if streak[name] == max(1, config.patience) and action != "off":
+                # A negative KL is no excursion of the policy but a fault in the set-up, so never a reason to stop by itself.
+                action = "warn" if name == "negative_kl" else action
+                alerts.append(Alert(name, step, _SENTENCES[name].format(config=config, **told), action))
+        return alerts
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the monitors remember, as plain data."""
@@ -89,102 +92,30 @@ class Monitors:
         """Go on from what ``state_dict`` gave."""
         self._state = _State(**{**state, "first": dict(state["first"]), "streak": dict(state["streak"])})
 
-    def _fires(self, name: str, outside: bool) -> bool:
-        """Count observations in a row outside; True when the count reaches the patience, once."""
-        self._state.streak[name] = self._state.streak.get(name, 0) + 1 if outside else 0
-        return self._state.streak[name] == max(1, self._config.patience)
-
-    def _with_first(self, seen: Mapping[str, float], metric: str) -> tuple[float, float] | None:
-        """Return the metric now and at its first observation."""
-        if metric not in seen:
-            return None
-        return seen[metric], self._state.first.setdefault(metric, seen[metric])
-
-    def _kl(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        kl = seen.get("objective/kl")
-        sentence = None
-        if kl is not None and self._fires("kl", kl > self._config.kl):
-            sentence = (
-                f"The policy has moved {kl:.1f} nats per answer away from the starting model (limit "
-                f"{self._config.kl:g}): its reward may no longer mean better answers; lower ppo.learning_rate or raise "
-                "ppo.kl_coef."
-            )
-        return "kl", sentence, self._config.kl_action
-
-    def _negative_kl(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        kl = seen.get("objective/kl")
-        sentence = None
-        if kl is not None and self._fires("negative_kl", kl < NEGATIVE_KL):
-            sentence = (
-                f"The mean KL is {kl:.2f} nats per answer, and a true KL is never negative: the answers were not "
-                "sampled from the policy that is scored; check temperature, top_p, top_k and the precision of "
-                "generation."
-            )
-        # Not an excursion of the policy but a fault in the set-up, so never a reason to stop by itself.
-        return "negative_kl", sentence, "off" if self._config.kl_action == "off" else "warn"
-
-    def _length(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        pair = self._with_first(seen, "response/length")
-        sentence = None
-        if pair is not None:
-            length, first = pair
-            if self._fires("length_drift", abs(length - first) > self._config.length_drift * first):
-                direction = "shorter" if length < first else "longer"
-                sentence = (
-                    f"Answers have become {direction}: {length:.1f} tokens on average instead of {first:.1f} at the "
-                    f"first step; the reward may be paying for {direction} answers."
-                )
-        return "length_drift", sentence, self._config.length_drift_action
-
-    def _repetition(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        pair = self._with_first(seen, "response/repetition")
-        sentence = None
-        if pair is not None:
-            repetition, first = pair
-            if self._fires("repetition", repetition > first + self._config.repetition):
-                sentence = (
-                    f"Answers repeat themselves: {repetition:.0%} of their n-grams are repeats, {first:.0%} at the "
-                    "first step; give reward.repetition.weight a more negative value."
-                )
-        return "repetition", sentence, self._config.repetition_action
-
-    def _ended(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        share = seen.get("response/ended")
-        sentence = None
-        if share is not None and self._fires("ended", share < self._config.ended):
-            sentence = hardly_any_end(share)
-        return "ended", sentence, self._config.ended_action
-
-    def _entropy(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        pair = self._with_first(seen, "policy/entropy_avg")
-        sentence = None
-        if pair is not None:
-            entropy, first = pair
-            if self._fires("entropy", entropy < self._config.entropy * first):
-                sentence = (
-                    f"The policy is collapsing: its entropy is {entropy:.3f} nats per token, {first:.3f} at the first "
-                    "step; answers to one prompt become all alike, so raise ppo.kl_coef or ppo.entropy_coef."
-                )
-        return "entropy", sentence, self._config.entropy_action
-
-    def _dominance(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
-        shares = {
-            name.removeprefix("rewards/").removesuffix("/share"): value
-            for name, value in seen.items()
-            if name.startswith("rewards/") and name.endswith("/share")
-        }
-        sentence = None
+    def _compared(self, seen: Mapping[str, float]) -> Iterator[_Judgement]:
+        """Each metric against its threshold, or against the run's first value of it."""
+        config, start = self._config, self._state.first
+        if (kl := seen.get("objective/kl")) is not None:
+            yield "kl", kl > config.kl, {"kl": kl}
+            yield "negative_kl", kl < NEGATIVE_KL, {"kl": kl}
+        if (now := seen.get("response/length")) is not None:
+            first = start.setdefault("response/length", now)
+            told = {"now": now, "first": first, "direction": "shorter" if now < first else "longer"}
+            yield "length_drift", abs(now - first) > config.length_drift * first, told
+        if (now := seen.get("response/repetition")) is not None:
+            first = start.setdefault("response/repetition", now)
+            yield "repetition", now > first + config.repetition, {"now": now, "first": first}
+        if (now := seen.get("response/ended")) is not None:
+            yield "ended", now < config.ended, {"sentence": hardly_any_end(now)}
+        if (now := seen.get("policy/entropy_avg")) is not None:
+            first = start.setdefault("policy/entropy_avg", now)
+            yield "entropy", now < config.entropy * first, {"now": now, "first": first}
+        shares = {match[1]: value for name, value in seen.items() if (match := _SHARE.fullmatch(name))}
         if len(shares) > 1:
             largest = max(shares, key=lambda name: shares[name])
-            if self._fires("dominance", shares[largest] > self._config.dominance):
-                sentence = (
-                    f"The term {largest} makes {shares[largest]:.0%} of the reward's variance (limit "
-                    f"{self._config.dominance:.0%}): the other terms hardly count; change the weights if that is not "
-                    "intended."
-                )
-        return "dominance", sentence, self._config.dominance_action
+            yield "dominance", shares[largest] > config.dominance, {"largest": largest, "share": shares[largest]}
 
-    def _metric_drop(self, seen: Mapping[str, float]) -> tuple[str, str | None, Action]:
+    def _metric_drop(self, seen: Mapping[str, float]) -> Iterator[_Judgement]:
         """Reward up while the held-out metric falls: over-optimisation.
 
         The reward of one step is noisy, so its mean since the last evaluation is compared with the mean before the
@@ -199,7 +130,7 @@ class Monitors:
             state.reward_count += 1
         metric = seen.get("eval/metric")
         if metric is None:
-            return "metric_drop", None, self._config.metric_drop_action
+            return
         mean_reward = state.reward_sum / state.reward_count if state.reward_count else None
         state.reward_sum, state.reward_count = 0.0, 0
         if state.best_metric is None or metric >= state.best_metric:
@@ -207,11 +138,5 @@ class Monitors:
         best, best_reward = state.best_metric, state.best_reward
         fallen = metric < best - self._config.metric_drop * abs(best)
         risen = mean_reward is not None and best_reward is not None and mean_reward > best_reward
-        sentence = None
-        if self._fires("metric_drop", fallen and risen):
-            sentence = (
-                f"The reward rises ({best_reward:.3f} to {mean_reward:.3f}) while the held-out metric falls "
-                f"({best:.3f} to {metric:.3f}): the policy is exploiting the reward; stop here or take an earlier "
-                "checkpoint."
-            )
-        return "metric_drop", sentence, self._config.metric_drop_action
+        told = {"best_reward": best_reward, "reward": mean_reward, "best": best, "metric": metric}
+        yield "metric_drop", fallen and risen, told

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
-from cagsr.config import TrainConfig
+from cagsr.config import PPOConfig, TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, PromptBatch, Readings, RewardBatch, Targets, Trainer
 from cagsr.models.actor_critic import ActorCritic
@@ -43,7 +43,6 @@ from cagsr.scoring.statistics import logprobs_and_entropy, token_logprobs
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
-from cagsr.training.schedule import learning_rate_factor
 
 FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
@@ -51,12 +50,7 @@ FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 class PPO:
     """The policy, its frozen reference, the reward and the optimizer, and what one step does with them.
 
-    Args:
-        config: all settings.
-        loaded: the starting model.
-        reward: the weighted sum of reward terms.
-        accelerator: device placement and processes.
-        player: plays a task of several turns; None: one answer to each prompt.
+    ``player`` plays a task of several turns; None: one answer to each prompt.
     """
 
     def __init__(
@@ -95,14 +89,10 @@ class PPO:
         self.module: torch.nn.Module = self._distributed()
 
     def collect(self, prompts: Sequence[EncodedPrompt], trainer: Trainer | None = None) -> Experience:
-        """Sample, score and reward answers to a batch of prompts.
+        """Sample, score and reward answers to one process's share of a step's prompts.
 
-        Args:
-            prompts: one process's share of the step's prompts.
-            trainer: what TRL's reward functions may ask; None: nothing is trained.
-
-        Returns:
-            Everything the update needs, fixed before its first gradient step.
+        Gives everything the update needs, fixed before its first gradient step. ``trainer`` is what TRL's reward functions may
+        ask; None: nothing is trained.
 
         Raises:
             RewardError: a term fails or gives a value that is not finite.
@@ -132,32 +122,26 @@ class PPO:
         return Experience(episodes, readings, reference_logprobs, returns, targets, metrics)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Train on one batch of experience.
-
-        Args:
-            experience: what ``collect`` gave.
-
-        Returns:
-            Metrics by their TRL names, averaged over processes.
-        """
+        """Train on what ``collect`` gave; gives metrics by their TRL names, averaged over processes."""
         ppo = self.config.ppo
         count = experience.episodes.ids.shape[0]
         mini_batches = min(ppo.num_mini_batches, count)
         totals: dict[str, float] = {}
-        first_ratio_error = 0.0
-        with working("updating", ppo.num_ppo_epochs * mini_batches, "gradient steps") as task:
-            for epoch in range(ppo.num_ppo_epochs):
+        first_ratio_error: float | None = None
+        steps = ppo.num_ppo_epochs * mini_batches
+        with working("updating", steps, "gradient steps") as task:
+            for _ in range(ppo.num_ppo_epochs):
                 # Not chunk(): it makes fewer parts than asked for, the last one small.
-                for number, index in enumerate(torch.randperm(count).tensor_split(mini_batches)):
+                for index in torch.randperm(count).tensor_split(mini_batches):
                     found = self._gradient_step(experience, index.to(self.loaded.device))
-                    if epoch == 0 and number == 0:
+                    if first_ratio_error is None:
                         first_ratio_error = found["ratio_error"]
                     for name, value in found.items():
                         totals[name] = totals.get(name, 0.0) + value
                     task.advance()
         self.sampler.policy_changed()
+        assert first_ratio_error is not None  # the settings ask for one epoch at least
         self._check_first_ratio(first_ratio_error)
-        steps = ppo.num_ppo_epochs * mini_batches
         means = {name: value / steps for name, value in totals.items()}
         metrics = self._experience_metrics(experience) | dict(experience.sampler_metrics)
         metrics |= {
@@ -181,12 +165,8 @@ class PPO:
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """What a checkpoint holds: the policy and what estimates values."""
-        found = {"policy": self.loaded.model}
-        if self.actor_critic.value_head is not None:
-            found["value_head"] = self.actor_critic.value_head
-        if self.actor_critic.critic is not None:
-            found["critic"] = self.actor_critic.critic
-        return found
+        values = {"value_head": self.actor_critic.value_head, "critic": self.actor_critic.critic}
+        return {"policy": self.loaded.model, **{name: part for name, part in values.items() if part is not None}}
 
     def state_dict(self) -> dict[str, Any]:
         """The small state outside modules and optimizer, as JSON values."""
@@ -231,13 +211,9 @@ class PPO:
 
         visitor, readings = scored()
         with self.clock.part("comparison"):
+            temperature, rows = config.sampling.temperature, config.ppo.micro_batch_size
             metrics, warning = compare_with_plain(
-                readings,
-                loaded,
-                episodes,
-                config.sampling.temperature,
-                config.ppo.micro_batch_size,
-                self.accelerator.gather,
+                readings, loaded, episodes, temperature, rows, self.accelerator.gather
             )
         if warning is not None:
             self._warnings.append(warning)
@@ -351,3 +327,18 @@ class PPO:
         if values := self.actor_critic.value_parameters():
             groups.append({"params": values, "lr": ppo.value_learning_rate})
         return torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=ppo.weight_decay)
+
+
+def learning_rate_factor(step: int, ppo: PPOConfig, steps: int) -> float:
+    """What the learning rates are multiplied by after ``step`` of a run's ``steps`` updates, in [0, 1].
+
+    ``warmup_steps`` of a linear rise, then ``lr_scheduler``: constant, linear or cosine to 0.
+    """
+    if step < ppo.warmup_steps:
+        return (step + 1) / (ppo.warmup_steps + 1)
+    progress = (step - ppo.warmup_steps) / max(1, steps - ppo.warmup_steps)
+    if ppo.lr_scheduler == "linear":
+        return max(0.0, 1.0 - progress)
+    if ppo.lr_scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0

@@ -26,13 +26,12 @@ from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.association import Associations
-from cagsr.runs.checkpoint import CheckpointState, collect_state, latest_checkpoint, load_checkpoint, save_checkpoint
+from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_run
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
-from cagsr.runs.rng import rng_state
 from cagsr.runs.saved import Saved, answer_probe, chosen_dtype, saved_facts
 from cagsr.runs.tracker import start_tracker
 from cagsr.support.atomic import write_text_atomically
@@ -42,17 +41,7 @@ from cagsr.support.progress import working
 from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
 
-TOLD_SETTINGS = (
-    "sampling",
-    "attention",
-    "salience",
-    "reward",
-    "ppo",
-    "lora",
-    "run.steps",
-    "run.batch_size",
-    "run.seed",
-)
+TOLD = ("sampling", "attention", "salience", "reward", "ppo", "lora", "run.steps", "run.batch_size", "run.seed")
 """What the card tells, by the beginnings of the names."""
 
 
@@ -118,11 +107,7 @@ class RunRecord:
         samples: Sequence[Mapping[str, Any]],
         held_out: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write a step's metrics, timings, sample answers, and answers to held-out prompts (for the run's page).
-
-        Raises:
-            RunError: the disk is full or a file can't be written (so for all methods).
-        """
+        """Write a step's metrics, timings, sample answers, and answers to held-out prompts (for the run's page)."""
         if self._folder is None:
             return
         self._folder.append("metrics", step, metrics)
@@ -145,19 +130,20 @@ class RunRecord:
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
         states = gather_objects([rng_state()], self._accelerator)
-        extra = {
-            "ppo": self._ppo.state_dict(),
-            "stream": self._stream.state_dict(),
-            "monitors": self._monitors.state_dict(),
-            "warnings": list(self._warnings),
+        parts: dict[str, PPO | PromptStream | Monitors] = {
+            "ppo": self._ppo,
+            "stream": self._stream,
+            "monitors": self._monitors,
         }
-        state = self._checkpoint_state(extra)
-        collected = collect_state(state, keep=self._folder is not None)
+        extra = {name: part.state_dict() for name, part in parts.items()} | {"warnings": list(self._warnings)}
+        run, main, folder = self._config.run, self._folder is not None, Path(self._config.output_dir)
         if self._folder is not None:
             self._folder.sync_logs()
-            keep = max(1, self._config.run.save_total_limit)
-            save_checkpoint(self._folder.checkpoints, step, state, keep, states, collected)
-            write_scales(self._folder.path, self._ppo.reward.state_dict())
+        save_checkpoint(
+            folder / "checkpoints", step, self._checkpoint_state(extra), run.save_total_limit, states, write=main
+        )
+        if main:
+            write_scales(folder, self._ppo.reward.state_dict())
         self._accelerator.wait_for_everyone()
 
     def where_to_resume(self) -> str:
@@ -189,11 +175,8 @@ class RunRecord:
     ) -> str:
         """Write the final model with its card and the curves, and close the folder; every process may hold a part of the model.
 
-        Returns:
-            What the user is told of the model that was saved; empty where this process saves none.
-
-        Raises:
-            RunError: what was saved is not what was trained (``runs/saved.py``).
+        Gives what the user is told of the model that was saved, empty where this process saves none. Raises RunError where
+        what was saved is not what was trained (``runs/saved.py``).
         """
         config, found = self._config, ""
         model = unsharded(loaded, config.model, config.lora, keep=self._folder is not None)
@@ -211,7 +194,7 @@ class RunRecord:
                     prompts=len(train_set.prompts),
                     steps=config.run.steps,
                     command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
-                    settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD_SETTINGS)},
+                    settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD)},
                     estimator=config.ppo.estimator,
                     pipeline_tag=loaded.architecture.pipeline_tag,
                     before=before,
@@ -255,24 +238,14 @@ class RunRecord:
             self._folder.close()
 
     def _checkpoint_state(self, extra: Mapping[str, Any]) -> CheckpointState:
-        return CheckpointState(
-            modules=self._ppo.modules(),
-            optimizers={"adamw": self._ppo.optimizer},
-            extra=extra,
-            trainable_only=self._config.lora.r > 0,
-        )
+        return CheckpointState(self._ppo.modules(), {"adamw": self._ppo.optimizer}, extra, self._config.lora.r > 0)
 
     @working("reading the checkpoint")
     def _restore(self, path: Path) -> None:
-        found = load_checkpoint(
-            path,
-            self._checkpoint_state({}),
-            self._accelerator.process_index,
-            self._accelerator.num_processes,
-            seed=self._config.run.seed,
-        )
-        self._ppo.load_state_dict(found.extra["ppo"])
-        self._stream.load_state_dict(found.extra["stream"])
-        self._monitors.load_state_dict(found.extra["monitors"])
-        self._warnings = list(found.extra["warnings"])
-        self.notes = (*self.notes, *found.notes)
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        _, extra, notes = load_checkpoint(path, self._checkpoint_state({}), rank, processes, seed=self._config.run.seed)
+        self._ppo.load_state_dict(extra["ppo"])
+        self._stream.load_state_dict(extra["stream"])
+        self._monitors.load_state_dict(extra["monitors"])
+        self._warnings = list(extra["warnings"])
+        self.notes = (*self.notes, *notes)

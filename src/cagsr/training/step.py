@@ -11,7 +11,7 @@ from typing import Any
 from cagsr.config import TrainConfig
 from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import HeldOutMetric, JudgedAnswers, answer, evaluation_metrics
-from cagsr.flow import EncodedPrompt, Episode, Experience
+from cagsr.flow import EncodedPrompt, Experience
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
@@ -159,15 +159,14 @@ def sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence
             **(
                 {}
                 if context is None
-                else {"segments": _told(context.episodes[row]), "by_turn": returns.by_turn[row].tolist()}
+                else {
+                    "segments": [{"role": one.role, "content": one.text} for one in context.episodes[row].segments],
+                    "by_turn": returns.by_turn[row].tolist(),
+                }
             ),
         }
         for row in order
     ]
-
-
-def _told(episode: Episode) -> list[dict[str, str]]:
-    return [{"role": segment.role, "content": segment.text} for segment in episode.segments]
 
 
 def _is_due(step: int, every: int) -> bool:
