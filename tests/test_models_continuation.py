@@ -23,6 +23,7 @@ from cagsr.models.stops import stop_tokens
 from cagsr.pairs import encode_answer, encode_pairs
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.prompts.render import render_prompt
+from cagsr.prompts.rows import Row
 from cagsr.quickstart.start_model import build_tokenizer
 from cagsr.rollout.sample import cut_responses
 from cagsr.scoring.answers import encode_response
@@ -143,7 +144,7 @@ def models(
 
 def asked(loaded: LoadedModel, prompt: str | list[dict[str, str]], **columns: str) -> EncodedPrompt:
     row = {"prompt": prompt, **columns}
-    rendered = render_prompt(row, 1, DataConfig("x"), SalienceConfig(), loaded.tokenizer)
+    rendered = render_prompt(Row(1, "x", row), DataConfig("x"), SalienceConfig(), loaded.tokenizer)
     return EncodedPrompt(rendered, encode_prompt(rendered, TextEncoder(loaded.tokenizer)).ids, (), ())
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cagsr.errors import ConfigError
-from cagsr.preferences.split import split_by_prompt, subset
+from cagsr.preferences.pairs import split_by_prompt, subset
 
 Rows = list[dict[str, Any]]
 

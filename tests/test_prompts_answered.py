@@ -14,6 +14,7 @@ from cagsr.pairs import encode_answer
 from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder
 from cagsr.prompts.render import render_prompt
+from cagsr.prompts.rows import Row
 from cagsr.reward.model import encode_answered
 from prompts_tokenizers import byte_bpe
 
@@ -46,7 +47,7 @@ def with_template(template: str) -> Any:
 
 
 def rendered(row: dict[str, Any], tokenizer: Any) -> Prompt:
-    return render_prompt(row, 1, DataConfig(path="p.jsonl"), SalienceConfig(), tokenizer)
+    return render_prompt(Row(1, "p.jsonl", row), DataConfig(path="p.jsonl"), SalienceConfig(), tokenizer)
 
 
 def answer(content: Any, **more: Any) -> list[dict[str, Any]]:

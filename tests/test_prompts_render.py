@@ -13,6 +13,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.render import render_prompt, text_of
+from cagsr.prompts.rows import Row
 from prompts_tokenizers import CHATML, byte_bpe, word_level
 
 DATA = DataConfig(path="p.jsonl")
@@ -21,7 +22,7 @@ CHAT = byte_bpe(chat=True)
 
 
 def render(row: Mapping[str, Any], data: DataConfig = DATA, salience: SalienceConfig = MARKED, tok=CHAT) -> Prompt:
-    return render_prompt(row, 3, data, salience, tok)
+    return render_prompt(Row(3, data.path, row), data, salience, tok)
 
 
 def user(content: Any) -> dict[str, Any]:

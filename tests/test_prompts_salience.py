@@ -16,8 +16,7 @@ from cagsr.errors import DataError, ModelError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder, encode_prompt, truncate_prompt
 from cagsr.prompts.find_words import find_words
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.word_tokens import explain_salience, words_of_tokens
+from cagsr.prompts.salience import DocumentFrequency, explain_salience, salient_words, words_of_tokens
 from prompts_tokenizers import byte_bpe, tiny_stories, word_level
 
 UNIFORM = SalienceConfig(weighting="uniform", skip_sink=False)

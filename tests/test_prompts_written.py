@@ -10,11 +10,11 @@ import pytest
 from tokenizers import processors
 
 from cagsr.config import DataConfig, SalienceConfig
+from cagsr.prompts.chat import is_rendered, written_marks
 from cagsr.prompts.encode import TextEncoder
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.promptset import PromptSet
-from cagsr.prompts.template_marks import is_rendered, written_marks
-from cagsr.prompts.word_tokens import explain_salience
+from cagsr.prompts.salience import explain_salience
 from cagsr.reward.model import encode_answered
 from prompts_tokenizers import byte_bpe, word_level
 

@@ -13,8 +13,7 @@ from cagsr.config import SalienceConfig
 from cagsr.flow import Prompt
 from cagsr.models.texts import TokenTexts, token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 from cagsr.reward.same_text import says
 from test_models_texts import byte_level, sentencepiece_bpe
 

@@ -27,10 +27,13 @@ from cagsr.runs.checkpoint import (
     checkpoint_problem,
     latest_checkpoint,
     load_checkpoint,
+    load_tree,
+    pack_tree,
     rng_state,
     save_checkpoint,
+    save_tree,
+    unpack_tree,
 )
-from cagsr.runs.state_files import load_tree, pack_tree, save_tree, unpack_tree
 from cagsr.support import atomic
 from saving import save_without_pause
 

@@ -19,7 +19,7 @@ from cagsr.config import CorruptionConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.metrics import words
 from cagsr.preferences.corrupt import SupervisedPair, synthesize
-from cagsr.preferences.split import split_by_prompt
+from cagsr.preferences.pairs import split_by_prompt
 from examples.e2e.facts import Fact, as_prompt, parse
 from examples.e2e.prepare import SHARED, read_jsonl, tidy, write_jsonl
 from examples.e2e.slots import check

@@ -44,7 +44,7 @@ def encode_pairs(
     from_messages = False
     for row in load_rows(config.data, [config.completion_column]):
         where = f"{row.source}, row {row.number}"
-        prompt = render_prompt(row.values, row.number, config.data, SalienceConfig(), tokenizer, source=row.source)
+        prompt = render_prompt(row, config.data, SalienceConfig(), tokenizer)
         prompts.append(prompt)
         from_messages |= row.from_messages
         prompt_ids = list(encode_prompt(prompt, encoder).ids)

@@ -205,7 +205,7 @@ def _details(
     config: Config, loaded: LoadedModel, prompts: list[EncodedPrompt], batch: RewardBatch
 ) -> list[dict[str, Any]]:
     """Give what ``per_token`` and ``per_word`` add to each row."""
-    from cagsr.prompts.word_tokens import explain_salience
+    from cagsr.prompts.salience import explain_salience
     from cagsr.reward.terms.coverage import coverage_gains
 
     assert batch.attention is not None

@@ -104,7 +104,7 @@ def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prom
         columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
         text = "\n".join(message["content"] or "" for message in messages)
         return Prompt(row=row.number, text=text, messages=messages, columns=columns)
-    return render_prompt(values, row.number, config, SalienceConfig(), None, source=row.source)
+    return render_prompt(row._replace(values=values), config, SalienceConfig(), None)
 
 
 def _messages(row: Row, config: DataConfig) -> tuple[dict[str, Any], ...] | None:

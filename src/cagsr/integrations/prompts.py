@@ -12,8 +12,8 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder
 from cagsr.prompts.render import render_prompt
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.prompts.rows import Row
+from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 
 GivenPrompt = str | Sequence[Mapping[str, Any]]
 """A prompt as the loops hand it over: text, or a list of chat messages."""
@@ -62,7 +62,9 @@ class PromptEncoder:
         """
         value = prompt if isinstance(prompt, str) else [dict(one) for one in prompt]
         data = DataConfig(path=self.source)
-        rendered = render_prompt({**self.columns, "prompt": value}, row, data, self.salience, self.tokenizer)
+        rendered = render_prompt(
+            Row(row, data.path, {**self.columns, "prompt": value}), data, self.salience, self.tokenizer
+        )
         return replace(rendered, columns={})
 
     def fit(self, prompts: Iterable[GivenPrompt]) -> dict[str, Prompt]:

@@ -19,8 +19,8 @@ from cagsr.preferences.pairs import (
     PreferencePair,
     encode_within_limit,
     read_preferences,
+    subset,
 )
-from cagsr.preferences.split import subset
 from cagsr.prompts.encode import TextEncoder, encode_prompt
 from cagsr.runs.saved import TEXTS, AnswerProbe, Saved
 from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl

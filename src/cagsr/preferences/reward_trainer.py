@@ -25,9 +25,11 @@ from cagsr.preferences.pairs import (
     OrderByEpoch,
     PreferencePair,
     encode_within_limit,
+    prompt_key,
     read_preferences,
+    split_by_prompt,
+    subset,
 )
-from cagsr.preferences.split import prompt_key, split_by_prompt, subset
 from cagsr.reward.model import RewardModel, encode_answered
 from cagsr.runs.saved import TEXTS, Saved, ScoreProbe
 from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cagsr.config import DataConfig
 from cagsr.errors import DataError
 from cagsr.models.files import is_lfs_pointer
-from cagsr.prompts.json_rows import read_document, read_lines
-from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, with_text, without_messages
+from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, number_as_text, with_text, without_messages
 
 __all__ = ["Row", "Rows", "load_rows"]
 
@@ -24,6 +25,8 @@ _SPLITS = {
 _SAVED = ("state.json", "dataset_info.json")
 _ABOUT = {*_SAVED, "dataset_infos.json", "dataset_dict.json"}
 """Files that ``datasets`` puts beside data: they describe it and hold no rows."""
+_DECODER = json.JSONDecoder()
+_AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
@@ -109,6 +112,100 @@ def _names_of(split: str) -> set[str]:
     return next((names for names in _SPLITS.values() if split in names), {split})
 
 
+def _json_lines(path: Path, text_columns: Collection[str]) -> Iterator[Row]:
+    """Read JSON lines, row by row; a file whose first object goes over several lines is read whole.
+
+    Raises DataError, with file and row, for malformed JSON, a row that is no object, text that is not UTF-8.
+    """
+    first = True
+    with _utf8(path), path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                if first and line.lstrip()[0] in "{[" and error.pos >= len(line.rstrip()):
+                    break  # the line ends in the middle of an object
+                raise DataError(
+                    f"{path}, row {number}: malformed JSON ({error.msg} at character {error.colno}); mend or remove that line."
+                ) from error
+            yield _json_row(value, line, path, number, text_columns)
+            first = False
+        else:
+            return
+    yield from _json_document(path, text_columns)
+
+
+def _json_document(path: Path, text_columns: Collection[str]) -> Iterator[Row]:
+    """Read a file whole: a list of objects, or objects one after another, each over as many lines as it likes.
+
+    They are decoded one by one, so that a mistake has a row number.
+    """
+    with _utf8(path):
+        text = path.read_text(encoding="utf-8-sig")
+    cursor = _skip(text, 0)
+    listed = text[cursor : cursor + 1] == "["
+    cursor = _skip(text, cursor + listed)
+    number = 0
+    while cursor < len(text) if not listed else text[cursor : cursor + 1] != "]" or number > 0:
+        number += 1
+        start = cursor
+        try:
+            value, cursor = _DECODER.raw_decode(text, cursor)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, row {number}: malformed JSON ({error.msg} at line {error.lineno}, character {error.colno}); mend or "
+                "remove that row."
+            ) from error
+        yield _json_row(value, text[start:cursor], path, number, text_columns)
+        cursor = _skip(text, cursor)
+        if not listed:
+            continue
+        if text[cursor : cursor + 1] == "]":
+            return
+        if text[cursor : cursor + 1] != ",":
+            raise DataError(f"{path}, row {number}: malformed JSON (a comma or ] must follow the row).")
+        cursor = _skip(text, cursor + 1)
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+
+
+def _json_row(value: Any, written: str, path: Path, number: int, text_columns: Collection[str]) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f'{path}, row {number}: each row must be a JSON object such as {{"prompt": "..."}}.')
+    if r"\ud" in written.lower():  # the only way that JSON has to write half a pair
+        _check_surrogates(value, f"{path}, row {number}")
+    numbers = [name for name in value if name in text_columns and number_as_text(value[name]) is not value[name]]
+    if numbers:
+        as_written = _AS_WRITTEN.decode(written.strip())
+        value |= {name: as_written[name] for name in numbers}
+    return Row(number, str(path), value)
+
+
+def _check_surrogates(row: dict[str, Any], where: str) -> None:
+    """Refuse half of a surrogate pair, which is no character: no tokenizer reads it and no file can hold it."""
+    for name, entry in row.items():
+        for place, part in (("a column's name", name), (f"column '{name}'", entry)):
+            try:
+                json.dumps(part, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: {place} holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no "
+                    "character; mend or remove that row."
+                ) from error
+
+
+def _skip(text: str, cursor: int) -> int:
+    return next((place for place in range(cursor, len(text)) if not text[place].isspace()), len(text))
+
+
 def _csv(path: Path, columns: Collection[str]) -> Iterator[Row]:
     # Text stays text: pandas would turn columns of numbers into numbers, and the words NA and None into nothing.
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
@@ -183,9 +280,9 @@ def _hub(config: DataConfig) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
-    ".jsonl": read_lines,
-    ".ndjson": read_lines,
-    ".json": read_document,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_document,
     ".csv": _csv,
     ".parquet": lambda path, columns: _local("parquet", path),
 }

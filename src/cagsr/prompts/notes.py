@@ -8,8 +8,8 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.flow import Prompt
 from cagsr.models.stops import turn_end
+from cagsr.prompts.chat import is_rendered
 from cagsr.prompts.salience import DocumentFrequency
-from cagsr.prompts.template_marks import is_rendered
 
 
 def describe(

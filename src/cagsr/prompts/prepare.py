@@ -16,10 +16,10 @@ from cagsr.prompts.notes import about_messages, describe
 from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import split_texts
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 from cagsr.support.progress import working
 
+_Done = tuple[list[tuple[Row, Prompt]], DocumentFrequency, list[tuple[EncodedPrompt | None, bool]]]
 FREQUENCY_ROWS = 10_000
 """Rows of a streamed set on which document frequencies are estimated."""
 HEAD_ROWS = 1_000
@@ -59,9 +59,7 @@ def prepare_prompts(
     rows = split_texts(load_rows(data, text_columns), data)
     if data.streaming:
         return _prepare_stream(rows, pipeline, frequency)
-    located = list(pipeline.render(rows))
-    fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
-    results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
+    located, fitted, results = pipeline.run(rows, frequency)
     encoded = [one for one, _ in results if one is not None]
     long = sum(too_long for _, too_long in results)
     if not encoded:
@@ -70,14 +68,13 @@ def prepare_prompts(
     different = f" ({len(texts):,} different)" if len(texts) < len(encoded) else ""
     notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
     if long:
-        dropped = data.long_prompts == "drop"
-        than = f"longer than {pipeline.limit:,} tokens"
-        notes.append(
-            f"{long:,} of {len(results):,} prompts are {than} and were dropped (--data.long_prompts drop)."
-            if dropped
-            else f"{long:,} of {len(results):,} prompts were {than}; their earliest turns or text were cut, the end kept "
-            "(--data.long_prompts truncate)."
+        are, done = (
+            ("are", " and were dropped")
+            if data.long_prompts == "drop"
+            else ("were", "; their earliest turns or text were cut, the end kept")
         )
+        than = f"longer than {pipeline.limit:,} tokens{done} (--data.long_prompts {data.long_prompts})"
+        notes.append(f"{long:,} of {len(results):,} prompts {are} {than}.")
     if located[0][0].from_messages:
         notes.append(about_messages(data))
     notes += describe(data, salience, tokenizer, [prompt for _, prompt in located], fitted)
@@ -97,17 +94,11 @@ def encode_texts(
 
     ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; the rest as
     :func:`prepare_prompts`.
-
-    Raises:
-        DataError: a prompt that is empty, too long or holds no word that matters, named by its number.
     """
     data = DataConfig(path=source)
     pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
     rows = (Row(number, source, {"prompt": text}) for number, text in enumerate(texts, start=1))
-    located = list(pipeline.render(rows))
-    fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
-    results = [pipeline.encode(row, prompt, fitted) for row, prompt in located]
-    return [encoded for encoded, _ in results if encoded is not None]
+    return [encoded for encoded, _ in pipeline.run(rows, frequency)[2] if encoded is not None]
 
 
 @dataclass(frozen=True)
@@ -121,8 +112,13 @@ class _Pipeline:
 
     def render(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Prompt]]:
         """Yield each row with its prompt."""
-        for row in rows:
-            yield row, self._render(row)
+        return ((row, self.render_row(row)) for row in rows)
+
+    def run(self, rows: Iterable[Row], frequency: DocumentFrequency | None) -> _Done:
+        """All rows, with the document frequencies: those given, or those of the rows."""
+        located = list(self.render(rows))
+        fitted = frequency or DocumentFrequency.fit(prompt for _, prompt in located)
+        return located, fitted, [self.encode(row, prompt, fitted) for row, prompt in located]
 
     def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> tuple[EncodedPrompt | None, bool]:
         """Turn a prompt into tokens and words, and tell whether it was too long; None where it is and such are dropped."""
@@ -163,16 +159,14 @@ class _Pipeline:
             if messages[start]["role"] != "user":  # a conversation must open with the user
                 continue
             kept = {**row.values, self.data.prompt_column: messages[:first] + messages[start:]}
-            prompt = self._render(row._replace(values=kept))
+            prompt = self.render_row(row._replace(values=kept))
             tokens = encode_prompt(prompt, self.encoder)
             if len(tokens.ids) <= self.limit:
                 break
         return prompt, tokens
 
-    def _render(self, row: Row) -> Prompt:
-        return render_prompt(
-            row.values, row.number, self.data, self.salience, self.encoder.tokenizer, source=row.source
-        )
+    def render_row(self, row: Row) -> Prompt:
+        return render_prompt(row, self.data, self.salience, self.encoder.tokenizer)
 
 
 def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequency | None) -> PromptSet:

@@ -11,21 +11,13 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.character_ranges import Range, cut, not_empty
-from cagsr.prompts.chat import Rendered, render_chat
-from cagsr.prompts.template_marks import written_marks
+from cagsr.prompts.chat import Rendered, render_chat, written_marks
+from cagsr.prompts.rows import Row
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
 
 
-def render_prompt(
-    row: Mapping[str, Any],
-    number: int,
-    config: DataConfig,
-    salience: SalienceConfig,
-    tokenizer: Any,
-    *,
-    source: str | None = None,
-) -> Prompt:
+def render_prompt(row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any) -> Prompt:
     """Turn a row into a Prompt.
 
     The prompt column holds text, or a list of chat messages ``{"role", "content"}``; messages go through the
@@ -34,23 +26,22 @@ def render_prompt(
     ``chosen``, ``rejected``, ``references``, yours) are kept as they are. Passages between ``salience.markers`` lose
     their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
     ``spans_column`` count in the content of the last user message, and markers may stand in any message.
-    The row stands at ``number`` (from 1) in the file ``source`` (None: ``config.path``), for messages.
 
     Raises:
         DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the
             text, or the tokenizer can't render the conversation. One sentence with file and row.
         ConfigError: markers that are empty, or markers together with a spans column.
     """
-    where = f"{source or config.path}, row {number}"
-    if config.prompt_column not in row:
-        present = ", ".join(map(str, row)) or "none"
+    where, values = f"{row.source}, row {row.number}", row.values
+    if config.prompt_column not in values:
+        present = ", ".join(map(str, values)) or "none"
         raise DataError(
             f"{where}: no column '{config.prompt_column}' (columns here: {present}); "
             "name the column that holds the prompt with --data.prompt_column."
         )
-    value = row[config.prompt_column]
-    columns = {name: entry for name, entry in row.items() if name != config.prompt_column}
-    given = _given_spans(row, config, salience, where)
+    value = values[config.prompt_column]
+    columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
+    given = _given_spans(values, config, salience, where)
     if isinstance(value, str):
         if not value.strip():
             raise _empty(where, config)
@@ -58,9 +49,9 @@ def render_prompt(
         if given is not None:
             _check_spans(given, len(text), where)
         template = written_marks(text, tokenizer)
-        return Prompt(row=number, text=text, template=template, spans=given or marked or None, columns=columns)
+        return Prompt(row=row.number, text=text, template=template, spans=given or marked or None, columns=columns)
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
-        return _conversation(value, number, columns, given, config, salience, tokenizer, where)
+        return _conversation(value, row.number, columns, given, config, salience, tokenizer, where)
     if value is None or value in ([], ()):
         raise _empty(where, config)
     raise DataError(
@@ -122,8 +113,7 @@ def _conversation(
 ) -> Prompt:
     messages: list[dict[str, Any]] = []
     marked: list[tuple[Range, ...]] = []
-    for position, entry in enumerate(value, start=1):
-        message = _message(entry, position, where)
+    for message in messages_of(value, where):
         ranges: tuple[Range, ...] = ()
         if message["content"] is not None:
             content, ranges = _take_markers(message["content"], salience, where)

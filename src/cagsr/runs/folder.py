@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,31 +32,7 @@ LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "he
 RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT, FINGERPRINT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "final-differs", "trackers", "rollout-weights")
 
-MAY_DIFFER = (
-    "output_dir",
-    "run.steps",
-    "run.save_every",
-    "run.save_total_limit",
-    "run.save_dtype",
-    "run.sample_rows",
-    "run.tracker",
-    "run.overwrite",
-    "run.resume",
-    "evaluation.samples",
-    "monitors",
-    "model.device",
-    "model.gradient_checkpointing",
-    "ppo.micro_batch_size",
-    "rollout.url",
-    "rollout.wait",
-    "rollout.timeout",
-    "rollout.weights",
-    "rollout.weights_dir",
-    "rollout.group_port",
-    "rollout.max_logp_difference",
-)
-"""Settings (or whole sections) that may change when a run is resumed: length, bookkeeping, what to warn of, where it
-runs. Everything else would make the second half another experiment than the first."""
+MAY_DIFFER: dict[str, list[str]] = yaml.safe_load((files("cagsr.runs") / "may_differ.yaml").read_text(encoding="utf-8"))
 
 
 def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -68,18 +45,16 @@ def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(
-    old_yaml: str, new_yaml: str, may_differ: Sequence[str] = MAY_DIFFER, kind: Any = TrainConfig
-) -> list[str]:
-    """Dotted keys whose values differ between two configs, leaving out ``may_differ``; sorted.
+def differing_keys(old_yaml: str, new_yaml: str, kind: Any = TrainConfig) -> list[str]:
+    """Dotted keys whose values differ between two configs of a ``kind``, leaving out those that may (may_differ.yaml); sorted.
 
-    A setting that the old one lacks, because it was written by an older version, is taken at the default of ``kind``, a config
-    with a model, data and an output folder.
+    A setting that the old one lacks, because it was written by an older version, is taken at its default.
     """
     old, new = flat_tree(yaml.safe_load(old_yaml)), flat_tree(yaml.safe_load(new_yaml))
     absent = object()
     defaults = flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
     old = {key: value for key, value in defaults.items() if key in new} | old
+    may_differ = MAY_DIFFER["run" if kind is TrainConfig else "trainer"]
     return sorted(
         key
         for key in old.keys() | new.keys()
@@ -88,15 +63,13 @@ def differing_keys(
     )
 
 
-def check_settings(
-    stored: Path, config_yaml: str, what: str, may_differ: Sequence[str] = MAY_DIFFER, kind: Any = TrainConfig
-) -> None:
+def check_settings(stored: Path, config_yaml: str, what: str, kind: Any = TrainConfig) -> None:
     """Refuse to go on under other settings than ``stored`` holds: the second half would be another training than the first.
 
     ``what`` (``run``, or the command) can't be resumed opens the message; the rest as ``differing_keys``.
     """
     try:
-        different = differing_keys(stored.read_text(encoding="utf-8"), config_yaml, may_differ, kind)
+        different = differing_keys(stored.read_text(encoding="utf-8"), config_yaml, kind)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         instead = " or choose another folder" if what == "run" else ", or start anew with --overwrite"
         raise RunError(f"{stored} can't be read, so the {what} can't be resumed: mend it{instead}.") from error

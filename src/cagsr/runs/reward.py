@@ -16,9 +16,8 @@ from cagsr.parse import from_yaml
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.weigh import Scales
-from cagsr.runs.checkpoint import latest_checkpoint
+from cagsr.runs.checkpoint import latest_checkpoint, load_tree
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
-from cagsr.runs.state_files import load_tree
 from cagsr.support.atomic import write_text_atomically
 
 JudgingT = TypeVar("JudgingT")

@@ -19,20 +19,6 @@ from cagsr.support.progress import working
 
 CHECKPOINTS = "checkpoints"
 
-MAY_DIFFER = (
-    "output_dir",
-    "epochs",
-    "steps",
-    "micro_batch_size",
-    "save_every",
-    "save_dtype",
-    "resume",
-    "overwrite",
-    "model.device",
-    "model.gradient_checkpointing",
-)
-"""Settings that may change when a training is resumed, as those of a run may: length, bookkeeping, where it runs."""
-
 
 def check_trainer_config(config: TrainerConfig, command: str) -> None:
     """Refuse settings that contradict each other and folders that hold something else, before anything is loaded.
@@ -55,7 +41,7 @@ def check_trainer_config(config: TrainerConfig, command: str) -> None:
     if config.resume and (folder / "config.json").exists():
         raise RunError(f"{folder} holds a finished {command}: there is nothing to resume; start anew with --overwrite.")
     if config.resume:
-        check_settings(folder / settings_file(command), to_yaml(config), command, MAY_DIFFER, type(config))
+        check_settings(folder / settings_file(command), to_yaml(config), command, type(config))
 
 
 def settings_file(command: str) -> str:

@@ -19,8 +19,7 @@ from cagsr.models.stops import turn_end
 from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import Tokens
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.word_tokens import words_of_tokens
+from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cagsr.attention.probe import find_attention_layers
 from cagsr.flow import EncodedPrompt, RewardBatch
 from cagsr.models.load import LoadedModel
-from cagsr.prompts.word_tokens import explain_salience
+from cagsr.prompts.salience import explain_salience
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.terms.coverage import coverage_gains
 from cagsr.reward.terms.focus import focus
