@@ -218,7 +218,7 @@ def test_fewer_pairs_are_a_part_of_more_and_never_held_out(
 ) -> None:
     seen: dict[int, tuple[list[str], list[str]]] = {}
     for count in (4, 8):
-        training, held_out = module._divide(replace(config, num_pairs=count), tiny.tokenizer())
+        training, held_out = module._divide(replace(config, num_pairs=count), tiny.tokenizer(), [])
         seen[count] = ([pair.where for pair in training], [pair.where for pair in held_out])
     assert seen[8][0][:4] == seen[4][0]
     assert seen[4][1] == seen[8][1]

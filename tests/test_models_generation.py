@@ -23,7 +23,7 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout.build import build_sampler
 from cagsr.rollout.sample import sample_responses
 from cagsr.runs.final import save_final
-from cagsr.runs.saved import AnswerProbe
+from cagsr.runs.saved import answers_probe
 from cagsr.scoring.statistics import sampling_correction
 from scored import scored, scored_with_maps
 
@@ -260,7 +260,7 @@ def test_generate_with_the_saved_file_samples_what_training_sampled(
     torch.manual_seed(5)
     rollout = sample_responses(loaded, prompts, config)
     served = generation.served_with(loaded, config)
-    probe = AnswerProbe(loaded, [([1, 4], [6, 2])])
+    probe = answers_probe(loaded, [([1, 4], [6, 2])])
     save_final(tmp_path, loaded.model, loaded, probe, lambda saved: "card", torch.float32, served)
     auto = loaded.architecture.auto_class
     final = auto.from_pretrained(tmp_path / "final").eval()

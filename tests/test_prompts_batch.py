@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from cagsr.errors import DataError, RunError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.batch import collate_prompts
-from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
-from cagsr.prompts.stream import PromptStream
+from cagsr.prompts.stream import PromptSet, PromptStream
 
 PAD = 99
 

@@ -13,8 +13,8 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.prompts.chat import is_rendered, written_marks
 from cagsr.prompts.encode import TextEncoder
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import explain_salience
+from cagsr.prompts.stream import PromptSet
 from cagsr.reward.model import encode_answered
 from prompts_tokenizers import byte_bpe, word_level
 

@@ -20,7 +20,7 @@ from cagsr.runs.curves import plot_training_curves
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.lines import append_lines
 from cagsr.runs.numbers import live_numbers
-from cagsr.runs.saved import AnswerProbe
+from cagsr.runs.saved import answers_probe
 from cagsr.runs.tracker import check_tracker, flat_settings, start_tracker
 
 FACTS: dict[str, Any] = {
@@ -67,7 +67,7 @@ def save(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast, card: str
     loaded = LoadedModel(
         model, tokenizer, "base", device, torch.float32, DecoderOnly(), (1,), isinstance(model, PeftModel), ()
     )
-    probe = AnswerProbe(loaded, [((3, 4), (3, 1))])
+    probe = answers_probe(loaded, [((3, 4), (3, 1))])
     save_final(folder, model, loaded, probe, lambda saved: card, torch.float32)
     return folder / "final"
 

@@ -20,7 +20,7 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.runs import saved as module
 from cagsr.runs.final import save_final
-from cagsr.runs.saved import AnswerProbe, Saved, chosen_dtype, dtype_note
+from cagsr.runs.saved import Saved, answers_probe, chosen_dtype, dtype_note
 
 TEXTS = [([1, 4, 6, 14], [8, 9, 2]), ([1, 25, 26, 27, 4, 7], [5, 5, 13, 20])]
 
@@ -47,11 +47,11 @@ def in_dtype(folder: Path, dtype: str) -> None:
 
 def final(loaded: LoadedModel, run: Path, **more: Any) -> Saved:
     more = {"dtype": torch.float32, "card": lambda saved: saved.sentence} | more
-    return save_final(run, loaded.model, loaded, AnswerProbe(loaded, TEXTS), **more)
+    return save_final(run, loaded.model, loaded, answers_probe(loaded, TEXTS), **more)
 
 
 def logits_of(model: torch.nn.Module, loaded: LoadedModel) -> torch.Tensor:
-    return AnswerProbe(loaded, TEXTS)(model.eval()).logits
+    return answers_probe(loaded, TEXTS)(model.eval()).logits
 
 
 def load(folder: Path, loaded: LoadedModel, **more: Any) -> Any:

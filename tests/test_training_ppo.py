@@ -28,7 +28,7 @@ from cagsr.errors import CagsrError
 from cagsr.flow import Experience
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.stream import PromptSet
 from cagsr.reward.build import build_reward
 from cagsr.training.ppo import PPO
 from conversations import conversations

@@ -30,10 +30,8 @@ def encode_pairs(
     The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``). A plain one gets
     the end token; a conversation's gets what its chat template writes, up to the token that ends the answer.
 
-    What is worth saying about the rows is added to ``notes``.
-
-    Returns:
-        The encoded pairs, and how many were dropped because they are longer than ``max_length`` tokens (None: no limit).
+    What is worth saying about the rows is added to ``notes``. Gives the encoded pairs, and how many were dropped because they
+    are longer than ``max_length`` tokens (None: no limit).
 
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long
@@ -68,18 +66,13 @@ def encode_pairs(
     return encoded, dropped
 
 
-def encode_answer(
-    prompt: Prompt, column: str, encoder: TextEncoder, where: str, *, flag: str = "--completion_column"
-) -> list[int]:
+def encode_answer(prompt: Prompt, column: str, encoder: TextEncoder, where: str) -> list[int]:
     """The tokens that follow the prompt's when it is answered with its column ``column``, the end token included.
 
-    ``flag`` is what names the column, for messages.
-
-    Raises:
-        DataError: no such column, an empty answer, one that the chat template can't render; ``where`` opens the message.
+    DataError for no such column, an empty answer, one that the chat template can't render.
     """
     tokenizer = encoder.tokenizer
-    text = _completion_text(prompt, column, tokenizer, where, flag)
+    text = _completion_text(prompt, column, tokenizer, where)
     end = turn_end(tokenizer)
     if prompt.messages is not None and end is not None:
         text = end.cut(text)
@@ -103,13 +96,13 @@ def unending(answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> tuple
     )
 
 
-def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, flag: str) -> str:
+def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str) -> str:
     """Give the text that follows the prompt's text; for a conversation it is what the chat template adds."""
     if column not in prompt.columns:
         present = ", ".join(prompt.columns) or "none"
         raise DataError(
             f"{where}: no column '{column}' (columns besides the prompt: {present}); name the column that holds the "
-            f"answer with {flag}."
+            "answer with --completion_column."
         )
     answer = prompt.columns[column]
     if prompt.messages is None and answer and not isinstance(answer, str) and not is_parts(answer):
@@ -125,11 +118,7 @@ def _completion_text(prompt: Prompt, column: str, tokenizer: Any, where: str, fl
 
 
 def _said(answer: Any, where: str) -> str | tuple[dict[str, Any], ...]:
-    """An answer as text, or as chat messages with their contents as text; empty if it says nothing.
-
-    Raises:
-        DataError: it is neither; ``where`` (file, row, column) opens the message.
-    """
+    """An answer as text, or as chat messages with their contents as text; empty if it says nothing."""
     if isinstance(answer, str) or is_parts(answer):
         text = text_of(answer, where)
         return text if text.strip() else ""

@@ -19,7 +19,7 @@ from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import IGNORED, encode_pairs, unending
-from cagsr.runs.saved import TEXTS, AnswerProbe
+from cagsr.runs.saved import TEXTS, answers_probe
 from cagsr.runs.trainer_folder import settings_file
 from cagsr.runs.trl_training import Outcome, Training, train_with_trl
 
@@ -31,19 +31,8 @@ def sft(config: SftConfig, *, quiet: bool = False) -> Path:
     """Fine-tune a decoder-only model on prompt-completion pairs and save it in Hugging Face layout.
 
     The loss is on the completions only, each ended by the end token (a conversation's by what its chat template ends the
-    assistant's turn with); nothing is packed. With LoRA the saved model is the
-    merged one and ``adapter/`` holds the adapter alone.
-
-    Args:
-        config: see ``SftConfig``.
-        quiet: print nothing (the quickstart shows its own progress).
-
-    Returns:
-        The output folder.
-
-    Raises:
-        CagsrError: bad input, in one sentence (see ``load_model`` and ``encode_pairs``); an output folder that holds
-            something else; an encoder-decoder model.
+    assistant's turn with); nothing is packed. With LoRA the saved model is the merged one and ``adapter/`` holds the adapter
+    alone. The rest as ``train_with_trl``.
     """
     return train_with_trl(config, COMMAND, _load, _prepare, quiet=quiet)
 
@@ -67,7 +56,7 @@ def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Train
         rows=pairs,
         dropped=dropped,
         notes=[*read, *unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)],
-        probe=AnswerProbe(loaded, [(ids[:prompt], ids[prompt:]) for ids, prompt in firsts]),
+        probe=answers_probe(loaded, [(ids[:prompt], ids[prompt:]) for ids, prompt in firsts]),
         describe=lambda trainer, saved: Outcome([fact]),
         what=f"Supervised fine-tuning from {'random weights' if config.from_scratch else f'`{config.model.path}`'}",
         trl="SFTTrainer",
@@ -102,10 +91,9 @@ def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
             f"--model {config.path}: --from_scratch needs a config.json and a tokenizer there ({reason})"
         ) from error
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM
     if not architecture_of(model_config).one_sequence:
         raise ModelError(f"--model {config.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones.")
-    model = auto.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="cagsr-scratch-") as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

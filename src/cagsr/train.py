@@ -10,7 +10,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,11 @@ from transformers import TrainerState
 
 from cagsr.config import TrainConfig, validate
 from cagsr.errors import MonitorStop, RolloutError
-from cagsr.evaluation.held_out import HeldOutMetric, choose_metric
+from cagsr.evaluation.held_out import choose_metric
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.prompts.promptset import PromptSet
-from cagsr.prompts.stream import PromptStream
+from cagsr.prompts.stream import PromptSet, PromptStream
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
@@ -122,10 +120,16 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     try:
         trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
+            count = "streamed" if config.data.streaming else str(len(train_set.prompts))
             precision = dtype_note(config.run.save_dtype, loaded, "--run.save_dtype")
-            generation = generation_notes(loaded, config.sampling)
-            notes = (precision, *generation, *ppo.sampler.notes, *record.notes)
-            _introduce(console, config, loaded, train_set, held_out, metric, notes)
+            own = (precision, *generation_notes(loaded, config.sampling), *ppo.sampler.notes, *record.notes)
+            notes = (*loaded.notes, *train_set.notes, *own, *metric.notes, *reward_warnings(config.reward))
+            # Paths, tokens and templates are no markup.
+            console.print(f"CAGSR {config.model.path} -> {config.output_dir}", markup=False, style="bold")
+            judged = f"{len(held_out.prompts)} held out, judged by {metric.name}."
+            console.print(f"  Prompts: {count} to train on, {judged}", markup=False)
+            for note in notes:
+                console.print(f"  {note}", highlight=False, markup=False)
         steps = Steps(config, loaded, ppo, stream, held_out.prompts, metric, monitors, record, trainer)
         if record.first_step == 0:
             steps.start()
@@ -240,24 +244,3 @@ def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, P
         note = f"Held out: {held_out} prompts instead of {config.evaluation.held_out}, at most a fifth of {len(training.prompts)}."
         training = dataclasses.replace(training, notes=(*training.notes, note))
     return training.split(held_out, config.run.seed)
-
-
-def _introduce(
-    console: Console,
-    config: TrainConfig,
-    loaded: LoadedModel,
-    train_set: PromptSet,
-    held_out: PromptSet,
-    metric: HeldOutMetric,
-    notes: Sequence[str],
-) -> None:
-    """Say what was chosen and why."""
-    count = "streamed" if config.data.streaming else str(len(train_set.prompts))
-    # Paths, tokens and templates are no markup.
-    console.print(f"CAGSR {config.model.path} -> {config.output_dir}", markup=False, style="bold")
-    console.print(
-        f"  Prompts: {count} to train on, {len(held_out.prompts)} held out, judged by {metric.name}.", markup=False
-    )
-    warnings = reward_warnings(config.reward)
-    for note in (*loaded.notes, *train_set.notes, *notes, *metric.notes, *warnings):
-        console.print(f"  {note}", highlight=False, markup=False)

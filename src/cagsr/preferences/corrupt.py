@@ -15,6 +15,7 @@ from typing import Any
 
 from cagsr.config import CorruptionConfig
 from cagsr.errors import DataError
+from cagsr.prompts.character_ranges import outside
 from cagsr.prompts.find_words import find_words
 from cagsr.prompts.render import is_parts, text_of
 
@@ -33,8 +34,6 @@ class SupervisedPair:
 
     prompt: Any
     completion: Any
-    where: str = ""
-    """File and row, for messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What belongs to the prompt beside it: its tools, what its chat template is told."""
 
@@ -54,17 +53,9 @@ def synthesize(
 ) -> tuple[list[dict[str, Any]], int]:
     """Make preference rows ``{"prompt", "chosen", "rejected", "corruption"}``: chosen is the pair's answer as it is.
 
-    Args:
-        pairs: supervised pairs; the others of the set give the facts that are swapped and invented.
-        weights: how often each kind of mistake is made.
-        seed: seeds everything.
-        count: how many rows to make; the pairs are gone through in random order as often as it takes. None: one a pair.
-
-    Returns:
-        The rows, and how many tries found no mistake to make (answers of a word or two).
-
-    Raises:
-        DataError: no pair allows any mistake.
+    The others of ``pairs`` give the facts that are swapped and invented; ``weights`` say how often each kind of mistake is
+    made. The pairs are gone through in random order as often as ``count`` rows take; None: one a pair. Gives the rows, and how
+    many tries found no mistake to make (answers of a word or two); DataError where no pair allows any.
     """
     kinds = asdict(weights)
     generator = random.Random(seed)
@@ -82,11 +73,9 @@ def synthesize(
                 made.append(row)
             if len(made) == wanted:
                 break
-        if len(made) == before:
-            if not made:
-                raise DataError("No pair allows a mistake: the answers are too short, or all prompts are the same.")
-            break
-        if count is None:
+        if not made:
+            raise DataError("No pair allows a mistake: the answers are too short, or all prompts are the same.")
+        if len(made) == before or count is None:
             break
     return made, failed
 
@@ -103,17 +92,11 @@ def _corrupted(
     while left:
         kind = generator.choices(list(left), list(left.values()))[0]
         rejected = KINDS[kind](pair, pairs, generator)
-        if rejected is not None and _plain(rejected) != _plain(pair.answer):
-            key = (pair.question + "\0" + pair.answer, _plain(rejected))
-            if key not in seen:
-                seen.add(key)
-                return {
-                    **pair.columns,
-                    "prompt": pair.prompt,
-                    "chosen": pair.completion,
-                    "rejected": _in_form_of(pair.completion, rejected),
-                    "corruption": kind,
-                }
+        key = (pair.question + "\0" + pair.answer, _plain(rejected or ""))
+        if rejected is not None and _plain(rejected) != _plain(pair.answer) and key not in seen:
+            seen.add(key)
+            row = {"prompt": pair.prompt, "chosen": pair.completion, "rejected": _in_form_of(pair.completion, rejected)}
+            return {**pair.columns, **row, "corruption": kind}
         del left[kind]
     return None
 
@@ -132,18 +115,8 @@ def _in_form_of(completion: Any, text: str) -> Any:
 
 
 def clauses(text: str) -> list[tuple[int, int]]:
-    """Character ranges of the clauses of a text, in order, without the white space between them.
-
-    A clause ends at punctuation and begins, in English, at common connecting words and prepositions.
-    """
-    ranges, start = [], 0
-    for match in _CLAUSE.finditer(text):
-        if match.start() > start:
-            ranges.append((start, match.start()))
-        start = match.end()
-    if start < len(text):
-        ranges.append((start, len(text)))
-    return ranges
+    """Character ranges of the clauses of a text, in order, without the white space between them."""
+    return list(outside(len(text), [match.span() for match in _CLAUSE.finditer(text)]))
 
 
 def _keys(text: str) -> list[str]:

@@ -22,7 +22,7 @@ from cagsr.preferences.pairs import (
     subset,
 )
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.runs.saved import TEXTS, AnswerProbe, Saved
+from cagsr.runs.saved import TEXTS, Saved, answers_probe
 from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl
 
 
@@ -31,16 +31,7 @@ def train_dpo(config: DpoConfig, *, quiet: bool = False) -> Path:
 
     Prompts and answers are encoded as ``cagsr sft`` encodes them, each answer ended by the end token. With LoRA the
     reference is the model with its adapter off, the saved model is the merged one and ``adapter/`` holds the adapter.
-
-    Args:
-        config: see ``DpoConfig``.
-        quiet: print nothing.
-
-    Returns:
-        The output folder, a model in Hugging Face layout.
-
-    Raises:
-        CagsrError: bad input, in one sentence; an output folder that holds something else.
+    The rest as ``train_with_trl``.
     """
     return train_with_trl(config, "dpo", lambda config: load_model(config.model, config.lora), _prepare, quiet=quiet)
 
@@ -70,7 +61,7 @@ def _prepare(config: DpoConfig, loaded: LoadedModel, limit: int | None) -> Train
         rows=rows,
         dropped=len(pairs) - len(rows),
         notes=[*read, *unending(answers, loaded.stop_ids)],
-        probe=AnswerProbe(loaded, [(row["prompt_ids"], row["chosen_ids"]) for row in rows[:TEXTS]]),
+        probe=answers_probe(loaded, [(row["prompt_ids"], row["chosen_ids"]) for row in rows[:TEXTS]]),
         describe=describe,
         what=f"Direct preference optimisation from `{config.model.path}`",
         trl="DPOTrainer",
@@ -87,9 +78,8 @@ class _Trainer(OrderByEpoch, DPOTrainer):
 
 def _encode(pair: PreferencePair, encoder: TextEncoder, config: DpoConfig) -> dict[str, Any]:
     prompt = list(encode_prompt(pair.prompt, encoder).ids)
-    chosen, rejected = (
-        encode_answer(pair.prompt, column, encoder, pair.where, flag=flag)
-        for column, flag in ((config.chosen_column, "--chosen_column"), (config.rejected_column, "--rejected_column"))
-    )
+    columns = (config.chosen_column, config.rejected_column)
+    # That the columns are there has been seen to: no message needs their flags.
+    chosen, rejected = (encode_answer(pair.prompt, column, encoder, pair.where) for column in columns)
     length = len(prompt) + max(len(chosen), len(rejected))
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}

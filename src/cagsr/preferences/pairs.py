@@ -41,11 +41,8 @@ def read_preferences(
 
     An answer is text, or a list with one message of the assistant; a prompt is text or chat messages, which go through
     the tokenizer's chat template. Pairs of two equal answers, which say nothing, are left out; how many is added to
-    ``notes``, with what else is worth saying about the rows.
-
-    Raises:
-        DataError: a row without one of the columns, with an empty answer, or in another format (the message names file and
-            row); the answers of every pair are equal.
+    ``notes``, with what else is worth saying about the rows. Raises DataError for a row without one of the columns, with an
+    empty answer, or in another format; and where the answers of every pair are equal.
     """
     data = config.data if path is None else replace(config.data, path=path)
     pairs: list[PreferencePair] = []
@@ -54,11 +51,7 @@ def read_preferences(
         where = f"{row.source}, row {row.number}"
         prompt = render_prompt(row, data, SalienceConfig(), tokenizer)
         chosen, rejected = (
-            _answer(prompt, column, flag, where)
-            for column, flag in (
-                (config.chosen_column, "--chosen_column"),
-                (config.rejected_column, "--rejected_column"),
-            )
+            _answer(prompt, getattr(config, name), f"--{name}", where) for name in ("chosen_column", "rejected_column")
         )
         if _equal(chosen, rejected):
             equal += 1
@@ -77,11 +70,7 @@ def read_preferences(
 
 
 def count_pairs(path: str, chosen_column: str = "chosen", rejected_column: str = "rejected") -> int:
-    """How many pairs of a file are trained on: those whose answers differ.
-
-    Raises:
-        DataError: the file can't be read, or a row lacks an answer.
-    """
+    """How many pairs of a file are trained on: those whose answers differ."""
     count = 0
     for row in load_rows(DataConfig(path=path), [chosen_column, rejected_column]):
         where = f"{row.source}, row {row.number}"
@@ -102,20 +91,11 @@ def encode_within_limit(
     limit: int | None,
     measured_in: str | None = None,
 ) -> list[tuple[PreferencePair, dict[str, Any]]]:
-    """Encode pairs and apply the length limit as ``config.long_pairs`` says.
+    """Encode pairs and apply the length ``limit`` in tokens as ``config.long_pairs`` says.
 
-    Args:
-        pairs: what is encoded.
-        encode: gives a pair's row, with its ``length`` in tokens.
-        config: the command's settings.
-        limit: in tokens; None: none.
-        measured_in: the file of pairs that are only measured on, for messages.
-
-    Returns:
-        The pairs that are not dropped, each with its row.
-
-    Raises:
-        DataError: a pair longer than ``limit`` tokens (unless they are dropped), or none left of some.
+    ``encode`` gives a pair's row, with its ``length``. Gives the pairs that are not dropped, each with its row; DataError for
+    one that is too long (unless they are dropped), or none left of some. ``measured_in`` is the file of pairs that are only
+    measured on, for that message.
     """
     kept = []
     for pair in each("encoding", pairs, "pairs"):
@@ -148,25 +128,20 @@ class OrderByEpoch:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         trainer: Any = self
-        dataset = trainer.train_dataset if train_dataset is None else train_dataset
-        args = trainer.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        # The trainer's state is replaced when the training begins, so it is asked for anew each time.
-        return _EpochSampler(
-            batch, list(dataset[args.length_column_name]), args.seed, lambda: int(trainer.state.epoch or 0)
+        dataset, args = trainer.train_dataset if train_dataset is None else train_dataset, trainer.args
+        batch, lengths = (
+            args.train_batch_size * args.gradient_accumulation_steps,
+            list(dataset[args.length_column_name]),
         )
 
+        class EpochSampler(LengthGroupedSampler):
+            def __iter__(self) -> Iterator[int]:
+                # Asked, not told: on several processes set_epoch does not reach a sampler below the loader that skips batches.
+                # The trainer's state is replaced when the training begins, so it is asked for anew each time.
+                generator = torch.Generator().manual_seed(args.seed + int(trainer.state.epoch or 0))
+                return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
-class _EpochSampler(LengthGroupedSampler):
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self._seed = seed
-        # Asked, not told: on several processes set_epoch does not reach a sampler below the loader that skips batches.
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        return EpochSampler(batch, lengths=lengths)
 
 
 TRAINER_ARGUMENTS = {
@@ -223,19 +198,10 @@ def prompt_key(row: Any) -> Hashable:
 def split_by_prompt(
     rows: Sequence[RowT], share: float, seed: int, *, key: Callable[[RowT], Hashable] = prompt_key
 ) -> tuple[list[RowT], list[RowT]]:
-    """Split rows so that no prompt is on both sides; each side keeps the rows' order.
+    """Split rows so that no prompt is on both sides, ``(training, held out)``; each side keeps the rows' order.
 
-    Args:
-        rows: preference rows or pairs.
-        share: share of the *prompts* held out, rounded to whole prompts, at least one on each side; 0 holds none out.
-        seed: which prompts.
-        key: what makes two rows the same prompt.
-
-    Returns:
-        ``(training rows, held-out rows)``.
-
-    Raises:
-        ConfigError: there is only one prompt to split.
+    ``share`` is that of the *prompts* held out, rounded to whole prompts, at least one on each side (ConfigError where there
+    is only one); 0 holds none out. ``key`` is what makes two rows the same prompt.
     """
     if share == 0:
         return list(rows), []
@@ -252,16 +218,10 @@ def subset(rows: Sequence[RowT], num_pairs: int | None, seed: int) -> list[RowT]
     """Draw ``num_pairs`` rows in random order; with one seed a smaller subset is the beginning of a larger one.
 
     Every row is a label that somebody gave, so pairs are counted and not prompts. None takes all rows.
-
-    Raises:
-        ConfigError: more rows than there are.
     """
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    if num_pairs is None:
-        return [rows[index] for index in order]
-    if num_pairs > len(rows):
+    if num_pairs is not None and num_pairs > len(rows):
         raise ConfigError(f"--num_pairs {num_pairs}: there are {len(rows)} pairs to train on; give 1 to {len(rows)}.")
-    return [rows[index] for index in order[:num_pairs]]
+    return [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))[:num_pairs]]
 
 
 def _order(key: Hashable) -> str:

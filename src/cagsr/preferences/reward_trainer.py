@@ -31,14 +31,14 @@ from cagsr.preferences.pairs import (
     subset,
 )
 from cagsr.reward.model import RewardModel, encode_answered
-from cagsr.runs.saved import TEXTS, Saved, ScoreProbe
+from cagsr.runs.saved import TEXTS, Saved, scores_probe
 from cagsr.runs.trl_training import Outcome, Training, mean_of, train_with_trl
 from cagsr.support.progress import working
 
 
 @dataclass(frozen=True)
 class PairAccuracy:
-    """How often a reward model prefers what was preferred, on pairs it was not trained on."""
+    """How often a reward model prefers what was preferred, on ``pairs`` of ``prompts`` it was not trained on."""
 
     accuracy: Interval
     """Mean over prompts of the share of their pairs that are ranked right (ties count half), bootstrap over prompts."""
@@ -47,9 +47,7 @@ class PairAccuracy:
     margin: float
     """Mean score of the chosen less that of the rejected answer."""
     pairs: int
-    """Pairs measured on."""
     prompts: int
-    """Their prompts."""
 
 
 def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Path:
@@ -57,17 +55,8 @@ def train_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Pat
 
     The model is ``config.model`` with a fresh scalar head in place of its language-model head. It reads the very tokens
     that ``cagsr.reward.model`` makes of a prompt and a sampled answer when it scores. ``metrics.json`` and the card hold
-    the accuracy on the held-out pairs, measured on the saved folder by the code that training with it runs.
-
-    Args:
-        config: see ``RewardModelConfig``.
-        quiet: print nothing.
-
-    Returns:
-        The output folder, ready for ``cagsr train --reward.models``.
-
-    Raises:
-        CagsrError: bad input, in one sentence; an output folder that holds something else.
+    the accuracy on the held-out pairs, measured on the saved folder by the code that training with it runs. The rest as
+    ``train_with_trl``.
     """
     return train_with_trl(config, "reward-model", lambda config: load_model(config.model), _prepare, quiet=quiet)
 
@@ -94,12 +83,13 @@ def _prepare(config: RewardModelConfig, loaded: LoadedModel, limit: int | None) 
         read.append(f"Careful: {seen:,} prompts of --eval_data are trained on too, so the accuracy is flattering.")
 
     def describe(trainer: Any, saved: Saved) -> Outcome:
-        measured = _measure_model(saved.model, loaded, held_out)
-        metrics: dict[str, Any] = {
-            "pairs": len(rows),
-            "steps": trainer.state.global_step,
-            "loss": mean_of(trainer, "loss"),
-        }
+        measured = None
+        if held_out:
+            model = RewardModel("trained", saved.model.eval(), loaded.tokenizer, loaded.context_length())
+            with working("measuring on held-out pairs"):
+                measured = pair_accuracy(model, held_out)
+        steps, loss = trainer.state.global_step, mean_of(trainer, "loss")
+        metrics: dict[str, Any] = {"pairs": len(rows), "steps": steps, "loss": loss}
         if measured is not None:
             metrics["held_out"] = {**asdict(measured), "prompts_also_trained_on": seen, "data": source}
         facts = [
@@ -118,7 +108,7 @@ def _prepare(config: RewardModelConfig, loaded: LoadedModel, limit: int | None) 
         rows=rows,
         dropped=len(training) - len(rows),
         notes=read,
-        probe=ScoreProbe(loaded, [row[side] for row in rows[:TEXTS] for side in ("chosen_ids", "rejected_ids")]),
+        probe=scores_probe(loaded, [row[side] for row in rows[:TEXTS] for side in ("chosen_ids", "rejected_ids")]),
         describe=describe,
         what=f"A reward model from `{config.model.path}`",
         trl="RewardTrainer",
@@ -133,12 +123,7 @@ class _Trainer(OrderByEpoch, RewardTrainer):
 
 
 def pair_accuracy(model: RewardModel, pairs: Sequence[PreferencePair]) -> PairAccuracy:
-    """Score both answers of each pair as training with this reward model would, and count who wins.
-
-    Raises:
-        RewardError: a text is longer than the model reads.
-        ValueError: no pairs.
-    """
+    """Score both answers of each pair as training with this reward model would, and count who wins."""
     prompts = [pair.prompt for pair in pairs]
     end = model.tokenizer.eos_token
     chosen = model.score(prompts, [_without_end(pair.chosen, end) for pair in pairs])
@@ -157,7 +142,7 @@ def pair_accuracy(model: RewardModel, pairs: Sequence[PreferencePair]) -> PairAc
 
 
 def _divide(
-    config: RewardModelConfig, tokenizer: Any, notes: list[str] | None = None
+    config: RewardModelConfig, tokenizer: Any, notes: list[str]
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """The pairs to train on, in random order, and those to measure on."""
     pairs = read_preferences(config, tokenizer, notes=notes)
@@ -200,14 +185,6 @@ def _classifier(loaded: LoadedModel, config: RewardModelConfig) -> nn.Module:
     classifier.to(loaded.device)
     # The task has peft train and save the head as well.
     return add_lora(classifier, config.lora, "SEQ_CLS") if config.lora.r > 0 else classifier
-
-
-@working("measuring on held-out pairs")
-def _measure_model(model: Any, loaded: LoadedModel, pairs: Sequence[PreferencePair]) -> PairAccuracy | None:
-    if not pairs:
-        return None
-    model.eval()
-    return pair_accuracy(RewardModel("trained", model, loaded.tokenizer, loaded.context_length()), pairs)
 
 
 def _how_good(measured: PairAccuracy | None, training: float | None) -> str:

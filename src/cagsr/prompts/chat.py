@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,38 +11,27 @@ import regex
 from jinja2 import TemplateError
 
 from cagsr.errors import DataError
-from cagsr.prompts.character_ranges import Range, outside
+from cagsr.prompts.character_ranges import Range
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns of a row that its chat template reads: they belong to the prompt, and go where it goes."""
 
 
 class Place(NamedTuple):
-    """Where the content of a message lies in the rendered text."""
+    """Where the content of a message lies in the rendered text, and how many characters were stripped off its front."""
 
     start: int
     end: int
     skipped: int
-    """Characters of the content that the template stripped off its front."""
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation after its chat template."""
-
-    text: str
-    places: tuple[Place | None, ...]
-    """One for each message; None where the template rewrote the content so that it can't be found."""
-
-    def template(self, *, skip_first: bool = False) -> tuple[Range, ...]:
-        """Character ranges the template wrote; with ``skip_first`` the first message counts as template too."""
-        contents = [place for place in self.places[int(skip_first) :] if place is not None]
-        return outside(len(self.text), [(place.start, place.end) for place in contents])
+Places = tuple[Place | None, ...]
+"""One for each message; None where the template rewrote the content so that it can't be found."""
 
 
 def render_chat(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], where: str
-) -> Rendered:
+) -> tuple[str, Places]:
     """Apply the tokenizer's chat template to ``messages`` and find each message's content in the text.
 
     The contents are found by rendering the conversation a second time with placeholders: what stands between the
@@ -56,7 +44,7 @@ def render_chat(
             "instruction-tuned model, add a chat_template.jinja to the model's folder, or give the prompt as text."
         )
     text = apply_template(messages, tokenizer, columns, where, opened=True)
-    return Rendered(text, _by_placeholders(messages, tokenizer, columns, text) or _by_search(messages, text))
+    return text, _by_placeholders(messages, tokenizer, columns, text) or _by_search(messages, text)
 
 
 def apply_template(
@@ -64,15 +52,9 @@ def apply_template(
 ) -> str:
     """The conversation as the tokenizer's chat template writes it, with a row's own ``tools`` and ``chat_template_kwargs``.
 
-    Args:
-        messages: the conversation.
-        tokenizer: has a chat template.
-        columns: the row's; the two go to the template as in TRL, and may be JSON text (a table can't hold them otherwise).
-        where: file and row, opens the message.
-        opened: with the opening of the next answer, or with the assistant's last message left open; else as it stands.
-
-    Raises:
-        DataError: the template refuses the conversation, or one of the two columns holds something else.
+    The two go to the template as in TRL, and may be JSON text (a table can't hold them otherwise). ``opened``: with the opening
+    of the next answer, or with the assistant's last message left open; else as it stands. DataError, which ``where`` (file and
+    row) opens, where the template refuses the conversation, or one of the two columns holds something else.
     """
     continued = opened and messages[-1]["role"] == "assistant"
     try:
@@ -112,7 +94,7 @@ def _from_json(value: Any) -> Any:
 
 def _by_placeholders(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], text: str
-) -> tuple[Place | None, ...] | None:
+) -> Places | None:
     # Private-use characters: no template looks for them, no strip() removes them.
     holders = [f"\ue000{index}\ue001" for index in range(len(messages))]
     held = [{**one, "content": holder} for one, holder in zip(messages, holders, strict=True)]
@@ -149,7 +131,7 @@ def _by_placeholders(
     return tuple(places) if text[cursor:] == skeleton[cursor_skeleton:] else None
 
 
-def _by_search(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Place | None, ...]:
+def _by_search(messages: Sequence[Mapping[str, Any]], text: str) -> Places:
     places: list[Place | None] = []
     cursor = 0
     for message in messages:
@@ -169,36 +151,33 @@ _HOLDER = "\ue000"
 _CONVERSATIONS = (("user",), ("system", "user"), ("user", "assistant", "user"))
 
 
-class _Marks(NamedTuple):
-    found: Any
-    """Finds every mark: the template's own words, the tokenizer's special tokens, and a role on the line that one begins."""
-    special: frozenset[str]
-    bos: str | None
-
-
 def written_marks(text: str, tokenizer: Any) -> tuple[Range, ...]:
     """Character ranges of a plain prompt that hold special tokens, or what the tokenizer's chat template writes.
 
     They are no words of the prompt: ``user`` in ``<|im_start|>user`` says nothing that an answer could look at.
     """
-    marks = _marks(tokenizer, getattr(tokenizer, "chat_template", None))
-    return () if marks is None else tuple(match.span() for match in marks.found.finditer(text))
+    found, _ = _marks(tokenizer, getattr(tokenizer, "chat_template", None))
+    return () if found is None else tuple(match.span() for match in found.finditer(text))
 
 
 def is_rendered(text: str, tokenizer: Any) -> bool:
     """Whether a plain prompt went through a chat template already, or begins with the BOS token as text."""
-    marks = _marks(tokenizer, getattr(tokenizer, "chat_template", None))
-    if marks is None:
+    found, special = _marks(tokenizer, getattr(tokenizer, "chat_template", None))
+    if found is None:
         return False
-    begun = marks.bos is not None and text.startswith(marks.bos)
-    return begun or any(match.group() not in marks.special for match in marks.found.finditer(text))
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return begun or any(match.group() not in special for match in found.finditer(text))
 
 
 @lru_cache(maxsize=8)
-def _marks(tokenizer: Any, chat_template: Any) -> _Marks | None:
-    """The marks of a tokenizer; ``chat_template`` is part of the key, for one that is replaced."""
+def _marks(tokenizer: Any, chat_template: Any) -> tuple[Any, set[str]]:
+    """A pattern of every mark, and the tokenizer's special tokens; None where there is no mark.
+
+    Marks are the template's own words, the special tokens, and a role on the line that one begins. ``chat_template`` is part of
+    the key, for one that is replaced.
+    """
     if tokenizer is None:
-        return None
+        return None, set()
     special = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
     special = {one for one in (*special, *tokenizer.all_special_tokens) if not one.strip().isalnum() and one.strip()}
     bos = tokenizer.bos_token
@@ -216,11 +195,7 @@ def _marks(tokenizer: Any, chat_template: Any) -> _Marks | None:
     # A template may write plain words ("User: "), which prompts hold too: only what can't be one counts.
     template = {one for one in template - special if any(mark in one for mark in special) or set(one) & set("<[|{")}
     if not template and not special:
-        return None
+        return None, special
     # A base model's tokenizer has no template, but often the tokens of its sibling's: <start_of_turn>user.
     openers = special - {bos, tokenizer.eos_token, tokenizer.pad_token}
-    return _Marks(
-        regex.compile(r"\L<openers>\w+(?=\n)|\L<marks>", openers=openers, marks=template | special),
-        frozenset(special),
-        bos,
-    )
+    return regex.compile(r"\L<openers>\w+(?=\n)|\L<marks>", openers=openers, marks=template | special), special

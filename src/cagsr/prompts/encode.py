@@ -73,11 +73,10 @@ class TextEncoder:
     def _mend(
         self, text: str, ids: list[int], offsets: list[tuple[int, int]], add_special_tokens: bool
     ) -> list[tuple[int, int]]:
-        """Right the offsets of tokenizers that drop characters they don't know.
+        """Right the offsets of tokenizers that drop characters they don't know (a BPE without unknown token or byte pieces).
 
-        A BPE with neither an unknown token nor byte pieces drops such characters without a trace, and ``tokenizers``
-        then reports every later token too far left. The text without those characters gives the same ids and right
-        offsets, which are then moved back.
+        ``tokenizers`` then reports every later token too far left. The text without those characters gives the same ids and
+        right offsets, which are then moved back.
         """
         lost = {character for character in set(text) if self._is_lost(character)}
         if not lost:
@@ -107,8 +106,7 @@ def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
     """Encode a prompt as tokens.
 
     Plain text gets the special tokens the tokenizer adds by itself (BOS for Llama, EOS for T5, none for GPT-2), none of
-    them a second time where the text has it already; text that a chat template rendered holds its special tokens already
-    and gets none again.
+    them a second time where the text has it already; text that a chat template rendered holds its own.
     """
     return encoder.encode(prompt.text, add_special_tokens=prompt.messages is None)
 

@@ -55,7 +55,7 @@ def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
             if empty:
                 raise DataError(f"{source}: the file holds no rows; give at least one prompt.")
 
-        return Rows(config.path, opened, config.limit)
+        return Rows(opened, config.limit)
 
     path = Path(config.path).expanduser()
     if path.is_file():

@@ -13,10 +13,10 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
-from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import split_texts
 from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
+from cagsr.prompts.stream import PromptSet
 from cagsr.support.progress import working
 
 _Done = tuple[list[tuple[Row, Prompt]], DocumentFrequency, list[tuple[EncodedPrompt | None, bool]]]
@@ -47,7 +47,7 @@ def prepare_prompts(
             answer. ``data.max_prompt_length`` lowers it further.
         frequency: document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
-        text_columns: columns that are text beside the usual ones (``load_rows``).
+        text_columns: as ``load_rows`` takes them.
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the

@@ -10,8 +10,8 @@ from pydantic import StrictInt, TypeAdapter, ValidationError
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
-from cagsr.prompts.character_ranges import Range, cut, not_empty
-from cagsr.prompts.chat import Rendered, render_chat, written_marks
+from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
+from cagsr.prompts.chat import Places, render_chat, written_marks
 from cagsr.prompts.rows import Row
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
@@ -132,22 +132,23 @@ def _conversation(
     if added:
         messages.insert(0, {"role": "system", "content": config.system_prompt or ""})
         marked.insert(0, ())
-    rendered = render_chat(messages, tokenizer, columns, where)
+    text, places = render_chat(messages, tokenizer, columns, where)
+    # The system prompt of the config is the same in every prompt: part of the template, never salient.
+    contents = [(place.start, place.end) for place in places[int(added) :] if place is not None]
     return Prompt(
         row=number,
-        text=rendered.text,
-        # The system prompt of the config is the same in every prompt: part of the template, never salient.
-        template=rendered.template(skip_first=added),
-        spans=_move_spans(marked, rendered, where),
+        text=text,
+        template=outside(len(text), contents),
+        spans=_move_spans(marked, places, where),
         messages=tuple(messages),
         columns=columns,
     )
 
 
-def _move_spans(marked: Sequence[tuple[Range, ...]], rendered: Rendered, where: str) -> tuple[Range, ...] | None:
+def _move_spans(marked: Sequence[tuple[Range, ...]], places: Places, where: str) -> tuple[Range, ...] | None:
     """From offsets in each message's content to offsets in the rendered text; None when nothing is marked."""
     moved = []
-    for ranges, place in zip(marked, rendered.places, strict=True):
+    for ranges, place in zip(marked, places, strict=True):
         for start, end in ranges:
             if place is None:
                 raise DataError(
@@ -203,8 +204,8 @@ def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str,
         inside.append((start + len(opening), end))
         cursor = end + len(closing)
     # What stands before the first pair of markers, between one pair and the next, and behind the last.
-    outside = zip([0, *(end for _, end in cuts[1::2])], [*(start for start, _ in cuts[0::2]), len(text)], strict=True)
-    if any(closing in text[start:end] for start, end in outside):
+    between = zip([0, *(end for _, end in cuts[1::2])], [*(start for start, _ in cuts[0::2]), len(text)], strict=True)
+    if any(closing in text[start:end] for start, end in between):
         raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
     shorter, (ranges,) = cut(text, cuts, inside)
     return shorter, not_empty(ranges)

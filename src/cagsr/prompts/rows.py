@@ -17,14 +17,13 @@ TEXT_COLUMNS = ("completion", "chosen", "rejected", "response", "reference", "re
 
 
 class Row(NamedTuple):
-    """One row of the data."""
+    """One row of the data, by column."""
 
     number: int
     """1-based position in its file (the line of a JSONL file; a CSV's header does not count)."""
     source: str
     """The file or Hub dataset it comes from, for messages."""
     values: Mapping[str, Any]
-    """Column name -> value."""
     from_messages: bool = False
     """Prompt and answer were taken from a column ``messages``."""
 
@@ -33,10 +32,7 @@ class Row(NamedTuple):
 class Rows:
     """The rows of a data set, read anew at every iteration: nothing is kept in memory."""
 
-    source: str
-    """What the user named."""
     open: Callable[[], Iterator[Row]]
-    """Starts reading from the first row."""
     limit: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
@@ -84,10 +80,10 @@ def without_messages(row: Row, prompt_column: str) -> Row:
 
 
 def split_texts(rows: Rows, config: DataConfig) -> Rows:
-    """Cut each row's text as ``config.split_text`` says; 0 leaves the rows as they are.
+    """Cut each row's text as ``config.split_text`` says; 0, or no text in the prompt column, leaves the rows as they are.
 
     The prompt column keeps the beginning and ``completion`` holds the rest, which scoring takes as the response and
-    evaluation as the reference. Rows whose prompt column holds no text stay as they are.
+    evaluation as the reference.
     """
     if config.split_text == 0:
         return rows
@@ -100,14 +96,11 @@ def split_texts(rows: Rows, config: DataConfig) -> Rows:
                 row = row._replace(values={**row.values, config.prompt_column: prompt, "completion": rest})
             yield row
 
-    return Rows(rows.source, halves)
+    return Rows(halves)
 
 
 def split_at_space(text: str, share: float) -> tuple[str, str]:
-    """Cut a text at the first white space from ``share`` of its characters on; the rest begins with that space.
-
-    A text without white space there is all prompt, its rest empty.
-    """
+    """Cut a text at the first white space from ``share`` of its characters on, with which the rest (or nothing) begins."""
     start = max(1, round(len(text) * share))
     position = next((index for index in range(start, len(text)) if text[index].isspace()), len(text))
     return text[:position], text[position:]

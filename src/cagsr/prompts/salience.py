@@ -31,7 +31,7 @@ class DocumentFrequency:
     """
 
     documents: int
-    """Number of different prompts counted (N)."""
+    """Different prompts counted (N)."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Word (case-folded) -> number of prompts that hold it."""
 
@@ -90,12 +90,8 @@ def salient_words(
     """Weigh the words of ``prompt`` that matter, in order of their occurrence, with their weights.
 
     ``idf``: the word's IDF to the power ``idf_power``, words below ``idf_floor`` times the largest left out;
-    ``uniform``: 1 for every word;
-    ``spans``: 1 for every word that shares a character with a marked passage. ``where`` (file and row) opens the
-    messages.
-
-    Raises:
-        DataError: no word matters: the prompt is empty but for its template, says boilerplate only, or marks nothing.
+    ``uniform``: 1 for every word; ``spans``: 1 for every word that shares a character with a marked passage. DataError, which
+    ``where`` (file and row) opens, if no word matters: the prompt is all template, says boilerplate only, or marks nothing.
     """
     words = list(find_words(prompt.text, prompt.template))
     if not words:
@@ -143,10 +139,7 @@ def words_of_tokens(
       at either occurrence covers it.
     - A word whose only tokens are special, or the skipped first token, drops out.
 
-    Indices run from 0 in the order of first occurrence. ``where`` (file and row) opens the message.
-
-    Raises:
-        DataError: no salient word is left.
+    Indices run from 0 in the order of first occurrence. DataError, which ``where`` opens, where no salient word is left.
     """
     owners = [_owner(index, tokens, salient, config.skip_sink) for index in range(len(tokens.ids))]
     index_of: dict[str, int] = {}
@@ -159,7 +152,8 @@ def words_of_tokens(
     for word, weight in salient:
         if word.key in index_of or word.key in merged:
             continue
-        host = _host(word.start, word.end, tokens, owners)
+        overlapping = zip(tokens.offsets, owners, strict=True)  # a token that the word shares with another one
+        host = next((own for (a, b), own in overlapping if own is not None and a < word.end and word.start < b), None)
         if host is not None:
             weights[index_of[salient[host].word.key]] += weight
             merged.add(word.key)
@@ -183,14 +177,6 @@ def _owner(index: int, tokens: Tokens, salient: Sequence[SalientWord], skip_sink
     start, end = tokens.offsets[index]
     number = bisect_right(salient, start, key=lambda one: one.word.end)  # words are in order and don't overlap
     return number if number < len(salient) and salient[number].word.start < end else None
-
-
-def _host(start: int, end: int, tokens: Tokens, owners: Sequence[int | None]) -> int | None:
-    """Find the salient word that owns a token which overlaps the characters ``[start, end)``."""
-    for (token_start, token_end), owner in zip(tokens.offsets, owners, strict=True):
-        if owner is not None and token_start < end and start < token_end:
-            return owner
-    return None
 
 
 def explain_salience(encoded: EncodedPrompt, tokenizer: Any) -> list[tuple[str, float]]:

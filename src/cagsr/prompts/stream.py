@@ -1,16 +1,70 @@
-"""The endless order in which a run meets its prompts; a resumed run meets the same ones."""
+"""A set of encoded prompts, and the endless order in which a run meets them; a resumed run meets the same ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from cagsr.errors import DataError, RunError
+from cagsr.errors import ConfigError, DataError, RunError
 from cagsr.flow import EncodedPrompt, Returns
-from cagsr.prompts.promptset import PromptSet
+from cagsr.prompts.salience import DocumentFrequency
 
 BUFFER_ROWS = 1_000
 """A streamed set is shuffled within a buffer of this many prompts."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Encoded prompts, with how their words were weighted and what was noted on the way."""
+
+    prompts: Sequence[EncodedPrompt]
+    """All prompts; of a streamed set the first ones only (for evaluation and inspection)."""
+    frequency: DocumentFrequency
+    """The document frequencies behind the IDF weights; keep them with a run to score new prompts alike."""
+    notes: tuple[str, ...] = ()
+    """One sentence each about what was chosen, dropped or estimated."""
+    reopen: Callable[[], Iterator[EncodedPrompt]] | None = None
+    """Only of a streamed set: starts reading all its prompts from the file; None: ``prompts`` are all."""
+
+    def split(self, held_out: int, seed: int) -> tuple[PromptSet, PromptSet]:
+        """Take ``held_out`` prompts off for evaluation: ``(training, held-out)``; ConfigError where none is left to train on.
+
+        They are drawn at random with ``seed``, and with them goes every other row of the same prompt text, so that
+        no held-out prompt is trained on; of a streamed set the first ``held_out`` rows are taken (a stream can't be
+        drawn from), whatever the seed.
+        """
+        if held_out <= 0:
+            return self, replace(self, prompts=(), reopen=None)
+        if self.reopen is not None:
+            return self._split_stream(held_out, self.reopen)
+        order = list(range(len(self.prompts)))
+        random.Random(seed).shuffle(order)
+        chosen: dict[str, int] = {}  # one row for each text, so that the evaluation does not repeat itself
+        for index in order:
+            if len(chosen) == held_out:
+                break
+            chosen.setdefault(self.prompts[index].prompt.text, index)
+        training = [encoded for encoded in self.prompts if encoded.prompt.text not in chosen]
+        if not training:
+            raise ConfigError(
+                f"--evaluation.held_out {held_out} leaves no prompt to train on (there are {len(self.prompts)} rows); "
+                "lower it, or name held-out prompts with --evaluation.path."
+            )
+        held = [self.prompts[index] for index in sorted(chosen.values())]
+        return replace(self, prompts=training), replace(self, prompts=held)
+
+    def _split_stream(
+        self, held_out: int, reopen: Callable[[], Iterator[EncodedPrompt]]
+    ) -> tuple[PromptSet, PromptSet]:
+        if held_out >= len(self.prompts):
+            raise ConfigError(
+                f"--evaluation.held_out {held_out} is more than the first {len(self.prompts)} rows that a streamed set "
+                "can hold out; lower it, or name held-out prompts with --evaluation.path."
+            )
+        training = replace(self, prompts=self.prompts[held_out:], reopen=lambda: islice(reopen(), held_out, None))
+        return training, replace(self, prompts=self.prompts[:held_out], reopen=None)
 
 
 class PromptStream:
@@ -25,8 +79,6 @@ class PromptStream:
     def __init__(
         self, prompts: PromptSet, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
     ) -> None:
-        if batch_size < 1 or not 0 <= process_index < num_processes:
-            raise ValueError("PromptStream needs batch_size >= 1 and 0 <= process_index < num_processes")
         if not prompts.prompts:
             raise DataError("There is no prompt to train on; give more prompts or hold out fewer.")
         self._prompts, self._batch_size, self._seed = prompts, batch_size, seed
@@ -43,11 +95,7 @@ class PromptStream:
         return self._epoch + self._position / len(self._prompts.prompts)
 
     def next(self) -> list[EncodedPrompt]:
-        """Return this process's next ``batch_size`` prompts.
-
-        Raises:
-            DataError: a row of a streamed set that can't be used, or a streamed set that has become empty.
-        """
+        """Return this process's next ``batch_size`` prompts."""
         everyones = [self._take() for _ in range(self._batch_size * self._num_processes)]
         first = self._process_index * self._batch_size
         return everyones[first : first + self._batch_size]
@@ -60,11 +108,7 @@ class PromptStream:
         return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to where ``state`` stood; the next batch is the one the saved stream would have given.
-
-        Raises:
-            RunError: the state belongs to another seed, or to a set that was longer than this one.
-        """
+        """Go to where ``state`` stood; RunError where that was another seed, or a set that was longer than this one."""
         if state["seed"] != self._seed:
             raise RunError(
                 f"The checkpoint shuffled its prompts with seed {state['seed']}, this run with {self._seed}; "

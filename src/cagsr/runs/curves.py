@@ -77,8 +77,7 @@ def _since_start(rows: Sequence[dict[str, Any]], key: str) -> tuple[str, list[in
 def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
     """Draw the curves of a run's ``metrics.jsonl`` as PNG to ``out``, and return that. Only panels with data are drawn.
 
-    Raises:
-        RunError: there is nothing to draw, the file is broken or ``out`` can't be written.
+    Raises RunError where there is nothing to draw.
     """
     rows = read_lines(metrics)
     drawn: list[tuple[_Panel, list[tuple[str, list[int], list[float]]]]] = []

@@ -39,10 +39,18 @@ def fingerprint_rows(data: DataConfig) -> str:
 
 
 @working("taking fingerprints of what is read")
-def fingerprint_run(config: TrainConfig) -> Fingerprint:
-    """What ``cagsr train`` reads: prompts, held-out prompts, the start, reward models, associations."""
-    part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if config.data.streaming else ""
-    found = _data_and_model(config, part)
+def fingerprint_training(config: TrainConfig | TrainerConfig) -> Fingerprint:
+    """What a training reads: prompts or pairs, those to measure on, the start, reward models, associations."""
+    streamed = isinstance(config, TrainConfig) and config.data.streaming
+    part = f" (its first {HEAD_ROWS:,} rows; more of a stream is not compared)" if streamed else ""
+    found: Fingerprint = {
+        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
+        f"model.path {config.model.path}": fingerprint_model(config.model.path),
+    }
+    if isinstance(config, RewardModelConfig) and (path := config.eval_data) is not None:
+        found[f"eval_data {path}"] = fingerprint_rows(dataclasses.replace(config.data, path=path))
+    if not isinstance(config, TrainConfig):
+        return found
     if (path := config.evaluation.path) is not None:
         held_out = dataclasses.replace(config.data, path=path, limit=config.evaluation.held_out, streaming=False)
         found[f"evaluation.path {path}"] = fingerprint_rows(held_out)
@@ -50,22 +58,6 @@ def fingerprint_run(config: TrainConfig) -> Fingerprint:
     if (path := config.reward.associations.path) is not None:
         found[f"reward.associations.path {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
-
-
-@working("taking fingerprints of what is read")
-def fingerprint_trainer(config: TrainerConfig) -> Fingerprint:
-    """What ``cagsr sft``, ``reward-model`` and ``dpo`` read: pairs, pairs to measure on, the start."""
-    found = _data_and_model(config)
-    if isinstance(config, RewardModelConfig) and (path := config.eval_data) is not None:
-        found[f"eval_data {path}"] = fingerprint_rows(dataclasses.replace(config.data, path=path))
-    return found
-
-
-def _data_and_model(config: TrainConfig | TrainerConfig, part: str = "") -> Fingerprint:
-    return {
-        f"data.path {config.data.path}{part}": fingerprint_rows(config.data),
-        f"model.path {config.model.path}": fingerprint_model(config.model.path),
-    }
 
 
 @working("taking fingerprints of what is read")
@@ -96,8 +88,7 @@ def write_fingerprint(folder: Path, found: Mapping[str, str | None]) -> None:
 def check_fingerprint(folder: Path, found: Mapping[str, str | None], what: str) -> list[str]:
     """Compare what is read now with what a stopped training has read; gives sentences about what can't be compared.
 
-    Raises:
-        RunError: something has changed; it is named. ``what`` can't be resumed opens the message.
+    RunError where something has changed; ``what`` can't be resumed opens the message.
     """
     try:
         before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))

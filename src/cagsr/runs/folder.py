@@ -87,9 +87,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     path: Path
     checkpoint: Path | None
-    """The checkpoint to go on from; None: start from the beginning."""
+    """The checkpoint to go on from, after ``step`` steps; None: start from the beginning."""
     step: int
-    """Steps done in that checkpoint, 0 from the beginning."""
     notes: tuple[str, ...]
     """What the user should know about how the folder was opened, in sentences."""
     _lock: TextIO = field(repr=False)

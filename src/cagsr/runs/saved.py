@@ -7,9 +7,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -51,30 +50,23 @@ DIFFERS = "differs"
 """Name, or ending of the name, of the folder that keeps a model whose comparison failed."""
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """What a model gives for the texts it is compared on."""
 
     logits: Tensor  # (positions, outputs) float32, on the CPU
     told: Tensor  # (positions,) what the user is told the difference of
-    unit: str
-    """What ``told`` is, in words."""
+    unit: str  # what that is, in words
 
 
 Probe = Callable[[nn.Module], Outputs]
 """Runs a model on a few texts, in the precision of its weights: the trained one, with or without adapters, or the saved one."""
 
 
-@dataclass(frozen=True)
-class AnswerProbe:
-    """A language model's logits at the tokens of a few answers, all in one pass."""
+def answers_probe(loaded: LoadedModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Probe:
+    """A language model's logits at the tokens of a few answers, all in one pass; ``texts``: ids of prompts and answers."""
+    texts = texts[:TEXTS]
 
-    loaded: LoadedModel
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]]
-    """Token ids of prompts and of their answers."""
-
-    def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
-        loaded, texts = self.loaded, self.texts[:TEXTS]
+    def outputs(model: nn.Module) -> Outputs:
         ids, mask = _padded([prompt for prompt, _ in texts], loaded, loaded.architecture.padding_side, model)
         answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
@@ -82,6 +74,8 @@ class AnswerProbe:
         found = logits[answer_mask].float().cpu()
         logprobs = found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0]
         return Outputs(found, logprobs, "log-probabilities")
+
+    return outputs
 
 
 def _padded(texts: Sequence[Sequence[int]], loaded: LoadedModel, side: str, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -92,28 +86,23 @@ def _padded(texts: Sequence[Sequence[int]], loaded: LoadedModel, side: str, mode
     return ids, pad_sequence(real, batch_first=True, padding_side=side)
 
 
-@dataclass(frozen=True)
-class ScoreProbe:
+def scores_probe(loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> Probe:
     """A reward model's scores of a few texts, padded as it reads them."""
 
-    loaded: LoadedModel
-    texts: Sequence[Sequence[int]]
-
-    def __call__(self, model: nn.Module) -> Outputs:  # noqa: D102
-        ids, mask = _padded(self.texts[:TEXTS], self.loaded, "right", model)
+    def outputs(model: nn.Module) -> Outputs:
+        ids, mask = _padded(texts[:TEXTS], loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
             logits = model(input_ids=ids, attention_mask=mask.long()).logits.float().cpu()
         return Outputs(logits, logits[:, 0], "scores")
 
+    return outputs
 
-@dataclass(frozen=True)
-class Saved:
-    """A model that was saved, loaded again, and found to be the trained one."""
+
+class Saved(NamedTuple):
+    """A model that was saved, loaded again (in float32), and found to be the trained one, and what the user is told of it."""
 
     model: PreTrainedModel
-    """What was loaded again, in float32."""
     sentence: str
-    """What the user is told of it."""
 
 
 def saved_facts(loaded: LoadedModel, saved: Saved) -> str:
@@ -151,18 +140,10 @@ def save_compared(
 ) -> Saved:
     """Write a trained model (adapters merged) and its tokenizer, load them again and compare.
 
-    The trained model is left as it is. Memory: a copy in float32, beside one for merging where there are adapters.
-
-    Args:
-        folder: an empty folder, of a temporary name.
-        model: the trained model, or the peft model around it, not sharded, in evaluation mode.
-        loaded: how it was loaded: tokenizer, kind, precision.
-        probe: the texts it is compared on.
-        dtype: the precision to save in.
-        generation: what its ``generation_config.json`` says; None: what the starting model's said.
-        texts: further files by name, written once the comparison has passed.
-        place: what the folder will be called, for messages.
-        kept: where the files go if the comparison fails.
+    The trained model (not sharded, in evaluation mode, perhaps with peft around it) is left as it is. Memory: a copy in float32,
+    beside one for merging where there are adapters. ``folder`` is an empty one of a temporary name, which will be called
+    ``place``; ``generation`` becomes its ``generation_config.json`` (None: the starting model's); ``texts`` are further files by
+    name, written once the comparison has passed. Where it fails the files go to ``kept``.
 
     Raises:
         RunError: what was loaded again is not the trained model, or that one gives no numbers.
@@ -193,7 +174,8 @@ def save_compared(
             f"is in {kept} instead, in float32."
         )
     if problem:
-        _set_aside(folder, kept)
+        delete(kept)
+        os.replace(folder, kept)
         raise RunError(
             f"{place} was not written, because what was saved is not what was trained ({problem}): it is kept in {kept} for a "
             "look, and all checkpoints stay; please report this with the model's name."
@@ -229,17 +211,12 @@ def save_adapter_compared(place: Path, model: PeftModel, loaded: LoadedModel, pr
             model.set_adapter(active)
             model.delete_adapter(again)
         if problem := _unlike(found, trained):
-            _set_aside(folder, kept)
+            delete(kept)
+            os.replace(folder, kept)
             raise RunError(
                 f"{place} was not written, because the adapters that were saved are not those that were trained ({problem}): "
                 f"they are kept in {kept} for a look, and all checkpoints stay; please report this with the model's name."
             )
-
-
-def _set_aside(folder: Path, kept: Path) -> None:
-    """Move a folder whose comparison failed to a name that says so."""
-    delete(kept)
-    os.replace(folder, kept)
 
 
 def _without_adapters(model: nn.Module, probe: Probe) -> tuple[PreTrainedModel, Outputs]:
@@ -260,12 +237,12 @@ def _without_adapters(model: nn.Module, probe: Probe) -> tuple[PreTrainedModel, 
 
 def _with_weights(again: PreTrainedModel, full: PreTrainedModel, probe: Probe, dtype: torch.dtype) -> Outputs:
     """What the model that was loaded gives with the weights as they were before rounding: its config is then compared."""
-    there = again.state_dict()
+    there, here = again.state_dict(), full.state_dict()
     with torch.no_grad():
-        for name, tensor in full.state_dict().items():
+        for name, tensor in here.items():
             there[name].copy_(tensor)
         found = probe(again)
-        for name, tensor in full.state_dict().items():
+        for name, tensor in here.items():
             there[name].copy_(tensor.to(_dtype_saved(full, name, tensor, dtype)))
     return found
 
@@ -373,10 +350,10 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(own)
 
 
-def answer_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> AnswerProbe:
+def greedy_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest: int) -> Probe:
     """Compare on a policy's greedy answers of at most ``longest`` tokens to a few short prompts."""
     some = sorted(prompts[: 16 * TEXTS], key=lambda prompt: len(prompt.ids))[:TEXTS]
     batch = prompt_batch(loaded, some)
     rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
     answers = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.sampled, strict=True)]
-    return AnswerProbe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])
+    return answers_probe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])

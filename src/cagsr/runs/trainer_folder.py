@@ -11,7 +11,7 @@ from pathlib import Path
 from cagsr.config import TrainerConfig, validate
 from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
-from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
+from cagsr.runs.fingerprint import check_fingerprint, fingerprint_training, write_fingerprint
 from cagsr.runs.folder import check_settings
 from cagsr.runs.saved import DIFFERS, Saved
 from cagsr.support.atomic import delete, disk_errors, write_text_atomically
@@ -56,7 +56,7 @@ def open_trainer_folder(config: TrainerConfig, command: str, notes: list[str]) -
     """
     folder = Path(config.output_dir)
     keeps = config.save_every > 0
-    found = fingerprint_trainer(config) if keeps or config.resume else None
+    found = fingerprint_training(config) if keeps or config.resume else None
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:

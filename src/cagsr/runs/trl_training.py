@@ -75,14 +75,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command tells of a training beside its length and its loss."""
+    """What a command tells of a training beside its length and its loss: on the card, at the end, in text files by name."""
 
     facts: Sequence[str]
-    """Lines of the card."""
     measures: Sequence[str] = ()
-    """Said at the end."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Further text files by name."""
 
 
 def train_with_trl(
@@ -93,17 +90,10 @@ def train_with_trl(
     *,
     quiet: bool,
 ) -> Path:
-    """Check, load, prepare; then open the output folder, train, save what was trained, and say how it went.
+    """Check, load, prepare; then open the output folder, train, save what was trained, and say how it went unless ``quiet``.
 
-    Args:
-        config: the command's settings.
-        command: as ``sft``.
-        load: the starting model, with its adapters if it is trained as it is.
-        prepare: reads and encodes the pairs; the last argument is the longest text in tokens, None: any.
-        quiet: print nothing.
-
-    Returns:
-        The output folder, a model in Hugging Face layout.
+    ``load`` gives the starting model, with its adapters if it is trained as it is; ``prepare`` reads and encodes the pairs, its
+    last argument being the longest text in tokens (None: any). Gives the output folder, a model in Hugging Face layout.
 
     Raises:
         CagsrError: bad input; an output folder that holds something else; what was saved is not what was trained (the
@@ -143,7 +133,10 @@ def train_with_trl(
                 command=command,
                 name=folder.name,
                 version=__version__,
-                facts=[f"- {fact}" for fact in (*outcome.facts, _length(config, trainer))],
+                facts=outcome.facts,
+                steps=trainer.state.global_step,
+                config=config,
+                loss=mean_of(trainer, "loss"),
                 saved=saved_facts(loaded, saved),
                 settings=settings_file(command),
             )
@@ -316,13 +309,3 @@ def _say_done(trainer: Any, folder: Path, *measures: str) -> None:
     if loss is not None:
         told.append(f"training loss {mean_of(trainer, 'loss', first=True):.3f} at first, {loss:.3f} at last")
     print(f"Done: the model is in {folder}. {', '.join((*told, *measures))}.", flush=True)
-
-
-def _length(config: TrainerConfig, trainer: Any) -> str:
-    """How long a training was and where it ended, for its card."""
-    loss, steps = mean_of(trainer, "loss"), trainer.state.global_step
-    told = "" if loss is None else f" The mean training loss over the last steps was {loss:.3f}."
-    return (
-        f"{steps:,} steps of {config.batch_size} pairs, peak learning rate {config.peak_learning_rate:g}, "
-        f"seed {config.seed}.{told}"
-    )

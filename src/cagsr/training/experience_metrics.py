@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -69,10 +71,9 @@ def _of_all_processes(
         return returns, lengths, group
     # Every process numbers its prompts from 0.
     apart = group * accelerator.num_processes + accelerator.process_index
-    everywhere = Returns(
+    everywhere = replace(
+        returns,
         total=accelerator.gather(returns.total),
-        per_token=returns.per_token,
-        by_turn=returns.by_turn,
         terms={name: accelerator.gather(values) for name, values in returns.terms.items()},
         contributions={name: accelerator.gather(values) for name, values in returns.contributions.items()},
     )

@@ -21,7 +21,7 @@ from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
 from cagsr.config import PPOConfig, TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, PromptBatch, Readings, RewardBatch, Targets, Trainer
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Targets, Trainer
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -103,7 +103,8 @@ class PPO:
         batch = prompt_batch(loaded, prompts, many, self.accelerator.process_index * len(prompts))
         with gathered(self.actor_critic):
             with self.clock.part("rollout"):
-                episodes = played(self.player, self._sample, [one for one in prompts for _ in range(many)], batch)
+                repeated = [one for one in prompts for _ in range(many)]
+                episodes = played(self.player, partial(self.sampler.sample, sampling=config.sampling), repeated, batch)
             visitor, readings, pass_metrics = self._score(episodes)
         limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
@@ -195,9 +196,6 @@ class PPO:
         """What the user should know, a sentence each, since the last call."""
         taken, self._warnings = self._warnings, []
         return taken
-
-    def _sample(self, batch: PromptBatch) -> EpisodeBatch:
-        return self.sampler.sample(batch, self.config.sampling)
 
     def _score(self, episodes: EpisodeBatch) -> tuple[TermVisitor, Readings, dict[str, float]]:
         """The scoring pass, compared with the plain one; where they differ, the plain one from now on."""

@@ -22,17 +22,16 @@ from cagsr.configfile import to_yaml
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
-from cagsr.prompts.promptset import PromptSet
 from cagsr.prompts.salience import DocumentFrequency
-from cagsr.prompts.stream import PromptStream
+from cagsr.prompts.stream import PromptSet, PromptStream
 from cagsr.reward.association import Associations
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
-from cagsr.runs.fingerprint import fingerprint_run
+from cagsr.runs.fingerprint import fingerprint_training
 from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
-from cagsr.runs.saved import Saved, answer_probe, chosen_dtype, saved_facts
+from cagsr.runs.saved import Saved, chosen_dtype, greedy_probe, saved_facts
 from cagsr.runs.tracker import start_tracker
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.extras import is_installed
@@ -50,9 +49,6 @@ class RunRecord:
 
     ``ppo``, ``monitors`` and ``stream`` are what a checkpoint holds the state of. The IDF table and the associations are kept
     in the folder for what judges answers by this reward.
-
-    Raises:
-        RunError: the folder holds another run, is in use, or can't be written or resumed.
     """
 
     def __init__(
@@ -81,7 +77,7 @@ class RunRecord:
                 to_yaml(dataclasses.replace(config, run=plain)),
                 resume=run.resume,
                 overwrite=run.overwrite,
-                fingerprint=fingerprint_run(config),
+                fingerprint=fingerprint_training(config),
             )
             write_text_atomically(folder.path / FREQUENCY, json.dumps(frequency.to_json()))
             if associations is not None:
@@ -150,10 +146,10 @@ class RunRecord:
         """A sentence telling from where the run can go on."""
         if self._folder is None:
             return ""
-        latest = latest_checkpoint(self._folder.checkpoints)
-        if latest.path is None:
+        latest = latest_checkpoint(self._folder.checkpoints).path
+        if latest is None:
             return f"No checkpoint was written yet in {self._folder.path}."
-        return f"The checkpoint {latest.path} is intact; go on from it with --resume."
+        return f"The checkpoint {latest} is intact; go on from it with --resume."
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics of each step so far, oldest first; empty on all processes but the main one."""
@@ -211,7 +207,7 @@ class RunRecord:
                 self._folder.path,
                 model,
                 loaded,
-                answer_probe(compared, train_set.prompts, config.sampling.max_new_tokens),
+                greedy_probe(compared, train_set.prompts, config.sampling.max_new_tokens),
                 card,
                 chosen_dtype(config.run.save_dtype, loaded),
                 served_with(loaded, config.sampling),
