@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import OptionalDataConfig, plain, read_prompts, say, table_console
+from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say, table_console
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
@@ -114,7 +114,7 @@ def run(config: Config) -> None:
     judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
     say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
     if config.output is not None:
-        text = json.dumps(plain(as_tree(report)), ensure_ascii=False, allow_nan=False, indent=1)
+        text = json.dumps(as_tree(report), ensure_ascii=False, allow_nan=False, indent=1)
         write_text_atomically(Path(config.output), text + "\n")
         say([f"All numbers: {config.output}"])
     if config.markdown is not None:
@@ -151,11 +151,11 @@ def _from_answers(config: Config) -> EvalReport:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     judge = _judge(config, torch.device(name))
-    mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.recorded)
+    mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.measures)
     theirs: tuple[Evaluated, ...] = ()
     comparisons: tuple[PolicyComparison, ...] = ()
     if other is not None:
-        theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.recorded),)
+        theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.measures),)
         comparisons = corrected([compare("As given", mine, theirs[0])])
     lacking = ["entropy, and the comparison at matched entropy (answers from a file)"]
     return _report(config, given.prompts, (mine,), theirs, comparisons, judge, lacking)

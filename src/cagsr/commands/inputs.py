@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.support import progress
+from cagsr.support.tables import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,17 +97,6 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
         sys.stdout.flush()
     else:
         write_text_atomically(Path(output), text)
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON has it: tuples as lists, numbers that are not finite as null, dates and the like as text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from cagsr.evaluation.metrics import Interval, mean_interval
+from cagsr.evaluation.intervals import Interval, mean_interval
 from cagsr.reward.metrics import within_group_correlation
 
 Floats = NDArray[np.float64]

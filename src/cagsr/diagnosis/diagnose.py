@@ -25,7 +25,7 @@ from cagsr.diagnosis.signals import Setting, Signals
 from cagsr.diagnosis.warn import warnings_for
 from cagsr.errors import ConfigError
 from cagsr.evaluation.held_out import HeldOutMetric, judge
-from cagsr.evaluation.metrics import Interval
+from cagsr.evaluation.intervals import Interval
 from cagsr.reward.normalize import Normalization
 from cagsr.support.dotted_path import import_dotted
 

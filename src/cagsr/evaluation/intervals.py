@@ -22,8 +22,13 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """``0.412 [0.380, 0.445]``; ``spec`` as for a single number."""
+        mean, low, high = (format(value, spec or ".3f") for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -96,6 +101,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def win_rates(scores: Sequence[Floats], others: Sequence[Floats]) -> Floats:
+    """Share of the pairs of answers to each prompt, one of either model, in which the first scores higher.
+
+    Every answer of the one is held against every answer of the other, whose number may differ; a tie counts half. Both take
+    ``(answers,)`` for each prompt. Returns ``(prompts,)`` float64, 0 to 1; NaN where a side has no score that is a number.
+    """
+    found = np.full(len(scores), np.nan)
+    for number, (mine, theirs) in enumerate(zip(scores, others, strict=True)):
+        mine, theirs = mine[np.isfinite(mine)], theirs[np.isfinite(theirs)]
+        if len(mine) and len(theirs):
+            found[number] = np.mean(0.5 * (1 + np.sign(mine[:, None] - theirs[None, :])))
+    return found
 
 
 def _differences(after: ArrayLike, before: ArrayLike) -> Floats:
