@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from cagsr.config import AttentionConfig, CoverageConfig, RewardConfig
 from cagsr.diagnosis.best_of_n import correlation
-from cagsr.diagnosis.choose import choose_setting
-from cagsr.diagnosis.cross_fit import Products, compare, cross_fitted, folds, held_fixed
+from cagsr.diagnosis.cross_fit import Products, choose_setting, compare, cross_fitted, folds, held_fixed
 from cagsr.diagnosis.diagnose import diagnose
 from cagsr.diagnosis.recommend import fit_weights, recommend, term_columns, weighted_parts, yaml_of
 from cagsr.diagnosis.signals import Setting, Signals, layer_choices

@@ -99,7 +99,7 @@ def run(config: Config) -> None:
     if config.checker is not None or metric.name.startswith("ROUGE-L"):
         signals = with_truth(signals, metric)
     with working("weighing the terms"):
-        found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
+        found = diagnose(signals, scorer.weights, config.reward)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     print_report(found, signals.configured, table_console())
     say([finding(found)])
