@@ -60,7 +60,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
-    from cagsr.config import validate
     from cagsr.diagnosis.diagnose import diagnose, load_checker, with_truth
     from cagsr.diagnosis.diagnosis_report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.diagnosis.signals import collect_signals
@@ -72,7 +71,6 @@ def run(config: Config) -> None:
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
     from cagsr.support.atomic import write_text_atomically
 
-    validate(config.reward, "reward.")
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
     associations = None
@@ -84,14 +82,8 @@ def run(config: Config) -> None:
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
-    scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.sampling.temperature,
-        associations=associations,
-    )
+    judged_by = (config.reward, config.attention, config.salience)
+    scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
     say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes])
     signals = collect_signals(
         loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size

@@ -6,14 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cagsr.commands.inputs import (
-    OptionalDataConfig,
-    data_or_prompt,
-    prompt_as_given,
-    read_prompts,
-    say,
-    write_rows,
-)
+from cagsr.commands.inputs import OptionalDataConfig, data_or_prompt, prompt_as_given, read_prompts, say, write_rows
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, OutputFile, PositiveInt, Seed
 

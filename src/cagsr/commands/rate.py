@@ -69,31 +69,14 @@ class Config:
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
-SERVE = (
-    "a",
-    "b",
-    "pairs",
-    "gold",
-    "prompt_column",
-    "response_column",
-    "a_column",
-    "b_column",
-    "scales",
-    "seed",
-    "port",
-)
-ONLY = {"serve": SERVE, "export": ("votes",)}
+COLUMNS = ("prompt_column", "response_column", "a_column", "b_column")
+ONLY = {"serve": ("a", "b", "pairs", "gold", *COLUMNS, "scales", "seed", "port"), "export": ("votes",)}
 """Settings that one mode alone reads."""
 
 
 def run(config: Config) -> None:
     """Serve the page, print the summary, or write the pairs."""
-    if config.mode == "serve":
-        _serve(config)
-    elif config.mode == "summary":
-        _summary(config)
-    else:
-        _export(config)
+    {"serve": _serve, "summary": _summary, "export": _export}[config.mode](config)
 
 
 def _serve(config: Config) -> None:

@@ -6,13 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import (
-    OptionalDataConfig,
-    about_idf,
-    data_or_prompt,
-    read_prompts,
-    say,
-)
+from cagsr.commands.inputs import OptionalDataConfig, about_idf, data_or_prompt, read_prompts, say
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
@@ -72,7 +66,6 @@ def run(config: Config) -> None:
     """Write the page, the picture, or both."""
     if config.png is not None:
         require("--png", "pages", modules=["matplotlib"])
-    from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.learn_associations import associations_of
@@ -80,7 +73,6 @@ def run(config: Config) -> None:
     from cagsr.view.viewer import view
 
     config, learned = with_run_reward(config, config.sampling.temperature)
-    validate(config.reward, "reward.")
     learn = config.reward.needs("associations") and config.reward.associations.path is None
     if learn and (config.prompt is not None or not config.answers):
         raise ConfigError(
