@@ -28,15 +28,12 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
-def read_config_file(path: Path, config_class: type[Any], left_out: list[str] | None = None) -> dict[str, Any]:
+def read_config_file(path: Path, config_class: type[Any], left_out: list[str]) -> dict[str, Any]:
     """Give ``{dotted key: checked value}`` for what a YAML file sets.
 
     The config of a training run serves the other commands too (the same model, prompts and reward): settings that only
-    training has are then left out, and their names appended to ``left_out``.
-
-    Raises:
-        ConfigError: a file that can't be read, malformed YAML (with the line), an unknown key (with the nearest right
-            one), a value of the wrong type or out of range.
+    training has are then left out, and their names appended to ``left_out``. Raises ConfigError as ``read_yaml``, and for an
+    unknown key (with the nearest right one), a value of the wrong type or out of range.
     """
     keys = dict(leaf_types(config_class))
     groups = _groups(keys)
@@ -49,7 +46,7 @@ def read_config_file(path: Path, config_class: type[Any], left_out: list[str] | 
             raise ConfigError(f"{path}: '{key}' is a group of settings (as '{example}'), not a single value")
         elif key not in _of_training():
             raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
-        elif left_out is not None:
+        else:
             left_out.append(key)
     return found
 
@@ -66,8 +63,7 @@ def _of_training() -> frozenset[str]:
 def read_yaml(path: Path) -> dict[Any, Any]:
     """Read a YAML file that holds a mapping; an empty file is an empty one.
 
-    Raises:
-        ConfigError: it can't be read, is malformed (with the line), or holds something else.
+    Raises ConfigError: it can't be read, is malformed (with the line), or holds something else.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -47,10 +47,8 @@ def parse_command(
     Keys are written with dots (``--reward.coverage.weight 2``), with underscores or hyphens. A required key may come
     from the file or from a flag.
 
-    Raises:
-        ConfigError: a file that can't be read, an unknown key or flag (with the nearest right one), a value of the
-            wrong type or out of range, settings that contradict each other, a required key that nobody gave.
-        SystemExit: status 0, after ``--help`` was printed.
+    Raises ConfigError for a file that can't be read, an unknown key or flag (with the nearest right one), a value of the
+    wrong type or out of range, settings that contradict each other, a required key that nobody gave; SystemExit after --help.
     """
     keys = dict(leaf_types(config_class))
     short = {name: key for name, key in ALIASES.items() if key in keys and name not in keys}
@@ -70,26 +68,21 @@ def parse_command(
                 config_class, args=["--help"], default=config, prog=prog, description=description, use_underscores=True
             )
         finally:
-            listed = (
-                f"Short names: {', '.join(f'--{name} = --{key}' for name, key in short.items())}.\n" if short else ""
-            )
+            names = ", ".join(f"--{name} = --{key}" for name, key in short.items())
+            listed = f"Short names: {names}.\n" if short else ""
             print(f"{listed}--config FILE reads settings from a YAML file; flags override it.\n{epilog}")
     missing = [key for key, value in flatten(config).items() if value is tyro.MISSING]
     if missing:
-        names = {key: name for name, key in short.items()}
+        shorter = {key: name for name, key in short.items()}
         lack = "is missing; give it" if len(missing) == 1 else "are missing; give them"
-        named = ", ".join(f"--{names.get(key, key)}" for key in missing)
+        named = ", ".join(f"--{shorter.get(key, key)}" for key in missing)
         raise ConfigError(f"{named} {lack} as a flag or in the --config file")
     validate(config)
     return config
 
 
 def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
-    """Read a complete config file, as ``to_yaml`` writes it.
-
-    Raises:
-        ConfigError: as ``parse_command``.
-    """
+    """Read a complete config file, as ``to_yaml`` writes it; raises as ``parse_command``."""
     return parse_command(config_class, ["--config", str(path)], prog=path.name)
 
 

@@ -11,10 +11,10 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from cagsr.commands.inputs import read_prompts, say, table_console
+from cagsr.commands.inputs import read_prompts, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
-    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes])
+    say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes)
     signals = collect_signals(
         loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
     )
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
         found = diagnose(signals, scorer.weights, config.reward)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     print_report(found, signals.configured, table_console())
-    say([finding(found)])
+    say(finding(found))
     if config.output is not None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))
@@ -102,10 +102,10 @@ def run(config: Config) -> None:
         if found.recommendation.weights:
             write_text_atomically(recommended, as_yaml(found, config.model.path, config.attention, config.reward))
             train = f"cagsr train --config {recommended} --model {config.model.path} --data {config.data.path} --output_dir run"
-            say([f"All numbers: {path}; the recommendation: {train}"])
+            say(f"All numbers: {path}; the recommendation: {train}")
         else:
             recommended.unlink(missing_ok=True)  # an earlier one's: training by it is what is advised against
-            say([f"All numbers: {path}; nothing is recommended, so there is no {recommended}."])
+            say(f"All numbers: {path}; nothing is recommended, so there is no {recommended}.")
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))
-        say([f"The report: {config.markdown}"])
+        say(f"The report: {config.markdown}")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import OptionalDataConfig, read_prompts, say, table_console
+from cagsr.commands.inputs import OptionalDataConfig, read_prompts, table_console
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
 from cagsr.support.extras import install_command
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 if TYPE_CHECKING:
     import torch
@@ -109,17 +109,17 @@ def run(config: Config) -> None:
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:
-        say([f"Left out: {'; '.join(report.left_out)}."])
+        say(f"Left out: {'; '.join(report.left_out)}.")
     print_report(report, table_console())
     judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
-    say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
+    say(f"Judged: {judged:,} answers to {len(report.prompts):,} prompts.")
     if config.output is not None:
         text = json.dumps(as_tree(report), ensure_ascii=False, allow_nan=False, indent=1)
         write_text_atomically(Path(config.output), text + "\n")
-        say([f"All numbers: {config.output}"])
+        say(f"All numbers: {config.output}")
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(report))
-        say([f"The tables: {config.markdown}"])
+        say(f"The tables: {config.markdown}")
 
 
 def _sampling(config: Config, temperature: float) -> SamplingConfig:
@@ -164,6 +164,7 @@ def _from_answers(config: Config) -> EvalReport:
 def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
     from cagsr.evaluation.judged_policies import compare, corrected
+    from cagsr.evaluation.matched_entropy import matching_temperature
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
@@ -185,7 +186,7 @@ def _from_model(config: Config) -> EvalReport:
     judge = _judge(config, loaded.device)
     judge.left_out(prompts)  # refuses what would fail only after sampling
     told = generation_notes(loaded, _sampling(config, config.temperatures[0]))
-    say([*loaded.notes, *told, *notes])
+    say(*loaded.notes, *told, *notes)
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
     comparisons: list[PolicyComparison] = []
@@ -202,8 +203,16 @@ def _from_model(config: Config) -> EvalReport:
         if sampled and not comparable:
             lacking.append("matched entropy (the two models count in different tokens)")
         for found in sampled if comparable else ():
+            known = {
+                float(one.temperature): float(one.values["entropy"].mean())
+                for one in theirs.values()
+                if one.temperature
+            }
+            sampling, target = _sampling(config, 1.0), float(found.values["entropy"].mean())
+            size = config.batch_size
             try:
-                matched = _matched(config, other, asked, found, theirs, judge)
+                at = matching_temperature(other, asked, sampling, target, config.seed, size, known=known)
+                matched = _evaluate(config, other, asked, at, judge, f"entropy of {found.name} (T = {at:.3f})")
             except ModelError as error:
                 lacking.append(f"matched entropy for {found.name} ({str(error).rstrip('.')})")
                 continue
@@ -247,22 +256,6 @@ def _evaluate(
     answers = [found.texts[start : start + many] for start in range(0, len(found.texts), many)]
     more = {"tokens": found.tokens, "ended": found.ended, "entropy": found.entropy}
     return evaluate_answers(name, temperature, prompts, answers, judge, more)
-
-
-def _matched(
-    config: Config,
-    other: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    found: Evaluated,
-    theirs: dict[str, Evaluated],
-    judge: AnswerJudge,
-) -> Evaluated:
-    from cagsr.evaluation.matched_entropy import matching_temperature
-
-    known = {float(one.temperature): float(one.values["entropy"].mean()) for one in theirs.values() if one.temperature}
-    target, sampling = float(found.values["entropy"].mean()), _sampling(config, 1.0)
-    temperature = matching_temperature(other, prompts, sampling, target, config.seed, config.batch_size, known=known)
-    return _evaluate(config, other, prompts, temperature, judge, f"entropy of {found.name} (T = {temperature:.3f})")
 
 
 def _report(

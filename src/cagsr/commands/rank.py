@@ -13,13 +13,12 @@ from cagsr.commands.inputs import (
     groups_of,
     prompt_as_given,
     read_prompts,
-    say,
     write_rows,
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.support.progress import each
+from cagsr.support.progress import each, say
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -81,31 +80,26 @@ def run(config: Config) -> None:
             "file of a training run with --reward.associations.path RUN/associations.json."
         )
     loaded = load_model(config.model, for_training=False)
-    prompts, notes = read_prompts(
-        config.data,
-        config.prompt,
-        config.salience,
-        None if learned is None else learned.frequency,
-        loaded,
-        0 if given else config.sampling.max_new_tokens,
-        [config.candidates_column] if config.candidates_column is not None else [],
-    )
+    frequency = None if learned is None else learned.frequency
+    room = 0 if given else config.sampling.max_new_tokens
+    columns = [] if config.candidates_column is None else [config.candidates_column]
+    prompts, notes = read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
     associations = None
     if config.reward.needs("associations"):
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
-    say([*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes])
-    say(about_idf(config.salience, config.reward_from))
+    say(*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes)
+    say(*about_idf(config.salience, config.reward_from))
     candidates = _given if given else _sampled
     answers = list(candidates(config, loaded, scorer, prompts))
     if not given:
-        say(endless([answer["ended"] for _, answer in answers], config.sampling.max_new_tokens))
+        say(*endless([answer["ended"] for _, answer in answers], config.sampling.max_new_tokens))
     own_group = groups_of(prompts)
     group = torch.tensor([own_group[number] for number, _ in answers])
     raw = {name: torch.tensor([answer["terms"][name] for _, answer in answers]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)
-    say([weighed.note])
+    say(weighed.note)
     own: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for value, (number, answer) in zip(weighed.total.tolist(), answers, strict=True):
         own[number].append({"completion": answer["completion"], "reward": value, **answer})
@@ -117,7 +111,7 @@ def run(config: Config) -> None:
         )
         said = f"{config.output or 'Standard output'}: {len(answers):,} answers to {len(rows):,} prompts ranked"
         mean = gap / max(1, len(rows))
-        say([f"{said}; the best one's reward is {mean:.2f} above its prompt's mean, on average."])
+        say(f"{said}; the best one's reward is {mean:.2f} above its prompt's mean, on average.")
     if config.prompt is not None:
         _print(rows[0], scorer.weights)
 

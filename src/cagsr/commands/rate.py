@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from cagsr.config.ranges import OutputFile, Port, Seed
 from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
+from cagsr.support.progress import say
 
 if TYPE_CHECKING:
     from cagsr.rating.rating_questions import RatingQuestions
@@ -80,7 +81,6 @@ def run(config: Config) -> None:
 
 
 def _serve(config: Config) -> None:
-    from cagsr.commands.inputs import say
     from cagsr.rating.server import link, rating_app
     from cagsr.support.localhost import listen, serve_until_interrupted
 
@@ -92,9 +92,9 @@ def _serve(config: Config) -> None:
         ]
         application = rating_app(store, taken.getsockname()[1])
         with suppress(KeyboardInterrupt):
-            serve_until_interrupted(application, taken, lambda: say(lines))
+            serve_until_interrupted(application, taken, lambda: say(*lines))
         count = len(store.judgements())
-    say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
+    say(f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up.")
 
 
 def _store(config: Config, path: Path) -> Store:
@@ -128,18 +128,17 @@ def _store(config: Config, path: Path) -> Store:
 
 
 def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
-    from cagsr.commands.inputs import say
     from cagsr.rating.store import SCALES, Settings, Store
 
     if not any(not one.gold for one in asked.questions):
         raise DataError("There is nothing to rate: all pairs have two equal answers.")
-    say(asked.notes())
+    say(*asked.notes())
     a, b = str(config.a), str(config.b)
     if config.pairs is not None:
         a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
     settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
     gold = sum(one.gold for one in asked.questions)
-    say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
+    say(f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else "."))
     return Store.create(path, asked.questions, settings)
 
 
@@ -186,7 +185,7 @@ def _summary(config: Config) -> None:
 
 
 def _export(config: Config) -> None:
-    from cagsr.commands.inputs import say, write_rows
+    from cagsr.commands.inputs import write_rows
     from cagsr.rating.export import preference_pairs
     from cagsr.rating.store import Store
 
@@ -197,7 +196,7 @@ def _export(config: Config) -> None:
             f"{config.db}: no rating prefers an answer, so there is nothing to write ({found.sentence()[:-1]})."
         )
     write_rows(found.rows, config.out)
-    say([f"{config.out or 'Standard output'}: {found.sentence()}"])
+    say(f"{config.out or 'Standard output'}: {found.sentence()}")
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:

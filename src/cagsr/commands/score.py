@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import about_idf, groups_of, prompt_as_given, say, write_rows
+from cagsr.commands.inputs import about_idf, groups_of, prompt_as_given, write_rows
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt, RewardBatch
@@ -66,17 +66,12 @@ def run(config: Config) -> None:
         )
     associations = None if file is None else read_associations(Path(file))
     loaded = load_model(config.model, for_training=False)
+    judged_by, size = (config.reward, config.attention, config.salience), config.batch_size
     scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.temperature,
-        micro_batch_size=config.batch_size,
-        associations=associations,
+        loaded, *judged_by, temperature=config.temperature, micro_batch_size=size, associations=associations
     )
     prompts, responses, notes = read_pairs(config, loaded, None if learned is None else learned.frequency)
-    say([*loaded.notes, *notes])
+    say(*loaded.notes, *notes)
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     details: list[dict[str, Any]] = []
     with working("scoring", len(prompts), "pairs") as task:
@@ -89,7 +84,7 @@ def run(config: Config) -> None:
     terms = {name: torch.cat(values) for name, values in raw.items()}
     group = torch.tensor(groups_of(prompts))
     weighed = weigh(terms, scorer.weights, config.reward, group, None if learned is None else learned.scales)
-    say([weighed.note])
+    say(weighed.note)
     reward = weighed.total
     rows = [
         {
@@ -106,7 +101,7 @@ def run(config: Config) -> None:
         for number, (encoded, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     write_rows(rows, config.output)
-    say([f"{config.output or 'Standard output'}: {len(rows):,} pairs scored."])
+    say(f"{config.output or 'Standard output'}: {len(rows):,} pairs scored.")
     _summary(terms, reward, scorer.weights, [len(response.ids) for response in responses])
 
 

@@ -99,14 +99,21 @@ def _merged(parts: Sequence[Any], make: Callable[[Sequence[Any]], Floats]) -> An
 def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[int, ...]]:
     """Name the layer choices that are compared: each layer, last-1 to last-4, all, and the configured one.
 
-    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number). Raises
+    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number). Of a
+    model with more than ``MOST_LAYERS`` some single layers are left out, evenly, so that the table stays readable. Raises
     ConfigError where the configured layers do not exist.
     """
     names = [configured, "all", *(f"last-{count}" for count in range(1, 5)), *map(str, available)]
     found: dict[tuple[int, ...], str] = {}
     for name in names:
         found.setdefault(parse_layers(name, available), name)
-    return {name: layers for layers, name in found.items()}
+    spread = set(available)
+    if len(available) > MOST_LAYERS:
+        first, rest = available[:4], available[4:]
+        more = MOST_LAYERS - len(first)
+        spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
+    always = (configured, "last-1")
+    return {name: layers for layers, name in found.items() if len(layers) > 1 or layers[0] in spread or name in always}
 
 
 @working("measuring the terms")
@@ -126,7 +133,6 @@ def collect_signals(
     """
     everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
     choices = layer_choices(everything.layers, attention.layers)
-    choices = _thinned(choices, everything.layers, attention.layers)
     numbers = sorted({number for layers in choices.values() for number in layers})
     readers = {
         number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
@@ -199,19 +205,3 @@ def _measure(
             }
     lengths = mask.sum(dim=1)
     return {"terms": terms, "coverage": coverage, "by_layers": by_layers, "length": lengths, "ended": rollout.ended}
-
-
-def _thinned(
-    choices: Mapping[str, tuple[int, ...]], available: Sequence[int], configured: str
-) -> dict[str, tuple[int, ...]]:
-    """Leave out single layers of a deep model, evenly, so that the table stays readable."""
-    if len(available) <= MOST_LAYERS:
-        return dict(choices)
-    first, rest = available[:4], available[4:]
-    more = MOST_LAYERS - len(first)
-    spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
-    return {
-        name: layers
-        for name, layers in choices.items()
-        if len(layers) > 1 or layers[0] in spread or name in (configured, "last-1")
-    }
