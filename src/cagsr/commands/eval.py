@@ -139,7 +139,7 @@ def _from_answers(config: Config) -> EvalReport:
     import torch
 
     from cagsr.evaluation.given_answers import in_order_of, read_answers
-    from cagsr.evaluation.judged_policies import compare, corrected, evaluate_answers
+    from cagsr.evaluation.judged_policies import compare, evaluate_answers
 
     data = config.data if config.data.path else None
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
@@ -152,18 +152,17 @@ def _from_answers(config: Config) -> EvalReport:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     judge = _judge(config, torch.device(name))
     mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.measures)
-    theirs: tuple[Evaluated, ...] = ()
-    comparisons: tuple[PolicyComparison, ...] = ()
+    theirs = []
     if other is not None:
-        theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.measures),)
-        comparisons = corrected([compare("As given", mine, theirs[0])])
+        theirs = [evaluate_answers("as given", None, given.prompts, other.answers, judge, other.measures)]
+    comparisons = [compare("As given", mine, one) for one in theirs]
     lacking = ["entropy, and the comparison at matched entropy (answers from a file)"]
-    return _report(config, given.prompts, (mine,), theirs, comparisons, judge, lacking)
+    return _report(config, given.prompts, [mine], theirs, comparisons, judge, lacking)
 
 
 def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
-    from cagsr.evaluation.judged_policies import compare, corrected
+    from cagsr.evaluation.judged_policies import compare
     from cagsr.evaluation.matched_entropy import matching_temperature
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
@@ -203,13 +202,10 @@ def _from_model(config: Config) -> EvalReport:
         if sampled and not comparable:
             lacking.append("matched entropy (the two models count in different tokens)")
         for found in sampled if comparable else ():
-            known = {
-                float(one.temperature): float(one.values["entropy"].mean())
-                for one in theirs.values()
-                if one.temperature
-            }
-            sampling, target = _sampling(config, 1.0), float(found.values["entropy"].mean())
-            size = config.batch_size
+            sampling, size = _sampling(config, 1.0), config.batch_size
+            target, *others = (float(one.values["entropy"].mean()) for one in (found, *theirs.values()))
+            entropies = zip((one.temperature for one in theirs.values()), others, strict=True)
+            known = {at: entropy for at, entropy in entropies if at}
             try:
                 at = matching_temperature(other, asked, sampling, target, config.seed, size, known=known)
                 matched = _evaluate(config, other, asked, at, judge, f"entropy of {found.name} (T = {at:.3f})")
@@ -219,8 +215,7 @@ def _from_model(config: Config) -> EvalReport:
             theirs[matched.name] = matched
             against = f"against the other at matched entropy (temperature {matched.temperature:.3f})"
             comparisons.append(compare(f"{found.name.capitalize()}, {against}", found, matched))
-    done = corrected(comparisons)
-    return _report(config, tuple(prompts), tuple(mine.values()), tuple(theirs.values()), done, judge, lacking)
+    return _report(config, prompts, [*mine.values()], [*theirs.values()], comparisons, judge, lacking)
 
 
 def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
@@ -261,13 +256,14 @@ def _evaluate(
 def _report(
     config: Config,
     prompts: Sequence[EncodedPrompt],
-    mine: tuple[Evaluated, ...],
-    theirs: tuple[Evaluated, ...],
-    comparisons: tuple[PolicyComparison, ...],
+    mine: list[Evaluated],
+    theirs: list[Evaluated],
+    comparisons: list[PolicyComparison],
     judge: AnswerJudge,
     lacking: list[str],
 ) -> EvalReport:
     from cagsr.evaluation.evaluation_report import EvalReport
+    from cagsr.evaluation.judged_policies import corrected
 
     left_out = judge.left_out(prompts)
     if config.reward_model is None or not comparisons:
@@ -280,10 +276,10 @@ def _report(
     return EvalReport(
         model=str(config.answers or config.model.path),
         against=config.against or config.against_answers,
-        prompts=tuple(prompts),
+        prompts=prompts,
         mine=mine,
         theirs=theirs,
-        comparisons=comparisons,
-        left_out=(*left_out, *lacking),
+        comparisons=corrected(comparisons),
+        left_out=[*left_out, *lacking],
         settings=dataclasses.asdict(config),
     )

@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cagsr import __version__
-from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
-from cagsr.parse import parse_command
+from cagsr.parse import parse_command, suggestion
 from cagsr.support.extras import require
 from cagsr.support.progress import shown
 

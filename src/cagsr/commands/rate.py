@@ -100,14 +100,23 @@ def _serve(config: Config) -> None:
 def _store(config: Config, path: Path) -> Store:
     """Open the ratings file and check that it is about these files and settings, or make it."""
     from cagsr.rating.database import was_created
-    from cagsr.rating.store import Store
+    from cagsr.rating.store import SCALES, Settings, Store
 
     checked(OutputFile, str(path), "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
         assert asked is not None
-        return _created(config, path, asked)
+        if not any(not one.gold for one in asked.questions):
+            raise DataError("There is nothing to rate: all pairs have two equal answers.")
+        say(*asked.notes())
+        a, b = str(config.a), str(config.b)
+        if config.pairs is not None:
+            a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+        settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
+        gold = sum(one.gold for one in asked.questions)
+        say(f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else "."))
+        return Store.create(path, asked.questions, settings)
     store = Store(path)
     try:
         if asked is not None:
@@ -125,21 +134,6 @@ def _store(config: Config, path: Path) -> Store:
         store.close()
         raise
     return store
-
-
-def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
-    from cagsr.rating.store import SCALES, Settings, Store
-
-    if not any(not one.gold for one in asked.questions):
-        raise DataError("There is nothing to rate: all pairs have two equal answers.")
-    say(*asked.notes())
-    a, b = str(config.a), str(config.b)
-    if config.pairs is not None:
-        a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
-    settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
-    gold = sum(one.gold for one in asked.questions)
-    say(f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else "."))
-    return Store.create(path, asked.questions, settings)
 
 
 def _questions(config: Config, known: bool) -> RatingQuestions | None:

@@ -24,11 +24,11 @@ class EvalReport:
     """The model or the file of answers."""
     against: str | None
     """The other one."""
-    prompts: tuple[EncodedPrompt, ...]
-    mine: tuple[Evaluated, ...]
-    theirs: tuple[Evaluated, ...]
-    comparisons: tuple[PolicyComparison, ...]
-    left_out: tuple[str, ...]
+    prompts: Sequence[EncodedPrompt]
+    mine: Sequence[Evaluated]
+    theirs: Sequence[Evaluated]
+    comparisons: Sequence[PolicyComparison]
+    left_out: Sequence[str]
     """What was not measured and why."""
     settings: Mapping[str, Any]
     """What it was run with, for the JSON file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,15 +132,14 @@ def compare(name: str, mine: Evaluated, theirs: Evaluated) -> PolicyComparison:
     return PolicyComparison(name, mine.name, theirs.name, tuple(found))
 
 
-def corrected(comparisons: Iterable[PolicyComparison]) -> tuple[PolicyComparison, ...]:
+def corrected(comparisons: Sequence[PolicyComparison]) -> list[PolicyComparison]:
     """The same comparisons with ``p_holm``: Holm's correction over all their tests together."""
-    given = tuple(comparisons)
-    adjusted = iter(holm([one.p for found in given for one in found.differences if one.p is not None]))
+    adjusted = iter(holm([one.p for found in comparisons for one in found.differences if one.p is not None]))
 
     def with_holm(one: Difference) -> Difference:
         return one if one.p is None else dataclasses.replace(one, p_holm=next(adjusted))
 
-    return tuple(dataclasses.replace(found, differences=tuple(map(with_holm, found.differences))) for found in given)
+    return [dataclasses.replace(one, differences=tuple(map(with_holm, one.differences))) for one in comparisons]
 
 
 def _means(parts: Sequence[Floats]) -> Floats:

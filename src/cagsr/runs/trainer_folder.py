@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from cagsr.config import TrainerConfig, validate
-from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
+from cagsr.parse import to_yaml
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_trainer, write_fingerprint
 from cagsr.runs.folder import differing_keys, flat_defaults
 from cagsr.runs.saved import DIFFERS, Saved
