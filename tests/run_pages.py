@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from cagsr.configfile import to_yaml
+from cagsr.parse import to_yaml
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- {{ 7*7 }} \u2028 &amp;"
 

@@ -17,7 +17,7 @@ from cagsr.attention import PromptAttentionReader
 from cagsr.commands.main import main
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, TrainConfig
 from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
-from cagsr.diagnosis.diagnose import diagnose
+from cagsr.diagnosis.diagnose import diagnose, warnings_for
 from cagsr.diagnosis.recommend import (
     Recommendation,
     fit_weights,
@@ -27,7 +27,6 @@ from cagsr.diagnosis.recommend import (
     yaml_of,
 )
 from cagsr.diagnosis.signals import Setting, Signals, collect_signals, layer_choices
-from cagsr.diagnosis.warn import warnings_for
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
@@ -143,7 +142,7 @@ def test_training_weights_give_the_reward_a_deviation_of_one_within_a_prompt():
     columns = {"a": a + 9 * np.arange(500)[:, None], "b": 3 * b}  # neither level nor scale matters
     weights = training_weights({"a": 3.0, "b": 4.0}, columns)
     assert weights["b"] / weights["a"] == pytest.approx(4 / 3, rel=0.05)
-    reward = sum(weighted_parts(columns, weights, clip=0).values())
+    reward = sum(weighted_parts(columns, weights, RewardConfig(clip=0)).values())
     # Three of four deviations within a prompt are free.
     assert np.std(reward) * np.sqrt(4 / 3) == pytest.approx(1.0, rel=0.05)
     assert training_weights({"a": 1.0}, {"a": np.ones((2, 2))}) == {}

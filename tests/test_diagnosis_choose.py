@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from cagsr.config import AttentionConfig, CoverageConfig, RewardConfig
 from cagsr.diagnosis.best_of_n import correlation
-from cagsr.diagnosis.choose import choose_setting
-from cagsr.diagnosis.cross_fit import Products, compare, cross_fitted, folds, held_fixed
+from cagsr.diagnosis.cross_fit import Products, choose_setting, compare, cross_fitted, folds, held_fixed
 from cagsr.diagnosis.diagnose import diagnose
 from cagsr.diagnosis.recommend import fit_weights, recommend, term_columns, weighted_parts, yaml_of
 from cagsr.diagnosis.signals import Setting, Signals, layer_choices
-from cagsr.diagnosis.signals import _thinned as thinned
 from cagsr.flow import EncodedPrompt, Prompt
 
 Floats = NDArray[np.float64]
@@ -187,11 +185,11 @@ def test_of_equals_the_nearest_to_the_configured_setting_is_chosen():
 
 
 def test_early_layers_single_layers_and_all_are_candidates():
-    names = thinned(layer_choices(range(40), "last-4"), range(40), "last-4")
+    names = layer_choices(range(40), "last-4")
     assert {"all", "last-4", "last-1", "0", "1", "2", "3", "4"} <= set(names)
     assert names["all"] == tuple(range(40))
     assert len([name for name in names if name.isdigit()]) == 11  # the twelfth is last-1
-    assert set(map(str, range(11))) <= set(thinned(layer_choices(range(12), "last-4"), range(12), "last-4"))
+    assert set(map(str, range(11))) <= set(layer_choices(range(12), "last-4"))
 
 
 # ---- the reward ----

@@ -23,10 +23,9 @@ import tiny
 from cagsr.commands.main import COMMANDS, main, part_of, with_positional
 from cagsr.config import DataConfig, ModelConfig, RewardConfig, TrainConfig
 from cagsr.config.validation import leaf_types
-from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError
 from cagsr.flow import Attention, EpisodeBatch, Prompt, PromptBatch, Readings, RewardBatch
-from cagsr.parse import ALIASES, parse_command
+from cagsr.parse import ALIASES, parse_command, to_yaml
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "cagsr"

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cagsr.evaluation import metrics
 from cagsr.evaluation.intervals import holm, mean_interval, paired_p_value
 
 
@@ -86,8 +85,3 @@ def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferroni(valu
         assert p <= corrected <= min(1.0, len(values) * p) + 1e-12
     order = np.argsort(values, kind="stable")
     assert (np.diff(np.array(adjusted)[order]) >= 0).all()
-
-
-def test_the_old_names_are_still_there() -> None:
-    for name in ("Interval", "mean_interval", "paired_difference", "perplexity"):
-        assert hasattr(metrics, name)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cagsr.errors import ModelError
-from cagsr.evaluation import metrics
+from cagsr.evaluation import intervals, metrics
+from cagsr.evaluation.perplexity import perplexity
 
 
 def test_rouge_l_by_hand() -> None:
@@ -121,7 +122,7 @@ def judge() -> LlamaForCausalLM:
 def test_perplexity_of_a_judge_that_knows_nothing_is_the_vocabulary() -> None:
     model = judge()
     torch.nn.init.zeros_(model.lm_head.weight)
-    result = metrics.perplexity(model, Letters(), ["abc", ""], ["de", "abcdefgh"])
+    result = perplexity(model, Letters(), ["abc", ""], ["de", "abcdefgh"])
     assert result == pytest.approx([30.0, 30.0], rel=1e-5)
 
 
@@ -129,7 +130,7 @@ def test_perplexity_is_that_of_each_answer_alone_given_its_prompt() -> None:
     model, tokenizer = judge(), Letters()
     model.train()
     prompts, answers = ["abc", "a", "zyxwv"], ["de", "abcdefgh", "q"]
-    together = metrics.perplexity(model, tokenizer, prompts, answers, batch_size=2)
+    together = perplexity(model, tokenizer, prompts, answers, batch_size=2)
     assert model.training  # left as it was
     model.eval()
     for value, prompt, answer in zip(together, prompts, answers, strict=True):
@@ -137,25 +138,25 @@ def test_perplexity_is_that_of_each_answer_alone_given_its_prompt() -> None:
         with torch.no_grad():
             logp = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         assert value == pytest.approx(math.exp(-logp[-len(answer) :].mean()), rel=1e-4)
-    other = metrics.perplexity(model, tokenizer, ["q"], ["de"])
+    other = perplexity(model, tokenizer, ["q"], ["de"])
     assert other[0] != pytest.approx(together[0], rel=1e-3)  # the prompt counts
 
 
 def test_perplexity_names_what_it_cant_judge() -> None:
     model = judge()
-    assert math.isnan(metrics.perplexity(model, Letters(), ["a"], [""])[0])
+    assert math.isnan(perplexity(model, Letters(), ["a"], [""])[0])
     with pytest.raises(ModelError, match="33 tokens"):
-        metrics.perplexity(model, Letters(), ["a"], ["a" * 31])
+        perplexity(model, Letters(), ["a"], ["a" * 31])
 
 
 def test_interval_of_a_constant_has_no_width() -> None:
-    interval = metrics.mean_interval(np.full((3, 5), 0.25))
+    interval = intervals.mean_interval(np.full((3, 5), 0.25))
     assert (interval.mean, interval.low, interval.high) == (0.25, 0.25, 0.25)
 
 
 def test_interval_is_that_of_the_normal_approximation_for_many_prompts() -> None:
     values = np.random.default_rng(1).normal(2.0, 3.0, size=900)
-    interval = metrics.mean_interval(values, resamples=4000)
+    interval = intervals.mean_interval(values, resamples=4000)
     half = 1.96 * values.std() / math.sqrt(900)
     assert interval.mean == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - half, abs=0.02)
@@ -165,7 +166,7 @@ def test_interval_is_that_of_the_normal_approximation_for_many_prompts() -> None
 def test_interval_holds_the_spread_between_seeds() -> None:
     # All prompts agree, the seeds don't: resampling prompts alone would claim certainty.
     table = np.tile(np.array([[0.0], [1.0], [2.0], [3.0], [4.0]]), (1, 500))
-    interval = metrics.mean_interval(table)
+    interval = intervals.mean_interval(table)
     half = 1.96 * math.sqrt(2.0) / math.sqrt(5)  # variance of 0..4 is 2
     assert interval.low == pytest.approx(2 - half, abs=0.25)
     assert interval.high == pytest.approx(2 + half, abs=0.25)
@@ -174,7 +175,7 @@ def test_interval_holds_the_spread_between_seeds() -> None:
 def test_interval_draws_prompts_alike_for_all_seeds() -> None:
     # Prompts differ, seeds don't: five seeds are no more evidence than one.
     prompts = np.random.default_rng(2).normal(size=200)
-    one, five = metrics.mean_interval(prompts), metrics.mean_interval(np.tile(prompts, (5, 1)))
+    one, five = intervals.mean_interval(prompts), intervals.mean_interval(np.tile(prompts, (5, 1)))
     assert five.high - five.low == pytest.approx(one.high - one.low, rel=0.1)
 
 
@@ -182,25 +183,25 @@ def test_pairing_takes_out_how_hard_the_prompts_are() -> None:
     generator = np.random.default_rng(3)
     before = generator.normal(0, 1, size=(5, 300))
     after = before - 0.1 + generator.normal(0, 0.05, size=(5, 300))
-    interval = metrics.paired_difference(after, before)
+    interval = intervals.paired_difference(after, before)
     assert interval.high < 0
     assert interval.low < -0.09
     assert interval.high - interval.low < 0.05
     with pytest.raises(ValueError, match="one shape"):
-        metrics.paired_difference(after, before[0])
+        intervals.paired_difference(after, before[0])
 
 
 def test_interval_refuses_what_it_cant_use() -> None:
     with pytest.raises(ValueError, match="finite"):
-        metrics.mean_interval([1.0, math.nan])
+        intervals.mean_interval([1.0, math.nan])
     with pytest.raises(ValueError, match="shape"):
-        metrics.mean_interval([])
+        intervals.mean_interval([])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=20), st.integers(1, 4))
 def test_interval_lies_within_the_values(values: list[float], seeds: int) -> None:
-    interval = metrics.mean_interval(np.tile(values, (seeds, 1)), resamples=50)
+    interval = intervals.mean_interval(np.tile(values, (seeds, 1)), resamples=50)
     assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
 
 

@@ -14,11 +14,11 @@ import torch
 
 import tiny
 from cagsr.errors import ConfigError, DataError, ModelError
-from cagsr.evaluation.diversity import distinct_of_draws, self_bleu
-from cagsr.evaluation.follow_up import follow_up_nll, load_judge
+from cagsr.evaluation.intervals import win_rates
+from cagsr.evaluation.judge_answers import embedding_relevance, load_encoder
+from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
+from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.evaluation.references import column_texts, first_column, prompt_words
-from cagsr.evaluation.relevance import embedding_relevance, load_encoder
-from cagsr.evaluation.win_rate import win_rates
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel
 

@@ -16,8 +16,7 @@ from cagsr.flow import Prompt
 from cagsr.models.load import load_model
 from cagsr.models.texts import token_texts
 from cagsr.prompts.encode import TextEncoder, encode_prompt
-from cagsr.prompts.salience import DocumentFrequency, salient_words
-from cagsr.prompts.salience import words_of_tokens
+from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 from cagsr.reward.answers import AnswerScorer
 from cagsr.scoring.answers import answered, encode_response
 

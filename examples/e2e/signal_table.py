@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cagsr.diagnosis.best_of_n import picked
-from cagsr.evaluation.metrics import Interval
+from cagsr.evaluation.intervals import Interval
 from examples.e2e.signal_formulas import Floats, within_centred
 
 

@@ -8,6 +8,7 @@ By module: `cagsr.train`, `cagsr.config`, `cagsr.flow`, `cagsr.errors`, `cagsr.a
 `cagsr.integrations`.
 """
 
+# ruff: noqa: F403, F405
 from __future__ import annotations
 
 import importlib
@@ -15,21 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading
-    from cagsr.config import (
-        AttentionConfig,
-        DataConfig,
-        EvalConfig,
-        LoraConfig,
-        ModelConfig,
-        MonitorConfig,
-        PPOConfig,
-        RewardConfig,
-        RunConfig,
-        SalienceConfig,
-        SamplingConfig,
-        SftConfig,
-        TrainConfig,
-    )
+    from cagsr.config import *
     from cagsr.errors import CagsrError
     from cagsr.flow import RewardBatch
     from cagsr.reward.term import PartialValues, RewardTerm
@@ -60,25 +47,18 @@ __all__ = [
     "__version__",
 ]
 
-_ELSEWHERE = {
-    "AttentionRegion": "cagsr.attention",
-    "PromptAttentionReader": "cagsr.attention",
-    "Reading": "cagsr.attention",
-    "CagsrError": "cagsr.errors",
-    "RewardBatch": "cagsr.flow",
-    "PartialValues": "cagsr.reward.term",
-    "RewardTerm": "cagsr.reward.term",
-}
-"""Where the names live that are no settings."""
+_PLACES = ("cagsr.errors", "cagsr.config", "cagsr.flow", "cagsr.attention", "cagsr.reward.term")
+"""Where these names live, those that need no torch first."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
-    if name not in __all__:
+    modules = (importlib.import_module(place) for place in _PLACES if name in __all__)
+    module = next((one for one in modules if hasattr(one, name)), None)
+    if module is None:
         raise AttributeError(f"module 'cagsr' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "cagsr.config")), name)
-    globals()[name] = value
-    return value
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""From a command line and a YAML file to a typed config: flags override the file, the file overrides the defaults.
+"""From a command line and a YAML file to a typed config, and back: flags override the file, the file the defaults.
 
 Flags and files are two ways to write down dotted keys with values: both are converted and held to the settings' types by
 ``cagsr.config.validation``. tyro makes the help of the dataclasses. Nothing here imports torch, so that help and errors
@@ -8,19 +8,19 @@ come at once, but for settings with a reward, whose terms need it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
+import yaml
 
 from cagsr.config.validation import checked, flatten, leaf_types, types_of, validate
-from cagsr.configfile import read_config_file, suggestion, to_yaml
 from cagsr.errors import ConfigError
-
-__all__ = ["ALIASES", "flatten", "from_yaml", "parse_command", "to_yaml"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -47,10 +47,8 @@ def parse_command(
     Keys are written with dots (``--reward.coverage.weight 2``), with underscores or hyphens. A required key may come
     from the file or from a flag.
 
-    Raises:
-        ConfigError: a file that can't be read, an unknown key or flag (with the nearest right one), a value of the
-            wrong type or out of range, settings that contradict each other, a required key that nobody gave.
-        SystemExit: status 0, after ``--help`` was printed.
+    Raises ConfigError for a file that can't be read, an unknown key or flag (with the nearest right one), a value of the
+    wrong type or out of range, settings that contradict each other, a required key that nobody gave; SystemExit after --help.
     """
     keys = dict(leaf_types(config_class))
     short = {name: key for name, key in ALIASES.items() if key in keys and name not in keys}
@@ -70,26 +68,21 @@ def parse_command(
                 config_class, args=["--help"], default=config, prog=prog, description=description, use_underscores=True
             )
         finally:
-            listed = (
-                f"Short names: {', '.join(f'--{name} = --{key}' for name, key in short.items())}.\n" if short else ""
-            )
+            names = ", ".join(f"--{name} = --{key}" for name, key in short.items())
+            listed = f"Short names: {names}.\n" if short else ""
             print(f"{listed}--config FILE reads settings from a YAML file; flags override it.\n{epilog}")
     missing = [key for key, value in flatten(config).items() if value is tyro.MISSING]
     if missing:
-        names = {key: name for name, key in short.items()}
+        shorter = {key: name for name, key in short.items()}
         lack = "is missing; give it" if len(missing) == 1 else "are missing; give them"
-        named = ", ".join(f"--{names.get(key, key)}" for key in missing)
+        named = ", ".join(f"--{shorter.get(key, key)}" for key in missing)
         raise ConfigError(f"{named} {lack} as a flag or in the --config file")
     validate(config)
     return config
 
 
 def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
-    """Read a complete config file, as ``to_yaml`` writes it.
-
-    Raises:
-        ConfigError: as ``parse_command``.
-    """
+    """Read a complete config file, as ``to_yaml`` writes it; raises as ``parse_command``."""
     return parse_command(config_class, ["--config", str(path)], prog=path.name)
 
 
@@ -170,3 +163,96 @@ def _value(kind: Any, words: list[str], name: str) -> Any:
 def _negated(key: str) -> str:
     group, dot, name = key.rpartition(".")
     return f"{group}{dot}no_{name}"
+
+
+def to_yaml(config: Any) -> str:
+    """Write a config (a dataclass instance) as YAML that ``--config`` reads back to an equal config."""
+    # Not allow_unicode: PyYAML writes U+0085 as it is, and reads it back as a line break.
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists: YAML has none."""
+
+
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def read_config_file(path: Path, config_class: type[Any], left_out: list[str]) -> dict[str, Any]:
+    """Give ``{dotted key: checked value}`` for what a YAML file sets.
+
+    The config of a training run serves the other commands too (the same model, prompts and reward): settings that only
+    training has are then left out, and their names appended to ``left_out``. Raises ConfigError as ``read_yaml``, and for an
+    unknown key (with the nearest right one), a value of the wrong type or out of range.
+    """
+    keys = dict(leaf_types(config_class))
+    groups = _groups(keys)
+    found: dict[str, Any] = {}
+    for key, value in _entries(read_yaml(path), groups):
+        if key in keys:
+            found[key] = checked(keys[key], value, f"{path}: '{key}'")
+        elif key in groups:
+            example = next(known for known in keys if known.startswith(f"{key}."))
+            raise ConfigError(f"{path}: '{key}' is a group of settings (as '{example}'), not a single value")
+        elif key not in _of_training():
+            raise ConfigError(f"{path}: unknown key '{key}'{suggestion(key, [*groups, *keys])}")
+        else:
+            left_out.append(key)
+    return found
+
+
+@cache
+def _of_training() -> frozenset[str]:
+    """The keys and sections of a training run. Imported where they are asked for: its reward needs torch."""
+    from cagsr.config import TrainConfig
+
+    keys = [key for key, _ in leaf_types(TrainConfig)]
+    return frozenset({*keys, *_groups(keys)})
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a YAML file that holds a mapping; an empty file is an empty one.
+
+    Raises ConfigError: it can't be read, is malformed (with the line), or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; check the path after --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} can't be read ({error}); give a UTF-8 text file in YAML") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise ConfigError(f"{path}{where}: not valid YAML ({problem}); correct that line") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{path}: should hold 'key: value' lines, not a {type(tree).__name__}")
+    return tree or {}
+
+
+def _groups(keys: Sequence[str] | Mapping[str, Any]) -> dict[str, None]:
+    """The names of the sections that keys are in."""
+    return dict.fromkeys(key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1))
+
+
+def _entries(tree: Mapping[Any, Any], groups: Mapping[str, None], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a file's dotted keys with their values; nested mappings and dotted keys may be mixed."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}".replace("-", "_")
+        if key in groups and isinstance(value, dict | None):
+            yield from _entries(value or {}, groups, f"{key}.")
+        else:
+            yield key, value
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Give ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
+    last = word.rpartition(".")[2]
+    if last in by_last and word not in known:
+        return f"; did you mean '{by_last[last]}'?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:
+        near = [by_last[match] for match in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)]
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -11,10 +11,10 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from cagsr.commands.inputs import read_prompts, say, table_console
+from cagsr.commands.inputs import read_prompts, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
-    from cagsr.config import validate
     from cagsr.diagnosis.diagnose import diagnose, load_checker, with_truth
     from cagsr.diagnosis.diagnosis_report import as_json, as_markdown, as_yaml, finding, print_report
     from cagsr.diagnosis.signals import collect_signals
@@ -72,7 +71,6 @@ def run(config: Config) -> None:
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
     from cagsr.support.atomic import write_text_atomically
 
-    validate(config.reward, "reward.")
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, None, config.salience, None, loaded, config.sampling.max_new_tokens)
     associations = None
@@ -84,25 +82,19 @@ def run(config: Config) -> None:
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
-    scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.sampling.temperature,
-        associations=associations,
-    )
-    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes])
+    judged_by = (config.reward, config.attention, config.salience)
+    scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
+    say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes)
     signals = collect_signals(
         loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
     )
     if config.checker is not None or metric.name.startswith("ROUGE-L"):
         signals = with_truth(signals, metric)
     with working("weighing the terms"):
-        found = diagnose(signals, scorer.weights, config.reward.normalize, config.reward.clip)
+        found = diagnose(signals, scorer.weights, config.reward)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     print_report(found, signals.configured, table_console())
-    say([finding(found)])
+    say(finding(found))
     if config.output is not None:
         path = Path(config.output)
         write_text_atomically(path, as_json(found))
@@ -110,10 +102,10 @@ def run(config: Config) -> None:
         if found.recommendation.weights:
             write_text_atomically(recommended, as_yaml(found, config.model.path, config.attention, config.reward))
             train = f"cagsr train --config {recommended} --model {config.model.path} --data {config.data.path} --output_dir run"
-            say([f"All numbers: {path}; the recommendation: {train}"])
+            say(f"All numbers: {path}; the recommendation: {train}")
         else:
             recommended.unlink(missing_ok=True)  # an earlier one's: training by it is what is advised against
-            say([f"All numbers: {path}; nothing is recommended, so there is no {recommended}."])
+            say(f"All numbers: {path}; nothing is recommended, so there is no {recommended}.")
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))
-        say([f"The report: {config.markdown}"])
+        say(f"The report: {config.markdown}")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import OptionalDataConfig, plain, read_prompts, say, table_console
+from cagsr.commands.inputs import OptionalDataConfig, read_prompts, table_console
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, PositiveShare, Seed
 from cagsr.errors import DataError, ModelError
 from cagsr.support.extras import install_command
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 if TYPE_CHECKING:
     import torch
@@ -109,17 +109,17 @@ def run(config: Config) -> None:
 
     report = _from_answers(config) if config.answers is not None else _from_model(config)
     if report.left_out:
-        say([f"Left out: {'; '.join(report.left_out)}."])
+        say(f"Left out: {'; '.join(report.left_out)}.")
     print_report(report, table_console())
     judged = sum(len(own) for one in (*report.mine, *report.theirs) for own in one.answers)
-    say([f"Judged: {judged:,} answers to {len(report.prompts):,} prompts."])
+    say(f"Judged: {judged:,} answers to {len(report.prompts):,} prompts.")
     if config.output is not None:
-        text = json.dumps(plain(as_tree(report)), ensure_ascii=False, allow_nan=False, indent=1)
+        text = json.dumps(as_tree(report), ensure_ascii=False, allow_nan=False, indent=1)
         write_text_atomically(Path(config.output), text + "\n")
-        say([f"All numbers: {config.output}"])
+        say(f"All numbers: {config.output}")
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(report))
-        say([f"The tables: {config.markdown}"])
+        say(f"The tables: {config.markdown}")
 
 
 def _sampling(config: Config, temperature: float) -> SamplingConfig:
@@ -139,7 +139,7 @@ def _from_answers(config: Config) -> EvalReport:
     import torch
 
     from cagsr.evaluation.given_answers import in_order_of, read_answers
-    from cagsr.evaluation.judged_policies import compare, corrected, evaluate_answers
+    from cagsr.evaluation.judged_policies import compare, evaluate_answers
 
     data = config.data if config.data.path else None
     columns = [config.follow_up_column] if config.follow_up_column is not None else []
@@ -151,19 +151,19 @@ def _from_answers(config: Config) -> EvalReport:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     judge = _judge(config, torch.device(name))
-    mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.recorded)
-    theirs: tuple[Evaluated, ...] = ()
-    comparisons: tuple[PolicyComparison, ...] = ()
+    mine = evaluate_answers("as given", None, given.prompts, given.answers, judge, given.measures)
+    theirs = []
     if other is not None:
-        theirs = (evaluate_answers("as given", None, given.prompts, other.answers, judge, other.recorded),)
-        comparisons = corrected([compare("As given", mine, theirs[0])])
+        theirs = [evaluate_answers("as given", None, given.prompts, other.answers, judge, other.measures)]
+    comparisons = [compare("As given", mine, one) for one in theirs]
     lacking = ["entropy, and the comparison at matched entropy (answers from a file)"]
-    return _report(config, given.prompts, (mine,), theirs, comparisons, judge, lacking)
+    return _report(config, given.prompts, [mine], theirs, comparisons, judge, lacking)
 
 
 def _from_model(config: Config) -> EvalReport:
     """Sample from one or two models, one after the other, and judge."""
-    from cagsr.evaluation.judged_policies import compare, corrected
+    from cagsr.evaluation.judged_policies import compare
+    from cagsr.evaluation.matched_entropy import matching_temperature
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
 
@@ -185,7 +185,7 @@ def _from_model(config: Config) -> EvalReport:
     judge = _judge(config, loaded.device)
     judge.left_out(prompts)  # refuses what would fail only after sampling
     told = generation_notes(loaded, _sampling(config, config.temperatures[0]))
-    say([*loaded.notes, *told, *notes])
+    say(*loaded.notes, *told, *notes)
     mine = {at: _evaluate(config, loaded, prompts, at, judge) for at in config.temperatures}
     theirs: dict[str, Evaluated] = {}
     comparisons: list[PolicyComparison] = []
@@ -202,16 +202,20 @@ def _from_model(config: Config) -> EvalReport:
         if sampled and not comparable:
             lacking.append("matched entropy (the two models count in different tokens)")
         for found in sampled if comparable else ():
+            sampling, size = _sampling(config, 1.0), config.batch_size
+            target, *others = (float(one.values["entropy"].mean()) for one in (found, *theirs.values()))
+            entropies = zip((one.temperature for one in theirs.values()), others, strict=True)
+            known = {at: entropy for at, entropy in entropies if at}
             try:
-                matched = _matched(config, other, asked, found, theirs, judge)
+                at = matching_temperature(other, asked, sampling, target, config.seed, size, known=known)
+                matched = _evaluate(config, other, asked, at, judge, f"entropy of {found.name} (T = {at:.3f})")
             except ModelError as error:
                 lacking.append(f"matched entropy for {found.name} ({str(error).rstrip('.')})")
                 continue
             theirs[matched.name] = matched
             against = f"against the other at matched entropy (temperature {matched.temperature:.3f})"
             comparisons.append(compare(f"{found.name.capitalize()}, {against}", found, matched))
-    done = corrected(comparisons)
-    return _report(config, tuple(prompts), tuple(mine.values()), tuple(theirs.values()), done, judge, lacking)
+    return _report(config, prompts, [*mine.values()], [*theirs.values()], comparisons, judge, lacking)
 
 
 def _prompts(config: Config, loaded: LoadedModel) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
@@ -249,32 +253,17 @@ def _evaluate(
     return evaluate_answers(name, temperature, prompts, answers, judge, more)
 
 
-def _matched(
-    config: Config,
-    other: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    found: Evaluated,
-    theirs: dict[str, Evaluated],
-    judge: AnswerJudge,
-) -> Evaluated:
-    from cagsr.evaluation.matched_entropy import matching_temperature
-
-    known = {float(one.temperature): float(one.values["entropy"].mean()) for one in theirs.values() if one.temperature}
-    target, sampling = float(found.values["entropy"].mean()), _sampling(config, 1.0)
-    temperature = matching_temperature(other, prompts, sampling, target, config.seed, config.batch_size, known=known)
-    return _evaluate(config, other, prompts, temperature, judge, f"entropy of {found.name} (T = {temperature:.3f})")
-
-
 def _report(
     config: Config,
     prompts: Sequence[EncodedPrompt],
-    mine: tuple[Evaluated, ...],
-    theirs: tuple[Evaluated, ...],
-    comparisons: tuple[PolicyComparison, ...],
+    mine: list[Evaluated],
+    theirs: list[Evaluated],
+    comparisons: list[PolicyComparison],
     judge: AnswerJudge,
     lacking: list[str],
 ) -> EvalReport:
     from cagsr.evaluation.evaluation_report import EvalReport
+    from cagsr.evaluation.judged_policies import corrected
 
     left_out = judge.left_out(prompts)
     if config.reward_model is None or not comparisons:
@@ -287,10 +276,10 @@ def _report(
     return EvalReport(
         model=str(config.answers or config.model.path),
         against=config.against or config.against_answers,
-        prompts=tuple(prompts),
+        prompts=prompts,
         mine=mine,
         theirs=theirs,
-        comparisons=comparisons,
-        left_out=(*left_out, *lacking),
+        comparisons=corrected(comparisons),
+        left_out=[*left_out, *lacking],
         settings=dataclasses.asdict(config),
     )

@@ -6,16 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cagsr.commands.inputs import (
-    OptionalDataConfig,
-    data_or_prompt,
-    prompt_as_given,
-    read_prompts,
-    say,
-    write_rows,
-)
+from cagsr.commands.inputs import OptionalDataConfig, data_or_prompt, prompt_as_given, read_prompts, write_rows
 from cagsr.config import ModelConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeFloat, OutputFile, PositiveInt, Seed
+from cagsr.support.progress import say
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def run(config: Config) -> None:
 
     loaded = load_model(config.model, for_training=False)
     prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, config.sampling.max_new_tokens)
-    say([*loaded.notes, *generation_notes(loaded, config.sampling), *notes])
+    say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes)
     rows: list[dict[str, Any]] = []
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):
         for row, text in enumerate(rollout.completions):
@@ -74,7 +68,7 @@ def run(config: Config) -> None:
             made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
             made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
             rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
-    say(endless([one["ended"] for one in rows], config.sampling.max_new_tokens))
+    say(*endless([one["ended"] for one in rows], config.sampling.max_new_tokens))
     if config.prompt is not None and config.output is None:
         for one in rows:
             print(one["completion"])
@@ -83,4 +77,4 @@ def run(config: Config) -> None:
     where = config.output or "Standard output"
     tokens, ended = (sum(row[name] for row in rows) / len(rows) for name in ("tokens", "ended"))
     done = f"{where}: {len(rows):,} answers to {len(prompts):,} prompts"
-    say([f"{done}, {tokens:.1f} tokens on average, {ended:.0%} ended by themselves."])
+    say(f"{done}, {tokens:.1f} tokens on average, {ended:.0%} ended by themselves.")

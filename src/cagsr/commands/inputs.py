@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cagsr.config import DataConfig, SalienceConfig
-from cagsr.support import progress
+from cagsr.support.tables import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,11 +47,7 @@ def read_prompts(
 
     ``salience`` None: which words matter makes no difference, so all do, and no prompt is refused for its words.
     ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
-    ones (``load_rows``).
-
-    Raises:
-        ConfigError: no room is left for a prompt.
-        DataError: a prompt that can't be used.
+    ones (``load_rows``). Raises ConfigError if no room is left for a prompt, DataError for one that can't be used.
     """
     from cagsr.prompts.prepare import encode_texts, prepare_prompts
 
@@ -82,13 +77,7 @@ def about_idf(salience: SalienceConfig, reward_from: str | None) -> list[str]:
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
-    """Write rows as JSON lines: to a file at once (never half of it), or to standard output.
-
-    Numbers that are not finite (a term that does not apply) become null.
-
-    Raises:
-        RunError: the file can't be written.
-    """
+    """Write rows as JSON lines (``plain``): to a file at once, never half of it (else RunError), or to standard output."""
     from cagsr.support.atomic import write_text_atomically
 
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -97,17 +86,6 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
         sys.stdout.flush()
     else:
         write_text_atomically(Path(output), text)
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON has it: tuples as lists, numbers that are not finite as null, dates and the like as text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:
@@ -122,9 +100,3 @@ def table_console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=130)
-
-
-def say(sentences: Iterable[str]) -> None:
-    """Print notes to standard error, so that standard output stays clean."""
-    for sentence in sentences:
-        progress.say(sentence)

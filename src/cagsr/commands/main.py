@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cagsr import __version__
-from cagsr.configfile import suggestion
 from cagsr.errors import CagsrError
-from cagsr.parse import parse_command
+from cagsr.parse import parse_command, suggestion
 from cagsr.support.extras import require
 from cagsr.support.progress import shown
 
@@ -65,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+        print(TEXTS["introduction"], "usage: cagsr COMMAND [settings]", "", *lines, "", TEXTS["order"], sep="\n")
         return 0
     if words[0] in ("-V", "--version", "version"):
         print(f"cagsr {__version__}")
@@ -79,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     if name not in COMMANDS:
         what = "flag before the command" if name.startswith("-") else "command"
-        return _refuse(
-            "cagsr", f"unknown {what} '{name}'{suggestion(name, list(COMMANDS)) or '; cagsr --help lists them'}"
-        )
+        hint = suggestion(name, list(COMMANDS)) or "; cagsr --help lists them"
+        return _refuse("cagsr", f"unknown {what} '{name}'{hint}")
     prog = f"cagsr {name}"
     try:
         _run(name, flags)
@@ -91,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
         again = "; go on with --resume" if name in ("train", "sft", "reward-model", "dpo") else ""
-        _complain(prog, f"interrupted{again}")
-        return INTERRUPTED
+        return _refuse(prog, f"interrupted{again}", INTERRUPTED)
     except BrokenPipeError:
         # The reader (as ``head``) has what it wanted. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,9 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        return _refuse(
-            prog, f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another folder"
-        )
+        where = error.filename or "while writing"
+        return _refuse(prog, f"{error.strerror}: {where}; free space or choose another folder")
     return 0
 
 
@@ -130,21 +128,11 @@ def with_positional(name: str, flags: Sequence[str]) -> list[str]:
     return [f"--{positional}", *flags] if positional and flags and not flags[0].startswith("-") else list(flags)
 
 
-def _overview() -> str:
-    """Give the text of ``cagsr --help``."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([TEXTS["introduction"], "usage: cagsr COMMAND [settings]", "", *lines, "", TEXTS["order"]])
-
-
-def _refuse(prog: str, sentence: str) -> int:
-    _complain(prog, f"error: {sentence}")
-    return BAD_INPUT
-
-
-def _complain(prog: str, message: str) -> None:
-    """Print to stderr, red on a terminal, in one piece however long it is."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"{prog}: {message}", style="red"))
+def _refuse(prog: str, sentence: str, status: int = BAD_INPUT) -> int:
+    """Print to stderr, red on a terminal, in one piece however long it is; returns the exit status."""
+    error = "error: " if status == BAD_INPUT else ""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"{prog}: {error}{sentence}", style="red"))
+    return status
 
 
 def _quieten() -> None:

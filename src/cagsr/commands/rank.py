@@ -13,13 +13,12 @@ from cagsr.commands.inputs import (
     groups_of,
     prompt_as_given,
     read_prompts,
-    say,
     write_rows,
 )
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
-from cagsr.support.progress import each
+from cagsr.support.progress import each, say
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -65,7 +64,6 @@ def run(config: Config) -> None:
     """Rank the answers to each prompt: rows with the best one and all candidates, the best first."""
     import torch
 
-    from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
@@ -75,7 +73,6 @@ def run(config: Config) -> None:
     from cagsr.runs.reward import with_run_reward
 
     config, learned = with_run_reward(config, config.sampling.temperature)
-    validate(config.reward, "reward.")
     given = config.candidates_column is not None
     if given and config.reward.needs("associations") and config.reward.associations.path is None:
         raise ConfigError(
@@ -83,58 +80,44 @@ def run(config: Config) -> None:
             "file of a training run with --reward.associations.path RUN/associations.json."
         )
     loaded = load_model(config.model, for_training=False)
-    prompts, notes = read_prompts(
-        config.data,
-        config.prompt,
-        config.salience,
-        None if learned is None else learned.frequency,
-        loaded,
-        0 if given else config.sampling.max_new_tokens,
-        [config.candidates_column] if config.candidates_column is not None else [],
-    )
+    frequency = None if learned is None else learned.frequency
+    room = 0 if given else config.sampling.max_new_tokens
+    columns = [] if config.candidates_column is None else [config.candidates_column]
+    prompts, notes = read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
     associations = None
     if config.reward.needs("associations"):
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
-    scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.sampling.temperature,
-        associations=associations,
-    )
-    say([*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes])
-    say(about_idf(config.salience, config.reward_from))
+    judged_by = (config.reward, config.attention, config.salience)
+    scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
+    say(*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes)
+    say(*about_idf(config.salience, config.reward_from))
     candidates = _given if given else _sampled
     answers = list(candidates(config, loaded, scorer, prompts))
     if not given:
-        say(endless([answer.ended for answer in answers], config.sampling.max_new_tokens))
+        say(*endless([answer["ended"] for _, answer in answers], config.sampling.max_new_tokens))
     own_group = groups_of(prompts)
-    group = torch.tensor([own_group[answer.prompt] for answer in answers])
-    raw = {name: torch.tensor([answer.terms[name] for answer in answers]) for name in scorer.weights}
+    group = torch.tensor([own_group[number] for number, _ in answers])
+    raw = {name: torch.tensor([answer["terms"][name] for _, answer in answers]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)
-    say([weighed.note])
-    own: list[list[tuple[float, Candidate]]] = [[] for _ in prompts]
-    for value, answer in zip(weighed.total.tolist(), answers, strict=True):
-        own[answer.prompt].append((value, answer))
+    say(weighed.note)
+    own: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for value, (number, answer) in zip(weighed.total.tolist(), answers, strict=True):
+        own[number].append({"completion": answer["completion"], "reward": value, **answer})
     rows = [_ranking(encoded, candidates) for encoded, candidates in zip(prompts, own, strict=True)]
     if config.output is not None or config.prompt is None:
         write_rows(rows, config.output)
-        say([_done(rows, config.output)])
+        gap = sum(
+            row["reward"] - sum(one["reward"] for one in row["candidates"]) / len(row["candidates"]) for row in rows
+        )
+        said = f"{config.output or 'Standard output'}: {len(answers):,} answers to {len(rows):,} prompts ranked"
+        mean = gap / max(1, len(rows))
+        say(f"{said}; the best one's reward is {mean:.2f} above its prompt's mean, on average.")
     if config.prompt is not None:
         _print(rows[0], scorer.weights)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An answer with its raw terms."""
-
-    prompt: int
-    """Index of the prompt it answers."""
-    completion: str
-    tokens: int
-    ended: bool
-    terms: dict[str, float]
+Candidate = tuple[int, dict[str, Any]]
+"""Index of the prompt that is answered, and the answer as it is written: completion, raw terms, tokens, ended."""
 
 
 def _sampled(
@@ -149,7 +132,8 @@ def _sampled(
         lengths, ended = rollout.lengths.tolist(), rollout.ended.tolist()
         for row, text in enumerate(rollout.completions):
             terms = {name: float(value[row]) for name, value in values.items()}
-            yield Candidate(start + row // config.sampling.num_generations, text, lengths[row], ended[row], terms)
+            answer = {"completion": text, "terms": terms, "tokens": lengths[row], "ended": ended[row]}
+            yield start + row // config.sampling.num_generations, answer
         start += len(some)
 
 
@@ -171,7 +155,8 @@ def _given(
         for _, values in scorer.score_texts([encoded] * len(responses), responses):
             for row in range(len(next(iter(values.values())))):
                 response, terms = next(rest), {name: float(value[row]) for name, value in values.items()}
-                yield Candidate(number, response.text, len(response.ids), True, terms)
+                tokens = len(response.ids)
+                yield number, {"completion": response.text, "terms": terms, "tokens": tokens, "ended": True}
 
 
 def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, where: str) -> list[Response]:
@@ -197,35 +182,11 @@ def _responses(config: Config, loaded: LoadedModel, encoded: EncodedPrompt, wher
     return responses
 
 
-def _ranking(encoded: EncodedPrompt, candidates: Sequence[tuple[float, Candidate]]) -> dict[str, Any]:
+def _ranking(encoded: EncodedPrompt, candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One prompt's candidates with their rewards, the best first; equal ones in their order."""
-    own = sorted(candidates, key=lambda pair: -pair[0])
-    return {
-        "row": encoded.prompt.row,
-        "prompt": prompt_as_given(encoded),
-        "completion": own[0][1].completion,
-        "reward": own[0][0],
-        "candidates": [
-            {
-                "completion": one.completion,
-                "reward": value,
-                "terms": one.terms,
-                "tokens": one.tokens,
-                "ended": one.ended,
-            }
-            for value, one in own
-        ],
-    }
-
-
-def _done(rows: Sequence[dict[str, Any]], output: str | None) -> str:
-    """Where the rankings are, how many, and how far the best answers stand out."""
-    rewards = [[one["reward"] for one in row["candidates"]] for row in rows]
-    gap = sum(max(own) - sum(own) / len(own) for own in rewards) / max(1, len(rewards))
-    return (
-        f"{output or 'Standard output'}: {sum(map(len, rewards)):,} answers to {len(rows):,} prompts ranked; the best one's "
-        f"reward is {gap:.2f} above its prompt's mean, on average."
-    )
+    own = sorted(candidates, key=lambda one: -one["reward"])
+    best = {"completion": own[0]["completion"], "reward": own[0]["reward"], "candidates": own}
+    return {"row": encoded.prompt.row, "prompt": prompt_as_given(encoded), **best}
 
 
 def _print(row: dict[str, Any], weights: dict[str, float]) -> None:
@@ -236,10 +197,8 @@ def _print(row: dict[str, Any], weights: dict[str, float]) -> None:
 
     shown = [name for name, weight in weights.items() if weight != 0]
     table = Table(show_lines=True)
-    table.add_column("reward", justify="right")
-    for name in shown:
+    for name in ("reward", *shown, "tokens"):
         table.add_column(name, justify="right")
-    table.add_column("tokens", justify="right")
     table.add_column("answer", overflow="fold", ratio=1)
     for candidate in row["candidates"]:
         tokens = str(candidate["tokens"]) + ("" if candidate["ended"] else " (cut)")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from cagsr.config.ranges import OutputFile, Port, Seed
 from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
+from cagsr.support.progress import say
 
 if TYPE_CHECKING:
     from cagsr.rating.rating_questions import RatingQuestions
@@ -69,35 +70,17 @@ class Config:
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
-SERVE = (
-    "a",
-    "b",
-    "pairs",
-    "gold",
-    "prompt_column",
-    "response_column",
-    "a_column",
-    "b_column",
-    "scales",
-    "seed",
-    "port",
-)
-ONLY = {"serve": SERVE, "export": ("votes",)}
+COLUMNS = ("prompt_column", "response_column", "a_column", "b_column")
+ONLY = {"serve": ("a", "b", "pairs", "gold", *COLUMNS, "scales", "seed", "port"), "export": ("votes",)}
 """Settings that one mode alone reads."""
 
 
 def run(config: Config) -> None:
     """Serve the page, print the summary, or write the pairs."""
-    if config.mode == "serve":
-        _serve(config)
-    elif config.mode == "summary":
-        _summary(config)
-    else:
-        _export(config)
+    {"serve": _serve, "summary": _summary, "export": _export}[config.mode](config)
 
 
 def _serve(config: Config) -> None:
-    from cagsr.commands.inputs import say
     from cagsr.rating.server import link, rating_app
     from cagsr.support.localhost import listen, serve_until_interrupted
 
@@ -109,22 +92,31 @@ def _serve(config: Config) -> None:
         ]
         application = rating_app(store, taken.getsockname()[1])
         with suppress(KeyboardInterrupt):
-            serve_until_interrupted(application, taken, lambda: say(lines))
+            serve_until_interrupted(application, taken, lambda: say(*lines))
         count = len(store.judgements())
-    say([f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up."])
+    say(f"Stopped. {count:,} ratings in {path}; cagsr rate summary --db {path} sums them up.")
 
 
 def _store(config: Config, path: Path) -> Store:
     """Open the ratings file and check that it is about these files and settings, or make it."""
     from cagsr.rating.database import was_created
-    from cagsr.rating.store import Store
+    from cagsr.rating.store import SCALES, Settings, Store
 
     checked(OutputFile, str(path), "--db")
     known = was_created(path)
     asked = _questions(config, known)
     if not known:
         assert asked is not None
-        return _created(config, path, asked)
+        if not any(not one.gold for one in asked.questions):
+            raise DataError("There is nothing to rate: all pairs have two equal answers.")
+        say(*asked.notes())
+        a, b = str(config.a), str(config.b)
+        if config.pairs is not None:
+            a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+        settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
+        gold = sum(one.gold for one in asked.questions)
+        say(f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else "."))
+        return Store.create(path, asked.questions, settings)
     store = Store(path)
     try:
         if asked is not None:
@@ -142,22 +134,6 @@ def _store(config: Config, path: Path) -> Store:
         store.close()
         raise
     return store
-
-
-def _created(config: Config, path: Path, asked: RatingQuestions) -> Store:
-    from cagsr.commands.inputs import say
-    from cagsr.rating.store import SCALES, Settings, Store
-
-    if not any(not one.gold for one in asked.questions):
-        raise DataError("There is nothing to rate: all pairs have two equal answers.")
-    say(asked.notes())
-    a, b = str(config.a), str(config.b)
-    if config.pairs is not None:
-        a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
-    settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
-    gold = sum(one.gold for one in asked.questions)
-    say([f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else ".")])
-    return Store.create(path, asked.questions, settings)
 
 
 def _questions(config: Config, known: bool) -> RatingQuestions | None:
@@ -203,7 +179,7 @@ def _summary(config: Config) -> None:
 
 
 def _export(config: Config) -> None:
-    from cagsr.commands.inputs import say, write_rows
+    from cagsr.commands.inputs import write_rows
     from cagsr.rating.export import preference_pairs
     from cagsr.rating.store import Store
 
@@ -214,7 +190,7 @@ def _export(config: Config) -> None:
             f"{config.db}: no rating prefers an answer, so there is nothing to write ({found.sentence()[:-1]})."
         )
     write_rows(found.rows, config.out)
-    say([f"{config.out or 'Standard output'}: {found.sentence()}"])
+    say(f"{config.out or 'Standard output'}: {found.sentence()}")
 
 
 def _that_count(config: Config, store: Store) -> list[Judgement]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cagsr.commands.inputs import say
 from cagsr.config.ranges import Port
 from cagsr.errors import ConfigError
+from cagsr.support.progress import say
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
             find_run(path, wait=True)
         bound = listen(config.port)
         line = f"http://127.0.0.1:{bound.getsockname()[1]}/ shows {', '.join(names)}; Ctrl-C ends it."
-        serve_until_interrupted(application(paths), bound, lambda: say([line]))
+        serve_until_interrupted(application(paths), bound, lambda: say(line))
         return
 
     from cagsr.run_page.read_run import read_run
@@ -62,5 +62,5 @@ def run(config: Config) -> None:
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out, render_page(runs))
-    say([f"{one.label}: {one.state.sentence}" for one in runs])
-    say([f"{out}: {out.stat().st_size / 1e6:.2f} MB, open it in a browser."])
+    say(*(f"{one.label}: {one.state.sentence}" for one in runs))
+    say(f"{out}: {out.stat().st_size / 1e6:.2f} MB, open it in a browser.")

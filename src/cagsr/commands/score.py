@@ -6,17 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import (
-    about_idf,
-    groups_of,
-    prompt_as_given,
-    say,
-    write_rows,
-)
+from cagsr.commands.inputs import about_idf, groups_of, prompt_as_given, write_rows
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt, RewardBatch
@@ -57,7 +51,6 @@ def run(config: Config) -> None:
     """Score the file; rows with every term, and a summary table on standard error."""
     import torch
 
-    from cagsr.config import validate
     from cagsr.models.load import load_model
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import read_associations
@@ -65,7 +58,6 @@ def run(config: Config) -> None:
     from cagsr.runs.reward import with_run_reward
 
     config, learned = with_run_reward(config, config.temperature)
-    validate(config.reward, "reward.")
     file = config.reward.associations.path
     if file is None and config.reward.needs("associations"):
         raise ConfigError(
@@ -74,17 +66,12 @@ def run(config: Config) -> None:
         )
     associations = None if file is None else read_associations(Path(file))
     loaded = load_model(config.model, for_training=False)
+    judged_by, size = (config.reward, config.attention, config.salience), config.batch_size
     scorer = AnswerScorer(
-        loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.temperature,
-        micro_batch_size=config.batch_size,
-        associations=associations,
+        loaded, *judged_by, temperature=config.temperature, micro_batch_size=size, associations=associations
     )
     prompts, responses, notes = read_pairs(config, loaded, None if learned is None else learned.frequency)
-    say([*loaded.notes, *notes])
+    say(*loaded.notes, *notes)
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     details: list[dict[str, Any]] = []
     with working("scoring", len(prompts), "pairs") as task:
@@ -97,7 +84,7 @@ def run(config: Config) -> None:
     terms = {name: torch.cat(values) for name, values in raw.items()}
     group = torch.tensor(groups_of(prompts))
     weighed = weigh(terms, scorer.weights, config.reward, group, None if learned is None else learned.scales)
-    say([weighed.note])
+    say(weighed.note)
     reward = weighed.total
     rows = [
         {
@@ -114,7 +101,7 @@ def run(config: Config) -> None:
         for number, (encoded, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     write_rows(rows, config.output)
-    say([f"{config.output or 'Standard output'}: {len(rows):,} pairs scored."])
+    say(f"{config.output or 'Standard output'}: {len(rows):,} pairs scored.")
     _summary(terms, reward, scorer.weights, [len(response.ids) for response in responses])
 
 
@@ -122,10 +109,9 @@ def run(config: Config) -> None:
 def read_pairs(
     config: Config, loaded: LoadedModel, frequency: DocumentFrequency | None
 ) -> tuple[list[EncodedPrompt], list[Response], list[str]]:
-    """Read the file's prompts and responses, as tokens that fit the model's context together.
+    """Read the file's prompts and responses, as tokens that fit the model's context together, and what to say about them.
 
-    Raises:
-        DataError: a row without a response, with an empty one, or too long; the message names file and row.
+    Raises DataError for a row without a response, with an empty one, or too long; the message names file and row.
     """
     from cagsr.prompts.load import load_rows
     from cagsr.prompts.prepare import prepare_prompts
@@ -137,23 +123,19 @@ def read_pairs(
     _text(first.values.get(config.response_column), config, f"{first.source}, row {first.number}")
     truncate = config.data.long_prompts == "truncate"
     room = loaded.room_for_prompts(_longest(config, loaded, rows) - 1 if truncate else 0)
+    columns = [config.response_column]
     found = prepare_prompts(
-        config.data,
-        config.salience,
-        loaded.tokenizer,
-        max_length=room,
-        frequency=frequency,
-        text_columns=[config.response_column],
+        config.data, config.salience, loaded.tokenizer, max_length=room, frequency=frequency, text_columns=columns
     )
     context = loaded.pair_context()
     prompts: list[EncodedPrompt] = []
     responses: list[Response] = []
     dropped = cut = 0
     for encoded in found.prompts if found.reopen is None else found.reopen():
-        columns, where = encoded.prompt.columns, f"{config.data.path}, row {encoded.prompt.row}"
-        text = _text(columns.get(config.response_column), config, where)
-        ids = columns.get("completion_ids")
-        ended = columns.get("ended") is not False
+        given, where = encoded.prompt.columns, f"{config.data.path}, row {encoded.prompt.row}"
+        text = _text(given.get(config.response_column), config, where)
+        ids = given.get("completion_ids")
+        ended = given.get("ended") is not False
         response = encode_response(loaded, encoded, text, ended=ended, limit=config.max_response_length, ids=ids)
         if not response.ids:
             raise DataError(f"{where}: a response of zero tokens can't be scored; remove the row or mend it.")
@@ -237,13 +219,11 @@ def _summary(terms: Any, reward: Any, weights: dict[str, float], lengths: list[i
     """Print mean, standard deviation and correlation with length of every term, on standard error."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from cagsr.reward.metrics import within_group_correlation
+    from cagsr.support.tables import rich_table
 
-    table = Table(title=f"{len(lengths):,} pairs")
-    for name in ("term", "weight", "mean", "std", "corr. with length"):
-        table.add_column(name, justify="left" if name == "term" else "right")
+    rows = []
     length = torch.tensor(lengths, dtype=torch.float64)
     one = torch.zeros(len(lengths), dtype=torch.int64)
     for name, values in {**terms, "reward": reward}.items():
@@ -251,5 +231,6 @@ def _summary(terms: Any, reward: Any, weights: dict[str, float], lengths: list[i
         weight = "" if name == "reward" else f"{weights[name]:g}"
         mean = f"{float(known.mean()):.4g}" if len(known) else "-"
         std = f"{float(known.std(correction=0)):.4g}" if len(known) else "-"
-        table.add_row(name, weight, mean, std, f"{within_group_correlation(values, length, one):+.2f}")
-    Console(stderr=True).print(table)
+        rows.append((name, weight, mean, std, f"{within_group_correlation(values, length, one):+.2f}"))
+    header = ("term", "weight", "mean", "std", "corr. with length")
+    Console(stderr=True).print(rich_table(f"{len(lengths):,} pairs", header, rows))

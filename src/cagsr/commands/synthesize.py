@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from cagsr.commands.inputs import say, write_rows
+from cagsr.commands.inputs import write_rows
 from cagsr.config import SynthesizeConfig as Config
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
 if TYPE_CHECKING:
     from cagsr.preferences.corrupt import SupervisedPair
-
-__all__ = ["Config", "run"]
 
 
 def run(config: Config) -> None:
@@ -24,26 +22,20 @@ def run(config: Config) -> None:
         rows, failed = synthesize(pairs, config.corruption, config.seed, config.num_pairs)
     write_rows(rows, config.output)
     counts = Counter(row["corruption"] for row in rows)
-    notes = [
-        f"{config.output}: {len(rows):,} pairs ({', '.join(f'{counts[kind]:,} {kind}' for kind in sorted(counts))})."
-    ]
+    kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in sorted(counts))
+    notes = [f"{config.output}: {len(rows):,} pairs ({kinds})."]
     if config.num_pairs is not None and len(rows) < config.num_pairs:
         notes.append(
             f"{config.data.path} allows no more than these; the seed's other {config.num_pairs - len(rows):,} would repeat some."
         )
     elif failed:
         notes.append(f"{failed:,} times an answer was too short for a mistake.")
-    say(notes)
+    say(*notes)
 
 
 @working("reading the pairs")
 def read_supervised(config: Config) -> list[SupervisedPair]:
-    """Read the supervised pairs.
-
-    Raises:
-        DataError: a row without one of the columns or with an empty one, or with something else than text or messages;
-            the message names file and row.
-    """
+    """Read the supervised pairs; DataError for a row without text or messages in one of the columns."""
     from cagsr.errors import DataError
     from cagsr.preferences.corrupt import SupervisedPair
     from cagsr.prompts.chat import TEMPLATE_COLUMNS

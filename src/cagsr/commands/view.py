@@ -6,17 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import (
-    OptionalDataConfig,
-    about_idf,
-    data_or_prompt,
-    read_prompts,
-    say,
-)
+from cagsr.commands.inputs import OptionalDataConfig, about_idf, data_or_prompt, read_prompts
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
 from cagsr.support.extras import require
+from cagsr.support.progress import say
 
 if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt
@@ -72,7 +67,6 @@ def run(config: Config) -> None:
     """Write the page, the picture, or both."""
     if config.png is not None:
         require("--png", "pages", modules=["matplotlib"])
-    from cagsr.config import validate
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.reward.learn_associations import associations_of
@@ -80,7 +74,6 @@ def run(config: Config) -> None:
     from cagsr.view.viewer import view
 
     config, learned = with_run_reward(config, config.sampling.temperature)
-    validate(config.reward, "reward.")
     learn = config.reward.needs("associations") and config.reward.associations.path is None
     if learn and (config.prompt is not None or not config.answers):
         raise ConfigError(
@@ -88,23 +81,17 @@ def run(config: Config) -> None:
             "RUN/associations.json (with --data and --answers they can be learned from the file's prompts)."
         )
     loaded = load_model(config.model, for_training=False)
-    prompts, notes = read_prompts(
-        config.data,
-        config.prompt,
-        config.salience,
-        None if learned is None else learned.frequency,
-        loaded,
-        config.sampling.max_new_tokens if config.answers else 0,
-        [config.response_column],
-    )
+    frequency = None if learned is None else learned.frequency
+    room, columns = config.sampling.max_new_tokens if config.answers else 0, [config.response_column]
+    prompts, notes = read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
     prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
     answers: int | Sequence[str | Response]
     answers = config.answers or config.answer or _answers_of(config, loaded, prompt)
     associations = None
     if learn or config.reward.associations.path is not None:
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
-    say([*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes])
-    say(about_idf(config.salience, config.reward_from))
+    say(*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes)
+    say(*about_idf(config.salience, config.reward_from))
     try:
         found = view(
             loaded,
@@ -125,9 +112,9 @@ def run(config: Config) -> None:
     out = config.out if config.out is not None or config.png is not None else "view.html"
     if out is not None:
         path = found.save(out)
-        say([f"{path}: {path.stat().st_size / 1e6:.2f} MB, open it in a browser."])
+        say(f"{path}: {path.stat().st_size / 1e6:.2f} MB, open it in a browser.")
     if config.png is not None:
-        say([f"{found.save_png(config.png)}: the heat map."])
+        say(f"{found.save_png(config.png)}: the heat map.")
 
 
 def _row(config: Config, prompts: Sequence[EncodedPrompt]) -> EncodedPrompt:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cagsr.configfile import suggestion
 from cagsr.errors import ConfigError
+from cagsr.parse import suggestion
 
 START = "start"
 """Name of the method that does nothing: the supervised start."""

@@ -12,7 +12,7 @@ import yaml
 from cagsr.compare.plan import START
 from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
 from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
-from cagsr.evaluation.win_rate import win_rates as prompt_win_rates
+from cagsr.evaluation.intervals import win_rates as prompt_win_rates
 
 GAINS = {
     SAMPLED: "sampled, against the start sampled alike",

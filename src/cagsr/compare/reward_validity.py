@@ -15,7 +15,7 @@ from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
 from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.diagnosis.diagnose import load_checker, with_truth
-from cagsr.diagnosis.recommend import PENALTIES, weighted_parts, within_z
+from cagsr.diagnosis.recommend import weighted_reward, within_z, z_sums
 from cagsr.diagnosis.signals import Signals, collect_signals
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
@@ -53,13 +53,8 @@ def measure_validity(plan: Plan, job: Job) -> None:
         assert judged.truth is not None
         truths[label] = judged.truth
     columns: dict[str, Floats] = dict(signals.terms)
-    for names in SUMS:
-        if all(part in signals.terms for part in names):
-            said = (f" - 0.5 {name}" if name in PENALTIES else f" + {name}" for name in names[1:])
-            scores = [(-0.5 if name in PENALTIES else 1.0) * within_z(signals.terms[name]) for name in names]
-            columns["".join((names[0], *said))] = np.sum(scores, axis=0)
-    parts = weighted_parts(signals.terms, scorer.weights, config.reward.normalize, config.reward.clip)
-    columns[f"reward of {name}"] = reward = sum(parts.values(), np.zeros_like(signals.length))
+    columns |= z_sums(signals.terms, SUMS, penalty=0.5)
+    columns[f"reward of {name}"] = reward = weighted_reward(signals.terms, scorer.weights, config.reward)
     first = next(iter(truths.values()))
     rows = {
         label: {

@@ -6,56 +6,32 @@ reward's terms stand with the terms (``reward/terms/``), and what has a reward a
 others do not: they are imported when they are asked for.
 """
 
+# ruff: noqa: F403
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cagsr.config.trainers import (
-        CorruptionConfig,
-        DpoConfig,
-        PreferenceConfig,
-        RewardModelConfig,
-        SftConfig,
-        SynthesizeConfig,
-        TrainerConfig,
-    )
-    from cagsr.config.training import (
-        Action,
-        AttentionConfig,
-        DataConfig,
-        EvalConfig,
-        Layers,
-        LoraConfig,
-        ModelConfig,
-        MonitorConfig,
-        PPOConfig,
-        RolloutConfig,
-        RunConfig,
-        SalienceConfig,
-        SamplingConfig,
-    )
-    from cagsr.config.validation import validate
-    from cagsr.reward.settings import AssociationsConfig, RewardConfig
-    from cagsr.reward.terms.associated_coverage import AssociatedCoverageConfig
-    from cagsr.reward.terms.copy_coverage import CopyCoverageConfig
-    from cagsr.reward.terms.coverage import CoverageConfig
-    from cagsr.reward.terms.focus import FocusConfig
-    from cagsr.reward.terms.grounded_coverage import GroundedCoverageConfig
-    from cagsr.reward.terms.length import LengthConfig
-    from cagsr.reward.terms.mean_mass import MeanMassConfig
-    from cagsr.reward.terms.repetition import RepetitionConfig
-    from cagsr.reward.terms.self_certainty import SelfCertaintyConfig
-    from cagsr.reward.terms.unsupported import UnsupportedConfig
-    from cagsr.training.settings import TrainConfig
+    from cagsr.config.trainers import *
+    from cagsr.config.training import *
+    from cagsr.config.validation import validate as validate
+    from cagsr.reward.settings import *
+    from cagsr.reward.terms.associated_coverage import AssociatedCoverageConfig as AssociatedCoverageConfig
+    from cagsr.reward.terms.copy_coverage import CopyCoverageConfig as CopyCoverageConfig
+    from cagsr.reward.terms.coverage import CoverageConfig as CoverageConfig
+    from cagsr.reward.terms.focus import FocusConfig as FocusConfig
+    from cagsr.reward.terms.grounded_coverage import GroundedCoverageConfig as GroundedCoverageConfig
+    from cagsr.reward.terms.length import LengthConfig as LengthConfig
+    from cagsr.reward.terms.mean_mass import MeanMassConfig as MeanMassConfig
+    from cagsr.reward.terms.repetition import RepetitionConfig as RepetitionConfig
+    from cagsr.reward.terms.self_certainty import SelfCertaintyConfig as SelfCertaintyConfig
+    from cagsr.reward.terms.unsupported import UnsupportedConfig as UnsupportedConfig
+    from cagsr.training.settings import TrainConfig as TrainConfig
 
 _PLACES = (
-    "cagsr.config.validation",
-    "cagsr.config.training",
-    "cagsr.config.trainers",
-    "cagsr.training.settings",
-    "cagsr.reward.settings",
+    *("cagsr.config.validation", "cagsr.config.training", "cagsr.config.trainers"),
+    *("cagsr.training.settings", "cagsr.reward.settings"),
 )
 """Where the names of this package are, those that need no torch first."""
 
@@ -71,41 +47,3 @@ def __getattr__(name: str) -> Any:
         if term.config.__name__ == name:
             return term.config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-__all__ = [
-    "Action",
-    "AssociatedCoverageConfig",
-    "AssociationsConfig",
-    "AttentionConfig",
-    "CopyCoverageConfig",
-    "CorruptionConfig",
-    "CoverageConfig",
-    "DataConfig",
-    "DpoConfig",
-    "EvalConfig",
-    "FocusConfig",
-    "GroundedCoverageConfig",
-    "Layers",
-    "LengthConfig",
-    "LoraConfig",
-    "MeanMassConfig",
-    "ModelConfig",
-    "MonitorConfig",
-    "PPOConfig",
-    "PreferenceConfig",
-    "RepetitionConfig",
-    "RewardConfig",
-    "RewardModelConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SalienceConfig",
-    "SamplingConfig",
-    "SelfCertaintyConfig",
-    "SftConfig",
-    "SynthesizeConfig",
-    "TrainConfig",
-    "TrainerConfig",
-    "UnsupportedConfig",
-    "validate",
-]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -62,10 +62,14 @@ class TrainerConfig:
     overwrite: bool = False
     """Replace what another such training left in this folder."""
 
+    usual_rates: ClassVar[tuple[float, float]]
+    """Learning rates with LoRA and without."""
+
     @property
     def peak_learning_rate(self) -> float:
         """The one given, else the usual one of the command."""
-        raise NotImplementedError
+        with_lora, without = self.usual_rates
+        return self.learning_rate or (with_lora if self.lora.r > 0 else without)
 
     @property
     def micro(self) -> int:
@@ -146,11 +150,7 @@ class RewardModelConfig(PreferenceConfig):
     center_rewards: NonNegativeFloat = 0.01
     """Weight of the squared sum of a pair's two scores, which keeps the scores around 0 (TRL's
     center_rewards_coefficient); 0 leaves it out."""
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The one given, else TRL's recommendation."""
-        return self.learning_rate or (1e-3 if self.lora.r > 0 else 1e-4)
+    usual_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,7 @@ class DpoConfig(PreferenceConfig):
     """DPO's own loss (sigmoid), or one of its relatives."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs that are the wrong way round (sigmoid and robust)."""
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The one given, else TRL's recommendation."""
-        return self.learning_rate or (1e-5 if self.lora.r > 0 else 1e-6)
+    usual_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-6)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,9 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def validate(config: Any, prefix: str = "") -> None:
-    """Refuse settings that can't be used, before anything is loaded or written.
+    """Refuse (ConfigError) settings that can't be used, before anything is loaded or written.
 
     Each is held to its declared type, then each section's ``conflicts()`` says what does not go together.
-
-    Raises:
-        ConfigError: one sentence naming the setting and what is allowed.
     """
     for key, kind, value in _settings(config, prefix):
         checked(kind, value, f"--{key}", strict=True)
@@ -43,8 +40,7 @@ def validate(config: Any, prefix: str = "") -> None:
 def checked(kind: Any, value: Any, name: str, *, strict: bool = False) -> Any:
     """Convert ``value`` to the type ``kind``; ``strict`` converts nothing, as for what Python code gave.
 
-    Raises:
-        ConfigError: it can't be, or is out of range; the sentence begins with ``name``.
+    Raises ConfigError, which begins with ``name``: it can't be, or is out of range.
     """
     try:
         converted = _adapter(kind).validate_python(value, strict=strict)

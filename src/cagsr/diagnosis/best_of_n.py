@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from cagsr.evaluation.metrics import Interval, mean_interval
+from cagsr.evaluation.intervals import Floats, Interval, draw_counts, mean_interval
 from cagsr.reward.metrics import within_group_correlation
-
-Floats = NDArray[np.float64]
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> float:
@@ -40,15 +38,13 @@ def picked(scores: ArrayLike, truth: ArrayLike) -> Floats:
     return np.asarray((best * true).sum(axis=1) / best.sum(axis=1))
 
 
-def best_of_n_gain(scores: ArrayLike, truth: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Interval:
+def best_of_n_gain(scores: ArrayLike, truth: ArrayLike) -> Interval:
     """Mean over prompts of (truth of the picked candidate - mean truth of all), with its bootstrap interval."""
     true = np.asarray(truth, dtype=np.float64)
-    return mean_interval(picked(scores, true) - true.mean(axis=1), confidence, seed=seed)
+    return mean_interval(picked(scores, true) - true.mean(axis=1))
 
 
-def oracle_share(
-    scores: ArrayLike, truth: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def oracle_share(scores: ArrayLike, truth: ArrayLike) -> Interval:
     """Best-of-N gain by ``scores`` as a share of the gain of an oracle that sees the truth, with its interval.
 
     A ratio of sums over prompts, so that a prompt counts by how much there is to gain; the percentile bootstrap draws
@@ -59,12 +55,9 @@ def oracle_share(
     oracle = true.max(axis=1) - true.mean(axis=1)
     if oracle.sum() <= 1e-12:
         return Interval(0.0, 0.0, 0.0)
-    prompts = len(gain)
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts = draw_counts(len(gain), 2000)
     possible = counts @ oracle
-    shares = (counts @ gain)[possible > 1e-12] / possible[possible > 1e-12]
-    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(gain.sum() / oracle.sum()), float(low), float(high))
+    return Interval.of(gain.sum() / oracle.sum(), (counts @ gain)[possible > 1e-12] / possible[possible > 1e-12])
 
 
 def within_share(values: ArrayLike) -> float:

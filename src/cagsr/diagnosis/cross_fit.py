@@ -1,4 +1,4 @@
-"""What a choice among many is worth: chosen on some prompts, judged on the others.
+"""Which layers and threshold are the best of a hundred, and what a choice is worth: made on some prompts, judged on others.
 
 The best of a hundred settings looks good on the prompts it was chosen on, if only by luck. So the choice is made again and
 again without a tenth of the prompts, and what it gives on that tenth is put together to one signal that owes nothing to luck
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cagsr.evaluation.intervals import Interval
+from cagsr.diagnosis.signals import Setting, Signals
+from cagsr.evaluation.intervals import Floats, Interval, draw_counts
 
-Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 FOLDS = 10
@@ -54,14 +54,10 @@ class Products:
         return cls(*((one * other).sum(axis=-1) for one, other in pairs))
 
     def correlations(self, counts: Floats, *, hold_length: bool) -> Floats:
-        """Correlation of each signal with the truth within prompts.
+        """Correlation of each signal with the truth within prompts, ``(draws, signals)``; 0 where either does not vary.
 
-        Args:
-            counts: ``(draws, prompts)``, how often each prompt counts.
-            hold_length: the part of both that is linear in length is taken off first.
-
-        Returns:
-            ``(draws, signals)``; 0 where either does not vary.
+        ``counts`` is ``(draws, prompts)``, how often each prompt counts. ``hold_length``: the part of both that is linear in
+        length is taken off first.
         """
         xx, xy, xz = (counts @ sums.T for sums in (self.xx, self.xy, self.xz))
         yy, yz, zz = ((counts @ sums)[:, None] for sums in (self.yy, self.yz, self.zz))
@@ -88,32 +84,21 @@ class FoldComparison:
     difference: Interval
 
 
-def compare(
-    new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike, resamples: int = 2000
-) -> FoldComparison:
+def compare(new: ArrayLike, old: ArrayLike, truth: ArrayLike, length: ArrayLike) -> FoldComparison:
     """Compare two signals; the percentile bootstrap draws prompts, the same for both."""
     products = Products.of([new, old], truth, length)
     prompts = len(products.yy)
-    draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    whole = products.correlations(np.ones((1, prompts)), hold_length=True)[0]
-    drawn = products.correlations(draws.astype(np.float64), hold_length=True)
-
-    def interval(value: float, values: Floats) -> Interval:
-        low, high = np.quantile(values, [0.025, 0.975])
-        return Interval(float(value), float(low), float(high))
-
+    new_all, old_all = products.correlations(np.ones((1, prompts)), hold_length=True)[0]
+    drawn = products.correlations(draw_counts(prompts, 2000).astype(np.float64), hold_length=True)
     return FoldComparison(
-        interval(whole[0], drawn[:, 0]),
-        interval(whole[1], drawn[:, 1]),
-        interval(whole[0] - whole[1], drawn[:, 0] - drawn[:, 1]),
+        Interval.of(new_all, drawn[:, 0]),
+        Interval.of(old_all, drawn[:, 1]),
+        Interval.of(new_all - old_all, drawn[:, 0] - drawn[:, 1]),
     )
 
 
 def folds(prompts: int) -> list[tuple[Index, Index]]:
-    """Divide prompts into parts at random: for each part (the others, the part itself), as sorted indices.
-
-    Raises ValueError for fewer than two prompts.
-    """
+    """Divide prompts (two or more, else ValueError) at random: for each part (the others, the part), as sorted indices."""
     if prompts < 2:
         raise ValueError("two prompts or more can be divided")
     order = np.random.default_rng(0).permutation(prompts)
@@ -122,14 +107,57 @@ def folds(prompts: int) -> list[tuple[Index, Index]]:
 
 
 def cross_fitted(shape: tuple[int, ...], chosen: Callable[[Index, Index], Floats]) -> Floats:
-    """A signal whose values at each prompt were chosen without that prompt.
+    """A signal of ``(prompts, candidates)`` whose values at each prompt were chosen without that prompt.
 
-    Args:
-        shape: ``(prompts, candidates)``.
-        chosen: chooses on the prompts of its first argument and gives the values at those of its second, ``(part,
-            candidates)``, on a scale that is the same for every choice.
+    ``chosen`` chooses on the prompts of its first argument and gives the values at those of its second, ``(part,
+    candidates)``, on a scale that is the same for every choice.
     """
     found = np.zeros(shape)
     for others, part in folds(shape[0]):
         found[part] = chosen(others, part)
     return found
+
+
+@dataclass(frozen=True)
+class SettingChoice:
+    """What was chosen, and why."""
+
+    setting: Setting
+    best: Setting
+    """The best of the table; chosen only if it is better than the configured one beyond luck."""
+    candidates: int
+    compared: FoldComparison
+    """Choosing the best, judged on prompts that it was not chosen on, against the configured setting."""
+
+
+def choose_setting(signals: Signals, target: ArrayLike) -> SettingChoice:
+    """Choose layers and threshold of the coverage, under the configured pooling.
+
+    The best by correlation with the target within prompts, length held fixed, of those that are no worse than the
+    configured setting with length left free either. It is taken where choosing like this gives a higher correlation on
+    prompts that were not chosen on (the 95 % interval of the difference is above 0); else the configured setting stays.
+    ``target`` is the truth or what stands in for it, ``(prompts, candidates)``.
+    """
+    given = signals.configured
+    settings = [one for one in signals.coverage if one.pooling == given.pooling]
+    # Among equals the one nearest to the configured setting comes first.
+    settings.sort(key=lambda one: (one != given, one.layers != given.layers, abs(one.threshold - given.threshold)))
+    values = [signals.coverage[one] for one in settings]
+    products, wanted = Products.of(values, target, signals.length), np.asarray(target, dtype=np.float64)
+
+    def best_on(prompts: Index) -> int:
+        counts = np.zeros((1, len(wanted)))
+        counts[0, prompts] = 1.0
+        held, free = (products.correlations(counts, hold_length=hold)[0] for hold in (True, False))
+        allowed = (held >= held[0]) & (free >= free[0])
+        return int(np.flatnonzero(allowed & (held >= held[allowed].max() - 1e-9))[0])
+
+    def values_of_best(others: Index, part: Index) -> Floats:
+        own = centred(values[best_on(others)])
+        scale = float(np.sqrt(np.square(own[others]).mean()))
+        return own[part] / scale if scale > 0 else np.zeros_like(own[part])
+
+    best = settings[best_on(np.arange(len(wanted)))]
+    compared = compare(cross_fitted(wanted.shape, values_of_best), values[0], wanted, signals.length)
+    better = best != given and compared.difference.low > 0
+    return SettingChoice(best if better else given, best, len(settings), compared)

@@ -1,4 +1,4 @@
-"""The diagnosis: is this reward worth a training run for this model and these prompts?
+"""The diagnosis: is this reward worth a training run for this model and these prompts, and what would go wrong with it?
 
 Pure functions from :class:`~cagsr.diagnosis.signals.Signals` to numbers, ready for a table or a JSON file.
 """
@@ -9,27 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from cagsr.config import RewardConfig
 from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.diagnosis.cross_fit import held_fixed
 from cagsr.diagnosis.recommend import (
-    PENALTIES,
     Recommendation,
     recommend,
     term_columns,
     weighted_parts,
+    weighted_reward,
     within_z,
+    z_sums,
 )
 from cagsr.diagnosis.signals import Setting, Signals
-from cagsr.diagnosis.warn import warnings_for
-from cagsr.errors import ConfigError
 from cagsr.evaluation.held_out import HeldOutMetric, judge
-from cagsr.evaluation.metrics import Interval
-from cagsr.reward.normalize import Normalization
-from cagsr.support.dotted_path import import_dotted
-
-Floats = NDArray[np.float64]
+from cagsr.evaluation.intervals import Floats, Interval
+from cagsr.models.stops import HARDLY_ANY, hardly_any_end
+from cagsr.reward.metrics import variance_share
+from cagsr.support.dotted_path import import_function
 
 COMBINATIONS = (
     ("coverage", "self_certainty"),
@@ -96,33 +95,18 @@ class Diagnosis:
     warnings: tuple[str, ...]
 
 
-def diagnose(
-    signals: Signals, weights: Mapping[str, float], normalize: Normalization = "within_prompt", clip: float = 5.0
-) -> Diagnosis:
-    """Analyse measured signals.
-
-    Args:
-        signals: what was measured.
-        weights: term -> weight of the configured reward.
-        normalize: as ``reward.normalize``.
-        clip: as ``reward.clip``.
-    """
+def diagnose(signals: Signals, weights: Mapping[str, float], config: RewardConfig | None = None) -> Diagnosis:
+    """Analyse measured signals; ``weights`` are those of the configured reward, term -> weight."""
+    config = config or RewardConfig()
     truth = signals.truth
-    named: dict[str, Floats] = dict(signals.terms)
-    for names in COMBINATIONS:
-        if all(name in signals.terms for name in names):
-            signs = [-1.0 if name in PENALTIES else 1.0 for name in names]
-            label = names[0] + "".join(
-                f" {'-' if sign < 0 else '+'} {name}" for sign, name in zip(signs[1:], names[1:], strict=True)
-            )
-            parts = [sign * within_z(signals.terms[name]) for sign, name in zip(signs, names, strict=True)]
-            named[label] = np.sum(parts, axis=0)
-    nothing = np.zeros_like(signals.length)
-    configured = sum(weighted_parts(signals.terms, weights, normalize, clip).values(), nothing)
+    named = {**signals.terms, **z_sums(signals.terms, COMBINATIONS)}
+    configured = weighted_reward(signals.terms, weights, config)
     recommendation = recommend(signals, configured, weights)
-    recommended = weighted_parts(term_columns(signals, recommendation.setting), recommendation.weights, clip=clip)
+    columns, within = term_columns(signals, recommendation.setting), replace(config, normalize="within_prompt")
     named["configured reward"] = configured
-    named["recommended reward"] = configured if recommendation.configured else sum(recommended.values(), nothing)
+    named["recommended reward"] = (
+        configured if recommendation.configured else weighted_reward(columns, recommendation.weights, within)
+    )
     return Diagnosis(
         prompts=signals.length.shape[0],
         candidates=signals.length.shape[1],
@@ -144,28 +128,17 @@ def diagnose(
             for setting, values in signals.coverage.items()
         ),
         recommendation=recommendation,
-        warnings=tuple(warnings_for(signals, weights, normalize, clip)),
+        warnings=tuple(warnings_for(signals, weights, config)),
     )
 
 
 def load_checker(dotted_path: str) -> HeldOutMetric:
-    """Import a checker ``f(prompts, completions, **columns) -> numbers``, higher is better.
-
-    Raises:
-        ConfigError: it can't be imported or is no function.
-    """
-    function = import_dotted(dotted_path, "--checker")
-    if not callable(function):
-        raise ConfigError(f"--checker {dotted_path}: is {type(function).__name__}, not a function.")
-    return HeldOutMetric(dotted_path, function)
+    """Import a checker ``f(prompts, completions, **columns) -> numbers``, higher is better; raises as ``import_function``."""
+    return HeldOutMetric(dotted_path, import_function(dotted_path, "--checker"))
 
 
 def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
-    """Judge every answer by a metric.
-
-    Raises:
-        ConfigError: the metric fails, gives another number of values than there are answers, or one that is not finite.
-    """
+    """Judge every answer by a metric; raises as ``held_out.judge``."""
     candidates = signals.length.shape[1]
     repeated = [encoded for encoded in signals.prompts for _ in range(candidates)]
     completions = [text for texts in signals.completions for text in texts]
@@ -188,3 +161,75 @@ def _signal(name: str, values: Floats, signals: Signals) -> SignalReport:
         gain=None if truth is None else best_of_n_gain(values, truth),
         oracle_share=None if truth is None else oracle_share(values, truth),
     )
+
+
+def warnings_for(signals: Signals, weights: Mapping[str, float], config: RewardConfig | None = None) -> list[str]:
+    """Say in plain words what would go wrong with the configured reward on these prompts."""
+    config = config or RewardConfig()
+    found = []
+    parts = weighted_parts(signals.terms, weights, config)
+    reward = sum(parts.values(), np.zeros_like(signals.length))
+    bias = correlation(reward, signals.length)
+    if abs(bias) > 0.3:
+        found.append(
+            f"This reward pays for {'long' if bias > 0 else 'short'} answers: within a prompt it correlates {bias:+.2f} "
+            "with length; change the weights, or watch the length."
+        )
+    for name in parts:
+        share = within_share(signals.terms[name])
+        if share < 0.1 and name != "repetition":
+            found.append(
+                f"{name} hardly varies within a prompt ({share:.0%} of its variance lies there, the rest between prompts): "
+                + (
+                    "training follows that small part alone, magnified to a standard deviation of 1."
+                    if config.normalize == "within_prompt"
+                    else "its weight moves the reward little; use --reward.normalize within_prompt."
+                )
+            )
+    if "coverage" in parts:
+        mean = float(np.mean(signals.terms["coverage"]))
+        at = f"(mean {mean:.2f} at threshold {signals.configured.threshold:g})"
+        if mean > 0.9:
+            found.append(f"Coverage is saturated {at}: raise the threshold.")
+        elif mean < 0.1:
+            found.append(f"Nearly nothing is covered {at}: lower the threshold.")
+    cut = 1.0 - float(signals.ended.mean())
+    if 1.0 - cut < HARDLY_ANY:
+        found.append(hardly_any_end(1.0 - cut))
+    elif cut > 0.5:
+        found.append(f"Most answers hit the length limit ({cut:.0%}): raise --sampling.max_new_tokens.")
+    centred = {name: part - part.mean(axis=1, keepdims=True) for name, part in parts.items()}
+    within = {name: torch.from_numpy(part.ravel()) for name, part in centred.items()}
+    for name, part in within.items():
+        share = variance_share(part, sum(within.values(), torch.zeros_like(part)))
+        if len(parts) > 1 and share > 0.9:
+            found.append(f"One term dominates: {name} holds {share:.0%} of the reward's variance within a prompt.")
+    repeated = correlation(reward, signals.repetition)
+    if repeated > 0.2:
+        found.append(
+            f"This reward pays for repetition (correlation {repeated:+.2f} within a prompt): penalise it more."
+        )
+    same = float(np.mean([len(set(texts)) / len(texts) for texts in signals.completions]))
+    if same < 0.5:
+        found.append(
+            f"The answers to a prompt are mostly the same ({same:.0%} differ): raise --sampling.temperature, or the "
+            "model has nothing left to choose from."
+        )
+    if signals.truth is not None:
+        found += _about_truth(signals, reward)
+    return found
+
+
+def _about_truth(signals: Signals, reward: Floats) -> list[str]:
+    assert signals.truth is not None
+    if not np.any(within_z(signals.truth)):
+        return [f"{signals.truth_name} says the same of all answers to a prompt: it can't judge a reward here."]
+    if held_fixed(signals.truth, signals.truth, signals.length) == 0:
+        return [f"{signals.truth_name} is the length of an answer and nothing else: it can't judge a reward here."]
+    seen = correlation(reward, signals.truth)
+    if seen < 0.1:
+        return [
+            f"The configured reward hardly sees {signals.truth_name} (correlation {seen:+.2f} within a prompt): training "
+            "on it is unlikely to help."
+        ]
+    return []

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
-from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.diagnosis.diagnose import Diagnosis
 from cagsr.diagnosis.recommend import flags_of, yaml_of
 from cagsr.diagnosis.signals import Setting
+from cagsr.support.tables import markdown_table, plain, rich_table
 
 Rows = list[list[str]]
 
@@ -28,14 +25,13 @@ def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
         header += [f"best of {found.candidates}", "gain [95 %]", "of the oracle's gain"]
     rows = []
     for signal in found.signals:
-        row = [signal.name, _signed(signal.length), _signed(signal.repetition), f"{signal.within_share:.0%}"]
+        row = [signal.name, f"{signal.length:+.2f}", f"{signal.repetition:+.2f}", f"{signal.within_share:.0%}"]
         if signal.truth is not None and signal.gain is not None and signal.oracle_share is not None:
-            row[1:1] = [_signed(signal.truth), _signed(signal.truth_held_fixed or 0.0)]
-            share = signal.oracle_share
+            row[1:1] = [f"{signal.truth:+.2f}", f"{signal.truth_held_fixed or 0.0:+.2f}"]
             row += [
                 f"{signal.best_of_n:.3f}",
-                f"{signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]",
-                f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]",
+                f"{signal.gain:+.3f}",
+                f"{signal.oracle_share:.0%}",
             ]
         rows.append(row)
     return header, rows
@@ -45,48 +41,40 @@ def agreement_table(found: Diagnosis) -> tuple[list[str], Rows]:
     """Correlation of the single terms with each other, within a prompt."""
     names = [name for name in found.signals[0].others if name != "length"]
     single = [signal for signal in found.signals if signal.name in names]
-    return ["term", *names], [[one.name, *(_signed(one.others[name]) for name in names)] for one in single]
+    return ["term", *names], [[one.name, *(f"{one.others[name]:+.2f}" for name in names)] for one in single]
 
 
 def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
     """Coverage by layers and threshold: correlation with the truth, length held fixed (without one: with length), and mean."""
     thresholds = sorted({one.setting.threshold for one in found.settings})
-    layers = list(dict.fromkeys(one.setting.layers for one in found.settings))
-    cells = {one.setting: one for one in found.settings}
-    rows = []
-    for name in layers:
-        row = [name]
-        for threshold in thresholds:
-            one = cells[Setting(name, pooling, threshold)]
-            seen = one.length if one.truth_held_fixed is None else one.truth_held_fixed
-            row.append(f"{_signed(seen)} ({one.mean:.2f})")
-        rows.append(row)
+    cells = {}
+    for one in found.settings:
+        seen = one.length if one.truth_held_fixed is None else one.truth_held_fixed
+        cells[one.setting] = f"{seen:+.2f} ({one.mean:.2f})"
+    layers = dict.fromkeys(one.setting.layers for one in found.settings)
+    rows = [[name, *(cells[Setting(name, pooling, threshold)] for threshold in thresholds)] for name in layers]
     return ["layers", *(f"tau {threshold:g}" for threshold in thresholds)], rows
 
 
 def headline(found: Diagnosis) -> list[str]:
     """What was sampled, in one or two sentences."""
-    lines = [
+    truth = "No truth: neither --checker nor a reference in the rows."
+    if found.truth_mean is not None:
+        best = f"best of {found.candidates} by an oracle {found.oracle:.3f}"
+        truth = f"Truth: {found.truth_name}; mean {found.truth_mean:.3f}, {best}."
+    sampled = (
         f"{found.prompts} prompts, {found.candidates} answers each; {found.length:.1f} tokens on average, "
         f"{found.ended:.0%} ended by themselves, repetition {found.repetition:.3f}."
-    ]
-    if found.truth_mean is not None and found.oracle is not None:
-        lines.append(
-            f"Truth: {found.truth_name}; mean {found.truth_mean:.3f}, best of {found.candidates} by an oracle "
-            f"{found.oracle:.3f}."
-        )
-    else:
-        lines.append("No truth: neither --checker nor a reference in the rows.")
-    return lines
+    )
+    return [sampled, truth]
 
 
 def print_report(found: Diagnosis, configured: Setting, console: Console) -> None:
     """Print everything, the recommendation last, where the eye falls."""
     for line in headline(found):
         console.print(line, highlight=False)
-    console.print(_rich("Within the answers to one prompt: correlation with", *signal_table(found)))
-    console.print(_rich("Terms with each other", *agreement_table(found)))
-    console.print(_rich(_settings_title(found, configured.pooling), *setting_table(found, configured.pooling)))
+    for number, (title, header, rows) in enumerate(_tables(found, configured.pooling)):
+        console.print(rich_table(title if number else f"{title}: correlation with", header, rows))
     for warning in found.warnings:
         console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
     for line in recommendation_lines(found):
@@ -120,13 +108,13 @@ def finding(found: Diagnosis) -> str:
         return f"Diagnosed {over}: recommended are {terms}; nothing here tells the truth to test them against."
     return (
         f"Diagnosed {over}: recommended are {terms}, with a correlation of {signal.truth:+.2f} with {found.truth_name}; the "
-        f"best of {found.candidates} by them gains {signal.gain.mean:+.3f} [{signal.gain.low:+.3f}, {signal.gain.high:+.3f}]."
+        f"best of {found.candidates} by them gains {signal.gain:+.3f}."
     )
 
 
 def as_json(found: Diagnosis) -> str:
     """Return all numbers as JSON text."""
-    return json.dumps(_plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(dataclasses.asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_yaml(found: Diagnosis, model: str, attention: AttentionConfig, reward: RewardConfig) -> str:
@@ -143,39 +131,20 @@ def as_yaml(found: Diagnosis, model: str, attention: AttentionConfig, reward: Re
 def as_markdown(found: Diagnosis, configured: Setting) -> str:
     """Return the report as Markdown."""
     parts = ["# Diagnosis\n", *headline(found), ""]
-    for title, (header, rows) in (
-        ("Within the answers to one prompt", signal_table(found)),
-        ("Terms with each other", agreement_table(found)),
-        (_settings_title(found, configured.pooling), setting_table(found, configured.pooling)),
-    ):
-        parts += [f"## {title}\n", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-        parts += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    for title, header, rows in _tables(found, configured.pooling):
+        parts += [f"## {title}\n", markdown_table(header, rows), ""]
     parts += ["## Warnings\n", *(f"- {warning}" for warning in found.warnings or ("none",)), ""]
     parts += ["## Recommendation\n", "```", *recommendation_lines(found), "```", ""]
     return "\n".join(parts)
 
 
-def _settings_title(found: Diagnosis, pooling: str) -> str:
+def _tables(found: Diagnosis, pooling: str) -> list[tuple[str, list[str], Rows]]:
     against = "length" if found.truth_mean is None else f"{found.truth_name}, length held fixed"
-    return f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
-
-
-def _rich(title: str, header: Sequence[str], rows: Rows) -> Table:
-    table = Table(title=title)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    settings = (
+        f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
+    )
+    return [
+        ("Within the answers to one prompt", *signal_table(found)),
+        ("Terms with each other", *agreement_table(found)),
+        (settings, *setting_table(found, pooling)),
+    ]

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
 from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.diagnosis.best_of_n import correlation
-from cagsr.diagnosis.choose import SettingChoice, choose_setting
-from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, compare, cross_fitted, held_fixed
+from cagsr.diagnosis.cross_fit import (
+    FoldComparison,
+    Index,
+    Products,
+    SettingChoice,
+    choose_setting,
+    compare,
+    cross_fitted,
+    held_fixed,
+)
 from cagsr.diagnosis.signals import Setting, Signals, prompts_of
-from cagsr.evaluation.intervals import Interval
+from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
-from cagsr.reward.normalize import Normalization, Normalizer
+from cagsr.reward.normalize import Normalizer
 from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import contributions, weigh
 
-Floats = NDArray[np.float64]
-
 WEIGHED = (
-    "coverage",
-    "copy_coverage",
-    "grounded_coverage",
-    "associated_coverage",
-    "focus",
-    "self_certainty",
-    "unsupported",
+    *(
+        "coverage",
+        "copy_coverage",
+        "grounded_coverage",
+        "associated_coverage",
+        "focus",
+        "self_certainty",
+        "unsupported",
+    ),
 )
 """Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
 PENALTIES = frozenset({"unsupported"})
@@ -124,11 +132,6 @@ def _sign(name: str) -> float:
     return -1.0 if name in PENALTIES else 1.0
 
 
-def _weighed(columns: Mapping[str, Floats]) -> dict[str, Floats]:
-    """The terms whose weights are fitted, of those that were measured."""
-    return {name: columns[name] for name in WEIGHED if name in columns}
-
-
 def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLike]) -> dict[str, float]:
     """Scale weights of within-prompt z-scores for ``reward.normalize within_prompt``.
 
@@ -153,12 +156,8 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
 
     With a truth by correlation within prompts, length held fixed, and judged on prompts that the choice was not made on:
     what is not better there than the configured reward, beyond luck, does not replace it. Without a truth by agreement of
-    the signals and low correlation with length, which is said in the reasons.
-
-    Args:
-        signals: what was measured.
-        configured: ``(prompts, candidates)`` the configured reward.
-        weights: its weights, term -> weight.
+    the signals and low correlation with length, which is said in the reasons. ``configured`` is the configured reward,
+    ``(prompts, candidates)``, and ``weights`` are its weights.
     """
     if signals.truth is None:
         return _without_truth(signals)
@@ -172,11 +171,10 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
         signals.length,
     )
     reasons.append(
-        f"Weights fitted by least squares reach {_signed(compared.new)} with {signals.truth_name} on prompts they were not "
-        f"fitted on, length held fixed; the configured reward {_signed(compared.old)}: difference "
-        f"{_signed(compared.difference)}."
+        f"Weights fitted by least squares reach {compared.new:+.2f} with {signals.truth_name} on prompts they were not "
+        f"fitted on, length held fixed; the configured reward {compared.old:+.2f}: difference {compared.difference:+.2f}."
     )
-    reward = sum(weighted_parts(term_columns(signals, setting), fitted).values(), np.zeros_like(signals.length))
+    reward = weighted_reward(term_columns(signals, setting), fitted)
     if fitted and compared.difference.low > 0 and _no_worse(reward, configured, signals):
         reasons += _about_length(reward, signals.length)
         return Recommendation(setting, fitted, tuple(reasons), compared=compared)
@@ -193,18 +191,18 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
 def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
     """Fit a reward to the truth: under the chosen setting or under the configured one, whichever then sees more.
 
-    Returns:
-        The setting, and weights for training, the guard against repetition among them; empty where no term helps.
+    Gives the setting, and weights for training, the guard against repetition among them; empty where no term helps.
     """
     assert signals.truth is not None
     found: list[tuple[float, Setting, dict[str, float]]] = []
     for setting in dict.fromkeys((choose_setting(signals, signals.truth).setting, signals.configured)):
         columns = term_columns(signals, setting)
-        weights = training_weights(fit_weights(_weighed(columns), signals.truth, length=signals.length), columns)
+        weighed = {name: columns[name] for name in WEIGHED if name in columns}
+        weights = training_weights(fit_weights(weighed, signals.truth, length=signals.length), columns)
         if weights:
             weights = {**weights, "repetition": GUARD}
-        reward = sum(weighted_parts(columns, weights).values(), np.zeros_like(signals.length))
-        found.append((held_fixed(reward, signals.truth, signals.length), setting, weights))
+        seen = held_fixed(weighted_reward(columns, weights), signals.truth, signals.length)
+        found.append((seen, setting, weights))
     _, setting, weights = max(found, key=lambda one: one[0])  # of equals the chosen setting, which comes first
     return setting, weights
 
@@ -237,7 +235,7 @@ def _without_truth(signals: Signals) -> Recommendation:
     target = agreement_target(signals)
     choice = choose_setting(signals, target)
     columns = term_columns(signals, choice.setting)
-    weights = _agreeing(_weighed(columns), signals.length)
+    weights = _agreeing(columns, signals.length)
     reasons = [
         _about_setting(signals, choice, "signals that read no attention"),
         "There is no checker and no reference: this rests on the agreement between signals and on a low correlation "
@@ -254,13 +252,13 @@ def _about_setting(signals: Signals, choice: SettingChoice, judged: str) -> str:
     if best == configured:
         return (
             f"Layers {configured.layers}, threshold {configured.threshold:g}, as configured: none of the {choice.candidates} "
-            f"choices has a coverage that sees more of {judged} ({_signed(compared.old)} within a prompt, length held fixed)."
+            f"choices has a coverage that sees more of {judged} ({compared.old:+.2f} within a prompt, length held fixed)."
         )
     said = (
         f"layers {best.layers}, threshold {best.threshold:g}, of {choice.candidates} choices. Choosing like this gives "
-        f"{_signed(compared.new)} with {judged} within a prompt, length held fixed, on prompts that were not chosen on; as "
-        f"configured ({configured.layers}, {configured.threshold:g}) it is {_signed(compared.old)}: difference "
-        f"{_signed(compared.difference)}."
+        f"{compared.new:+.2f} with {judged} within a prompt, length held fixed, on prompts that were not chosen on; as "
+        f"configured ({configured.layers}, {configured.threshold:g}) it is {compared.old:+.2f}: difference "
+        f"{compared.difference:+.2f}."
     )
     if choice.setting == configured:
         return f"Layers {configured.layers}, threshold {configured.threshold:g} stay: the best coverage is at {said}"
@@ -275,10 +273,6 @@ def _about_length(reward: Floats, length: Floats) -> list[str]:
         f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
         "prompt): watch the length in training."
     ]
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:
@@ -298,10 +292,7 @@ def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]
 
 
 def weighted_parts(
-    terms: Mapping[str, Floats],
-    weights: Mapping[str, float],
-    normalize: Normalization = "within_prompt",
-    clip: float = 5.0,
+    terms: Mapping[str, Floats], weights: Mapping[str, float], config: RewardConfig | None = None
 ) -> dict[str, Floats]:
     """Normalise and weigh terms as training does: name -> ``(prompts, candidates)``, terms of weight 0 left out."""
     active = {name: weight for name, weight in weights.items() if weight != 0 and name in terms}
@@ -309,9 +300,30 @@ def weighted_parts(
         return {}
     raw = {name: torch.from_numpy(np.asarray(terms[name], dtype=np.float64).ravel().copy()) for name in active}
     shape = terms[next(iter(active))].shape
-    config = RewardConfig(normalize=normalize, clip=clip)
-    found = weigh(raw, active, config, _prompt_of_each(terms[next(iter(active))]))
+    found = weigh(raw, active, config or RewardConfig(), _prompt_of_each(terms[next(iter(active))]))
     return {name: part.numpy().reshape(shape) for name, part in found.contributions.items()}
+
+
+def weighted_reward(
+    terms: Mapping[str, Floats], weights: Mapping[str, float], config: RewardConfig | None = None
+) -> Floats:
+    """The sum of ``weighted_parts``, ``(prompts, candidates)``; zeros where there are none."""
+    return sum(weighted_parts(terms, weights, config).values(), np.zeros_like(next(iter(terms.values()))))
+
+
+def z_sums(terms: Mapping[str, Floats], sums: Iterable[Sequence[str]], penalty: float = 1.0) -> dict[str, Floats]:
+    """Sums of z-scores within a prompt, under names like ``coverage - unsupported``: penalties count negative, ``penalty`` each.
+
+    Those with a term that was not measured are left out.
+    """
+    found = {}
+    minus = "-" if penalty == 1 else f"- {penalty:g}"
+    for names in sums:
+        if all(name in terms for name in names):
+            said = " ".join(f"{minus if name in PENALTIES else '+'} {name}" for name in names[1:])
+            signed = [(-penalty if name in PENALTIES else 1.0) * within_z(terms[name]) for name in names]
+            found[f"{names[0]} {said}"] = np.sum(signed, axis=0)
+    return found
 
 
 def flags_of(recommendation: Recommendation) -> list[str]:

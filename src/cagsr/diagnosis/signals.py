@@ -5,10 +5,10 @@ Each layer is read alone, all of them in one forward; the attention of several l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from cagsr.attention import PromptAttentionReader
 from cagsr.attention.select import parse_layers
 from cagsr.config import AttentionConfig, SamplingConfig
+from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import repetition
 from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, Readings, RewardBatch
 from cagsr.models.inputs import PassInputs
@@ -29,9 +30,6 @@ from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.values import term_values
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.support.progress import working
-
-Floats = NDArray[np.float64]
-_Key = TypeVar("_Key")
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Attention at which a word counts as covered, as tried by the diagnosis."""
@@ -76,39 +74,46 @@ class Signals:
     truth_name: str = ""
 
 
+MEASURED = ("terms", "coverage", "by_layers", "length", "repetition", "ended")
+"""The fields of ``Signals`` that hold arrays of every answer, in mappings or not."""
+
+
 def prompts_of(signals: Signals, index: NDArray[np.int64]) -> Signals:
     """The same signals of some of the prompts."""
-
-    def rows(table: Mapping[_Key, Floats]) -> dict[_Key, Floats]:
-        return {name: values[index] for name, values in table.items()}
-
     return replace(
         signals,
-        terms=rows(signals.terms),
-        coverage=rows(signals.coverage),
-        by_layers={layers: rows(terms) for layers, terms in signals.by_layers.items()},
-        length=signals.length[index],
-        repetition=signals.repetition[index],
-        ended=signals.ended[index],
+        **{name: _merged([getattr(signals, name)], lambda parts: parts[0][index]) for name in MEASURED},
         prompts=tuple(signals.prompts[number] for number in index),
         completions=tuple(signals.completions[number] for number in index),
         truth=None if signals.truth is None else signals.truth[index],
     )
 
 
+def _merged(parts: Sequence[Any], make: Callable[[Sequence[Any]], Floats]) -> Any:
+    """One array of several, or in mappings of them with the same keys, at any depth, one for each key."""
+    if isinstance(parts[0], Mapping):
+        return {key: _merged([part[key] for part in parts], make) for key in parts[0]}
+    return make(parts)
+
+
 def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[int, ...]]:
     """Name the layer choices that are compared: each layer, last-1 to last-4, all, and the configured one.
 
-    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number).
-
-    Raises:
-        ConfigError: the configured layers do not exist.
+    Choices that come to the same layers are listed once, under the name that says most (``all``, ``last-N``, number). Of a
+    model with more than ``MOST_LAYERS`` some single layers are left out, evenly, so that the table stays readable. Raises
+    ConfigError where the configured layers do not exist.
     """
     names = [configured, "all", *(f"last-{count}" for count in range(1, 5)), *map(str, available)]
     found: dict[tuple[int, ...], str] = {}
     for name in names:
         found.setdefault(parse_layers(name, available), name)
-    return {name: layers for layers, name in found.items()}
+    spread = set(available)
+    if len(available) > MOST_LAYERS:
+        first, rest = available[:4], available[4:]
+        more = MOST_LAYERS - len(first)
+        spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
+    always = (configured, "last-1")
+    return {name: layers for layers, name in found.items() if len(layers) > 1 or layers[0] in spread or name in always}
 
 
 @working("measuring the terms")
@@ -122,30 +127,32 @@ def collect_signals(
     seed: int,
     chunk: int = 8,
 ) -> Signals:
-    """Sample ``sampling.num_generations`` answers to each prompt and measure everything about them.
+    """Sample ``sampling.num_generations`` answers to each prompt, ``chunk`` prompts at once, and measure all about them.
 
-    Args:
-        loaded: the policy.
-        prompts: what is asked.
-        sampling: how answers are sampled.
-        scorer: the reward's terms and their settings.
-        attention: the configured layers and heads.
-        seed: of the sampling; the global random generators are left as they were.
-        chunk: prompts at once.
+    ``attention`` has the configured layers and heads. The global random generators are left as they were.
     """
     everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
     choices = layer_choices(everything.layers, attention.layers)
-    choices = _thinned(choices, everything.layers, attention.layers)
     numbers = sorted({number for layers in choices.values() for number in layers})
     readers = {
         number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
     }
     configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
-    parts: list[_Part] = []
+    parts: list[dict[str, Any]] = []
+    texts: list[str] = []
     for _, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
         scores = scorer.scorer.policy(rollout)
         parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
-    return _joined(parts, prompts, sampling.num_generations, configured)
+        texts += rollout.completions
+
+    def table(values: Sequence[Tensor]) -> Floats:
+        return torch.cat([value.cpu().double() for value in values]).view(-1, sampling.num_generations).numpy()
+
+    starts = range(0, len(texts), sampling.num_generations)
+    rows = tuple(tuple(texts[start : start + sampling.num_generations]) for start in starts)
+    repeated = np.array([[repetition(text) for text in row] for row in rows])
+    found = _merged(parts, table)
+    return Signals(**found, configured=configured, repetition=repeated, prompts=tuple(prompts), completions=rows)
 
 
 def attention_by_layer(
@@ -163,18 +170,6 @@ def attention_by_layer(
     }
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The signals of one chunk, flat: ``(sequences,)`` each."""
-
-    terms: dict[str, Tensor]
-    coverage: dict[Setting, Tensor]
-    by_layers: dict[str, dict[str, Tensor]]
-    length: Tensor
-    ended: Tensor
-    completions: tuple[str, ...]
-
-
 @working("reading the attention of every layer")
 def _measure(
     loaded: LoadedModel,
@@ -184,7 +179,8 @@ def _measure(
     choices: Mapping[str, tuple[int, ...]],
     scorer: AnswerScorer,
     configured: Setting,
-) -> _Part:
+) -> dict[str, Any]:
+    """All that is ``MEASURED`` but the repetition, of one chunk, flat: ``(sequences,)`` each."""
     layers = attention_by_layer(loaded, rollout, readers)
     salience, mask = rollout.salience, rollout.sampled
     terms: dict[str, Tensor] = {}
@@ -207,43 +203,5 @@ def _measure(
                 for term in scorer.terms
                 if ATTENTION in needs_of(term) and term.name != "coverage"
             }
-    return _Part(terms, coverage, by_layers, mask.sum(dim=1), rollout.ended, rollout.completions)
-
-
-def _joined(parts: Sequence[_Part], prompts: Sequence[EncodedPrompt], candidates: int, configured: Setting) -> Signals:
-    def table(values: Sequence[Tensor]) -> Floats:
-        return torch.cat([value.cpu().double() for value in values]).view(-1, candidates).numpy()
-
-    first = parts[0]
-    texts = [text for part in parts for text in part.completions]
-    rows = tuple(tuple(texts[start : start + candidates]) for start in range(0, len(texts), candidates))
-    return Signals(
-        terms={name: table([part.terms[name] for part in parts]) for name in first.terms},
-        coverage={setting: table([part.coverage[setting] for part in parts]) for setting in first.coverage},
-        by_layers={
-            choice: {name: table([part.by_layers[choice][name] for part in parts]) for name in terms}
-            for choice, terms in first.by_layers.items()
-        },
-        configured=configured,
-        length=table([part.length for part in parts]),
-        repetition=np.array([[repetition(text) for text in row] for row in rows]),
-        ended=table([part.ended for part in parts]),
-        prompts=tuple(prompts),
-        completions=rows,
-    )
-
-
-def _thinned(
-    choices: Mapping[str, tuple[int, ...]], available: Sequence[int], configured: str
-) -> dict[str, tuple[int, ...]]:
-    """Leave out single layers of a deep model, evenly, so that the table stays readable."""
-    if len(available) <= MOST_LAYERS:
-        return dict(choices)
-    first, rest = available[:4], available[4:]
-    more = MOST_LAYERS - len(first)
-    spread = {*first, *(rest[round(i * (len(rest) - 1) / (more - 1))] for i in range(more))}
-    return {
-        name: layers
-        for name, layers in choices.items()
-        if len(layers) > 1 or layers[0] in spread or name in (configured, "last-1")
-    }
+    lengths = mask.sum(dim=1)
+    return {"terms": terms, "coverage": coverage, "by_layers": by_layers, "length": lengths, "ended": rollout.ended}

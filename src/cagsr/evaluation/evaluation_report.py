@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from cagsr.evaluation.intervals import Interval
 from cagsr.evaluation.judged_policies import Evaluated, PolicyComparison
 from cagsr.flow import EncodedPrompt
+from cagsr.support.tables import markdown_table, plain, rich_table
 
-Rows = list[list[str]]
+Titled = tuple[str, list[str], list[list[str]]]
+"""Title, header and rows of a table."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,18 @@ class EvalReport:
     """The model or the file of answers."""
     against: str | None
     """The other one."""
-    prompts: tuple[EncodedPrompt, ...]
-    mine: tuple[Evaluated, ...]
-    theirs: tuple[Evaluated, ...]
-    comparisons: tuple[PolicyComparison, ...]
-    left_out: tuple[str, ...]
+    prompts: Sequence[EncodedPrompt]
+    mine: Sequence[Evaluated]
+    theirs: Sequence[Evaluated]
+    comparisons: Sequence[PolicyComparison]
+    left_out: Sequence[str]
     """What was not measured and why."""
     settings: Mapping[str, Any]
     """What it was run with, for the JSON file."""
 
 
-def tables(report: EvalReport) -> list[tuple[str, list[str], Rows]]:
-    """Title, header and rows of each table: a column for each setting, then a table for each comparison."""
+def tables(report: EvalReport) -> list[Titled]:
+    """A column for each setting of the model, of the other one, then a table for each comparison."""
     found = [_means_table(report.model, report.mine)]
     if report.against is not None:
         found.append(_means_table(report.against, report.theirs))
@@ -58,11 +57,8 @@ def print_report(report: EvalReport, console: Console) -> None:
     """Print the tables."""
     console.print(headline(report), highlight=False, markup=False)
     for title, header, rows in tables(report):
-        table = Table(title=title, title_justify="left")
-        for name in header:
-            table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
+        table = rich_table(title, header, rows, no_wrap=True)
+        table.title_justify = "left"
         console.print(table)
 
 
@@ -70,8 +66,7 @@ def as_markdown(report: EvalReport) -> str:
     """Return the same as a Markdown document."""
     parts = [f"# Evaluation of {report.model}", headline(report)]
     for title, header, rows in tables(report):
-        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-        parts += [f"## {title}", "\n".join(lines)]
+        parts += [f"## {title}", markdown_table(header, rows)]
     if report.left_out:
         parts.append(f"Left out: {'; '.join(report.left_out)}.")
     return "\n\n".join(parts) + "\n"
@@ -79,86 +74,55 @@ def as_markdown(report: EvalReport) -> str:
 
 def as_tree(report: EvalReport) -> dict[str, Any]:
     """Everything, for the JSON file: means, intervals and the values of every prompt (null where there is none)."""
-    return {
+    tree = {
         "model": report.model,
         "against": report.against,
-        "settings": dict(report.settings),
+        "settings": report.settings,
         "rows": [encoded.prompt.row for encoded in report.prompts],
         "results": [_result(one) for one in report.mine],
         "against_results": [_result(one) for one in report.theirs],
         "comparisons": [_comparison(one) for one in report.comparisons],
-        "left_out": list(report.left_out),
+        "left_out": report.left_out,
     }
+    return plain(tree)
 
 
-def _means_table(title: str, settings: Sequence[Evaluated]) -> tuple[str, list[str], Rows]:
+def _means_table(title: str, settings: Sequence[Evaluated]) -> Titled:
     measures = list(dict.fromkeys(measure for one in settings for measure in one.values))
-    rows = [
-        [name, *(_cell(one.interval(name)) if name in one.values else "-" for one in settings)] for name in measures
-    ]
+    rows = [[name, *(f"{one.interval(name) or '-'}" for one in settings)] for name in measures]
     of_set = list(dict.fromkeys(measure for one in settings for measure in one.of_set))
     rows += [[name, *(f"{one.of_set[name]:.3f}" for one in settings)] for name in of_set]
     return title, ["measure", *(one.name for one in settings)], rows
 
 
-def _comparison_table(found: PolicyComparison) -> tuple[str, list[str], Rows]:
-    rows = [
-        [
-            one.measure,
-            f"{one.mine.mean:.3f}",
-            f"{one.theirs.mean:.3f}",
-            f"{one.difference.mean:+.3f} [{one.difference.low:+.3f}, {one.difference.high:+.3f}]",
-            "" if one.p_holm is None else _p(one.p_holm),
-        ]
-        for one in found.differences
-    ]
+def _comparison_table(found: PolicyComparison) -> Titled:
+    rows = []
+    for one in found.differences:
+        p = "" if one.p_holm is None else "<0.001" if one.p_holm < 0.001 else f"{one.p_holm:.3f}"
+        rows.append([one.measure, f"{one.mine.mean:.3f}", f"{one.theirs.mean:.3f}", f"{one.difference:+.3f}", p])
     return found.name, ["measure", "model", "against", "difference", "p"], rows
 
 
-def _cell(interval: Interval | None) -> str:
-    return "-" if interval is None else str(interval)
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _result(one: Evaluated) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "temperature": one.temperature,
-        "measures": {
-            name: {**_numbers(one.interval(name)), "per_prompt": _finite(values)} for name, values in one.values.items()
-        },
-        "of_set": dict(one.of_set),
-        "answers": [list(own) for own in one.answers],
-    }
+    unknown = {"mean": None, "low": None, "high": None}
+    measures = {}
+    for name, values in one.values.items():
+        interval = one.interval(name)
+        measures[name] = {**(unknown if interval is None else asdict(interval)), "per_prompt": values}
+    settings = {"name": one.name, "temperature": one.temperature, "measures": measures}
+    return {**settings, "of_set": one.of_set, "answers": one.answers}
 
 
 def _comparison(found: PolicyComparison) -> dict[str, Any]:
-    return {
-        "name": found.name,
-        "model": found.mine,
-        "against": found.theirs,
-        "measures": {
-            one.measure: {
-                "model": _numbers(one.mine),
-                "against": _numbers(one.theirs),
-                "difference": _numbers(one.difference),
-                "p": one.p,
-                "p_holm": one.p_holm,
-                "per_prompt": _finite(one.values),
-            }
-            for one in found.differences
-        },
+    measures = {
+        one.measure: {
+            "model": asdict(one.mine),
+            "against": asdict(one.theirs),
+            "difference": asdict(one.difference),
+            "p": one.p,
+            "p_holm": one.p_holm,
+            "per_prompt": one.values,
+        }
+        for one in found.differences
     }
-
-
-def _numbers(interval: Interval | None) -> dict[str, float | None]:
-    if interval is None:
-        return {"mean": None, "low": None, "high": None}
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
-
-
-def _finite(values: Any) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+    return {"name": found.name, "model": found.mine, "against": found.theirs, "measures": measures}

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
+from cagsr.evaluation.intervals import Floats
+from cagsr.evaluation.references import contents
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.load import Row, load_rows
 from cagsr.prompts.render import messages_of, render_prompt, text_of
@@ -31,34 +32,40 @@ class GivenAnswers:
     """Without tokens: no model reads them."""
     answers: tuple[tuple[str, ...], ...]
     """One or more to each prompt."""
-    recorded: Mapping[str, NDArray[np.float64]]
-    """tokens and ended of every answer where all rows have them, ``(all answers,)``."""
+    recorded: tuple[tuple[tuple[Any, ...], ...], ...]
+    """tokens and ended of each of these."""
+
+    @property
+    def measures(self) -> dict[str, Floats]:
+        """Tokens and ended of every answer where all rows have them, ``(all answers,)``."""
+        columns = zip(*(values for own in self.recorded for values in own), strict=True)
+        return {
+            name: np.array(column, dtype=np.float64)
+            for name, column in zip(_RECORDED, columns, strict=True)
+            if all(isinstance(value, int | float) for value in column)
+        }
 
 
 def read_answers(path: str, data: DataConfig | None = None, text_columns: Sequence[str] = ()) -> GivenAnswers:
     """Read a file of answers: rows of ``prompt`` and ``completion``, several rows of one prompt being its samples.
 
-    Args:
-        path: JSONL, JSON, CSV or Parquet file.
-        data: the prompts' own file, for their references and other columns; None: the columns beside the answers.
-        text_columns: columns that are text beside the usual ones (``load_rows``).
+    ``data`` is the prompts' own file, for their references and other columns; None: the columns beside the answers.
+    ``text_columns`` are text beside the usual ones (``load_rows``).
 
     Raises:
         DataError: a row without prompt or completion, or whose prompt is not in ``data``; file and row are named.
     """
-    asked = (
-        None
-        if data is None
-        else {_key(row, data): row for row in reversed(list(split_texts(load_rows(data, text_columns), data)))}
-    )
+    asked = {}
+    if data is not None:
+        asked = {_key(row, data): row for row in reversed(list(split_texts(load_rows(data, text_columns), data)))}
     config = DataConfig(path=path)
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[str]] = {}
     recorded: dict[str, list[tuple[Any, ...]]] = {}
     for row in load_rows(config, text_columns):
-        key = _key(row, config)
+        key, where = _key(row, config), f"{row.source}, row {row.number}"
         if key not in prompts:
-            if asked is None or data is None:
+            if data is None:
                 prompts[key] = _prompt(row, config, leave_out=_OWN)
             elif key in asked:
                 prompts[key] = _prompt(asked[key], data)
@@ -66,34 +73,26 @@ def read_answers(path: str, data: DataConfig | None = None, text_columns: Sequen
                 raise DataError(
                     f"{path}, row {row.number}: its prompt is not in {data.path}; give the file that was answered with --data."
                 )
-        answers.setdefault(key, []).append(_completion(row))
+        if row.values.get("completion") is None:
+            raise DataError(f"{where}: no answer in column 'completion'; give a file as cagsr generate writes it.")
+        answers.setdefault(key, []).append(text_of(row.values["completion"], f"{where}: column 'completion'"))
         recorded.setdefault(key, []).append(tuple(row.values.get(name) for name in _RECORDED))
     return GivenAnswers(
         prompts=tuple(EncodedPrompt(prompt, (), (), ()) for prompt in prompts.values()),
         answers=tuple(tuple(answers[key]) for key in prompts),
-        recorded=_numbers([values for key in prompts for values in recorded[key]]),
+        recorded=tuple(tuple(recorded[key]) for key in prompts),
     )
 
 
 def in_order_of(given: GivenAnswers, prompts: Sequence[EncodedPrompt], path: str) -> GivenAnswers:
-    """Put answers into the order of another file's prompts.
-
-    Raises:
-        DataError: the two files do not answer the same prompts.
-    """
+    """Put answers into the order of another file's prompts. Raises DataError where the two don't answer the same prompts."""
     place = {_prompt_key(encoded.prompt): number for number, encoded in enumerate(given.prompts)}
     missing = next((one.prompt for one in prompts if _prompt_key(one.prompt) not in place), None)
     if missing is not None or len(place) != len(prompts):
         which = f"none for {missing.text[:60]!r}" if missing is not None else "more prompts"
         raise DataError(f"{path}: has {which}; both files must answer the same prompts.")
     order = [place[_prompt_key(one.prompt)] for one in prompts]
-    starts = np.cumsum([0, *(len(own) for own in given.answers)])
-    flat = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in order])
-    return GivenAnswers(
-        prompts=tuple(given.prompts[number] for number in order),
-        answers=tuple(given.answers[number] for number in order),
-        recorded={name: values[flat] for name, values in given.recorded.items()},
-    )
+    return GivenAnswers(*(tuple(part[n] for n in order) for part in (given.prompts, given.answers, given.recorded)))  # type: ignore[arg-type]
 
 
 def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prompt:
@@ -102,8 +101,7 @@ def _prompt(row: Row, config: DataConfig, leave_out: Sequence[str] = ()) -> Prom
     if messages is not None:
         # No model, so no chat template: the contents as they are.
         columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
-        text = "\n".join(message["content"] or "" for message in messages)
-        return Prompt(row=row.number, text=text, messages=messages, columns=columns)
+        return Prompt(row=row.number, text=contents(messages), messages=messages, columns=columns)
     return render_prompt(row._replace(values=values), config, SalienceConfig(), None)
 
 
@@ -119,27 +117,8 @@ def _messages(row: Row, config: DataConfig) -> tuple[dict[str, Any], ...] | None
 
 
 def _key(row: Row, config: DataConfig) -> str:
-    messages = _messages(row, config)
-    value = row.values.get(config.prompt_column) if messages is None else messages
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(_messages(row, config) or row.values.get(config.prompt_column), sort_keys=True, default=str)
 
 
 def _prompt_key(prompt: Prompt) -> str:
     return prompt.text if prompt.messages is None else json.dumps(prompt.messages, sort_keys=True)
-
-
-def _completion(row: Row) -> str:
-    value = row.values.get("completion")
-    where = f"{row.source}, row {row.number}"
-    if value is None:
-        raise DataError(f"{where}: no answer in column 'completion'; give a file as cagsr generate writes it.")
-    return text_of(value, f"{where}: column 'completion'")
-
-
-def _numbers(rows: Sequence[tuple[Any, ...]]) -> dict[str, NDArray[np.float64]]:
-    found = {}
-    for number, name in enumerate(_RECORDED):
-        column = [values[number] for values in rows]
-        if all(isinstance(value, int | float) for value in column):
-            found[name] = np.array(column, dtype=np.float64)
-    return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,16 +25,13 @@ from cagsr.support.extras import has_extra, install_command
 from cagsr.support.processes import broadcast, gather_objects, split_between_processes
 from cagsr.support.progress import each, working
 
-ResultT = TypeVar("ResultT")
-Metric = Callable[..., Sequence[float]]
-
 
 @dataclass(frozen=True)
 class HeldOutMetric:
     """A metric with the name it is logged and explained by."""
 
     name: str
-    compute: Metric
+    compute: Callable[..., Sequence[float]]
     """``f(prompts, completions, **columns) -> numbers``, higher is better."""
     notes: tuple[str, ...] = ()
     """What the user should know of the choice."""
@@ -42,7 +39,7 @@ class HeldOutMetric:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """JudgedAnswers to held-out prompts with what the metric says of each."""
+    """Answers to held-out prompts with what the metric says of each."""
 
     completions: tuple[str, ...]
     metric: tuple[float, ...]
@@ -53,13 +50,7 @@ class JudgedAnswers:
 def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> HeldOutMetric:
     """Pick the held-out metric: the user's, ROUGE-L where there are references (and the extra nltk), else lexical relevance.
 
-    Args:
-        dotted_path: ``package.module.function`` or None.
-        prompts: the held-out prompts, whose columns may hold references.
-
-    Raises:
-        ConfigError: the path can't be imported or is no function.
-        DataError: references of an unknown form.
+    Raises ConfigError for a path that can't be imported, DataError for references of an unknown form.
     """
     if dotted_path is not None:
         return HeldOutMetric(dotted_path, import_dotted(dotted_path, "evaluation.metric"))
@@ -90,90 +81,68 @@ def answer(
     metric: HeldOutMetric,
     *,
     seed: int,
-    batch_size: int = 64,
     accelerator: Accelerator | None = None,
     player: EpisodePlayer | None = None,
 ) -> JudgedAnswers:
-    """Answer each prompt once and judge the answers; every random generator is left as it was.
+    """Answer each prompt once and judge the answers; every random generator is left as it was. Raises as ``judge``.
 
-    Args:
-        loaded: the policy.
-        prompts: held-out prompts.
-        sampling: temperature (0 for greedy) and lengths.
-        metric: the judge.
-        seed: the same seed gives the same random numbers, so that two policies are compared under them.
-        batch_size: prompts at once.
-        accelerator: divides the prompts among its processes, which all call this and get the same; the metric is
-            computed by the main one.
-        player: plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
-
-    Raises:
-        ConfigError: the metric gives another number of values than there are prompts.
+    The same ``seed`` gives the same random numbers, so that two policies are compared under them. ``accelerator`` divides the
+    prompts among its processes, which all call this and get the same; the metric is computed by the main one. ``player``
+    plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
     """
     mine = split_between_processes(prompts, accelerator)
     found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
-        for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
-            some = mine[start : start + batch_size]
+        for start in each("answering held-out prompts", range(0, len(mine), 64), "batches"):
+            some = mine[start : start + 64]
             sample = partial(sample_responses, loaded, sampling=sampling)
             episodes = played(player, sample, some, prompt_batch(loaded, some))
             lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()
             found += zip(episodes.completions, lengths, ended, strict=True)
     everywhere = gather_objects(found, accelerator)
-    completions = tuple(text for text, _, _ in everywhere)
+    completions = tuple(text for text, *_ in everywhere)
     values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
-    return JudgedAnswers(
-        completions, values, tuple(length for _, length, _ in everywhere), tuple(ended for _, _, ended in everywhere)
-    )
+    return JudgedAnswers(completions, values, tuple(one[1] for one in everywhere), tuple(one[2] for one in everywhere))
 
 
 @working("judging the answers")
 def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> tuple[float, ...]:
     """Apply a metric to one answer for each prompt, its row's columns at hand.
 
-    Raises:
-        ConfigError: the metric fails, or gives something other than one finite number for each prompt.
+    Raises ConfigError: the metric fails, or gives something other than one finite number for each prompt.
     """
-    rows = [encoded.prompt for encoded in prompts]
-    values = call_checked(
-        lambda *texts, **columns: tuple(float(value) for value in metric.compute(*texts, **columns)),
-        rows,
-        completions,
-        f"The metric {metric.name}",
-        "one number for each",
-    )
-    if len(values) != len(prompts):
-        raise ConfigError(f"The metric {metric.name} gave {len(values)} values for {len(prompts)} prompts.")
+
+    def numbers(*texts: Sequence[str], **columns: Any) -> Iterable[float]:
+        return map(float, metric.compute(*texts, **columns))
+
+    rows, name = [encoded.prompt for encoded in prompts], f"The metric {metric.name}"
+    values = call_checked(numbers, rows, completions, name, "one number for each", "prompts")
     bad = next((row for row, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:
-        raise ConfigError(
-            f"The metric {metric.name} gave a value that is not a finite number for the prompt of row "
-            f"{prompts[bad].prompt.row}; mend it."
-        )
-    return values
+        row = prompts[bad].prompt.row
+        raise ConfigError(f"{name} gave a value that is not a finite number for the prompt of row {row}; mend it.")
+    return tuple(values)
 
 
 def call_checked(
-    function: Callable[..., ResultT], rows: Sequence[Prompt], completions: Sequence[str], name: str, returns: str
-) -> ResultT:
-    """Call a user's ``f(prompts, completions, **columns)``, its failure told in one sentence.
+    function: Callable[..., Iterable[Any]],
+    rows: Sequence[Prompt],
+    completions: Sequence[str],
+    name: str,
+    returns: str,
+    asked: str,
+) -> list[Any]:
+    """Call a user's ``f(prompts, completions, **columns)`` for as many values; the rows' columns are handed over as lists.
 
-    Args:
-        function: what is called, and what is made of its result.
-        rows: the prompts, one for each answer; their columns are handed over as lists.
-        completions: the answers.
-        name: opens the sentence.
-        returns: what the function should give, for the sentence.
-
-    Raises:
-        ConfigError: the function raises anything but an error of ours.
+    Raises ConfigError: it raises anything but an error of ours, or gives another number of values. The sentence begins with
+    ``name``, and says what f ``returns`` or how many were ``asked``.
     """
     names = {column for prompt in rows for column in prompt.columns} - {"prompts", "completions"}
     columns = {column: [prompt.columns.get(column) for prompt in rows] for column in sorted(names)}
     try:
-        return function([prompt.text for prompt in rows], list(completions), **columns)
+        values = list(function([prompt.text for prompt in rows], list(completions), **columns))
     except CagsrError:
         raise
     except Exception as error:  # a user's code can raise anything; the cause stays attached
@@ -181,13 +150,15 @@ def call_checked(
             f"{name} failed with {type(error).__name__}: {error}; it is called as f(prompts, completions, **columns) and "
             f"returns {returns}."
         ) from error
+    if len(values) != len(completions):
+        raise ConfigError(f"{name} gave {len(values)} values for {len(completions)} {asked}.")
+    return values
 
 
 def evaluation_metrics(sampled: JudgedAnswers, greedy: JudgedAnswers) -> dict[str, float]:
     """What is logged of an evaluation: sampled at the training temperature, and greedy.
 
-    A policy that only became more peaked gains when sampled and gains nothing greedy, so both
-    are logged.
+    A policy that only became more peaked gains when sampled and gains nothing greedy, so both are logged.
     """
     return {
         "eval/metric": _mean(sampled.metric),

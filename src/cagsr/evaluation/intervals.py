@@ -22,12 +22,23 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float, drawn: Floats) -> Interval:
+        """A value with the 95 % percentile interval of its resamples."""
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return cls(float(value), float(low), float(high))
+
+    def __format__(self, spec: str) -> str:
+        """``0.412 [0.380, 0.445]``; ``spec`` as for a single number."""
+        mean, low, high = (format(value, spec or ".3f") for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of ``values`` with its percentile bootstrap interval (Efron & Tibshirani, 1993, chapter 13).
+def mean_interval(values: ArrayLike, resamples: int = 2000) -> Interval:
+    """Mean of ``values`` with its 95 % percentile bootstrap interval (Efron & Tibshirani, 1993, chapter 13).
 
     ``values`` is ``(prompts,)`` or ``(seeds, prompts)``. With seeds, each resample draws seeds and prompts, both with
     replacement and the prompts alike for all drawn seeds: the two are crossed, as every seed answers every prompt.
@@ -35,21 +46,18 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 
     Raises ValueError for an empty array, more than two dimensions, or a value that is not finite.
     """
     table = _table(values)
-    low, high = np.quantile(_resampled_means(table, resamples, seed), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(table.mean()), float(low), float(high))
+    return Interval.of(table.mean(), _resampled_means(table, resamples))
 
 
-def paired_difference(
-    after: ArrayLike, before: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def paired_difference(after: ArrayLike, before: ArrayLike) -> Interval:
     """Mean of ``after - before`` with its interval, paired by prompt and, with two dimensions, by seed.
 
     Shapes as in ``mean_interval``, the same for both. Raises ValueError where they differ.
     """
-    return mean_interval(_differences(after, before), confidence, resamples, seed)
+    return mean_interval(_differences(after, before))
 
 
-def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999, seed: int = 0) -> float:
+def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999) -> float:
     """Two-sided p-value of the mean of ``after - before`` being 0, paired by prompt and, with two dimensions, by seed.
 
     One dimension, ``(prompts,)``: the sign-flip permutation test (Fisher's randomisation test for pairs), exact up to
@@ -64,7 +72,7 @@ def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999, s
     differences = _differences(after, before)
     table = _table(differences)
     if differences.ndim == 2 and len(table) > 1:
-        means = _resampled_means(table, resamples, seed)
+        means = _resampled_means(table, resamples)
         smaller = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
         return float(min(1.0, 2 * (1 + smaller) / (1 + resamples)))
     row = table[0]
@@ -73,7 +81,7 @@ def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999, s
     if len(row) <= _EXACT:
         signs = 1.0 - 2.0 * (np.arange(2 ** len(row))[:, None] >> np.arange(len(row)) & 1)
         return float(np.mean(np.abs(signs @ row) >= threshold))
-    flipped = np.random.default_rng(seed).integers(0, 2, size=(resamples, len(row)), dtype=np.int8)
+    flipped = np.random.default_rng(0).integers(0, 2, size=(resamples, len(row)), dtype=np.int8)
     # A part at a time: numpy makes float64 of what it multiplies.
     parts = np.array_split(flipped, max(1, flipped.size // 2**22))
     sums = row.sum() - 2.0 * np.concatenate([part @ row for part in parts])
@@ -98,6 +106,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def win_rates(scores: Sequence[Floats], others: Sequence[Floats]) -> Floats:
+    """Share of the pairs of answers to each prompt, one of either model, in which the first scores higher.
+
+    Every answer of the one is held against every answer of the other, whose number may differ; a tie counts half. Both take
+    ``(answers,)`` for each prompt. Returns ``(prompts,)`` float64, 0 to 1; NaN where a side has no score that is a number.
+    """
+    found = np.full(len(scores), np.nan)
+    for number, (mine, theirs) in enumerate(zip(scores, others, strict=True)):
+        mine, theirs = mine[np.isfinite(mine)], theirs[np.isfinite(theirs)]
+        if len(mine) and len(theirs):
+            found[number] = np.mean(0.5 * (1 + np.sign(mine[:, None] - theirs[None, :])))
+    return found
+
+
 def _differences(after: ArrayLike, before: ArrayLike) -> Floats:
     first, second = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if first.shape != second.shape:
@@ -115,11 +137,15 @@ def _table(values: ArrayLike) -> Floats:
     return table
 
 
-def _resampled_means(table: Floats, resamples: int, seed: int) -> Floats:
+def draw_counts(items: int, resamples: int, generator: np.random.Generator | None = None) -> NDArray[np.int64]:
+    """How often each item is drawn in each bootstrap resample, ``(resamples, items)``: a resample's mean is then one product."""
+    return (generator or np.random.default_rng(0)).multinomial(items, np.full(items, 1 / items), size=resamples)
+
+
+def _resampled_means(table: Floats, resamples: int) -> Floats:
     """Means ``(resamples,)`` of seeds and prompts drawn with replacement."""
     seeds, prompts = table.shape
-    generator = np.random.default_rng(seed)
-    # How often each seed and prompt is drawn: a resample's mean is then one product.
-    seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    prompt_counts = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    generator = np.random.default_rng(0)
+    seed_counts = draw_counts(seeds, resamples, generator)
+    prompt_counts = draw_counts(prompts, resamples, generator)
     return np.einsum("rs,sp,rp->r", seed_counts, table, prompt_counts, optimize=True) / (seeds * prompts)

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from cagsr.errors import ConfigError, ModelError
-from cagsr.evaluation.follow_up import follow_up_nll, load_judge
 from cagsr.evaluation.held_out import call_checked
+from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
+from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
-from cagsr.evaluation.relevance import embedding_relevance, load_encoder
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.models.files import check_files
 from cagsr.reward.model import load_reward_model
-from cagsr.support.dotted_path import import_dotted
-from cagsr.support.extras import has_extra, install_command
+from cagsr.support.dotted_path import import_function
+from cagsr.support.extras import has_extra, install_command, require
 from cagsr.support.progress import working
 
-Floats = NDArray[np.float64]
-
 BUILT_IN = (
-    "rouge_l",
-    "lexical_relevance",
-    "embedding_relevance",
-    "follow_up_perplexity",
-    "follow_up_nll",
-    "reward_model",
-    "repetition",
-    "words",
-    # added to these by whoever samples or compares the answers
-    "tokens",
-    "ended",
-    "entropy",
-    "self_bleu",
-    "win_rate",
+    *("rouge_l", "lexical_relevance", "embedding_relevance", "follow_up_perplexity", "follow_up_nll", "reward_model"),
+    *("repetition", "words"),
+    *("tokens", "ended", "entropy", "self_bleu", "win_rate"),  # added by whoever samples or compares the answers
 )
 """Names of measures that a checker can't take."""
 
@@ -60,20 +49,15 @@ class Judges:
 
 
 class AnswerJudge:
-    """Loads the judges once and measures answers as often as asked.
+    """Loads the judges once and measures answers as often as asked; models run on ``device``.
 
-    Args:
-        judges: which.
-        device: where models run.
-
-    Raises:
-        ConfigError: a checker that can't be imported, or sentence-transformers is missing.
-        ModelError: a model that can't be loaded.
+    Raises ConfigError for a checker that can't be imported or if sentence-transformers is missing, ModelError for a model that
+    can't be loaded.
     """
 
     def __init__(self, judges: Judges, device: torch.device | str = "cpu") -> None:
         self.judges = judges
-        self._checker = None if judges.checker is None else _load_checker(judges.checker)
+        self._checker = None if judges.checker is None else import_function(judges.checker, "--checker")
         self._encoder = None if judges.embedding_model is None else load_encoder(judges.embedding_model, device)
         self._judge = None if judges.judge_model is None else load_judge(judges.judge_model, device)
         self._reward_model = None
@@ -85,19 +69,12 @@ class AnswerJudge:
 
     @working("judging the answers")
     def measure(self, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> dict[str, Floats]:
-        """Measure answers, one prompt for each.
+        """Measure answers, one prompt (its text and its columns) for each: name -> ``(answers,)`` float64.
 
         Always: ``lexical_relevance`` (words weighted over the prompts handed in), ``repetition`` (3-grams), ``words``.
         With references in the rows (and the extra nltk): ``rouge_l``. With the judges: the checker's own names (for plain
         numbers the name of the function), ``embedding_relevance``, ``follow_up_perplexity`` and its logarithm
-        ``follow_up_nll``, ``reward_model`` (its raw score).
-
-        Args:
-            prompts: of the prompts only the text and the columns are used.
-            completions: the answers.
-
-        Returns:
-            Name -> ``(answers,)`` float64, NaN where the row lacks what the measure needs.
+        ``follow_up_nll``, ``reward_model`` (its raw score). NaN where the row lacks what the measure needs.
 
         Raises:
             ConfigError: the checker fails, or gives something other than one number or dict for each answer.
@@ -155,40 +132,67 @@ class AnswerJudge:
         return column
 
     def _check(self, rows: Sequence[Prompt], completions: Sequence[str]) -> dict[str, Floats]:
-        path = str(self.judges.checker)
-        checker = self._checker
-        assert checker is not None
-        values = call_checked(
-            lambda *texts, **columns: list(checker(*texts, **columns)),
-            rows,
-            completions,
-            f"--checker {path}:",
-            "a number, or a dict of numbers, for each answer",
-        )
-        if len(values) != len(completions):
-            raise ConfigError(f"--checker {path}: gave {len(values)} values for {len(completions)} answers.")
-        return _columns_of(values, path)
+        """The checker's values as one array for each name; None and names that an answer lacks become NaN."""
+        path = f"--checker {self.judges.checker}:"
+        assert self._checker is not None
+        returns = "a number, or a dict of numbers, for each answer"
+        values = call_checked(self._checker, rows, completions, path, returns, "answers")
+        own = str(self.judges.checker).rpartition(".")[2]
+        named = [value if isinstance(value, Mapping) else {own: value} for value in values]
+        found: dict[str, Floats] = {}
+        for name in dict.fromkeys(str(key) for value in named for key in value):
+            if name in BUILT_IN:
+                raise ConfigError(f"{path} '{name}' is the name of a measure of ours; give it another name.")
+            column = [value.get(name) for value in named]
+            try:
+                found[name] = np.array([np.nan if one is None else float(one) for one in column])
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{path} '{name}' holds something that is no number ({error}).") from error
+            if np.isinf(found[name]).any():
+                raise ConfigError(f"{path} '{name}' is infinite for an answer; give a finite number or None.")
+        return found
 
 
-def _load_checker(path: str) -> Any:
-    function = import_dotted(path, "--checker")
-    if not callable(function):
-        raise ConfigError(f"--checker {path}: is {type(function).__name__}, not a function.")
-    return function
+class Encoder(Protocol):
+    """The part of sentence-transformers' ``SentenceTransformer`` that is used."""
+
+    def encode(self, sentences: list[str], *, batch_size: int, show_progress_bar: bool) -> Any:
+        """Embeddings ``(sentences, width)``."""
 
 
-def _columns_of(values: Sequence[Any], path: str) -> dict[str, Floats]:
-    """A checker's values as one array for each name; None and names that an answer lacks become NaN."""
-    named = [value if isinstance(value, Mapping) else {path.rpartition(".")[2]: value} for value in values]
-    found: dict[str, Floats] = {}
-    for name in dict.fromkeys(str(key) for value in named for key in value):
-        if name in BUILT_IN:
-            raise ConfigError(f"--checker {path}: '{name}' is the name of a measure of ours; give it another name.")
-        column = [value.get(name) for value in named]
-        try:
-            found[name] = np.array([np.nan if one is None else float(one) for one in column])
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--checker {path}: '{name}' holds something that is no number ({error}).") from error
-        if np.isinf(found[name]).any():
-            raise ConfigError(f"--checker {path}: '{name}' is infinite for an answer; give a finite number or None.")
-    return found
+@working("embedding the answers")
+def embedding_relevance(encoder: Encoder, prompts: Sequence[str], answers: Sequence[str]) -> Floats:
+    """Cosine of each prompt's and its answer's embedding, ``(answers,)`` float64, between -1 and 1.
+
+    NaN for an answer without a character that isn't white space. Texts longer than the encoder reads are cut by it. Equal
+    texts are embedded once.
+    """
+    texts = list(dict.fromkeys([*prompts, *answers]))
+    vectors = np.asarray(encoder.encode(texts, batch_size=64, show_progress_bar=False), dtype=np.float64)
+    place = {text: number for number, text in enumerate(texts)}
+    first = vectors[[place[text] for text in prompts]]
+    second = vectors[[place[text] for text in answers]]
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    said = np.array([bool(text.strip()) for text in answers]) & (lengths > 0)
+    return np.where(said, (first * second).sum(axis=1) / np.where(lengths > 0, lengths, 1.0), np.nan)
+
+
+def load_encoder(path: str, device: torch.device | str) -> Encoder:
+    """Load a sentence-transformers model, a folder or a Hub id, safetensors weights only.
+
+    Raises ConfigError if sentence-transformers is not installed, ModelError for a folder or a model that can't be loaded.
+    """
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ModelError(f"--embedding_model {path}: no such folder; give a sentence-transformers folder or a Hub id.")
+    require("--embedding_model", "embeddings")
+    from sentence_transformers import SentenceTransformer
+
+    check_files(path, f"--embedding_model {path}")
+    try:
+        return SentenceTransformer(path, device=str(device), model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"--embedding_model {path}: can't be loaded as a sentence-transformers model ({reason})"
+        ) from error

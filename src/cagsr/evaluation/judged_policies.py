@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cagsr.evaluation.diversity import distinct_of_draws, self_bleu
-from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
+from cagsr.evaluation.intervals import (
+    Floats,
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    paired_p_value,
+    win_rates,
+)
 from cagsr.evaluation.judge_answers import AnswerJudge
-from cagsr.evaluation.win_rate import win_rates
+from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
 from cagsr.flow import EncodedPrompt
 from cagsr.support.extras import has_extra
-
-Floats = NDArray[np.float64]
 
 DESCRIPTIVE = ("words", "tokens", "ended", "entropy")
 """Measures that are compared with an interval but not tested: neither more nor less of them is better."""
@@ -40,8 +44,9 @@ class Evaluated:
     """The unseen reward model's scores of the answers to each prompt."""
 
     def interval(self, measure: str) -> Interval | None:
-        """Mean over prompts with its interval; None where no prompt has a value."""
-        known = self.values[measure][np.isfinite(self.values[measure])]
+        """Mean over prompts with its interval; None where it was not measured, or no prompt has a value."""
+        values = self.values.get(measure, np.empty(0))
+        known = values[np.isfinite(values)]
         return mean_interval(known) if len(known) else None
 
 
@@ -81,18 +86,10 @@ def evaluate_answers(
     judge: AnswerJudge,
     more: Mapping[str, Floats] | None = None,
 ) -> Evaluated:
-    """Judge the answers to each prompt.
+    """Judge the answers to each prompt. Raises as ``AnswerJudge.measure``.
 
-    Args:
-        name: of the setting.
-        temperature: they were sampled at; None: unknown.
-        prompts: what was asked.
-        answers: one or more to each prompt.
-        judge: measures the single answers.
-        more: further measures of the single answers, ``(all answers,)`` each, those to a prompt in a row.
-
-    Raises:
-        CagsrError: as ``AnswerJudge.measure``.
+    ``name`` is that of the setting; ``more`` are further measures of the single answers, ``(all answers,)`` each, those to a
+    prompt in a row.
     """
     repeated = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
     found = {**judge.measure(repeated, [text for own in answers for text in own]), **(more or {})}
@@ -127,35 +124,22 @@ def compare(name: str, mine: Evaluated, theirs: Evaluated) -> PolicyComparison:
     found = []
     for measure, (first, second) in pairs.items():
         known = np.isfinite(first) & np.isfinite(second)
-        if not known.any():
-            continue
-        one, other = first[known], second[known]
-        found.append(
-            Difference(
-                measure=measure,
-                values=first - second,
-                mine=mean_interval(one),
-                theirs=mean_interval(other),
-                difference=paired_difference(one, other),
-                p=None if measure in DESCRIPTIVE else paired_p_value(one, other),
-            )
-        )
+        if known.any():
+            one, other = first[known], second[known]
+            intervals = (mean_interval(one), mean_interval(other), paired_difference(one, other))
+            p = None if measure in DESCRIPTIVE else paired_p_value(one, other)
+            found.append(Difference(measure, first - second, *intervals, p))
     return PolicyComparison(name, mine.name, theirs.name, tuple(found))
 
 
-def corrected(comparisons: Iterable[PolicyComparison]) -> tuple[PolicyComparison, ...]:
+def corrected(comparisons: Sequence[PolicyComparison]) -> list[PolicyComparison]:
     """The same comparisons with ``p_holm``: Holm's correction over all their tests together."""
-    given = tuple(comparisons)
-    adjusted = iter(holm([one.p for found in given for one in found.differences if one.p is not None]))
-    return tuple(
-        dataclasses.replace(
-            found,
-            differences=tuple(
-                one if one.p is None else dataclasses.replace(one, p_holm=next(adjusted)) for one in found.differences
-            ),
-        )
-        for found in given
-    )
+    adjusted = iter(holm([one.p for found in comparisons for one in found.differences if one.p is not None]))
+
+    def with_holm(one: Difference) -> Difference:
+        return one if one.p is None else dataclasses.replace(one, p_holm=next(adjusted))
+
+    return [dataclasses.replace(one, differences=tuple(map(with_holm, one.differences))) for one in comparisons]
 
 
 def _means(parts: Sequence[Floats]) -> Floats:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
+from cagsr.evaluation.intervals import Floats
 from cagsr.flow import EncodedPrompt, EpisodeBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -29,8 +29,6 @@ from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.statistics import token_entropy
 from cagsr.support.progress import each, working
-
-Floats = NDArray[np.float64]
 
 _FIRST_SLOPE = 2.5
 """First guess of d log(entropy) / d log(temperature), as a small model of E2E NLG has it."""
@@ -66,17 +64,8 @@ def answers_at(
     The same seed, prompts and batch size give the same random numbers at every temperature (the sampler draws one
     exponential variate for each token of the vocabulary and takes the largest ratio), so that two temperatures, or two
     models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in
-    the entropy. The global random generators are left as they were.
-
-    Args:
-        loaded: any loaded model, encoder-decoder ones too.
-        prompts: encoded with this model's tokenizer.
-        sampling: temperature (0 is greedy), answers per prompt, lengths, filters.
-        seed: of the sampling.
-        batch_size: answers at once, at least one prompt's.
-
-    Returns:
-        The answers in the order of ``prompts``, ``num_generations`` to each in a row.
+    the entropy. The global random generators are left as they were. ``batch_size`` answers are sampled at once, at least
+    one prompt's. The result is in the order of ``prompts``, ``num_generations`` answers to each in a row.
     """
     many = sampling.num_generations
     # Prompts of like length together: little padding. The order is the same at every temperature.
@@ -138,22 +127,9 @@ def matching_temperature(
     hand in the prompts, the sampling (its temperature is ignored), the seed and the batch size that the target was
     measured with. All temperatures see the same random numbers, so entropy is a smooth function of temperature, close to
     a power of it: the secant method on the logarithms, from temperature 1, is there after three or four rounds of
-    sampling. Where it isn't, Brent's method between ``low`` and ``high`` takes over.
-
-    Args:
-        loaded: the model that is brought to the target.
-        prompts: encoded with this model's tokenizer.
-        sampling: answers per prompt, lengths, filters.
-        target_entropy: nats per token, above 0.
-        seed: of the sampling.
-        batch_size: answers at once.
-        low: lowest temperature.
-        high: highest temperature.
-        tolerance: of the temperature.
-        known: entropies already measured under the same conditions, by temperature; one at 1.0 saves a round.
-
-    Raises:
-        ModelError: the target lies outside what temperatures between ``low`` and ``high`` give.
+    sampling. Where it isn't, Brent's method between ``low`` and ``high`` takes over, until the temperature is right to
+    ``tolerance``. ``known`` are entropies already measured under the same conditions, by temperature; one at 1.0 saves a
+    round. Raises ModelError for a target (nats per token) outside what temperatures between ``low`` and ``high`` give.
     """
     if not target_entropy > 0:
         raise ModelError(f"{loaded.path}: no temperature above 0 gives an entropy of {target_entropy:g} nats.")

@@ -1,8 +1,4 @@
-"""Measures of finished answers, as pure functions that share nothing with the reward.
-
-What a text alone tells stands here; ``perplexity`` needs a judge model and ``intervals`` holds the statistics (a mean or a
-paired difference is only reported with its interval). Both can be imported from here.
-"""
+"""Measures of finished answers that need their texts alone, as pure functions that share nothing with the reward."""
 
 from __future__ import annotations
 
@@ -13,26 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import regex
 
-from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
-from cagsr.evaluation.perplexity import perplexity
 from cagsr.prompts.find_words import UNSPACED
-
-__all__ = [
-    "Interval",
-    "distinct",
-    "length_in_tokens",
-    "length_in_words",
-    "lexical_relevance",
-    "mean_interval",
-    "paired_difference",
-    "perplexity",
-    "repetition",
-    "rouge_l",
-    "word_weights",
-    "words",
-]
 
 _ALONE = rf"(?=[\p{{L}}\p{{N}}])[{UNSPACED}]\p{{M}}*"
 _LETTERS = rf"(?:(?![{UNSPACED}])\w\p{{M}}*)+"
@@ -91,6 +71,37 @@ def distinct(texts: Iterable[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def distinct_of_draws(texts: Sequence[str], samples: int, n: int) -> float:
+    """distinct-n of one answer to each prompt, averaged over the ``samples`` draws, so that their number changes nothing.
+
+    ``texts`` holds ``samples`` answers to each prompt in a row. It is a property of the set: it falls as the set grows, so
+    that only sets of the same prompts can be compared, and resampling prompts with replacement would repeat their words
+    and put the whole bootstrap interval below the value itself. So it comes without an interval.
+    """
+    return float(np.mean([distinct(texts[draw::samples], n) for draw in range(samples)]))
+
+
+def self_bleu(texts: Sequence[str], n: int = 4) -> float:
+    """Self-BLEU (Zhu et al., 2018, "Texygen") of the answers to one prompt; between 0 and 1, lower is more diverse.
+
+    The mean over the answers of BLEU-n against all the others as references (nltk's sentence BLEU, smoothing method 1 of
+    Chen & Cherry, 2014: an order without a match counts as 0.1 matches), on lower-case words without punctuation. Orders
+    longer than an answer are left out for it. Answers without a word are left out; NaN with fewer than two left.
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    tokens = [found for found in (words(text) for text in texts) if found]
+    if len(tokens) < 2:
+        return float("nan")
+    smoothing = SmoothingFunction().method1
+    scores = []
+    for number, hypothesis in enumerate(tokens):
+        others = tokens[:number] + tokens[number + 1 :]
+        order = min(n, len(hypothesis))
+        scores.append(sentence_bleu(others, hypothesis, [1 / order] * order, smoothing))
+    return float(np.mean(scores))
+
+
 def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
@@ -98,11 +109,6 @@ def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def length_in_words(text: str) -> int:
     """Words of a text."""
     return len(words(text))
-
-
-def length_in_tokens(text: str, tokenizer: Any) -> int:
-    """Tokens of a text under ``tokenizer``, special tokens not counted."""
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def word_weights(prompts: Sequence[str], floor: float = 0.1) -> dict[str, float]:

@@ -1,21 +1,30 @@
-"""How surprised a fixed judge is by a text after another text."""
+"""How surprised a fixed judge is by a text after another text: an answer after its prompt, the follow-up after both.
+
+The judge's weights never change and have no part in the reward.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from cagsr.config import ModelConfig
 from cagsr.errors import ModelError
+from cagsr.evaluation.intervals import Floats
+from cagsr.evaluation.references import prompt_words
+from cagsr.flow import Prompt
 from cagsr.models.architecture import architecture_of
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.lengths import length_borders
+from cagsr.models.load import LoadedModel, load_model
+from cagsr.prompts.answer_text import answered_messages
+from cagsr.prompts.chat import apply_template
+from cagsr.reward.model import join_answer
 from cagsr.support.progress import each
-
-Floats = NDArray[np.float64]
 
 _LOGITS_AT_ONCE = 2**26
 """Numbers in one batch's logits (256 MiB as float32), so that a large vocabulary does not fill the memory."""
@@ -103,3 +112,66 @@ def _batch_nll(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Float
     nll[counted] = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none")
     mean = nll.sum(1) / counted.sum(1)  # 0 / 0 is NaN, as promised
     return mean.double().cpu().numpy()
+
+
+def follow_up_nll(
+    judge: LoadedModel, prompts: Sequence[Prompt], answers: Sequence[str], follow_ups: Sequence[str | None]
+) -> Floats:
+    """Mean negative log-likelihood per token of each row's true follow-up, given prompt + answer, under the judge; nats.
+
+    ``-1/n sum_i log p(f_i | prompt, answer, f_<i)`` over the n judge tokens of the follow-up alone; ``exp`` of it is the
+    follow-up perplexity. An answer (it may be empty) that says what the follow-up builds on makes it likelier. A plain
+    prompt, its answer and the follow-up are joined with single spaces (none where white space, or punctuation that takes
+    none, is already there); the space before the follow-up is scored with its first token. A conversation goes through the
+    judge's chat template, the follow-up as the user's next message, of which only the content is scored; without a template
+    its messages are joined as plain text.
+
+    Returns ``(answers,)`` float64, NaN where the follow-up is None or blank. Raises ModelError where the three together are
+    longer than the judge's context, or its template can't render the chat.
+    """
+    result = np.full(len(answers), np.nan)
+    chosen = [number for number, text in enumerate(follow_ups) if text is not None and text.strip()]
+    pairs = [_context(judge, prompts[n], answers[n], str(follow_ups[n]).strip()) for n in chosen]
+    templated = [prompts[n].messages is not None and judge.tokenizer.chat_template is not None for n in chosen]
+    try:
+        with judge.autocast():
+            contexts, texts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            result[chosen] = mean_nll(judge.model, judge.tokenizer, contexts, texts, templated=templated)
+    except ModelError as error:
+        raise ModelError(
+            f"--judge_model {judge.path}: {error} (its context must hold prompt, answer and follow-up)"
+        ) from error
+    return result
+
+
+def _context(judge: LoadedModel, prompt: Prompt, answer: str, follow_up: str) -> tuple[str, str]:
+    """What the judge reads and what it is measured on."""
+    if prompt.messages is not None and judge.tokenizer.chat_template is not None:
+        answered = answered_messages(prompt.messages, [{"role": "assistant", "content": answer}])
+        chat = [*answered, {"role": "user", "content": follow_up}]
+        try:
+            text = apply_template(chat, judge.tokenizer, prompt.columns, f"row {prompt.row}", opened=False)
+        except Exception as error:  # a template is a program and can raise anything
+            raise ModelError(
+                f"--judge_model {judge.path}: its chat template can't render row {prompt.row} with answer and follow-up "
+                f"({error})."
+            ) from error
+        start = text.rfind(follow_up)
+        if start >= 0:
+            return text[:start], follow_up
+    context = join_answer(prompt_words(prompt), answer).rstrip() or answer
+    return context, join_answer(context, follow_up)[len(context) :]
+
+
+def load_judge(path: str, device: torch.device | str) -> LoadedModel:
+    """Load a judge model. Raises ModelError where it can't be loaded, or is an encoder-decoder model."""
+    try:
+        loaded = load_model(ModelConfig(path, device="cpu"), for_training=False)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model.path", "--judge_model")) from error
+    if not loaded.architecture.one_sequence:
+        raise ModelError(
+            f"--judge_model {path}: is an encoder-decoder model; a judge must be decoder-only, so that prompt, answer and "
+            "follow-up are one text."
+        )
+    return dataclasses.replace(loaded, device=torch.device(device), model=loaded.model.to(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cagsr.errors import DataError
@@ -19,13 +19,7 @@ def first_column(prompts: Sequence[Prompt], names: Sequence[str]) -> str | None:
 
 
 def column_texts(prompts: Sequence[Prompt], column: str | None) -> list[list[str]]:
-    """The texts that each row has in a column, in TRL's forms: a text, several texts, or chat messages (the last one).
-
-    No texts for a row without them, and for every row where ``column`` is None.
-
-    Raises:
-        DataError: a row whose column holds something else.
-    """
+    """The texts that each row has in a column (``texts_of``); none for every row where ``column`` is None."""
     found = []
     for prompt in prompts:
         value = None if column is None else prompt.columns.get(column)
@@ -38,16 +32,18 @@ def column_texts(prompts: Sequence[Prompt], column: str | None) -> list[list[str
 
 def prompt_words(prompt: Prompt) -> str:
     """What a person wrote of a prompt: its text, or the contents of its chat messages without the template's marks."""
-    return (
-        prompt.text if prompt.messages is None else "\n".join(message["content"] or "" for message in prompt.messages)
-    )
+    return prompt.text if prompt.messages is None else contents(prompt.messages)
+
+
+def contents(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The contents of chat messages, a line each."""
+    return "\n".join(message["content"] or "" for message in messages)
 
 
 def texts_of(value: Any) -> list[str]:
-    """The texts of one row's column: a text, several texts, or chat messages (the last one); empty texts are none.
+    """The texts of one row's column in TRL's forms: a text, several texts, or chat messages (the last one); empty are none.
 
-    Raises:
-        DataError: something else.
+    Raises DataError for something else.
     """
     if value is None or (isinstance(value, str | Sequence) and not value):
         return []

@@ -18,7 +18,7 @@ from trl import RewardTrainer
 
 from cagsr.config import RewardModelConfig
 from cagsr.errors import ModelError
-from cagsr.evaluation.metrics import Interval, mean_interval
+from cagsr.evaluation.intervals import Interval, mean_interval
 from cagsr.models.load import LoadedModel, add_lora, load_model
 from cagsr.preferences.pairs import (
     TRAINER_ARGUMENTS,

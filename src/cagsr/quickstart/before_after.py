@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from cagsr.config import SamplingConfig
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
-from cagsr.evaluation.metrics import length_in_words, perplexity, repetition, rouge_l
+from cagsr.evaluation.metrics import length_in_words, repetition, rouge_l
+from cagsr.evaluation.perplexity import perplexity
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts

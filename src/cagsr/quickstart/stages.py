@@ -14,11 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig, TrainConfig, validate
-from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import load_model
-from cagsr.parse import parse_command
+from cagsr.parse import parse_command, to_yaml
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.quickstart.before_after import BeforeAfter, compare
 from cagsr.quickstart.quickstart_report import (

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cagsr.config import DataConfig, ModelConfig, SftConfig
-from cagsr.configfile import to_yaml
+from cagsr.parse import to_yaml
 from cagsr.quickstart.task import all_words, make_pairs
 from cagsr.sft import SETTINGS, sft
 from cagsr.support.atomic import write_text_atomically

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 import yaml
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
-from cagsr.configfile import to_yaml
 from cagsr.errors import ConfigError, RunError
+from cagsr.parse import to_yaml
 from cagsr.runs.fingerprint import FINGERPRINT, check_fingerprint, write_fingerprint
 from cagsr.runs.lines import append_lines, truncate_lines
 from cagsr.support.atomic import clean_leftovers, disk_errors, remove_folder, sync, write_text_atomically

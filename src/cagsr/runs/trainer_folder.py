@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cagsr.config import TrainerConfig, validate
-from cagsr.configfile import to_yaml
 from cagsr.errors import RunError
+from cagsr.parse import to_yaml
 from cagsr.runs.fingerprint import check_fingerprint, fingerprint_training, write_fingerprint
 from cagsr.runs.folder import check_settings
 from cagsr.runs.saved import DIFFERS, Saved

@@ -39,11 +39,7 @@ def _disk_is_full(error: Exception) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of writing ``path`` (Python's, safetensors' and those of torch.save) into one sentence.
-
-    Raises:
-        RunError: the disk is full, or ``path`` can't be written for another reason.
-    """
+    """Turn the errors of writing ``path`` (Python's, safetensors' and those of torch.save) into one sentence, a RunError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -79,10 +75,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Write a file so that at any moment ``path`` is the old file or the whole new one.
 
     A link is followed: what it points to becomes the new file. What is no file (/dev/null, /dev/stdout, a pipe) is written
-    to as it is.
-
-    Raises:
-        RunError: the disk is full or ``path`` can't be written; the old file is then untouched.
+    to as it is. Raises RunError where it can't be written; the old file is then untouched.
     """
     with disk_errors(path):
         if _is_stream(path):
@@ -130,10 +123,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes ``path`` when the block ends without an exception.
 
     Where ``path`` exists it is moved aside, replaced and then deleted; a kill between the two renames is mended by
-    ``clean_leftovers``. After an exception ``path`` is as it was and the temporary folder is gone.
-
-    Raises:
-        RunError: the disk is full or the folder can't be written.
+    ``clean_leftovers``. After an exception (RunError: it can't be written) ``path`` is as it was and the temporary folder gone.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     replaced = path.with_name(f".{path.name}{REPLACED}")
@@ -161,11 +151,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Remove what a kill left in ``folder`` under temporary names, and put back a folder that was moved aside.
-
-    Raises:
-        RunError: a leftover can't be removed.
-    """
+    """Remove (else RunError) what a kill left under temporary names, and put back a folder that was moved aside."""
     with disk_errors(folder):
         for leftover in folder.glob(f".*{REPLACED}"):
             original = leftover.with_name(leftover.name.removeprefix(".").removesuffix(REPLACED))

@@ -77,10 +77,7 @@ def operators_of(found: list[tuple[str, float, int]], device: torch.device) -> I
 def profile_text(steps: Sequence[Mapping[str, float]], operators: Sequence[tuple[str, float, int]]) -> str:
     """Say where the time went, as Markdown: parts (seconds a step, share of all), tokens per second, memory, operators.
 
-    Args:
-        steps: the timings of each step, as ``timings.jsonl`` holds them: ``<part>_seconds``, ``collect_seconds``,
-            ``update_seconds``, ``evaluation_seconds``, ``response_tokens``, ``peak_memory_bytes``.
-        operators: of one step, from :func:`operators_of`.
+    ``steps`` are rows of ``timings.jsonl``, ``operators`` those of one step, from :func:`operators_of`.
     """
     count = max(1, len(steps))
     whole = sum(row["collect_seconds"] + row["update_seconds"] + row["evaluation_seconds"] for row in steps)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from cagsr.errors import ConfigError
 
 
 def import_dotted(path: str, setting: str = "reward.functions") -> Any:
-    """Import what a dotted path names; modules in the current directory are found too.
+    """Import what a dotted path (``package.module.name``) names; modules in the current directory are found too.
 
-    Args:
-        path: ``package.module.name``.
-        setting: the config key it comes from, for messages.
-
-    Raises:
-        ConfigError: not a dotted path, no such module, the module can't be imported, or it has no such name.
+    Raises ConfigError, which begins with the ``setting``: no dotted path, no such module or name, or it can't be imported.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name or not name or path.startswith("."):
@@ -40,3 +36,11 @@ def import_dotted(path: str, setting: str = "reward.functions") -> Any:
     if not hasattr(module, name):
         raise ConfigError(f"{setting}: module {module_name!r} ({module.__file__}) has no {name!r}")
     return getattr(module, name)
+
+
+def import_function(path: str, setting: str) -> Callable[..., Any]:
+    """As ``import_dotted``; raises ConfigError for what is no function too."""
+    function = import_dotted(path, setting)
+    if not callable(function):
+        raise ConfigError(f"{setting} {path}: is {type(function).__name__}, not a function.")
+    return function

@@ -37,15 +37,9 @@ def install_command(*extras: str) -> str:
 
 
 def require(what: str, *extras: str, modules: Sequence[str] = ()) -> None:
-    """See that the extras of a command or a setting are there, before it begins.
+    """See that the extras of ``what`` (a command, a setting) are there, before it begins; ``modules``: only those of them.
 
-    Args:
-        what: what needs them, as the user names it: ``cagsr report``, ``--png``.
-        extras: names of ``EXTRAS``.
-        modules: those of the extras' modules that are needed; none: all.
-
-    Raises:
-        ConfigError: one is missing; the sentence says which, and what to install.
+    Raises ConfigError: one is missing; the sentence says which, and what to install.
     """
     missing = {
         extra: [module for module in EXTRAS[extra] if module in (modules or EXTRAS[extra]) and not is_installed(module)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,11 +17,7 @@ HOST = "127.0.0.1"
 
 
 def listen(port: int) -> socket.socket:
-    """Take the port on 127.0.0.1; 0 takes a free one. A browser that is too early waits instead of being refused.
-
-    Raises:
-        ConfigError: it is taken, or not allowed.
-    """
+    """Take the port on 127.0.0.1 (0: a free one), else ConfigError. A browser that is too early waits, and isn't refused."""
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -44,15 +41,13 @@ def serve_until_interrupted(application: ASGIApp, taken: socket.socket, ready: C
             await super().startup(sockets)
             ready()
 
-    settings = uvicorn.Config(
-        application,
-        log_level="warning",
-        access_log=False,  # its lines would show a token
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=3,
-    )
+    # No access log: its lines would show a token.
+    quiet: dict[str, Any] = {
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+    }
+    settings = uvicorn.Config(application, **quiet, lifespan="off", ws="none", timeout_graceful_shutdown=3)
     with resting():
         Server(settings).run(sockets=[taken])

@@ -1,7 +1,4 @@
-"""Several processes as one run: started through accelerate, given their share of the work, failing together.
-
-Imported by every room, like ``errors``: it knows nothing of the method.
-"""
+"""Several processes as one run: started through accelerate, given their share of the work, failing together."""
 
 from __future__ import annotations
 
@@ -34,9 +31,7 @@ def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
     """Join the processes that ``accelerate launch`` or ``torchrun`` started, as its configuration says (DDP or FSDP2).
 
     ``cpu`` runs on the CPU although there is a GPU; one process may have to wait ``longest_wait`` seconds for a server.
-
-    Raises:
-        ConfigError: a way of distributing (FSDP1, DeepSpeed, Megatron) or a setting of it that is not supported.
+    Raises ConfigError for a way of distributing (FSDP1, DeepSpeed, Megatron) or a setting of it that is not supported.
     """
     # Buffers (rotary frequencies) never change, so there is nothing to broadcast before a forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -64,11 +59,7 @@ def start_accelerator(*, cpu: bool, longest_wait: float = 0.0) -> Accelerator:
 
 
 def check_precision(accelerator: Accelerator, compute_dtype: torch.dtype) -> None:
-    """Refuse a precision that accelerate would bring in by itself.
-
-    Raises:
-        ConfigError: accelerate's mixed_precision is not the model's.
-    """
+    """Refuse (ConfigError) a precision that accelerate would bring in by itself: its mixed_precision is not the model's."""
     chosen = accelerator.mixed_precision
     if chosen == "no" or (chosen == "bf16" and compute_dtype == torch.bfloat16):
         return
@@ -79,11 +70,7 @@ def check_precision(accelerator: Accelerator, compute_dtype: torch.dtype) -> Non
 
 
 def check_processes(batch: int, answers: int, mini_batches: int, processes: int) -> None:
-    """Refuse a step of ``batch`` prompts with ``answers`` to each that can't be divided among the processes.
-
-    Raises:
-        ConfigError: one sentence naming the setting and what to do.
-    """
+    """Refuse (ConfigError) a step of ``batch`` prompts with ``answers`` to each that can't be divided among the processes."""
     if batch % processes:
         below, above = batch - batch % processes, batch + processes - batch % processes
         raise ConfigError(
@@ -116,12 +103,9 @@ def gather_objects(items: Sequence[T], accelerator: Accelerator | None) -> list[
 
 
 def broadcast(make: Callable[[], T], accelerator: Accelerator | None) -> T:
-    """Compute something (picklable) on the main process and tell all; an error is raised in all of them.
+    """Compute something (picklable) on the main process and tell all; a CagsrError is raised in all of them.
 
     Every process calls it. A process that raised alone would leave the others waiting for ever.
-
-    Raises:
-        CagsrError: what ``make`` raised on the main process.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return make()
@@ -149,11 +133,7 @@ def _shard_on_cpu() -> None:
 
 
 def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Refuse what accelerate's FSDP offers and is not supported here.
-
-    Raises:
-        ConfigError: one sentence naming the setting.
-    """
+    """Refuse (ConfigError) what accelerate's FSDP offers and is not supported here."""
     if plugin.fsdp_version != 2:
         raise ConfigError("accelerate is configured for FSDP1: set fsdp_version: 2 in its configuration.")
     offload = plugin.cpu_offload

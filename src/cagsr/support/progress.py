@@ -267,10 +267,11 @@ def now() -> float:
     return time.monotonic() if display is None else display.clock()
 
 
-def say(sentence: str) -> None:
-    """Print a note or a warning to standard error, above the bars if there are any."""
+def say(*sentences: str) -> None:
+    """Print notes or warnings to standard error, each on a line, above the bars if there are any."""
     display = _CURRENT.get()
-    if display is None:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, markup=False)
-    else:
-        display.say(sentence)
+    for sentence in sentences:
+        if display is None:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, markup=False)
+        else:
+            display.say(sentence)

@@ -18,10 +18,10 @@ from accelerate import Accelerator
 
 from cagsr.config import TrainConfig
 from cagsr.config.validation import flatten
-from cagsr.configfile import to_yaml
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
+from cagsr.parse import to_yaml
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptSet, PromptStream
 from cagsr.reward.association import Associations
