@@ -22,7 +22,7 @@ from cagsr.compare.jobs import (
     validity_file,
 )
 from cagsr.compare.plan import START, Plan
-from cagsr.run_page.step_times import step_seconds
+from cagsr.run_page.read_run import step_seconds
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]

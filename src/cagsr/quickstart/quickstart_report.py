@@ -72,13 +72,8 @@ def verdict(found: BeforeAfter) -> list[str]:
     }
     told = "; ".join(f"{name} {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" for name, gain in gains.items())
     up = [gain.low > 0 for gain in gains.values()]
-    opening = (
-        "Facts covered went up"
-        if all(up)
-        else "Facts covered went up, but not in every comparison"
-        if any(up)
-        else "Facts covered did NOT go up in this run"
-    )
+    opening = "Facts covered went up" if any(up) else "Facts covered did NOT go up in this run"
+    opening += ", but not in every comparison" if any(up) and not all(up) else ""
     sentences = [f"{opening}: {told} (mean difference with its 95 % interval)."]
     worse = [
         f"{measure.label} {found.peaked.mean(measure.key):.3f} -> {found.after.mean(measure.key):.3f}"
@@ -92,7 +87,7 @@ def verdict(found: BeforeAfter) -> list[str]:
 
 
 def _gain(before: Answered, after: Answered, key: str) -> Interval:
-    return paired_difference(after.per_prompt(key), before.per_prompt(key))
+    return paired_difference(after.values[key].mean(axis=1), before.values[key].mean(axis=1))
 
 
 def examples(prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> list[tuple[str, list[tuple[str, str, str]]]]:

@@ -74,20 +74,18 @@ def save_blank(folder: Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made from nothing: what ``folder`` holds in the end depends on these alone."""
+    """How a model is made from nothing: what ``folder`` holds in the end depends on these alone.
+
+    It gets ``pairs.jsonl`` (drawn with ``data_seed``), ``blank/`` (architecture and tokenizer) and ``NAME/``, the result of so
+    many steps of 16 pairs; ``seed`` draws the random weights and the order of the pairs.
+    """
 
     folder: Path
-    """Gets ``pairs.jsonl``, ``blank/`` (architecture and tokenizer) and ``NAME/`` (the result)."""
     name: str
-    """Name of the result's folder."""
     data_seed: int
-    """Seeds the pairs."""
     seed: int
-    """Seeds the random weights and the order of the pairs."""
     pairs: int
-    """How many pairs the annotator writes."""
     steps: int
-    """Gradient steps of 16 pairs."""
 
     def settings(self) -> SftConfig:
         """Give the settings as ``cagsr sft`` takes them."""
@@ -115,15 +113,10 @@ class Recipe:
 
         ``sft`` takes ``config.json`` away before it changes anything and writes it last.
         """
-        result, pairs = self.folder / self.name, self.folder / "pairs.jsonl"
-        settings = result / SETTINGS
-        return (
-            (result / "config.json").is_file()
-            and settings.is_file()
-            and settings.read_text(encoding="utf-8") == to_yaml(self.settings())
-            and pairs.is_file()
-            and pairs.read_text(encoding="utf-8") == self.rows()
-        )
+        result = self.folder / self.name
+        wanted = {result / SETTINGS: to_yaml(self.settings()), self.folder / "pairs.jsonl": self.rows()}
+        found = (path.is_file() and path.read_text(encoding="utf-8") == text for path, text in wanted.items())
+        return (result / "config.json").is_file() and all(found)
 
     def make(self) -> Path:
         """Train the model with ``sft``, from random weights, and return its folder."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,36 +59,27 @@ class Guard:
         await (self._app if refusal is None else refusal)(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
-        hosts = headers.getlist("host")
+        request = HTTPConnection(scope)
+        hosts = request.headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return PlainTextResponse("This address is not the one that cagsr rate serve printed.\n", 421)
-        if not any(hmac.compare_digest(one.encode(), self._token) for one in self._tokens(scope, headers)):
+        if not any(hmac.compare_digest(one.encode(), self._token) for one in self._tokens(request)):
             sentence = "Open the link that cagsr rate serve printed: it holds the token that this page asks for."
             if scope["path"].startswith("/api/"):
                 return JSONResponse({"error": sentence}, 403)
             return PlainTextResponse(sentence + "\n", 403)
         if scope["method"] not in READS:
-            origins = headers.getlist("origin")
-            if (
-                origins != [f"http://{hosts[0].lower()}"]
-                or headers.get("sec-fetch-site", "same-origin") != "same-origin"
-            ):
+            own = request.headers.getlist("origin") == [f"http://{hosts[0].lower()}"]
+            if not own or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return JSONResponse({"error": "Ratings are taken from the rating page alone."}, 403)
         return None
 
-    def _tokens(self, scope: Scope, headers: Headers) -> list[str]:
+    def _tokens(self, request: HTTPConnection) -> list[str]:
         """Every token that the request brings."""
-        found = headers.getlist("x-cagsr-token")
-        for line in headers.getlist("cookie"):
-            try:
-                cookies = SimpleCookie(line)
-            except CookieError:
-                continue
-            if self._cookie in cookies:
-                found.append(cookies[self._cookie].value)
-        if scope["path"] == "/" and scope["method"] in READS:
-            found += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        found = request.headers.getlist("x-cagsr-token")
+        found += [value for name, value in request.cookies.items() if name == self._cookie]
+        if request.scope["path"] == "/" and request.scope["method"] in READS:
+            found += request.query_params.getlist("token")
         return found
 
 

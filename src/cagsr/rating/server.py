@@ -85,10 +85,8 @@ def rating_app(store: Store, port: int) -> Starlette:
         message = await _read(request, RateMessage, store)
         _check_marks(message, store.settings.scales)
         marks = None if message.choice == "skip" else message.marks
-        outcome = await run_in_threadpool(
-            store.rate, message.rater, message.question, message.choice, message.client_id, marks
-        )
-        return await _answer(outcome, message)
+        given = (message.rater, message.question, message.choice, message.client_id, marks)
+        return await _answer(await run_in_threadpool(store.rate, *given), message)
 
     async def undo(request: Request) -> Response:
         message = await _read(request, UndoMessage, store)
