@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from cagsr.config import SamplingConfig
@@ -38,15 +40,8 @@ class Measure:
     digits: int = 3
 
 
-MEASURES = (
-    Measure("facts_covered", "facts covered, share", "higher"),
-    Measure("wrong_facts", "wrong facts, per answer", "lower"),
-    Measure("said_again", "facts said again, per answer", "lower"),
-    Measure("rouge_l", "ROUGE-L to a complete answer", "higher"),
-    Measure("repetition", "repeated 3-grams, share", "lower"),
-    Measure("words", "length, words", "", 1),
-    Measure("perplexity", "perplexity under the judge", "lower", 2),
-)
+TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
+MEASURES = tuple(Measure(key, **row) for key, row in TEXTS["measures"].items())
 
 
 @dataclass(frozen=True)

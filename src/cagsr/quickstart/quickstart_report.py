@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
@@ -15,12 +13,10 @@ from rich.text import Text
 
 from cagsr.evaluation.intervals import Interval, paired_difference
 from cagsr.flow import EncodedPrompt
-from cagsr.html_page import templates
-from cagsr.quickstart.before_after import MEASURES, Answered, BeforeAfter, Measure
+from cagsr.html_page import fill
+from cagsr.quickstart.before_after import MEASURES, TEXTS, Answered, BeforeAfter, Measure
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.task import read_prompt, stated_facts
-
-TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 
 
 def welcome(console: Console, folder: Path) -> None:
@@ -122,18 +118,17 @@ def remark(prompt: str, answer: str) -> str:
 
 def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, config: QuickstartConfig) -> str:
     """The report as a Markdown file: table, verdict, examples, settings."""
-    text: str = (
-        templates("quickstart", html=False)
-        .get_template("report.md.jinja")
-        .render(
-            title=_title(found),
-            verdict=verdict(found),
-            columns=list(found.columns()),
-            rows=table_rows(found),
-            temperature=found.peaked.temperature,
-            examples=examples(prompts, found),
-            config=config,
-        )
+    text = fill(
+        "quickstart",
+        "report.md.jinja",
+        escaped=False,
+        title=_title(found),
+        verdict=verdict(found),
+        columns=list(found.columns()),
+        rows=table_rows(found),
+        temperature=found.peaked.temperature,
+        examples=examples(prompts, found),
+        config=config,
     )
     return text + "\n"
 

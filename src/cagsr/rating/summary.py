@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
-from cagsr.html_page import templates
+from cagsr.html_page import fill
 from cagsr.rating.store import Choice, Judgement, Settings
 
 Floats = NDArray[np.float64]
@@ -78,8 +78,7 @@ class Summary:
 
     def text(self) -> str:
         """Give the summary as text, a few lines."""
-        text: str = templates("rating", html=False).get_template("summary.txt.jinja").render(s=self, few=FEW)
-        return text.rstrip("\n")
+        return fill("rating", "summary.txt.jinja", escaped=False, s=self, few=FEW).rstrip("\n")
 
 
 def summarize(judgements: Sequence[Judgement], questions: int, settings: Settings) -> Summary:

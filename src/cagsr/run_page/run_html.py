@@ -14,7 +14,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from markupsafe import Markup
 
-from cagsr.html_page import page_file, script_digest, script_json, templates
+from cagsr.html_page import fill, page_file, script_digest, script_json, templates
 from cagsr.run_page.metric_curves import GROUPS, MORE, curve_data, curves_of
 from cagsr.run_page.overview_tables import changed_settings, costs, differing_settings, glance, warnings_of
 from cagsr.run_page.read_run import Run
@@ -87,22 +87,19 @@ def render_page(runs: Sequence[Run], content: Content | None = None, *, live: st
     content = content or content_of(runs)
     parts = "\n".join(page_file("run_page", name) for name in SCRIPTS)
     scripts = [bokeh_script(), f'(async () => {{\n"use strict";\n{parts}}})();']
-    page: str = (
-        templates("run_page")
-        .get_template("page.html.jinja")
-        .render(
-            title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
-            runs=runs,
-            html={name: Markup(text) for name, text in content.html.items()},
-            style=page_file("run_page", "report.css"),
-            scripts=[Markup(script) for script in scripts],
-            digests=[script_digest(script) for script in scripts],
-            data=script_json(content.data),
-            live=live,
-            made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        )
+    return fill(
+        "run_page",
+        "page.html.jinja",
+        title=", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
+        runs=runs,
+        html={name: Markup(text) for name, text in content.html.items()},
+        style=page_file("run_page", "report.css"),
+        scripts=[Markup(script) for script in scripts],
+        digests=[script_digest(script) for script in scripts],
+        data=script_json(content.data),
+        live=live,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     )
-    return page
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.html_page import page_file, script_digest, script_json, templates
+from cagsr.html_page import fill, page_file, script_digest, script_json
 from cagsr.view.measure import REWARD, Answer, Floats, Measured, Plane
 
 ROOM = 2_300_000
@@ -87,21 +87,18 @@ def render_page(measured: Measured) -> str:
     """
     data = page_data(measured)
     script = page_file("view", "view.js")
-    page: str = (
-        templates("view")
-        .get_template("page.html.jinja")
-        .render(
-            m=measured,
-            answers=measured.answers,
-            maps=[one["map"] for one in data["answers"]],
-            planes=data["planes"],
-            single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
-            headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
-            heads=1 + max((head for _, head in data["planes"] if head is not None), default=-1),
-            style=page_file("view", "view.css"),
-            script=script,
-            digest=script_digest(script),
-            data=script_json(data),
-        )
+    return fill(
+        "view",
+        "page.html.jinja",
+        m=measured,
+        answers=measured.answers,
+        maps=[one["map"] for one in data["answers"]],
+        planes=data["planes"],
+        single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
+        headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
+        heads=1 + max((head for _, head in data["planes"] if head is not None), default=-1),
+        style=page_file("view", "view.css"),
+        script=script,
+        digest=script_digest(script),
+        data=script_json(data),
     )
-    return page
