@@ -10,9 +10,9 @@ import pytest
 
 from cagsr.compare import result_figures as figures
 from cagsr.compare import result_tables as tables
-from cagsr.compare.jobs import method_folder, plan_jobs, result_file
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, method_folder, plan_jobs, result_file
 from cagsr.compare.plan import Files, Method, Plan, RewardModelPlan
-from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
+from cagsr.compare.results import Results
 
 # Two seeds, four prompts. The start misses half of everything; ours misses 0.2 less sampled, 0.1 less than the start at
 # matched entropy, nothing less greedy; people's is as good as the start.

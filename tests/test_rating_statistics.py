@@ -11,9 +11,8 @@ import pytest
 
 from cagsr.rating.export import preference_pairs
 from cagsr.rating.rating_questions import RatingQuestion
-from cagsr.rating.rating_statistics import agreement, choice_agreement, prompt_means, win_score
 from cagsr.rating.store import Judgement, Settings
-from cagsr.rating.summary import summarize
+from cagsr.rating.summary import SCORES, Agreement, agreement, choice_agreement, prompt_means, summarize
 
 SETTINGS = Settings("a.jsonl", "b.jsonl", (), 0)
 Q = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(10)]
@@ -34,7 +33,7 @@ def test_the_win_rate_is_a_mean_over_prompts() -> None:
     """Prompt 0: two raters, 1 and 0.5, and a second question with 0: (0.75 + 0) / 2; prompt 1: 1; prompt 2: skipped only."""
     second = RatingQuestion("prompt 0", "another a", "another b")
     judgements = [*judged("ada", "aas"), *judged("bob", "=--"), *judged("ada", "b", [second])]
-    assert prompt_means(judgements, win_score).tolist() == [0.375, 1.0]
+    assert prompt_means(judgements, lambda one: SCORES.get(one.choice)).tolist() == [0.375, 1.0]
     found = summarize(judgements, 4, SETTINGS)
     assert found.prompts == 2
     assert found.win_rate is not None
@@ -46,7 +45,7 @@ def test_the_win_rate_is_a_mean_over_prompts() -> None:
 
 
 def test_both_bad_and_tie_count_half() -> None:
-    assert prompt_means(judged("ada", "=xab"), win_score).tolist() == [0.5, 0.5, 1.0, 0.0]
+    assert prompt_means(judged("ada", "=xab"), lambda one: SCORES.get(one.choice)).tolist() == [0.5, 0.5, 1.0, 0.0]
 
 
 def test_alpha_of_two_raters_by_hand() -> None:
@@ -57,24 +56,25 @@ def test_alpha_of_two_raters_by_hand() -> None:
     Expected: 1 - (8 * 7 + 9 * 8 + 3 * 2) / (20 * 19) = 1 - 134 / 380 = 246 / 380. Alpha = 1 - 0.2 * 380 / 246.
     """
     judgements = [*judged("ada", "aaaabbbb=="), *judged("bob", "aaabbbbb=a")]
-    alpha, shared = choice_agreement(judgements)
+    found = choice_agreement(judgements)
+    alpha, shared = found.alpha, found.shared
     assert shared == 10
     assert alpha == pytest.approx(1 - 0.2 * 380 / 246, abs=1e-12)
     # What one of them has not rated, or skipped, is no unit and changes nothing.
     more = [*judged("ada", "aaaabbbb==ab", [*Q, RatingQuestion("p", "x", "y"), RatingQuestion("q", "x", "y")])]
     more += judged("bob", "aaabbbbb=as", [*Q, RatingQuestion("p", "x", "y")])
-    assert choice_agreement(more) == (pytest.approx(alpha, abs=1e-12), 10)
+    assert choice_agreement(more) == Agreement(pytest.approx(alpha, abs=1e-12), 10)
 
 
 def test_alpha_at_its_ends() -> None:
-    assert choice_agreement([*judged("ada", "abab"), *judged("bob", "abab")])[0] == pytest.approx(1.0)
-    assert choice_agreement([*judged("ada", "ab"), *judged("bob", "ba")])[0] == pytest.approx(-0.5)  # 1 - 1 / (2/3)
-    assert choice_agreement(judged("ada", "abab")) == (None, 0)
-    assert choice_agreement([*judged("ada", "aa"), *judged("bob", "aa")]) == (None, 2)
+    assert choice_agreement([*judged("ada", "abab"), *judged("bob", "abab")]).alpha == pytest.approx(1.0)
+    assert choice_agreement([*judged("ada", "ab"), *judged("bob", "ba")]).alpha == pytest.approx(-0.5)  # 1 - 1 / (2/3)
+    assert choice_agreement(judged("ada", "abab")) == Agreement(None, 0)
+    assert choice_agreement([*judged("ada", "aa"), *judged("bob", "aa")]) == Agreement(None, 2)
     # Ordinal: a near miss counts less than a far one.
     near = [("ada", unit, value) for unit, value in enumerate([1, 2, 3, 4, 5])]
     off = [
-        agreement([*near, *(("bob", unit, value) for unit, value in enumerate(marks))], "ordinal")[0]
+        agreement([*near, *(("bob", unit, value) for unit, value in enumerate(marks))], "ordinal").alpha
         for marks in ([1, 2, 3, 4, 4], [1, 2, 3, 4, 1])
     ]
     assert off[0] is not None

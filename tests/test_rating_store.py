@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 import apart
 from cagsr.errors import DataError, RunError
-from cagsr.rating.database import open_database, was_created
 from cagsr.rating.rating_questions import RatingQuestion
-from cagsr.rating.store import Settings, Store, rater_name
+from cagsr.rating.store import Settings, Store, open_database, rater_name, was_created
 
 QUESTIONS = [RatingQuestion(f"prompt {number}", f"a {number}", f"b {number}") for number in range(6)]
 SETTINGS = Settings("a.jsonl", "b.jsonl", (), 0)

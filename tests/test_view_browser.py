@@ -18,7 +18,7 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.view import View, view
-from cagsr.view.planes import REWARD
+from cagsr.view.measure import REWARD
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
@@ -135,7 +135,7 @@ def test_pointing_at_the_prompt_shows_which_tokens_looked_at_it(show: Any, small
 
 
 def test_layers_and_heads_can_be_chosen(show: Any, small: View) -> None:
-    from cagsr.view.planes import Plane
+    from cagsr.view.measure import Plane
 
     page = show(small)
     assert page.locator("#head").is_disabled()

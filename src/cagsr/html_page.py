@@ -29,6 +29,12 @@ def templates(room: str, *, html: bool = True) -> Environment:
     return environment
 
 
+def fill(room: str, name: str, *, escaped: bool = True, **content: Any) -> str:
+    """A room's template with its content, ``escaped`` as HTML."""
+    text: str = templates(room, html=escaped).get_template(name).render(content)
+    return text
+
+
 def minus(number: str) -> str:
     """A number as text, with a true minus."""
     return number.replace("-", "\N{MINUS SIGN}")

@@ -99,8 +99,7 @@ def _serve(config: Config) -> None:
 
 def _store(config: Config, path: Path) -> Store:
     """Open the ratings file and check that it is about these files and settings, or make it."""
-    from cagsr.rating.database import was_created
-    from cagsr.rating.store import SCALES, Settings, Store
+    from cagsr.rating.store import SCALES, Settings, Store, was_created
 
     checked(OutputFile, str(path), "--db")
     known = was_created(path)

@@ -1,8 +1,4 @@
-"""The report of a comparison: one Markdown file with its pictures beside it, and one self-contained HTML file.
-
-What it says stands in ``report.jinja``, once; how a section, a table or a picture is written, in a file of macros for each of
-the two formats.
-"""
+"""The report of a comparison: Markdown with its pictures beside it, and one HTML file; ``report.jinja`` says it for both."""
 
 from __future__ import annotations
 
@@ -17,8 +13,9 @@ from markupsafe import Markup
 
 from cagsr.compare import result_figures as figures
 from cagsr.compare import result_tables as tables
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED
 from cagsr.compare.plan import START
-from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
+from cagsr.compare.results import Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
 from cagsr.html_page import templates
@@ -42,10 +39,7 @@ def finding(results: Results) -> str:
 def write_report(results: Results, command: str, failures: Sequence[Failure], path: Path) -> tuple[Path, Path]:
     """Write the report as ``path`` (Markdown), its pictures into a folder of that name, and all in one as ``.html``.
 
-    The command that makes it and the jobs that failed are named in it. Returns the Markdown and the HTML file.
-
-    Raises:
-        RunError: nothing is done yet.
+    Returns the Markdown and the HTML file; raises RunError where nothing is done yet.
     """
     if not results.seeds(START) or len(results.methods) < 2:
         raise RunError(f"{results.plan.folder}: no method is judged yet, so there is nothing to report.")
@@ -72,23 +66,14 @@ def _content(results: Results) -> dict[str, Any]:
     main = [*groups["main"], *groups["control"]]
     labels = tables.label_table(results, primary[0]) if primary else None
     drawn = {
-        **{
-            f"gains-{measure}": (
-                f"Difference in {measure} from the start",
-                figures.gains_figure(results, main, measure),
-            )
-            for measure in primary
-        },
-        "labels": (
-            "Quality against human labels",
-            None if labels is None else figures.label_figure(results, primary[0]),
-        ),
-        "training": ("Curves over training, mean over seeds", figures.training_figure(results, main[:7])),
-        "over-optimisation": (
-            "Reward against held-out quality",
-            figures.over_optimisation_figure(results, main[:7]),
-        ),
+        f"gains-{measure}": (f"Difference in {measure} from the start", figures.gains_figure(results, main, measure))
+        for measure in primary
     }
+    if labels is not None:
+        drawn["labels"] = ("Quality against human labels", figures.label_figure(results, primary[0]))
+    drawn["training"] = ("Curves over training, mean over seeds", figures.training_figure(results, main[:7]))
+    over = figures.over_optimisation_figure(results, main[:7])
+    drawn["over-optimisation"] = ("Reward against held-out quality", over)
     by_seeds: dict[int, list[str]] = {}
     for name in results.methods:
         by_seeds.setdefault(len(results.seeds(name)), []).append(plan.label(name))

@@ -43,9 +43,7 @@ class Job:
     @property
     def name(self) -> str:
         """Unique name, fit for a file name."""
-        return "-".join(
-            part for part in (self.kind, self.target, None if self.seed is None else f"seed{self.seed}") if part
-        )
+        return "-".join(filter(None, (self.kind, self.target, "" if self.seed is None else f"seed{self.seed}")))
 
     def done_file(self, plan: Plan) -> Path:
         """Where it says that it is done."""
@@ -85,13 +83,8 @@ def changed(before: Mapping[str, str]) -> bool:
 
 
 def result_file(plan: Plan, method: str, seed: int) -> Path:
-    """Where a judged method leaves its numbers."""
+    """Where a judged method leaves its numbers; those of ``validity`` are the measurement of a seed's start."""
     return plan.results_folder / f"{method}-seed{seed}.json"
-
-
-def validity_file(plan: Plan, seed: int) -> Path:
-    """Where the measurement of a seed's start lies."""
-    return plan.results_folder / f"validity-seed{seed}.json"
 
 
 def start_folder(work: Path, seed: int) -> Path:
@@ -120,10 +113,8 @@ def model_folder(plan: Plan, name: str, seed: int) -> Path:
 def plan_jobs(plan: Plan) -> list[Job]:
     """Every job of a plan, each after those it needs; those of the main table first, then the others, seed by seed.
 
-    A comparison that is stopped early has then something of everything.
-
-    Raises:
-        ConfigError: a config file of the plan can't be read.
+    A comparison that is stopped early has then something of everything. Raises ConfigError for a config file that can't be
+    read.
     """
     jobs: dict[str, Job] = {}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
 from cagsr.compare.make_models import reward_settings
@@ -29,8 +28,6 @@ from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
-
-Floats = NDArray[np.float64]
 
 KEPT_TEXTS = 40
 BATCH = 256
@@ -51,7 +48,8 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
     start = load_start(plan, job.seed, config)
     prompts = test_prompts(plan, config, start)
-    judge = answer_judge(plan, start)
+    named = {name: None if value is None else plan.fill(value) for name, value in vars(plan.judges).items()}
+    judge = AnswerJudge(Judges(**named), start.device)
     seed = job.seed + SAMPLING_SEED
 
     def at(loaded: LoadedModel, temperature: float) -> SampledAnswers:
@@ -71,15 +69,17 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
             target = float(np.mean(found[SAMPLED].entropy[::2]))
             temperature = matching_temperature(start, prompts[::2], config.sampling, target, seed, BATCH)
             found[MATCHED] = at(start, temperature)
-    values = {name: _measures(judge, prompts, answers) for name, answers in found.items()}
+    values: dict[str, dict[str, list[float]]] = {}
+    for name, answers in found.items():
+        measured = judge.measure(prompts, answers.texts) | {"tokens": answers.tokens, "entropy": answers.entropy}
+        # Measures that no row has are left out.
+        values[name] = {measure: column.tolist() for measure, column in measured.items() if np.isfinite(column).any()}
     result = {
         "method": job.target,
         "seed": job.seed,
         "prompts": [encoded.prompt.text for encoded in prompts],
         "temperature": temperature,
-        "values": {
-            name: {measure: column.tolist() for measure, column in table.items()} for name, table in values.items()
-        },
+        "values": values,
         "texts": {name: list(answers.texts[:KEPT_TEXTS]) for name, answers in found.items()},
         "training": [] if model is None else _training_curve(model.parent),
         "costs": {**costs, "judge_seconds": time.perf_counter() - began},
@@ -110,13 +110,6 @@ def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[E
     uniform = SalienceConfig(weighting="uniform")
     columns = [] if plan.judges.follow_up_column is None else [plan.judges.follow_up_column]
     return list(prepare_prompts(data, uniform, loaded.tokenizer, max_length=room, text_columns=columns).prompts)
-
-
-def answer_judge(plan: Plan, loaded: LoadedModel) -> AnswerJudge:
-    """Everything that judges answers, loaded once."""
-    named = dataclasses.asdict(plan.judges)
-    judges = {name: None if value is None else plan.fill(value) for name, value in named.items()}
-    return AnswerJudge(Judges(**judges), loaded.device)
 
 
 @working("taking the best of N")
@@ -187,13 +180,6 @@ def prompts_and_scorer(
     return prompts, scorer, associations
 
 
-def _measures(judge: AnswerJudge, prompts: Sequence[EncodedPrompt], answers: SampledAnswers) -> dict[str, Floats]:
-    """Every measure of every answer, ``(prompts,)`` each; measures that no row has are left out."""
-    found = dict(judge.measure(prompts, answers.texts))
-    found |= {"tokens": np.asarray(answers.tokens, float), "entropy": np.asarray(answers.entropy, float)}
-    return {name: values for name, values in found.items() if np.isfinite(values).any()}
-
-
 def _training_curve(run: Path) -> list[dict[str, float]]:
     """Reward, held-out metric, KL, length and repetition at each evaluation of a run."""
     kept = {
@@ -205,13 +191,7 @@ def _training_curve(run: Path) -> list[dict[str, float]]:
         "response/repetition": "repetition",
         "policy/entropy_avg": "entropy",
     }
-    if not (run / "metrics.jsonl").exists():
-        return []
-    rows = read_lines(run / "metrics.jsonl")
     return [
-        {
-            "step": float(row["step"]),
-            **{name: float(row[key]) for key, name in kept.items() if row.get(key) is not None},
-        }
-        for row in rows
+        {"step": float(row["step"])} | {name: float(row[key]) for key, name in kept.items() if row.get(key) is not None}
+        for row in read_lines(run / "metrics.jsonl")
     ]

@@ -24,11 +24,7 @@ from cagsr.support.progress import resting
 
 
 def run_command(plan: Plan, command: str, **names: object) -> None:
-    """Run a command of the plan, with {python}, {work} and ``names`` filled in.
-
-    Raises:
-        ConfigError: it can't be run or fails.
-    """
+    """Run a command of the plan, with {python}, {work} and ``names`` filled in; raises ConfigError where it fails."""
     words = [plan.fill(word, python=sys.executable, **names) for word in shlex.split(command)]
     try:
         with resting():  # the command tells of its own work
@@ -92,36 +88,27 @@ def make_policy(plan: Plan, job: Job) -> Path:
     run = method_folder(plan.folder, job.target, job.seed)
     if same and (model / "config.json").exists():
         return model
-    settings = _train_settings(plan, job.target, job.seed)
-    file = plan.folder / "configs" / f"{job.name}.yaml"
-    config = _config(TrainConfig, [*plan.configs, *method.configs], settings, file)
+    config = reward_settings(plan, job.target, job.seed, plan.folder / "configs" / f"{job.name}.yaml")
 
     from cagsr.train import train
 
     if not same:
         _begin_anew(plan, job, run)
     how = dataclasses.replace(config.run, resume=(run / "config.yaml").exists(), overwrite=False)
-    train(
-        dataclasses.replace(config, run=how),
-        console=Console(file=sys.stderr, soft_wrap=True, highlight=False, width=120),
-    )
+    console = Console(file=sys.stderr, soft_wrap=True, highlight=False, width=120)
+    train(dataclasses.replace(config, run=how), console=console)
     return model
 
 
 def _begin_anew(plan: Plan, job: Job, folder: Path) -> None:
-    """Delete what another version of a job left and say whose the folder is now.
-
-    In this order: a kill between the two must not make the old result pass for the new one.
-    """
-    _clear(folder)
+    """Delete what another version of a job left and say whose the folder is now."""
+    _clear(folder)  # first: a kill between the two must not make the old result pass for the new one
     _write(_begun(plan, job), f"{job.training}\n{json.dumps(contents(job.reads))}")
 
 
 def _is_same(plan: Plan, job: Job) -> bool:
-    """Whether a job's folder holds, or is to hold, what the job makes with the plan and the files as they are now.
-
-    Comparisons of older versions kept no hashes of the files.
-    """
+    """Whether a job's folder holds, or is to hold, what the job makes with the plan and the files as they are now."""
+    # Comparisons of older versions kept no hashes of the files.
     training, _, inputs = (_read(_begun(plan, job)) or "").partition("\n")
     return training == job.training and not changed(json.loads(inputs or "{}"))
 
@@ -150,13 +137,8 @@ def _clear(folder: Path) -> None:
         remove_folder(folder)
 
 
-def reward_settings(plan: Plan, name: str, seed: int) -> TrainConfig:
-    """The settings that a method would train with, for those that only score (best of N, validity)."""
-    files = [*plan.configs, *plan.methods[name].configs]
-    return _config(TrainConfig, files, _train_settings(plan, name, seed), None)
-
-
-def _train_settings(plan: Plan, name: str, seed: int) -> dict[str, Any]:
+def reward_settings(plan: Plan, name: str, seed: int, keep: Path | None = None) -> TrainConfig:
+    """The settings that a method trains with, or would if it only scores (best of N, validity); written to ``keep``."""
     method = plan.methods[name]
     settings: dict[str, Any] = {
         **plan.set,
@@ -170,7 +152,8 @@ def _train_settings(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if method.reward_model is not None and method.kind != "dpo":
         settings["reward.models"] = [str(reward_model_folder(plan.folder, method.reward_model, seed))]
         settings["reward.model_weights"] = [method.reward_model_weight]
-    return settings
+    config: TrainConfig = _config(TrainConfig, [*plan.configs, *method.configs], settings, keep)
+    return config
 
 
 def _dpo(plan: Plan, job: Job, same: bool) -> Path:

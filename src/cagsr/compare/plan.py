@@ -12,6 +12,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cagsr.errors import ConfigError
+from cagsr.evaluation.judge_answers import Judges
 from cagsr.parse import suggestion
 
 START = "start"
@@ -40,19 +41,8 @@ class Files(_Strict):
 
 
 @dataclass(frozen=True)
-class JudgeFiles(_Strict):
+class JudgeFiles(Judges, _Strict):
     """What judges the answers; none of it may be part of a reward (an oracle apart)."""
-
-    checker: str | None = None
-    """Dotted path of f(prompts, completions, **columns) -> numbers, or dicts of numbers."""
-    judge_model: str | None = None
-    """Model whose perplexity of the reference, given prompt and answer, is measured."""
-    embedding_model: str | None = None
-    """sentence-transformers model for the relevance of an answer."""
-    reward_model: str | None = None
-    """Reward model that was never trained against: win rates over the start."""
-    follow_up_column: str | None = None
-    """Column of the true follow-up; None: the reference."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,6 @@ class Method(_Strict):
     reward_model: str | None = None
     """A reward model of the plan that joins the reward (dpo: whose pairs are trained on)."""
     reward_model_weight: float = 1.0
-    """Its weight."""
     after: str | None = None
     """Start from this method's final model instead of the supervised start."""
     curve: Literal["", "human", "hybrid"] = ""
@@ -120,23 +109,19 @@ class Plan(_Strict):
     """A whole comparison."""
 
     title: str
-    """Title of the report."""
     work: str
     """Folder for everything it makes; {work} in other values."""
     start: str
     """Command that makes a seed's start model: {python}, {work}, {seed} and {output} are filled in."""
     files: Files
-    """Prompts."""
     configs: list[str]
     """Config files of ``cagsr train`` that all methods share."""
     methods: dict[str, Method]
-    """Name -> method."""
     prepare: list[str] = field(default_factory=list)
     """Commands that are run once, before everything."""
     prepare_judges: list[str] = field(default_factory=list)
     """Commands that make the judges, run once after those; what is trained does not depend on them."""
     judges: JudgeFiles = field(default_factory=JudgeFiles)
-    """What judges the answers."""
     results: str = "results"
     """Folder of the results below ``work``: plans that share starts and policies, but judge them on other prompts, have
     one each."""
@@ -145,7 +130,6 @@ class Plan(_Strict):
     set: dict[str, Any] = field(default_factory=dict)
     """Settings of ``cagsr train`` that override the files, for all methods."""
     reward_models: dict[str, RewardModelPlan] = field(default_factory=dict)
-    """Name -> reward model."""
     lower_is_better: list[str] = field(default_factory=list)
     """Measures of which less is better, besides the usual ones."""
     primary: list[str] = field(default_factory=lambda: ["rouge_l"])
@@ -155,7 +139,6 @@ class Plan(_Strict):
     base: str = ""
     """Method that the ablations change."""
     validity: Validity | None = None
-    """How well the reward sees the truth; None: not measured."""
     findings: str = ""
     """What its author makes of the result, in Markdown: printed first."""
     limits: list[str] = field(default_factory=list)
@@ -175,9 +158,8 @@ class Plan(_Strict):
 
     def fill(self, text: str, **more: object) -> str:
         """Fill {work} and other names in a value of the plan."""
-        values = {"work": self.work, **{name: str(value) for name, value in more.items()}}
-        for name, value in values.items():
-            text = text.replace(f"{{{name}}}", value)
+        for name, value in {"work": self.work, **more}.items():
+            text = text.replace(f"{{{name}}}", str(value))
         return text
 
     def seeds_of(self, name: str) -> list[int]:
@@ -198,14 +180,9 @@ class Plan(_Strict):
 
 
 def read_plan(path: Path, *, fast: bool = False) -> Plan:
-    """Read a plan.
+    """Read a plan; ``fast`` puts the values of its ``fast`` section in place, and ``-fast`` at the work folder's end.
 
-    Args:
-        path: YAML file.
-        fast: put the values of its ``fast`` section in place; the work folder gets ``-fast`` at its end.
-
-    Raises:
-        ConfigError: no such file, malformed YAML, an unknown key, a wrong value, a name that the plan lacks.
+    Raises ConfigError: no such file, malformed YAML, an unknown key, a wrong value, a name that the plan lacks.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -263,10 +240,10 @@ def _merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if problem["type"] == "unexpected_keyword_argument":
         known = {field.name for kind in _Strict.__subclasses__() for field in dataclasses.fields(kind)}
         return f"unknown key '{where}'{suggestion(str(problem['loc'][-1]), sorted(known))}"
-    if problem["type"] in ("missing", "missing_argument"):
+    if problem["type"] == "missing":
         return f"'{where}' is missing"
     return f"'{where}': {problem['msg']} (it is {problem['input']!r})"
 

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from cagsr.compare.jobs import GREEDY, MATCHED
 from cagsr.compare.result_tables import GAINS, label_points
-from cagsr.compare.results import GREEDY, MATCHED, Results
+from cagsr.compare.results import Results
 from cagsr.evaluation.intervals import paired_difference
 
 # Okabe & Ito's colours, told apart by the colour-blind; each series has a marker of its own besides.

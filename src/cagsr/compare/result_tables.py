@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED
 from cagsr.compare.plan import START
-from cagsr.compare.results import GREEDY, MATCHED, SAMPLED, Results
+from cagsr.compare.results import Results
 from cagsr.evaluation.intervals import Interval, holm, mean_interval, paired_difference, paired_p_value
 from cagsr.evaluation.intervals import win_rates as prompt_win_rates
 
@@ -80,10 +81,7 @@ def paired_test(results: Results, method: str, how: str, measure: str, against: 
 def differences(
     results: Results, methods: Sequence[str], measures: Sequence[str], title: str, against: str = START
 ) -> list[Table]:
-    """One table a measure: each method's difference from its start, or another method, a column a way of comparing.
-
-    With 95 % intervals, and stars after Holm's correction over all the tables.
-    """
+    """One table a measure: each method's difference from its start, or ``against``, with stars after Holm over all tables."""
     columns = GAINS if against == START else {how: HOWS[how] for how in GAINS}
     keys = [(name, how, measure) for measure in measures for name in methods for how in columns]
     tests = [test for key in keys if (test := paired_test(results, *key, against)) is not None]

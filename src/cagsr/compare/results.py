@@ -11,18 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import (
-    GREEDY,
-    MATCHED,
-    SAMPLED,
-    Job,
-    method_folder,
-    result_file,
-    reward_model_folder,
-    validity_file,
-)
+from cagsr.compare.jobs import MATCHED, SAMPLED, Job, method_folder, result_file, reward_model_folder
 from cagsr.compare.plan import START, Plan
-from cagsr.run_page.step_times import step_seconds
+from cagsr.run_page.read_run import step_seconds
 from cagsr.runs.lines import read_lines
 
 Floats = NDArray[np.float64]
@@ -77,20 +68,16 @@ class Results:
         """A method's values and what they are compared with, on the seeds of both; ``(seeds, prompts)`` each.
 
         ``how``: ``sampled`` or ``greedy``: both decoded so. ``start_matched``: the method sampled, the start at matched
-        entropy; against another method, the gains that both have so.
-
-        Returns:
-            None where one of them was not measured so.
+        entropy; against another method, the gains that both have so. None where one of them was not measured so.
         """
         seeds = [seed for seed in self.seeds(method) if seed in self.seeds(against)]
         if method == START or not seeds:
             return None
+        read = [(method, how), (against, how)]
         if how == MATCHED:
-            found = [self.values(method, setting, measure, seeds) for setting in (SAMPLED, MATCHED)]
-            if against != START:
-                found += [self.values(against, setting, measure, seeds) for setting in (SAMPLED, MATCHED)]
-        else:
-            found = [self.values(name, how, measure, seeds) for name in (method, against)]
+            names = (method,) if against == START else (method, against)
+            read = [(name, setting) for name in names for setting in (SAMPLED, MATCHED)]
+        found = [self.values(name, setting, measure, seeds) for name, setting in read]
         known = [values for values in found if values is not None]
         if len(known) < len(found):
             return None
@@ -134,11 +121,8 @@ class Results:
     def validity(self) -> list[dict[str, Any]]:
         """The measurements of the reward's validity, one a seed."""
         seeds = [job.seed for job in self._done_of("validity", "") if job.seed is not None]
-        return [json.loads(validity_file(self.plan, seed).read_text(encoding="utf-8")) for seed in seeds]
+        return [json.loads(result_file(self.plan, "validity", seed).read_text(encoding="utf-8")) for seed in seeds]
 
     def training(self, method: str) -> list[list[dict[str, float]]]:
         """The training curves of a method, one a seed."""
         return [self.raw(method, seed)["training"] for seed in self.seeds(method)]
-
-
-__all__ = ["GREEDY", "MATCHED", "SAMPLED", "Results"]

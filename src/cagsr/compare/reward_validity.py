@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import Job, validity_file
+from cagsr.compare.jobs import Job, result_file
 from cagsr.compare.judge_policy import load_start, prompts_and_scorer
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
@@ -76,7 +76,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
         "disagreements": worst_disagreements(signals, reward, first, plan.validity.disagreements),
         "associations": _examples(associations),
     }
-    file = validity_file(plan, job.seed)
+    file = result_file(plan, "validity", job.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(file, json.dumps(found, ensure_ascii=False))
 
@@ -96,9 +96,8 @@ def worst_disagreements(signals: Signals, reward: Floats, truth: Floats, count: 
         if worst[row] <= 0:
             break
         one: dict[str, Any] = {"prompt": signals.prompts[row].prompt.text}
-        for name, place in zip(
-            ("preferred", "better"), np.unravel_index(gaps[row].argmax(), gaps[row].shape), strict=True
-        ):
+        places = np.unravel_index(gaps[row].argmax(), gaps[row].shape)
+        for name, place in zip(("preferred", "better"), places, strict=True):
             one[name] = signals.completions[row][place]
             one |= {f"{name}_reward": float(r[row, place]), f"{name}_truth": float(truth[row, place])}
         found.append(one)

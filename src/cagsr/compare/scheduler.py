@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cagsr.compare.jobs import Job
@@ -22,24 +22,18 @@ from cagsr.support.progress import Task, duration, say, working
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that failed."""
+    """A job that failed, with the last line of its log."""
 
     job: Job
     log: Path
-    """Its whole output."""
     reason: str
-    """The last line of it."""
 
 
 def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, parallel: int) -> list[Failure]:
-    """Run every job that is not done, those it needs first.
+    """Run every job that is not done, those it needs first, and return what failed; a failure takes those that need it along.
 
-    A job that fails takes those that need it with it; the others go on, so that a night is not lost.
-
-    The jobs read ``plan_file`` again; ``parallel`` of them run at a time and share the cores. Returns what failed.
-
-    Raises:
-        RunError: another process works on the same folder.
+    The jobs read ``plan_file`` again; ``parallel`` of them run at a time and share the cores. Raises RunError where another
+    process works on the same folder.
     """
     work = plan.folder
     with disk_errors(work):
@@ -50,7 +44,7 @@ def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, pa
         done = len(jobs) - len(open_jobs)
         say(f"{done} of {len(jobs)} jobs are done already; {parallel} at a time.")
         with working("jobs", len(jobs), done=done) as task:
-            return _Run(plan, plan_file, fast, parallel, task).all(open_jobs)
+            return _Run(plan, plan_file, fast, parallel, task, {}).all(open_jobs)
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class _Run:
     fast: bool
     parallel: int
     task: Task
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, _Running]
 
     def all(self, waiting: dict[str, Job]) -> list[Failure]:
         self.task.note = lambda: "; ".join(one.told() for one in list(self.running.values()))
@@ -94,9 +88,7 @@ class _Run:
                     if lost & set(job.needs):
                         lost.add(name)
                         del waiting[name]
-                    elif len(running) < self.parallel and not any(
-                        need in waiting or need in running for need in job.needs
-                    ):
+                    elif len(running) < self.parallel and not {*waiting, *running} & set(job.needs):
                         running[name] = self._start(waiting.pop(name))
                 time.sleep(0.2)
                 for name, one in list(running.items()):
@@ -128,14 +120,10 @@ class _Run:
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as stream:
-                size = stream.tell()
+                size, none = stream.tell(), subprocess.DEVNULL
+                # A process group of its own, so that its own children end with it.
                 process = subprocess.Popen(
-                    command,
-                    stdout=stream,
-                    stderr=stream,
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                    process_group=0,  # so that its own children end with it
+                    command, stdin=none, stdout=stream, stderr=stream, env=environment, process_group=0
                 )
         return _Running(job, process, log, size, time.perf_counter())
 

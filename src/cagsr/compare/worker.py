@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -32,7 +33,13 @@ def do_job(plan: Plan, job: Job) -> None:
     elif job.kind == "reward_model":
         make_models.make_reward_model(plan, job)
     elif job.kind == "method":
-        facts = _method(plan, job)
+        from cagsr.compare.judge_policy import judge_method
+
+        trains = job.target != START and plan.methods[job.target].kind != "best_of_n"
+        model = make_models.make_policy(plan, job) if trains else None
+        facts["train_seconds"] = time.perf_counter() - began if trains else 0.0
+        facts["human_labels"] = float(human_labels(plan, job))
+        judge_method(plan, job, model, facts)
     else:
         from cagsr.compare.reward_validity import measure_validity
 
@@ -41,27 +48,12 @@ def do_job(plan: Plan, job: Job) -> None:
     job.mark_done(plan, inputs=inputs, seconds=time.perf_counter() - began, peak_memory_bytes=peak, **facts)
 
 
-def _method(plan: Plan, job: Job) -> dict[str, float]:
-    from cagsr.compare.judge_policy import judge_method
-    from cagsr.compare.make_models import make_policy
-
-    began = time.perf_counter()
-    trains = job.target != START and plan.methods[job.target].kind != "best_of_n"
-    model = make_policy(plan, job) if trains else None
-    costs = {"train_seconds": time.perf_counter() - began if trains else 0.0}
-    costs["human_labels"] = float(human_labels(plan, job))
-    judge_method(plan, job, model, costs)
-    return costs
-
-
 def human_labels(plan: Plan, job: Job) -> int:
     """How many people's judgements a method has used, those of the method it starts from included."""
     if job.target == START:
         return 0
     method = plan.methods[job.target]
-    before = 0
-    if method.after not in (None, START):
-        before = human_labels(plan, Job("method", str(method.after), job.seed, (), ""))
+    before = 0 if method.after is None else human_labels(plan, dataclasses.replace(job, target=method.after))
     if method.reward_model is None or not plan.reward_models[method.reward_model].human:
         return before
     spec = plan.reward_models[method.reward_model]

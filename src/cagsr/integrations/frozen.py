@@ -1,10 +1,8 @@
 """Score texts with a frozen model loaded from a path: for loops whose reward functions run apart from the policy.
 
-verl and OpenRLHF call a reward function in a process, often on a machine, that has no policy. What it can read there is the
-attention of a frozen model, the one that training starts from (``attention.source`` ``reference``): a signal that the policy
-can't move by moving its attention, and that does not follow the policy either. And both hand over one answer at a time, so
-there is no mean of a prompt's answers to subtract, which these loops do themselves: with the scales of a training run
-(``reward_from``) each term is set against its mean over that run, without them rewards are raw weighted sums.
+verl and OpenRLHF call a reward function in a process that has no policy: there the attention of the model that training
+starts from is read, a signal that the policy can't move by moving its attention. Both hand over one answer at a time, so with
+the scales of a run (``reward_from``) each term is set against its mean over that run; without, rewards are raw weighted sums.
 """
 
 from __future__ import annotations
@@ -64,9 +62,6 @@ class FrozenConfig:
 class FrozenScorer:
     """A frozen model, the prompts that its words are counted in, and the reward.
 
-    Args:
-        config: all settings.
-
     Raises:
         ConfigError: without a run ``reward.normalize`` is not ``none`` or there is nothing to count words in; a setting of the
             data that has no effect here.
@@ -125,10 +120,7 @@ class FrozenScorer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The reward, ``(answers,)`` float32, and the raw terms behind it; may be called from several threads.
 
-        Each answer stands alone, so that its reward does not depend on what is handed over with it.
-
-        Raises:
-            RewardError: a term fails or gives a number that is not finite.
+        An answer's reward does not depend on what is handed over with it. Raises RewardError where a term fails.
         """
         with _one_at_a_time:
             raw = self.scorer.raw_values(prompts, responses)
@@ -150,11 +142,7 @@ def _scorer(path: str) -> FrozenScorer:
 def frozen_scorer(path: str | None = None) -> FrozenScorer:
     """The scorer of a YAML file (see :class:`FrozenConfig`), loaded at the first call and kept.
 
-    Args:
-        path: the file; None: what the environment variable ``CAGSR_REWARD_CONFIG`` names.
-
-    Raises:
-        ConfigError: neither is given, or the file can't be used.
+    Without ``path`` it is the file that ``CAGSR_REWARD_CONFIG`` names. Raises ConfigError where it can't be used.
     """
     path = path or os.environ.get(VARIABLE)
     if not path:

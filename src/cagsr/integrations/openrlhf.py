@@ -1,7 +1,7 @@
-"""The attention reward as a custom reward function of OpenRLHF: ``reward_func`` with OpenRLHF's own signature.
+"""The attention reward as a custom reward function of OpenRLHF, which imports this file by its path and calls ``reward_func``.
 
-OpenRLHF imports this file by its path (``--reward.remote_url``, formerly ``--remote_rm_url``) and calls ``reward_func`` from
-threads of a process without the policy; the attention is that of a frozen model (:mod:`cagsr.integrations.frozen`).
+It does so (``--reward.remote_url``, formerly ``--remote_rm_url``) from threads of a process without the policy, so the
+attention is that of a frozen model (:mod:`cagsr.integrations.frozen`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ from cagsr.scoring.answers import Response, stop_token
 def reward_func(
     queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **kwargs: Any
 ) -> dict[str, Tensor | dict[str, Tensor]]:
-    """Score answers.
+    """Score answers: ``queries`` are prompt and answer as one text each, ``prompts`` texts after the chat template.
 
-    Args:
-        queries: prompt and answer as one text each, special tokens written out.
-        prompts: the prompts, as texts after the chat template.
-        labels: make no difference: the reward has no labels.
-        kwargs: ``config``, the path of the YAML file; else the environment variable ``CAGSR_REWARD_CONFIG``.
+    ``config`` among the ``kwargs`` is the path of the YAML file; else the environment variable ``CAGSR_REWARD_CONFIG``.
 
     Returns:
         ``rewards`` ``(answers,)`` float32, the weighted sums of the terms (raw, or on a run's scales); ``scores``, the
@@ -39,20 +35,15 @@ def reward_func(
         ConfigError, ModelError, RunError: the settings, the model or the run can't be used.
     """
     scorer = frozen_scorer(kwargs.get("config"))
-    pairs = [
-        _pair(scorer, row, query, prompt) for row, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
-    ]
-    rewards, terms = scorer.terms([prompt for prompt, _ in pairs], [response for _, response in pairs])
-    assert len(rewards) == len(queries)
+    loaded, encoded, responses = scorer.loaded, [], []
+    for row, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
+        # OpenRLHF puts no BOS before a prompt.
+        asked = scorer.encoder.encode_rendered(_known(scorer, row, prompt), add_special_tokens=False)
+        answer = tuple(_answer(loaded.tokenizer, query, prompt, asked)) or (stop_token(loaded, asked),)
+        encoded.append(asked)
+        responses.append(Response(loaded.text_of(answer), answer, answer[-1] in loaded.stop_ids))
+    rewards, terms = scorer.terms(encoded, responses)
     return {"rewards": rewards, "scores": rewards.clone(), "extra_logs": dict(terms)}
-
-
-def _pair(scorer: FrozenScorer, row: int, query: str, prompt: str) -> tuple[EncodedPrompt, Response]:
-    """Prompt and answer as tokens: the prompt's own, then what the rest of the text adds to them."""
-    # OpenRLHF puts no BOS before a prompt.
-    encoded = scorer.encoder.encode_rendered(_known(scorer, row, prompt), add_special_tokens=False)
-    answer = tuple(_answer(scorer.loaded.tokenizer, query, prompt, encoded)) or (stop_token(scorer.loaded, encoded),)
-    return encoded, Response(scorer.loaded.text_of(answer), answer, answer[-1] in scorer.loaded.stop_ids)
 
 
 def _known(scorer: FrozenScorer, row: int, prompt: str) -> Prompt:
@@ -70,7 +61,7 @@ def _known(scorer: FrozenScorer, row: int, prompt: str) -> Prompt:
 
 
 def _answer(tokenizer: Any, query: str, prompt: str, encoded: EncodedPrompt) -> list[int]:
-    """The answer's tokens."""
+    """The tokens that the rest of the text adds to the prompt's own."""
     for before in (prompt, tokenizer.decode(list(encoded.ids), skip_special_tokens=False)):
         if query.startswith(before):
             return encode_continuation(tokenizer, before, query[len(before) :])

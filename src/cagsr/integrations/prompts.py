@@ -23,21 +23,17 @@ GivenPrompt = str | Sequence[Mapping[str, Any]]
 class PromptEncoder:
     """Prompts as the loops hand them over, to tokens with the words that matter; each prompt is encoded once.
 
-    Args:
-        tokenizer: a fast tokenizer.
-        salience: which words matter; ``spans`` and markers are refused, because these loops hand over no spans.
-        source: where the prompts come from, for messages.
-        columns: handed to the chat template (``tools``, ``chat_template_kwargs``).
-
     Raises:
-        ConfigError: ``salience`` asks for spans.
+        ConfigError: ``salience`` asks for spans, which these loops don't hand over.
         ModelError: the tokenizer has no offsets.
     """
 
     tokenizer: Any
     salience: SalienceConfig
     source: str
+    """Where the prompts come from, for messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    """Handed to the chat template (``tools``, ``chat_template_kwargs``)."""
     frequency: DocumentFrequency | None = None
     _encoded: dict[str, EncodedPrompt] = field(default_factory=dict)
 
@@ -55,11 +51,7 @@ class PromptEncoder:
         return prompt if isinstance(prompt, str) else json.dumps([dict(one) for one in prompt], sort_keys=True)
 
     def render(self, prompt: GivenPrompt, row: int = 0) -> Prompt:
-        """The prompt as the text that the model reads.
-
-        Raises:
-            DataError: it is empty, of another form, or the chat template can't render it.
-        """
+        """The prompt as the text that the model reads; raises DataError where it is empty or can't be rendered."""
         value = prompt if isinstance(prompt, str) else [dict(one) for one in prompt]
         data = DataConfig(path=self.source)
         rendered = render_prompt(
@@ -68,15 +60,9 @@ class PromptEncoder:
         return replace(rendered, columns={})
 
     def fit(self, prompts: Iterable[GivenPrompt]) -> dict[str, Prompt]:
-        """Count in how many prompts each word occurs and encode them all, so that bad ones show at once.
+        """Count in how many prompts each word occurs (unless that was given) and encode them all, so that bad ones show at once.
 
-        A frequency that was given stays.
-
-        Returns:
-            The prompts, by the text that the model reads.
-
-        Raises:
-            DataError: a prompt that can't be used, by its number, or no prompt at all.
+        Returns the prompts by the text that the model reads; raises DataError for a bad prompt, by its number, or none at all.
         """
         keyed: dict[str, Prompt] = {}
         rendered = []
@@ -92,23 +78,14 @@ class PromptEncoder:
         return {prompt.text: prompt for prompt in rendered}
 
     def encode(self, prompt: GivenPrompt, row: int = 0) -> EncodedPrompt:
-        """Tokens and salient words of a prompt; ``row`` opens the message if it can't be used.
-
-        Raises:
-            DataError: it can't be rendered, or no word of it matters.
-        """
+        """Tokens and salient words of a prompt; raises DataError, which names ``row``, where it can't be used."""
         key = self.key(prompt)
         if key not in self._encoded:
             self._encoded[key] = self.encode_rendered(self.render(prompt, row))
         return self._encoded[key]
 
     def encode_rendered(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> EncodedPrompt:
-        """Tokens and salient words of rendered text.
-
-        Args:
-            prompt: what :meth:`render` gave.
-            add_special_tokens: let the tokenizer put its BOS before the text; None: for plain prompts only.
-        """
+        """Tokens and salient words of what :meth:`render` gave; special tokens, as BOS, are added to plain prompts if None."""
         where = f"{self.source}, row {prompt.row}"
         special = prompt.messages is None if add_special_tokens is None else add_special_tokens
         tokens = self._texts.encode(prompt.text, add_special_tokens=special)

@@ -87,12 +87,10 @@ class AttentionReward:
         self._trainer: Any = None
 
     def bind(self, trainer: Any) -> AttentionReward:
-        """Take the policy, the tokenizer and the prompts from a trainer; call it once, before ``train()``.
+        """Take policy, tokenizer and prompts from a ``GRPOTrainer`` or ``RLOOTrainer``; call it once, before ``train()``.
 
-        The moments of the running scale are kept in the trainer's checkpoints and taken up again on resuming.
-
-        Args:
-            trainer: a ``GRPOTrainer`` or ``RLOOTrainer``; its model may be wrapped by peft and accelerate.
+        The model may be wrapped by peft and accelerate. The moments of the running scale are kept in the trainer's
+        checkpoints and taken up again on resuming.
 
         Raises:
             ConfigError: weights sharded over processes, tools or environments, training that has begun, or a streamed
@@ -136,16 +134,9 @@ class AttentionReward:
         completion_ids: Sequence[Sequence[int]],
         **kwargs: Any,
     ) -> list[float | None]:
-        """Score answers, with TRL's own signature.
+        """Score answers, with TRL's own signature: one number for each, None for an answer without a token.
 
-        Args:
-            prompts: texts or conversations, one for each answer.
-            completions: the answers, as texts or messages.
-            completion_ids: the sampled tokens; these are scored, not the texts.
-            kwargs: the data's columns as lists, ``trainer_state``, ``log_metric`` and what else TRL gives.
-
-        Returns:
-            One number for each answer; None for an answer without a token.
+        The sampled tokens are scored, not the texts; ``kwargs`` are the data's columns as lists and what else TRL gives.
 
         Raises:
             ConfigError: ``bind`` was not called.
@@ -154,12 +145,12 @@ class AttentionReward:
         if self._trainer is None:
             raise ConfigError("AttentionReward has no policy yet: call reward.bind(trainer) before trainer.train().")
         calls = TrainerCalls(kwargs.get("trainer_state", self._trainer.state))
-        raw = self._raw_on_every_process(prompts, completions, completion_ids, kwargs, calls)
+        everywhere, group, own = self._raw_on_every_process(prompts, completions, completion_ids, kwargs, calls)
         if (log := kwargs.get("log_metric")) is not None:
             for name, logged in calls.metrics.items():
                 for value in logged:
                     log(name, value)
-            for name, values in raw.everywhere.items():
+            for name, values in everywhere.items():
                 known = values[torch.isfinite(values)]
                 if len(known):
                     log(f"{self.__name__}/{name}", float(known.mean()))
@@ -167,15 +158,13 @@ class AttentionReward:
             for column, logged in calls.extra.items():
                 each = iter(logged)
                 log_extra(column, [next(each) if len(ids) else None for ids in completion_ids])
-        if self._trainer.model.training and len(raw.group):
-            self._normalizer.update({name: TermValues.of(values) for name, values in raw.everywhere.items()}, raw.group)
+        normalizer = Normalizer(list(self._scorer.weights), "none")
+        if self._trainer.model.training and len(group):
             normalizer = self._normalizer
-        else:
-            normalizer = Normalizer(list(self._scorer.weights), "none")
-        parts = contributions(raw.everywhere, self._scorer.weights, normalizer, raw.group)
-        total = torch.stack(list(parts.values())).sum(dim=0)
-        mine = iter(total[raw.mine].tolist())
-        return [next(mine) if len(ids) else None for ids in completion_ids]
+            normalizer.update({name: TermValues.of(values) for name, values in everywhere.items()}, group)
+        parts = contributions(everywhere, self._scorer.weights, normalizer, group)
+        rewards = iter(torch.stack(list(parts.values())).sum(dim=0)[own].tolist())
+        return [next(rewards) if len(ids) else None for ids in completion_ids]
 
     def _raw_on_every_process(
         self,
@@ -184,14 +173,20 @@ class AttentionReward:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Any],
         calls: TrainerCalls,
-    ) -> _Gathered:
+    ) -> tuple[dict[str, Tensor], Tensor, slice]:
+        """Raw values of all processes, name -> ``(answers,)``, the prompt of each, and which answers are this process's."""
         keys: list[str] = []
         raw: dict[str, list[float]] = {}
         failure: CagsrError | None = None
         try:
             answered = [row for row, ids in enumerate(completion_ids) if len(ids)]
             encoded = [self._encoded(prompts[row], row, columns, len(prompts)) for row in answered]
-            responses = [self._response(completions[row], completion_ids[row]) for row in answered]
+            stops = self._scorer.loaded.stop_ids
+            tokens = [tuple(map(int, completion_ids[row])) for row in answered]
+            responses = [
+                Response(text_of(completions[row]), ids, ids[-1] in stops)
+                for row, ids in zip(answered, tokens, strict=True)
+            ]
             found = self._scorer.raw_values(encoded, responses, calls)
             for column, logged in calls.extra.items():
                 if len(logged) != len(answered):
@@ -216,7 +211,7 @@ class AttentionReward:
             for name in self._scorer.weights
         }
         before = sum(len(part[0]) for part in parts[: self._trainer.accelerator.process_index])
-        return _Gathered(everywhere, group, slice(before, before + len(keys)))
+        return everywhere, group, slice(before, before + len(keys))
 
     def _encoded(self, prompt: GivenPrompt, row: int, columns: Mapping[str, Any], count: int) -> EncodedPrompt:
         encoded = self._encoder.encode(_not_continued(prompt), row + 1)
@@ -224,19 +219,6 @@ class AttentionReward:
             key: value[row] for key, value in columns.items() if isinstance(value, list | tuple) and len(value) == count
         }
         return dataclasses.replace(encoded, prompt=dataclasses.replace(encoded.prompt, columns=own))
-
-    def _response(self, completion: Any, ids: Sequence[int]) -> Response:
-        tokens = tuple(int(token) for token in ids)
-        return Response(text_of(completion), tokens, tokens[-1] in self._scorer.loaded.stop_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gathered:
-    """Raw values of all processes."""
-
-    everywhere: dict[str, Tensor]  # name -> (answers of all processes,)
-    group: Tensor  # (answers of all processes,) int64
-    mine: slice  # this process's answers among them
 
 
 class _KeepScale(TrainerCallback):

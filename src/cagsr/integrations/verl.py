@@ -1,7 +1,7 @@
-"""The attention reward as a custom reward function of verl: ``compute_score`` with verl's own signature.
+"""The attention reward as a custom reward function of verl, which imports this file by its path and calls ``compute_score``.
 
-verl imports this file by its path (``reward.custom_reward_function.path``) and calls ``compute_score`` for one answer at a
-time, in a process without the policy; the attention is that of a frozen model (:mod:`cagsr.integrations.frozen`).
+It does so (``reward.custom_reward_function.path``) for one answer at a time, in a process without the policy, so the attention
+is that of a frozen model (:mod:`cagsr.integrations.frozen`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
-    """Score one answer.
+    """Score one answer; the data set's name and ``ground_truth`` make no difference, since the reward has no labels.
 
     Args:
-        data_source: the data set's name; makes no difference.
+        data_source: the data set's name.
         solution_str: the answer as text, special tokens removed; whether it was cut can't be seen.
-        ground_truth: makes no difference: the reward has no labels.
-        extra_info: the row's ``extra_info``; it must hold the prompt, as text or messages, because verl does not hand it over
-            otherwise.
+        ground_truth: not used.
+        extra_info: must hold the prompt, as text or messages, because verl does not hand it over otherwise.
         kwargs: ``reward.custom_reward_function.reward_kwargs``: ``config``, the path of the YAML file (else the environment
-            variable ``CAGSR_REWARD_CONFIG``), and ``prompt_key``, the prompt's name in ``extra_info`` (``prompt``). verl's
-            own are left alone.
+            variable ``CAGSR_REWARD_CONFIG``), and ``prompt_key``, the prompt's name in ``extra_info`` (``prompt``).
 
     Returns:
         ``score``, the weighted sum of the terms (raw, or on the scales of the run that ``reward_from`` names), and each raw

@@ -1,15 +1,17 @@
 """Before and after: both models answer the held-out prompts, a checker that the reward never saw judges the answers.
 
-A policy that only became more peaked makes fewer mistakes when it is sampled, whether it learned anything or not. So the
-start is also sampled at the temperature at which it is as peaked as the trained model, and both answer greedily.
+A policy that only became more peaked makes fewer mistakes for that reason alone, so the start is also sampled as peaked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from cagsr.config import SamplingConfig
@@ -35,20 +37,12 @@ class Measure:
 
     key: str
     label: str
-    better: str
-    """higher, lower, or empty where neither is better."""
+    better: Literal["higher", "lower", ""]
     digits: int = 3
 
 
-MEASURES = (
-    Measure("facts_covered", "facts covered, share", "higher"),
-    Measure("wrong_facts", "wrong facts, per answer", "lower"),
-    Measure("said_again", "facts said again, per answer", "lower"),
-    Measure("rouge_l", "ROUGE-L to a complete answer", "higher"),
-    Measure("repetition", "repeated 3-grams, share", "lower"),
-    Measure("words", "length, words", "", 1),
-    Measure("perplexity", "perplexity under the judge", "lower", 2),
-)
+TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
+MEASURES = tuple(Measure(key, **row) for key, row in TEXTS["measures"].items())
 
 
 @dataclass(frozen=True)
@@ -64,10 +58,6 @@ class Answered:
     entropy: float
     """Mean over the answers of each one's mean token entropy, nats."""
 
-    def per_prompt(self, key: str) -> Floats:
-        """Mean over each prompt's answers, ``(prompts,)``."""
-        return self.values[key].mean(axis=1)
-
     def mean(self, key: str) -> float:
         """Mean over all answers; for perplexity the geometric one, so that a single odd answer does not decide."""
         values = self.values[key]
@@ -76,26 +66,20 @@ class Answered:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """What the table shows: the start and the trained model, three ways."""
+    """What the table shows: the start and the trained model at temperature 1, the start as peaked as that, both greedy."""
 
     before: Answered
-    """The start, sampled at temperature 1."""
     peaked: Answered
-    """The start at the temperature at which its entropy is the trained model's."""
     after: Answered
-    """The trained model, sampled at temperature 1."""
     before_greedy: Answered
     after_greedy: Answered
 
     def columns(self) -> dict[str, Answered]:
         """Column name -> answers, in the order of the table."""
-        return {
-            "before": self.before,
-            f"before, T={self.peaked.temperature:.2f}": self.peaked,
-            "after": self.after,
-            "before, greedy": self.before_greedy,
-            "after, greedy": self.after_greedy,
-        }
+        peaked = f"before, T={self.peaked.temperature:.2f}"
+        return dict(
+            zip(("before", peaked, "after", "before, greedy", "after, greedy"), vars(self).values(), strict=True)
+        )
 
 
 def compare(
@@ -109,11 +93,8 @@ def compare(
 ) -> BeforeAfter:
     """Let both models answer held-out prompts, with a ``reference`` each, and measure; the same seed, the same numbers.
 
-    How peaked a model is, and which temperature matches it, is what ``cagsr compare`` means by it
-    (:mod:`cagsr.evaluation.matched_entropy`). The perplexity is a third model's, the judge's.
-
-    Raises:
-        ModelError: no temperature makes the start as peaked as the trained model.
+    The temperature is that of :mod:`cagsr.evaluation.matched_entropy`, the perplexity a third model's, the judge's. Raises
+    ModelError where no temperature makes the start as peaked as the trained model.
     """
 
     def answered(loaded: LoadedModel, temperature: float) -> Answered:
@@ -121,10 +102,11 @@ def compare(
         settings = replace(sampling, num_generations=draws, temperature=temperature)
         found = answers_at(loaded, prompts, settings, seed, BATCH)
         texts = [text.strip() for text in found.texts]
-        own = tuple(tuple(texts[first : first + draws]) for first in range(0, len(texts), draws))
-        values = measure(judge, prompts, own)
+        values = measure(judge, [prompt for prompt in prompts for _ in range(draws)], texts)
         task.advance()
-        return Answered(temperature, own, values, float(found.entropy.mean()))
+        own = tuple(tuple(texts[first : first + draws]) for first in range(0, len(texts), draws))
+        shaped = {key: value.reshape(len(prompts), draws) for key, value in values.items()}
+        return Answered(temperature, own, shaped, float(found.entropy.mean()))
 
     with working("answering and judging", 5, "columns") as task:
         before, after = answered(start, 1.0), answered(trained, 1.0)
@@ -135,19 +117,16 @@ def compare(
         return BeforeAfter(before, peaked, after, answered(start, 0.0), answered(trained, 0.0))
 
 
-def measure(
-    judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Sequence[Sequence[str]]
-) -> dict[str, Floats]:
-    """Measure the answers to each prompt: key of ``MEASURES`` -> ``(prompts, draws)`` float64."""
-    pairs = [(encoded.prompt, answer) for encoded, own in zip(prompts, answers, strict=True) for answer in own]
-    asked, texts = [prompt.text for prompt, _ in pairs], [answer for _, answer in pairs]
+def measure(judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Sequence[str]) -> dict[str, Floats]:
+    """Measure answers, one prompt for each: key of ``MEASURES`` -> ``(answers,)`` float64."""
+    pairs = [(encoded.prompt, answer) for encoded, answer in zip(prompts, answers, strict=True)]
     values: dict[str, Sequence[float] | Floats] = {
         "facts_covered": [facts_covered(prompt.text, answer) for prompt, answer in pairs],
         "wrong_facts": [wrong_facts(prompt.text, answer) for prompt, answer in pairs],
         "said_again": [facts_said_again(prompt.text, answer) for prompt, answer in pairs],
         "rouge_l": [rouge_l(answer, [str(prompt.columns["reference"])]) for prompt, answer in pairs],
-        "repetition": [repetition(answer) for answer in texts],
-        "words": [length_in_words(answer) for answer in texts],
-        "perplexity": perplexity(judge.model, judge.tokenizer, asked, texts),
+        "repetition": [repetition(answer) for answer in answers],
+        "words": [length_in_words(answer) for answer in answers],
+        "perplexity": perplexity(judge.model, judge.tokenizer, [prompt.text for prompt, _ in pairs], answers),
     }
-    return {key: np.asarray(value, dtype=np.float64).reshape(len(prompts), -1) for key, value in values.items()}
+    return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
@@ -15,12 +13,10 @@ from rich.text import Text
 
 from cagsr.evaluation.intervals import Interval, paired_difference
 from cagsr.flow import EncodedPrompt
-from cagsr.html_page import templates
-from cagsr.quickstart.before_after import MEASURES, Answered, BeforeAfter, Measure
+from cagsr.html_page import fill
+from cagsr.quickstart.before_after import MEASURES, TEXTS, Answered, BeforeAfter, Measure
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.task import read_prompt, stated_facts
-
-TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 
 
 def welcome(console: Console, folder: Path) -> None:
@@ -72,13 +68,8 @@ def verdict(found: BeforeAfter) -> list[str]:
     }
     told = "; ".join(f"{name} {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" for name, gain in gains.items())
     up = [gain.low > 0 for gain in gains.values()]
-    opening = (
-        "Facts covered went up"
-        if all(up)
-        else "Facts covered went up, but not in every comparison"
-        if any(up)
-        else "Facts covered did NOT go up in this run"
-    )
+    opening = "Facts covered went up" if any(up) else "Facts covered did NOT go up in this run"
+    opening += ", but not in every comparison" if any(up) and not all(up) else ""
     sentences = [f"{opening}: {told} (mean difference with its 95 % interval)."]
     worse = [
         f"{measure.label} {found.peaked.mean(measure.key):.3f} -> {found.after.mean(measure.key):.3f}"
@@ -92,7 +83,7 @@ def verdict(found: BeforeAfter) -> list[str]:
 
 
 def _gain(before: Answered, after: Answered, key: str) -> Interval:
-    return paired_difference(after.per_prompt(key), before.per_prompt(key))
+    return paired_difference(after.values[key].mean(axis=1), before.values[key].mean(axis=1))
 
 
 def examples(prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -127,18 +118,17 @@ def remark(prompt: str, answer: str) -> str:
 
 def as_markdown(prompts: Sequence[EncodedPrompt], found: BeforeAfter, config: QuickstartConfig) -> str:
     """The report as a Markdown file: table, verdict, examples, settings."""
-    text: str = (
-        templates("quickstart", html=False)
-        .get_template("report.md.jinja")
-        .render(
-            title=_title(found),
-            verdict=verdict(found),
-            columns=list(found.columns()),
-            rows=table_rows(found),
-            temperature=found.peaked.temperature,
-            examples=examples(prompts, found),
-            config=config,
-        )
+    text = fill(
+        "quickstart",
+        "report.md.jinja",
+        escaped=False,
+        title=_title(found),
+        verdict=verdict(found),
+        columns=list(found.columns()),
+        rows=table_rows(found),
+        temperature=found.peaked.temperature,
+        examples=examples(prompts, found),
+        config=config,
     )
     return text + "\n"
 

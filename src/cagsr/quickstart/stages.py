@@ -1,8 +1,4 @@
-"""The quickstart's four stages: make a start, make a judge, train with CAGSR, compare.
-
-Nothing here is special to the quickstart but the task: the models come from the same ``sft`` and ``train`` that the
-commands of these names call, with the settings one would write in their config files.
-"""
+"""The quickstart's four stages: make a start and a judge with ``sft``, train with CAGSR, compare."""
 
 from __future__ import annotations
 
@@ -43,13 +39,9 @@ MAX_NEW_TOKENS = 64
 
 
 def run_stages(config: QuickstartConfig, console: Console | None = None) -> BeforeAfter:
-    """Run all stages, print what happens, and leave everything in ``config.output_dir``.
+    """Run all stages, print what happens, leave everything in ``config.output_dir``, and return what the table shows.
 
-    Returns:
-        What the table shows.
-
-    Raises:
-        CagsrError: a size that can't be used, a folder that holds something else, a full disk.
+    Raises CagsrError for a size that can't be used, a folder that holds something else, a full disk.
     """
     console = console or Console(highlight=False)
     started = time.monotonic()
@@ -60,11 +52,14 @@ def run_stages(config: QuickstartConfig, console: Console | None = None) -> Befo
     if note:
         console.print(note, soft_wrap=True)
 
-    start = Recipe(folder, "start", config.seed, config.seed, config.pairs, config.sft_steps)
-    judge = Recipe(folder, "judge", config.seed, config.seed + 1, config.pairs, config.sft_steps)
-    for number, recipe in enumerate((start, judge), start=1):
-        stage(console, number, pairs=config.pairs)
-        _make(console, recipe, config.overwrite)
+    for number, name in enumerate(("start", "judge")):
+        stage(console, number + 1, pairs=config.pairs)
+        recipe = Recipe(folder, name, config.seed, config.seed + number, config.pairs, config.sft_steps)
+        if not config.overwrite and recipe.is_made():
+            console.print(f"{folder / name}/ is there already, made with these settings: used again.")
+            continue
+        began = time.monotonic()
+        console.print(f"Made {recipe.make()}/ in {time.monotonic() - began:.0f} seconds.")
 
     stage(console, 3, prompts=config.prompts)
     write_text_atomically(folder / "prompts.jsonl", as_jsonl(make_prompts(config.prompts, config.seed)))
@@ -116,16 +111,6 @@ def _open(config: QuickstartConfig, folder: Path) -> str:
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
     return f"{folder}/ holds an earlier quickstart: its run and results are replaced." if earlier else ""
-
-
-def _make(console: Console, recipe: Recipe, overwrite: bool) -> None:
-    """Make a model, unless an earlier quickstart left the same one."""
-    if not overwrite and recipe.is_made():
-        console.print(f"{recipe.folder / recipe.name}/ is there already, made with these settings: used again.")
-        return
-    began = time.monotonic()
-    made = recipe.make()
-    console.print(f"Made {made}/ in {time.monotonic() - began:.0f} seconds.")
 
 
 def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPrompt], BeforeAfter]:

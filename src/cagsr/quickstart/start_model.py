@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cagsr.config import DataConfig, ModelConfig, SftConfig
-from cagsr.parse import to_yaml
+from cagsr.config import SftConfig
+from cagsr.parse import parse_command, to_yaml
 from cagsr.quickstart.task import all_words, make_pairs
 from cagsr.sft import SETTINGS, sft
 from cagsr.support.atomic import write_text_atomically
@@ -52,59 +53,34 @@ def save_blank(folder: Path, seed: int) -> None:
     """Save an untrained Llama of 376,000 random weights and its tokenizer, as ``cagsr sft --from_scratch`` takes them."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        # Three times the usual: at 0.02 so small a model takes thousands of steps to discover that it can copy a value
-        # from the prompt, at 0.06 a few hundred.
-        initializer_range=0.06,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = yaml.safe_load(Path(__file__).with_name("blank.yaml").read_text(encoding="utf-8"))
+    specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **specials)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made from nothing: what ``folder`` holds in the end depends on these alone."""
+    """How a model is made from nothing: what ``folder`` holds in the end depends on these alone.
+
+    It gets ``pairs.jsonl`` (drawn with ``data_seed``), ``blank/`` (architecture and tokenizer) and ``NAME/``, the result of so
+    many steps of 16 pairs; ``seed`` draws the random weights and the order of the pairs.
+    """
 
     folder: Path
-    """Gets ``pairs.jsonl``, ``blank/`` (architecture and tokenizer) and ``NAME/`` (the result)."""
     name: str
-    """Name of the result's folder."""
     data_seed: int
-    """Seeds the pairs."""
     seed: int
-    """Seeds the random weights and the order of the pairs."""
     pairs: int
-    """How many pairs the annotator writes."""
     steps: int
-    """Gradient steps of 16 pairs."""
 
     def settings(self) -> SftConfig:
         """Give the settings as ``cagsr sft`` takes them."""
-        return SftConfig(
-            model=ModelConfig(path=str(self.folder / "blank"), device="cpu"),
-            data=DataConfig(path=str(self.folder / "pairs.jsonl")),
-            output_dir=str(self.folder / self.name),
-            from_scratch=True,
-            steps=self.steps,
-            batch_size=16,
-            learning_rate=1.5e-3,
-            lr_scheduler="linear",
-            warmup_ratio=0.05,
-            save_every=0,
-            seed=self.seed,
-            overwrite=True,
-        )
+        folder = self.folder
+        given = {"model": folder / "blank", "data": folder / "pairs.jsonl", "output_dir": folder / self.name}
+        given_file = ["--config", str(Path(__file__).with_name("sft.yaml"))]
+        flags = [f"--{key}={value}" for key, value in {**given, "steps": self.steps, "seed": self.seed}.items()]
+        return parse_command(SftConfig, [*given_file, *flags], prog="cagsr quickstart")
 
     def rows(self) -> str:
         """Give the text of ``pairs.jsonl``."""
@@ -115,15 +91,10 @@ class Recipe:
 
         ``sft`` takes ``config.json`` away before it changes anything and writes it last.
         """
-        result, pairs = self.folder / self.name, self.folder / "pairs.jsonl"
-        settings = result / SETTINGS
-        return (
-            (result / "config.json").is_file()
-            and settings.is_file()
-            and settings.read_text(encoding="utf-8") == to_yaml(self.settings())
-            and pairs.is_file()
-            and pairs.read_text(encoding="utf-8") == self.rows()
-        )
+        result = self.folder / self.name
+        wanted = {result / SETTINGS: to_yaml(self.settings()), self.folder / "pairs.jsonl": self.rows()}
+        found = (path.is_file() and path.read_text(encoding="utf-8") == text for path, text in wanted.items())
+        return (result / "config.json").is_file() and all(found)
 
     def make(self) -> Path:
         """Train the model with ``sft``, from random weights, and return its folder."""

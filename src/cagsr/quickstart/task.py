@@ -1,15 +1,9 @@
 """The quickstart's task: describe somebody or something so that every given fact is said.
 
-A prompt is an instruction and a list of facts::
-
-    Introduce this person. name: Mara; job: baker; city: Lisbon; hobby: chess; pet: parrot.
-
-and a complete answer says each of them: ``Mara is a baker and lives in Lisbon. She enjoys chess and keeps a parrot.``
-The training pairs are written by a hasty annotator who leaves facts out and now and then repeats himself, so a
-model trained on them knows how to say everything and often doesn't: that is what reinforcement learning is to mend.
-
-Facts combine into many millions of prompts. Which of the three sets one belongs to (labelled pairs, unlabelled prompts,
-held-out prompts) is decided by a hash of its facts, so the sets never meet, whatever the seeds.
+A complete answer to ``Introduce this person. name: Mara; job: baker; city: Lisbon; hobby: chess; pet: parrot.`` says each
+fact: ``Mara is a baker and lives in Lisbon. She enjoys chess and keeps a parrot.`` The training pairs are written by a hasty
+annotator who leaves facts out and now and then repeats himself: that is what reinforcement learning is to mend. Which of the
+three sets a prompt belongs to is decided by a hash of its facts, so they never meet, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -34,21 +28,18 @@ REPEAT = 0.15
 
 @dataclass(frozen=True)
 class Fact:
-    """One kind of fact: its values and the ways to say it."""
+    """One kind of fact: its values, and the predicates that say it, with ``{}`` for the value, as in "lives in {}"."""
 
     values: tuple[str, ...]
     phrases: tuple[str, ...]
-    """Predicates with ``{}`` for the value, as in "lives in {}"."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One kind of thing to describe."""
+    """One kind of thing to describe: first sentences of a prompt, name -> pronoun, kind -> fact."""
 
     instructions: tuple[str, ...]
-    """First sentences of a prompt."""
     names: dict[str, str]
-    """Name to pronoun."""
     facts: dict[str, Fact]
 
 
@@ -64,14 +55,12 @@ SUBJECTS = {name: _subject(said) for name, said in _WORDS.items()}
 
 @dataclass(frozen=True)
 class Item:
-    """What a prompt asks about."""
+    """What a prompt asks about: a key of ``SUBJECTS``, and ``(kind of fact, value)`` as the prompt lists them."""
 
     subject: str
-    """A key of ``SUBJECTS``."""
     instruction: str
     name: str
     facts: tuple[tuple[str, str], ...]
-    """``(kind of fact, value)`` in the order in which the prompt lists them."""
 
     def prompt(self) -> str:
         """Give the text that the model reads."""
@@ -103,11 +92,7 @@ def make_prompts(n: int, seed: int, part: Part = "unlabelled") -> list[dict[str,
 
 
 def read_prompt(prompt: str) -> dict[str, str]:
-    """Give the facts listed in a prompt, the name included, as ``{kind: value}``.
-
-    Raises:
-        ValueError: a text that is no prompt of this task.
-    """
+    """Give the facts listed in a prompt, the name included, as ``{kind: value}``; raises ValueError for another text."""
     facts = dict(re.findall(r"(\w+): (\w+)[;.]", prompt))
     if "name" not in facts:
         raise ValueError(f"no prompt of the quickstart task: {prompt!r}")
@@ -134,15 +119,13 @@ def stated_facts(prompt: str, answer: str) -> list[tuple[str, str]]:
 
 def facts_covered(prompt: str, answer: str) -> float:
     """Give the share of the prompt's facts (the name included) that the answer states, 0 to 1."""
-    facts = read_prompt(prompt)
-    stated = set(stated_facts(prompt, answer))
-    return sum((kind, value) in stated for kind, value in facts.items()) / len(facts)
+    facts = read_prompt(prompt).items()
+    return len(facts & set(stated_facts(prompt, answer))) / len(facts)
 
 
 def wrong_facts(prompt: str, answer: str) -> int:
     """Count the different facts that the answer states and the prompt doesn't: wrong values and inventions."""
-    facts = read_prompt(prompt)
-    return sum(facts.get(kind) != value for kind, value in set(stated_facts(prompt, answer)))
+    return len(set(stated_facts(prompt, answer)) - read_prompt(prompt).items())
 
 
 def facts_said_again(prompt: str, answer: str) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 HEADERS = {
     # Only the page's own files; no inline script, no plug-in, no frame, nothing from elsewhere.
@@ -28,8 +27,8 @@ HEADERS = {
 READS = frozenset({"GET", "HEAD"})
 
 
-class Guard:
-    """Middleware that turns away every request but the page's own.
+class Guard(BaseHTTPMiddleware):
+    """Middleware that turns away every request but the page's own, and puts our headers on every answer.
 
     - Host must be this machine's address with our port. A foreign name that was made to point here (DNS rebinding) is not.
     - The token must come in the link that was printed (on the page itself only), in the cookie that the page then sets, or in
@@ -38,59 +37,37 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self._app = app
+        super().__init__(app)
         self._token = token.encode()
         self._hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
         self._cookie = cookie_name(port)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, with our headers on the answer, or refuse it."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            return  # no web sockets here; the server then refuses the handshake
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Let the request through, or refuse it."""
+        response = self._refusal(request) or await call_next(request)
+        response.headers.update(HEADERS)
+        return response
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        refusal = self._refusal(scope)
-        await (self._app if refusal is None else refusal)(scope, receive, send_with_headers)
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
-        hosts = headers.getlist("host")
+    def _refusal(self, request: Request) -> Response | None:
+        hosts, path = request.headers.getlist("host"), request.scope["path"]
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return PlainTextResponse("This address is not the one that cagsr rate serve printed.\n", 421)
-        if not any(hmac.compare_digest(one.encode(), self._token) for one in self._tokens(scope, headers)):
+        if not any(hmac.compare_digest(one.encode(), self._token) for one in self._tokens(request, path)):
             sentence = "Open the link that cagsr rate serve printed: it holds the token that this page asks for."
-            if scope["path"].startswith("/api/"):
+            if path.startswith("/api/"):
                 return JSONResponse({"error": sentence}, 403)
             return PlainTextResponse(sentence + "\n", 403)
-        if scope["method"] not in READS:
-            origins = headers.getlist("origin")
-            if (
-                origins != [f"http://{hosts[0].lower()}"]
-                or headers.get("sec-fetch-site", "same-origin") != "same-origin"
-            ):
+        if request.method not in READS:
+            own = request.headers.getlist("origin") == [f"http://{hosts[0].lower()}"]
+            if not own or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return JSONResponse({"error": "Ratings are taken from the rating page alone."}, 403)
         return None
 
-    def _tokens(self, scope: Scope, headers: Headers) -> list[str]:
+    def _tokens(self, request: Request, path: str) -> list[str]:
         """Every token that the request brings."""
-        found = headers.getlist("x-cagsr-token")
-        for line in headers.getlist("cookie"):
-            try:
-                cookies = SimpleCookie(line)
-            except CookieError:
-                continue
-            if self._cookie in cookies:
-                found.append(cookies[self._cookie].value)
-        if scope["path"] == "/" and scope["method"] in READS:
-            found += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-        return found
+        found = request.headers.getlist("x-cagsr-token")
+        found += [value for name, value in request.cookies.items() if name == self._cookie]
+        return found + (request.query_params.getlist("token") if path == "/" and request.method in READS else [])
 
 
 def cookie_name(port: int) -> str:

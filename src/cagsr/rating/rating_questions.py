@@ -18,14 +18,12 @@ PromptText = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class RatingQuestion:
-    """Two answers to a prompt. Nothing here says who sees which on the left."""
+    """Two answers to a prompt; of a gold question, a check with a known answer, A is the better one."""
 
     prompt: PromptText
     a: str
-    """The answer of side A; of a gold question the better one."""
     b: str
     gold: bool = False
-    """A check with a known answer: A is better."""
 
     @property
     def id(self) -> str:
@@ -48,14 +46,12 @@ class RatingQuestions:
 
     def notes(self) -> list[str]:
         """Say in plain sentences what was left out."""
-        said = []
-        if self.equal:
-            said.append(f"{self.equal:,} pairs have two equal answers: they are not asked and count nowhere.")
-        if self.repeated:
-            said.append(f"{self.repeated:,} pairs repeat an earlier one word for word: each is asked once.")
-        if self.unpaired:
-            said.append(f"{self.unpaired:,} answers have no partner (one side has more for their prompt): left out.")
-        return said
+        said = {
+            "pairs have two equal answers: they are not asked and count nowhere.": self.equal,
+            "pairs repeat an earlier one word for word: each is asked once.": self.repeated,
+            "answers have no partner (one side has more for their prompt): left out.": self.unpaired,
+        }
+        return [f"{count:,} {what}" for what, count in said.items() if count]
 
 
 def questions_from_answers(
@@ -89,11 +85,7 @@ def questions_from_answers(
 def questions_from_pairs(
     path: str, a_column: str, b_column: str, *, prompt_column: str = "prompt", gold: bool = False
 ) -> RatingQuestions:
-    """Read a file whose rows have a prompt and both answers.
-
-    Raises:
-        DataError: a row without one of the columns.
-    """
+    """Read a file whose rows have a prompt and both answers; raises DataError for a row without one of the columns."""
     rows = load_rows(DataConfig(path=path, prompt_column=prompt_column), [a_column, b_column])
     pairs = [
         RatingQuestion(prompt_of(row, prompt_column), _text(row, a_column), _text(row, b_column), gold) for row in rows
@@ -103,19 +95,14 @@ def questions_from_pairs(
 
 def with_gold(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
     """Put questions and gold questions into one set."""
-    return RatingQuestions(
-        (*asked.questions, *gold.questions),
-        asked.equal + gold.equal,
-        asked.repeated + gold.repeated,
-        asked.unpaired + gold.unpaired,
-    )
+    left_out = (asked.equal + gold.equal, asked.repeated + gold.repeated, asked.unpaired + gold.unpaired)
+    return RatingQuestions((*asked.questions, *gold.questions), *left_out)
 
 
 def prompt_of(row: Row, column: str = "prompt") -> PromptText:
     """Read a row's prompt: text, or chat messages ``{"role", "content"}`` whose contents are text or parts of text.
 
-    Raises:
-        DataError: it is missing, empty, or something else; file and row are named.
+    Raises DataError, with file and row, where it is missing, empty, or something else.
     """
     where = f"{row.source}, row {row.number}"
     value = row.values.get(column)
@@ -123,7 +110,7 @@ def prompt_of(row: Row, column: str = "prompt") -> PromptText:
         return value
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return [_message(entry, position, where) for position, entry in enumerate(value, start=1)]
-    if value is None or value == "" or isinstance(value, str):
+    if value is None or isinstance(value, str):
         present = ", ".join(map(str, row.values)) or "none"
         raise DataError(
             f"{where}: no prompt in column '{column}' (columns here: {present}); name the column with --prompt_column."
@@ -154,18 +141,15 @@ def _text(row: Row, column: str, flag: str | None = None) -> str:
             f"{where}: no answer in column '{column}' (columns here: {present})"
             + (f"; name the column with {flag}." if flag else "; each row needs a prompt and both answers.")
         )
-    try:
-        return text_of(value)
-    except DataError as error:
-        raise DataError(f"{where}: column '{column}': {error}") from error
+    return text_of(value, f"{where}: column '{column}'")
 
 
 def _message(entry: Any, position: int, where: str) -> dict[str, str]:
-    role = entry.get("role") if isinstance(entry, Mapping) else None
-    content = entry.get("content") if isinstance(entry, Mapping) else None
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
+    from cagsr.prompts.render import content_of
+
+    message = entry if isinstance(entry, Mapping) else {}
+    role, content = message.get("role"), content_of(message.get("content"))
+    if not isinstance(role, str) or content is None:
         raise DataError(f"{where}: message {position} of the prompt needs a role and a content that are text.")
     return {"role": role, "content": content}
 

@@ -1,4 +1,4 @@
--- The ratings file. Its version is database.VERSION.
+-- The ratings file. Its version is store.VERSION.
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE questions (
     id TEXT PRIMARY KEY, number INTEGER NOT NULL, prompt TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL,

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import DataError
-from cagsr.html_page import page_file, templates
+from cagsr.html_page import fill, page_file
 from cagsr.rating.guard import Guard, cookie_name
 from cagsr.rating.store import Progress, Store
 from cagsr.support.localhost import HOST
@@ -62,8 +62,7 @@ def rating_app(store: Store, port: int) -> Starlette:
     Writes answer with where the rater stands, so that the page needs no second request. Status 409: another rating stands
     there; 412: the page was opened for another file; 503: the disk refused, nothing was kept.
     """
-    template = templates("rating").get_template("page.html.jinja")
-    page = template.render(database=store.database, scales=store.settings.scales)
+    page = fill("rating", "page.html.jinja", database=store.database, scales=store.settings.scales)
 
     async def show(request: Request) -> Response:
         response = HTMLResponse(page)
@@ -85,10 +84,8 @@ def rating_app(store: Store, port: int) -> Starlette:
         message = await _read(request, RateMessage, store)
         _check_marks(message, store.settings.scales)
         marks = None if message.choice == "skip" else message.marks
-        outcome = await run_in_threadpool(
-            store.rate, message.rater, message.question, message.choice, message.client_id, marks
-        )
-        return await _answer(outcome, message)
+        given = (message.rater, message.question, message.choice, message.client_id, marks)
+        return await _answer(await run_in_threadpool(store.rate, *given), message)
 
     async def undo(request: Request) -> Response:
         message = await _read(request, UndoMessage, store)

@@ -1,20 +1,26 @@
-"""What may be done with the ratings: find a rater, give the next question, keep a rating once and once only, undo."""
+"""The ratings file: SQLite with a write-ahead log, every rating on the disk before it is confirmed, and kept once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+import sqlite3
 import threading
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from cagsr.errors import DataError
-from cagsr.rating.database import create_database, database_errors, open_database, transaction
+from cagsr.errors import DataError, RunError
 from cagsr.rating.rating_questions import PromptText, RatingQuestion
+
+APPLICATION = 0x63616773
+"""What SQLite's header says of files that are ours ("cags")."""
+VERSION = 1
 
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 Shown = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -30,13 +36,11 @@ SCALES = ("relevance", "fluency", "helpfulness")
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all ratings of a file."""
+    """What holds for all ratings of a file: what the sides are called, the scales that are asked for, the seed of the order."""
 
     label_a: str
-    """What side A is, for the summary."""
     label_b: str
     scales: tuple[str, ...]
-    """Scales that are asked for."""
     seed: int
 
 
@@ -95,8 +99,31 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, questions: Sequence[RatingQuestion], settings: Settings) -> Store:
-        """Make a new file; raises as ``create_database``."""
-        create_database(path, questions, vars(settings) | {"scales": list(settings.scales)})
+        """Make the file with its questions, in one transaction, readable by its owner alone (it holds the page's token).
+
+        Raises:
+            RunError: the file can't be written.
+            DataError: something else lies there.
+        """
+        meta = {"token": secrets.token_urlsafe(32), "database": secrets.token_hex(8), **vars(settings)}
+        with database_errors(path):
+            path.touch(mode=0o600)
+            with closing(_connect(path)) as connection:
+                if _has_tables(connection):
+                    raise DataError(f"{path} holds another database; choose a new name with --db.")
+                connection.execute("PRAGMA journal_mode = WAL")
+                with transaction(connection):
+                    for statement in Path(__file__).with_name("schema.sql").read_text(encoding="utf-8").split(";\n"):
+                        connection.execute(statement)
+                    rows = [(key, json.dumps(value)) for key, value in meta.items()]
+                    connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+                    asked = [
+                        (one.id, number, json.dumps(one.prompt, ensure_ascii=False), one.a, one.b, one.gold)
+                        for number, one in enumerate(questions)
+                    ]
+                    connection.executemany("INSERT INTO questions VALUES (?, ?, ?, ?, ?, ?)", asked)
+                    connection.execute(f"PRAGMA user_version = {VERSION}")
+                    connection.execute(f"PRAGMA application_id = {APPLICATION}")
         return cls(path)
 
     def close(self) -> None:
@@ -107,23 +134,19 @@ class Store:
     # ---- raters ----
 
     def join(self, name: str) -> Progress:
-        """Let a rater in, new or known (upper and lower case make no difference).
-
-        Raises:
-            DataError: no usable name.
-        """
+        """Let a rater in, new or known (upper and lower case make no difference); raises DataError for no usable name."""
         shown = rater_name(name)
         key = shown.casefold()
         with self._lock, transaction(self._connection):
             if self._rater(key) is None:
-                cursor = self._connection.execute(
+                added = self._connection.execute(
                     "INSERT INTO raters (key, name, created) VALUES (?, ?, ?)", (key, shown, _now())
                 )
                 ids = [row[0] for row in self._connection.execute("SELECT id FROM questions")]
-                order = draw_order(self.settings.seed, key, ids)
+                order = enumerate(draw_order(self.settings.seed, key, ids))
                 self._connection.executemany(
                     "INSERT INTO orders VALUES (?, ?, ?, ?)",
-                    [(cursor.lastrowid, place, question, left) for place, (question, left) in enumerate(order)],
+                    [(added.lastrowid, place, question, left) for place, (question, left) in order],
                 )
             return self._progress(key)
 
@@ -142,30 +165,22 @@ class Store:
         """
         with self._lock, transaction(self._connection):
             rater = self._rater(name.casefold())
-            asked = self._connection.execute(
-                "SELECT a_left FROM orders WHERE rater = ? AND question = ?", (rater, question)
-            ).fetchone()
+            asked = self._one("SELECT a_left FROM orders WHERE rater = ? AND question = ?", rater, question)
             if asked is None:
                 return "unknown"
             sides = {"left": "a", "right": "b"} if asked[0] else {"left": "b", "right": "a"}
             kept = sides.get(choice, choice)
-            row = self._connection.execute(
-                "SELECT rater, question, choice FROM ratings WHERE client_id = ?", (client_id,)
-            ).fetchone()
+            row = self._one("SELECT rater, question, choice FROM ratings WHERE client_id = ?", client_id)
             if row is not None:
                 return "before" if row == (rater, question, kept) else "conflict"
-            if self._connection.execute("SELECT 1 FROM undone WHERE client_id = ?", (client_id,)).fetchone():
+            if self._one("SELECT 1 FROM undone WHERE client_id = ?", client_id):
                 return "undone"
-            if self._connection.execute(
-                "SELECT 1 FROM ratings WHERE rater = ? AND question = ?", (rater, question)
-            ).fetchone():
+            if self._one("SELECT 1 FROM ratings WHERE rater = ? AND question = ?", rater, question):
                 return "conflict"
-            scales = (
-                None if marks is None else json.dumps({sides[side]: dict(marks[side]) for side in ("left", "right")})
-            )
+            by_side = None if marks is None else json.dumps({sides[side]: dict(marks[side]) for side in sides})
             self._connection.execute(
                 "INSERT INTO ratings (rater, question, choice, scales, client_id, created) VALUES (?, ?, ?, ?, ?, ?)",
-                (rater, question, kept, scales, client_id, _now()),
+                (rater, question, kept, by_side, client_id, _now()),
             )
         return "done"
 
@@ -173,12 +188,10 @@ class Store:
         """Take a rater's latest rating back; its question is the next one again, and the rating is kept aside."""
         with self._lock, transaction(self._connection):
             rater = self._rater(name.casefold())
-            gone = self._connection.execute("SELECT rater FROM undone WHERE client_id = ?", (client_id,)).fetchone()
+            gone = self._one("SELECT rater FROM undone WHERE client_id = ?", client_id)
             if gone is not None:
                 return "before" if gone[0] == rater else "unknown"
-            last = self._connection.execute(
-                "SELECT client_id FROM ratings WHERE rater = ? ORDER BY id DESC LIMIT 1", (rater,)
-            ).fetchone()
+            last = self._one("SELECT client_id FROM ratings WHERE rater = ? ORDER BY id DESC LIMIT 1", rater)
             if last is None or last[0] != client_id:
                 return "unknown" if last is None else "conflict"
             self._connection.execute(
@@ -211,23 +224,27 @@ class Store:
         with database_errors(self._path), self._lock:
             return self._connection.execute(query).fetchall()
 
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self._connection.execute(query, values).fetchone()
+        return row
+
     def _rater(self, key: str) -> int | None:
-        row = self._connection.execute("SELECT id FROM raters WHERE key = ?", (key,)).fetchone()
+        row = self._one("SELECT id FROM raters WHERE key = ?", key)
         return None if row is None else int(row[0])
 
     def _progress(self, key: str) -> Progress:
-        rater, name = self._connection.execute("SELECT id, name FROM raters WHERE key = ?", (key,)).fetchone()
-        total, done, last = self._connection.execute(
-            "SELECT (SELECT count(*) FROM orders WHERE rater = :rater), (SELECT count(*) FROM ratings WHERE rater = :rater), "
-            "(SELECT client_id FROM ratings WHERE rater = :rater ORDER BY id DESC LIMIT 1)",
-            {"rater": rater},
+        rater, name, total, done, last = self._connection.execute(
+            "SELECT id, name, (SELECT count(*) FROM orders WHERE rater = raters.id), "
+            "(SELECT count(*) FROM ratings WHERE rater = raters.id), "
+            "(SELECT client_id FROM ratings WHERE rater = raters.id ORDER BY id DESC LIMIT 1) FROM raters WHERE key = ?",
+            (key,),
         ).fetchone()
-        row = self._connection.execute(
+        row = self._one(
             "SELECT questions.id, prompt, a, b, a_left FROM orders JOIN questions ON questions.id = orders.question "
             "LEFT JOIN ratings ON ratings.rater = orders.rater AND ratings.question = orders.question "
             "WHERE orders.rater = ? AND ratings.id IS NULL ORDER BY place LIMIT 1",
-            (rater,),
-        ).fetchone()
+            rater,
+        )
         asked = None
         if row is not None:
             question, prompt, a, b, a_left = row
@@ -236,12 +253,9 @@ class Store:
 
 
 def draw_order(seed: int, rater: str, questions: Sequence[str]) -> list[tuple[str, bool]]:
-    """Shuffle the questions' names for a rater and draw whether A stands on the left, each independently.
+    """Shuffle the questions' names for a rater and draw whether A stands on the left: ``(question, A is on the left)`` each.
 
     The draw hangs on nothing but seed, rater and name: it is the same on every machine and for every order of ``questions``.
-
-    Returns:
-        ``(question, A is on the left)`` in the order in which they are asked.
     """
     # 256 random bits each: the first ones place the question, the last one places its answers.
     drawn = sorted((hashlib.sha256(f"{seed}\0{one}\0{rater}".encode()).digest(), one) for one in questions)
@@ -251,14 +265,80 @@ def draw_order(seed: int, rater: str, questions: Sequence[str]) -> list[tuple[st
 def rater_name(name: str) -> str:
     """Bring a name to one form: no white space around or doubled, no invisible characters.
 
-    Raises:
-        DataError: it is empty or longer than 40 characters.
+    Raises DataError where it is empty or longer than 40 characters.
     """
     text = unicodedata.normalize("NFC", " ".join(name.split()))
     text = "".join(char for char in text if unicodedata.category(char)[0] != "C")
     if not 1 <= len(text) <= 40:
         raise DataError("A name of 1 to 40 characters is needed.")
     return text
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open a ratings file, for one thread at a time.
+
+    Every commit waits until the log is on the disk (``synchronous = FULL``), so that neither a kill nor a power cut takes
+    back what was confirmed.
+
+    Raises:
+        DataError: no such file, or not one of ours, or one of a later cagsr.
+        RunError: it can't be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such ratings file; cagsr rate serve makes one (--db names it).")
+    with database_errors(path):
+        connection = _connect(path)
+        try:
+            if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
+                raise DataError(f"{path} is no ratings file of cagsr rate; choose another one with --db.")
+            if connection.execute("PRAGMA user_version").fetchone()[0] > VERSION:
+                raise DataError(f"{path} comes from a later version of cagsr; choose another one with --db.")
+        except (sqlite3.Error, DataError):
+            connection.close()
+            raise
+    return connection
+
+
+def was_created(path: Path) -> bool:
+    """Whether a ratings file is there; what a kill left of its making (an empty database) is none."""
+    if not path.exists():
+        return False
+    with database_errors(path), closing(_connect(path)) as connection:
+        return _has_tables(connection)
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing: commits at the end of the block, rolls back after an exception. No other writer gets between."""
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        yield
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into one sentence: RunError where the file can't be used, DataError where it is no database."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(
+            f"{path} can't be used ({reason}); make it and its folder writable, or name another --db."
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{path} is no ratings file ({error}); choose another one with --db.") from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Transactions are ours to open (isolation_level None); the store lets one thread in at a time.
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _has_tables(connection: sqlite3.Connection) -> bool:
+    return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
 
 
 def _question(prompt: str, a: str, b: str, gold: int) -> RatingQuestion:

@@ -1,18 +1,29 @@
-"""The ratings of a file in numbers, as text and as JSON."""
+"""The ratings of a file in numbers: who wins how often, with an interval, and whether the raters agree."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import krippendorff
+import numpy as np
+from numpy.typing import NDArray
 
 from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
-from cagsr.html_page import templates
-from cagsr.rating.rating_statistics import choice_agreement, mark_agreement, mark_of, prompt_means, win_score
-from cagsr.rating.store import Judgement, Settings
+from cagsr.html_page import fill
+from cagsr.rating.store import Choice, Judgement, Settings
+
+Floats = NDArray[np.float64]
 
 FEW = 20
 """With fewer prompts the bootstrap's interval is known to be too narrow, and the summary says so."""
+SCORES: Mapping[Choice, float] = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
+"""What a rating is worth for A. A skip is worth nothing to anybody: it is left out."""
+CODES: Mapping[Choice, int] = {"a": 0, "b": 1, "tie": 2, "both_bad": 3}
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,7 @@ class Agreement:
     """Krippendorff's alpha."""
 
     alpha: float | None
-    """None: undefined (see ``shared``, or all values are the same)."""
+    """None: undefined (see ``shared``, or all values are the same, so that chance alone would agree as well)."""
     shared: int
     """Questions (of scales: answers) that two raters or more have judged."""
 
@@ -41,12 +52,11 @@ class RaterSummary:
 
 @dataclass(frozen=True)
 class ScaleSummary:
-    """Marks on one scale, means over prompts."""
+    """Marks on one scale, means over prompts; ``difference`` is A less B, paired."""
 
     a: Interval
     b: Interval
     difference: Interval
-    """A less B, paired."""
     agreement: Agreement
 
 
@@ -68,15 +78,15 @@ class Summary:
 
     def text(self) -> str:
         """Give the summary as text, a few lines."""
-        text: str = templates("rating", html=False).get_template("summary.txt.jinja").render(s=self, few=FEW)
-        return text.rstrip("\n")
+        return fill("rating", "summary.txt.jinja", escaped=False, s=self, few=FEW).rstrip("\n")
 
 
 def summarize(judgements: Sequence[Judgement], questions: int, settings: Settings) -> Summary:
     """Sum up the ratings of a file; ``questions`` is the number of questions that are not gold."""
     asked = [one for one in judgements if not one.question.gold]
-    scores = prompt_means(asked, win_score)
+    scores = prompt_means(asked, lambda one: SCORES.get(one.choice))
     names = dict.fromkeys(one.rater for one in judgements)
+    marked = any(one.marks is not None for one in asked)
     return Summary(
         label_a=settings.label_a,
         label_b=settings.label_b,
@@ -84,12 +94,51 @@ def summarize(judgements: Sequence[Judgement], questions: int, settings: Setting
         prompts=len(scores),
         counts=_counts(asked),
         win_rate=mean_interval(scores) if len(scores) else None,
-        agreement=Agreement(*choice_agreement(asked)),
+        agreement=choice_agreement(asked),
         raters=tuple(_rater(name, [one for one in judgements if one.rater == name]) for name in names),
-        scales={
-            scale: _scale(asked, scale) for scale in settings.scales if any(one.marks is not None for one in asked)
-        },
+        scales={scale: _scale(asked, scale) for scale in settings.scales if marked},
     )
+
+
+def prompt_means(judgements: Iterable[Judgement], value: Callable[[Judgement], float | None]) -> Floats:
+    """Mean of ``value`` for each prompt: over a question's raters first, then over the prompt's questions.
+
+    So a question that three people rated weighs no more than one that one person did, and the prompts, which the bootstrap
+    resamples, weigh alike. Judgements whose value is None are left out.
+
+    Returns:
+        ``(prompts,)`` float64, in the order of their first judgement; empty where nothing is left.
+    """
+    prompts: dict[str, dict[str, list[float]]] = {}
+    for one in judgements:
+        found = value(one)
+        if found is not None:
+            questions = prompts.setdefault(json.dumps(one.question.prompt, sort_keys=True), {})
+            questions.setdefault(one.question.id, []).append(found)
+    return np.array([np.mean([np.mean(raters) for raters in questions.values()]) for questions in prompts.values()])
+
+
+def agreement(values: Iterable[tuple[str, Hashable, int]], level: Literal["nominal", "ordinal"]) -> Agreement:
+    """Krippendorff's alpha over raters (Krippendorff, Content Analysis, 2004, chapter 11): 1 is perfect, 0 is chance.
+
+    ``values`` are ``(rater, unit, value)``; a rater need not have rated every unit, and units of one rater are left out. The
+    level is nominal for choices, ordinal for marks.
+    """
+    given: dict[Hashable, dict[str, int]] = {}
+    for rater, unit, value in values:
+        given.setdefault(unit, {})[rater] = value
+    shared = [by for by in given.values() if len(by) > 1]
+    if len({value for by in shared for value in by.values()}) < 2:
+        return Agreement(None, len(shared))
+    raters = sorted({rater for by in shared for rater in by})
+    table = np.array([[by.get(rater, np.nan) for by in shared] for rater in raters], dtype=np.float64)
+    return Agreement(float(krippendorff.alpha(reliability_data=table, level_of_measurement=level)), len(shared))
+
+
+def choice_agreement(judgements: Sequence[Judgement]) -> Agreement:
+    """Nominal alpha of the choices a, b, tie and both bad; a skip is no value."""
+    coded = ((one.rater, one.question.id, CODES[one.choice]) for one in judgements if one.choice in CODES)
+    return agreement(coded, "nominal")
 
 
 def _counts(judgements: Sequence[Judgement]) -> dict[str, int]:
@@ -111,8 +160,15 @@ def _rater(name: str, own: Sequence[Judgement]) -> RaterSummary:
 
 
 def _scale(judgements: Sequence[Judgement], scale: str) -> ScaleSummary:
-    a = prompt_means(judgements, lambda one: mark_of(one, "a", scale))
-    b = prompt_means(judgements, lambda one: mark_of(one, "b", scale))
-    return ScaleSummary(
-        mean_interval(a), mean_interval(b), paired_difference(a, b), Agreement(*mark_agreement(judgements, scale))
+    def mark(one: Judgement, side: str) -> float | None:
+        return None if one.marks is None else float(one.marks[side][scale])
+
+    a, b = (prompt_means(judgements, partial(mark, side=side)) for side in ("a", "b"))
+    # Each answer is a unit.
+    marks = (
+        (one.rater, (one.question.id, side), one.marks[side][scale])
+        for one in judgements
+        if one.marks is not None
+        for side in ("a", "b")
     )
+    return ScaleSummary(mean_interval(a), mean_interval(b), paired_difference(a, b), agreement(marks, "ordinal"))

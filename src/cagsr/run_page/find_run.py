@@ -15,14 +15,9 @@ _TRAINERS = ("sft", "dpo", "reward-model")
 
 
 def find_run(path: Path, *, wait: bool = False) -> Path:
-    """Give the run folder that ``path`` means: itself, or ``run/`` inside a quickstart.
+    """Give the run folder that ``path`` means: itself, or ``run/`` inside a quickstart; with ``wait`` it need not be there yet.
 
-    Args:
-        path: what the user typed.
-        wait: the run need not be there yet (a page that is served waits for it).
-
-    Raises:
-        RunError: it is no run; the sentence says what it is and what to give instead.
+    Raises RunError where it is no run; the sentence says what it is and what to give instead.
     """
     if path.is_file():
         raise RunError(f"{path} is a file: give the run's folder (the --output_dir of cagsr train).")
@@ -56,11 +51,7 @@ def is_run(path: Path) -> bool:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell runs apart: folder names, with as many parents as that takes.
-
-    Raises:
-        RunError: one run is given twice.
-    """
+    """Short names that tell runs apart, folder names with the parents it takes; raises RunError where one is given twice."""
     parts = [path.resolve().parts for path in paths]
     for number, one in enumerate(parts):
         if one in parts[:number]:

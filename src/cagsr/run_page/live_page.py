@@ -29,57 +29,42 @@ SHARE = 10
 
 
 class LivePage:
-    """The newest content of some runs, collected again only when their files or states have changed.
-
-    Args:
-        paths: the runs as the user named them; they need not be there yet.
-    """
+    """The newest content of some runs, which need not be there yet; collected again only when files or states change."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
         self._labels = labels(paths)
         self._lock = threading.Lock()
-        self._states: list[Any] = []
-        self._files: list[Any] = []
-        self._runs: list[Run] = []
-        self._content: Content | None = None
-        self._version = ""
+        self._seen: tuple[list[Any], list[Any]] = ([], [])
+        self._newest: tuple[list[Run], Content, str] | None = None
         self._rest_until = 0.0
 
     def newest(self) -> tuple[list[Run], Content, str]:
-        """The runs, what the page shows of them, and a version that changes with it.
-
-        Raises:
-            RunError: a run that can't be read.
-        """
+        """The runs, what the page shows of them, and a version that changes with it; raises RunError as ``read_run``."""
         with self._lock:
-            states, files = self._fingerprint()
-            fresh = self._content is None or states != self._states or (files != self._files and self._rested())
-            if fresh or self._content is None:
+            folders = [find_run(path, wait=True) for path in self._paths]
+            states, files = _fingerprint(folders)
+            changed = files != self._seen[1] and time.monotonic() >= self._rest_until
+            if self._newest is None or states != self._seen[0] or changed:
                 began = time.monotonic()
-                runs = [read_run(run, label) for run, label in zip(self._folders(), self._labels, strict=True)]
-                self._content = content_of(runs)
-                parts = [self._content.data[name] for name in ("points", "runs", "answers")]
-                text = json.dumps([parts, self._content.html], sort_keys=True)
-                self._version = hashlib.sha256(text.encode()).hexdigest()[:16]
-                self._runs, self._states, self._files = runs, states, files
+                runs = [read_run(run, label) for run, label in zip(folders, self._labels, strict=True)]
+                content = content_of(runs)
+                parts = [content.data[name] for name in ("points", "runs", "answers")]
+                text = json.dumps([parts, content.html], sort_keys=True)
+                version = hashlib.sha256(text.encode()).hexdigest()[:16]
+                self._newest, self._seen = (runs, content, version), (states, files)
                 self._rest_until = time.monotonic() + SHARE * (time.monotonic() - began)
-            return self._runs, self._content, self._version
+            return self._newest
 
-    def _rested(self) -> bool:
-        return time.monotonic() >= self._rest_until
 
-    def _folders(self) -> list[Path]:
-        return [find_run(path, wait=True) for path in self._paths]
-
-    def _fingerprint(self) -> tuple[list[Any], list[Any]]:
-        """Who holds the locks and what is there, and sizes and times of the files that are read: cheap to ask for."""
-        states, files = [], []
-        for run in self._folders():
-            states.append((run, run.exists(), (run / "final" / "config.json").exists(), is_being_written(run)))
-            found = [file.stat() for file in (run / CONFIG, *sorted(run.glob("*.jsonl"))) if file.exists()]
-            files.append([(stat.st_size, stat.st_mtime_ns) for stat in found])
-        return states, files
+def _fingerprint(runs: Sequence[Path]) -> tuple[list[Any], list[Any]]:
+    """Who holds the locks and what is there, and sizes and times of the files that are read: cheap to ask for."""
+    states, files = [], []
+    for run in runs:
+        states.append((run, run.exists(), (run / "final" / "config.json").exists(), is_being_written(run)))
+        found = [file.stat() for file in (run / CONFIG, *sorted(run.glob("*.jsonl"))) if file.exists()]
+        files.append([(stat.st_size, stat.st_mtime_ns) for stat in found])
+    return states, files
 
 
 def application(paths: Sequence[Path]) -> Starlette:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import is_number
+from cagsr.run_page.read_run import Run, is_number
 
 MOST_POINTS = 45_000
 """Points on a page, over all curves of all runs: they take about 1 MB."""
@@ -69,44 +68,26 @@ def _named(key: str) -> Curve:
 
 def points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float | None]]:
     """A metric's steps and values; None where it was written but is no finite number."""
-    steps: list[int] = []
-    values: list[float | None] = []
-    for row in rows:
-        if key not in row:
-            continue
-        value = row[key]
-        if value is None or is_number(value) or isinstance(value, float):
-            steps.append(row["step"])
-            values.append(value if is_number(value) else None)
-    return (steps, values) if any(value is not None for value in values) else ([], [])
+    written = [(row["step"], row[key]) for row in rows if key in row]
+    known = [(step, value) for step, value in written if value is None or is_number(value) or isinstance(value, float)]
+    values = [value if is_number(value) else None for _, value in known]
+    return ([step for step, _ in known], values) if any(value is not None for value in values) else ([], [])
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None] | None:
-    """Mean of each value and the ones around it, a twelfth of the curve wide, shorter at the ends.
-
-    Returns:
-        None where the curve is too short for that.
-    """
+    """Mean of each value and the ones around it, a twelfth of the curve wide, shorter at the ends; None for a short curve."""
     half = len(values) // 12 // 2
     if half < 1:
         return None
     numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     there = ~np.isnan(numbers)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(there, numbers, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(there)])
-    places = np.arange(len(values))
-    low, high = np.maximum(0, places - half), np.minimum(len(values), places + half + 1)
-    count = counts[high] - counts[low]
-    means = (sums[high] - sums[low]) / np.maximum(1, count)
-    return [float(mean) if some else None for mean, some in zip(means, count, strict=True)]
+    window = np.ones(2 * half + 1)
+    sums, counts = (np.convolve(one, window, "same") for one in (np.where(there, numbers, 0.0), there))
+    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
 
 
 def thin(values: Sequence[float | None], most: int) -> list[int]:
-    """Which points to keep so that at most ``most`` are left: both ends, and each stretch's lowest and highest.
-
-    Returns:
-        Their places, rising; all of them where there are no more than ``most``.
-    """
+    """The places, rising, of the points to keep, at most ``most``: both ends, and each stretch's lowest and highest."""
     count = len(values)
     if count <= most:
         return list(range(count))
@@ -123,9 +104,7 @@ def thin(values: Sequence[float | None], most: int) -> list[int]:
 def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, list[dict[str, Any]]], bool]:
     """The points of every chart, ready for JSON, and whether any were left out.
 
-    Returns:
-        Key -> one ``{"step", "value", "smooth", "marks"}`` for each run; ``marks`` are ``[step, sentence]`` of the
-        warnings that belong to the chart.
+    Key -> one ``{"step", "value", "smooth", "marks"}`` for each run; ``marks`` are ``[step, sentence]`` of its warnings.
     """
     room = max(FEWEST_POINTS, MOST_POINTS // max(1, len(curves) * len(runs)))
     found: dict[str, list[dict[str, Any]]] = {}

@@ -9,8 +9,7 @@ from typing import Any
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.run_page.metric_curves import HELD_OUT, MORE, NAMES, SPEED, Curve, points
-from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import is_number, step_seconds
+from cagsr.run_page.read_run import Run, is_number, step_seconds
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,9 @@ def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def costs(run: Run) -> dict[str, Any] | None:
-    """Seconds by part, tokens and rates of a run, None before its first timed step.
+    """Seconds by part (what, key, seconds, share of the total), tokens sampled and their rates; None before the first timed step.
 
-    Returns:
-        ``parts``: (what, seconds, share of the total); ``total`` seconds; ``steps``; ``tokens`` sampled;
-        ``per_second``: of all time; ``sampling_per_second``: of the part that samples and scores; ``memory``: the
-        largest recorded peak in bytes, or None.
+    ``sampling_per_second`` is of the part that samples and scores, ``memory`` the largest recorded peak in bytes.
     """
     if not run.timings:
         return None
@@ -109,26 +105,15 @@ def changed_settings(run: Run) -> list[tuple[str, str, str]]:
     defaults = flatten(TrainConfig(model=ModelConfig(path=""), data=DataConfig(path=""), output_dir=""))
     needed = ("model.path", "data.path", "output_dir")
     known = {key: _text(value) for key, value in defaults.items() if key not in needed}
-    rows = [(key, _text(value), known.get(key, "")) for key, value in _flat(run.settings).items()]
+    rows = [(key, _text(value), known.get(key, "")) for key, value in run.settings.items()]
     return [row for row in rows if row[0] not in known or row[1] != row[2]]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """The settings in which several runs differ: dotted key and each run's value."""
-    flats = [_flat(run.settings) for run in runs]
-    keys = list(dict.fromkeys(key for flat in flats for key in flat))
-    rows = [(key, [_text(flat[key]) if key in flat else "—" for flat in flats]) for key in keys]
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    rows = [(key, [_text(run.settings[key]) if key in run.settings else "—" for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "output_dir"]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flat(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
 
 
 def _text(value: Any) -> str:

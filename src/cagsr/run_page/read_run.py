@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from cagsr.errors import RunError
-from cagsr.run_page.run_state import State, state_of
-from cagsr.run_page.step_times import with_speed
-from cagsr.runs.folder import CONFIG
+from cagsr.runs.folder import CONFIG, LOGS, flat_tree, is_being_written
 from cagsr.runs.lines import read_lines
 
 Row = dict[str, Any]
+PHASES = ("collect_seconds", "update_seconds", "evaluation_seconds")
+"""The phases of a step, which together are all of it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What can be told of a run from outside."""
+
+    kind: Literal["waiting", "running", "finished", "stopped"]
+    sentence: str
+    """The same for people, with the step."""
+    written: float | None
+    """When the last step was written, seconds since 1970; None before the first."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Run:
     label: str
     """How the page calls it."""
     settings: Mapping[str, Any]
-    """The nested settings of ``config.yaml``, empty before there is one."""
+    """Those of ``config.yaml`` by their dotted names, empty before there is one."""
     config_text: str
     """The file as it stands."""
     metrics: tuple[Row, ...]
@@ -40,36 +52,28 @@ class Run:
     warnings: tuple[Row, ...]
     state: State
 
-    def setting(self, key: str) -> Any:
-        """A setting by its dotted key, None where the file has none."""
-        value: Any = self.settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-
 
 def read_run(path: Path, label: str) -> Run:
     """Read a run folder. What a running training has written half of a line is left out.
 
-    Raises:
-        RunError: a file that can't be read; the sentence names it and the line.
+    Raises RunError for a file that can't be read; the sentence names it and the line.
     """
     settings, text = _config(path / CONFIG)
-    metrics, timings = _rows(path / "metrics.jsonl"), _rows(path / "timings.jsonl")
-    warnings = _rows(path / "warnings.jsonl")
-    steps = settings.get("run", {}).get("steps") if isinstance(settings.get("run"), dict) else None
+    logs = ("metrics", "timings", "warnings", "samples", "held_out")
+    metrics, timings, warnings, samples, held_out = (_rows(path / f"{name}.jsonl") for name in logs)
+    steps = settings.get("run.steps")
     return Run(
         path=path,
         label=label,
         settings=settings,
         config_text=text,
         metrics=metrics,
-        rows=tuple(with_speed(metrics, timings)),
+        rows=tuple(_with_speed(metrics, timings)),
         timings=timings,
-        samples=_rows(path / "samples.jsonl"),
-        held_out=_rows(path / "held_out.jsonl"),
+        samples=samples,
+        held_out=held_out,
         warnings=warnings,
-        state=state_of(path, metrics, warnings, steps if isinstance(steps, int) else None),
+        state=_state(path, metrics, warnings, steps if isinstance(steps, int) else None),
     )
 
 
@@ -87,7 +91,7 @@ def _config(path: Path) -> tuple[dict[str, Any], str]:
         raise RunError(f"{path}{line} is not YAML that can be read: mend the file.") from error
     if not isinstance(settings, dict):
         raise RunError(f"{path} holds no settings: put back the file that cagsr train wrote.")
-    return settings, text
+    return flat_tree(settings) if settings else {}, text
 
 
 def _rows(path: Path) -> tuple[Row, ...]:
@@ -100,3 +104,55 @@ def _rows(path: Path) -> tuple[Row, ...]:
         if not isinstance(row.get("step"), int):
             raise RunError(f"{path}, line {number} has no step: mend or remove that line.")
     return tuple(rows)
+
+
+def _with_speed(metrics: Iterable[Row], timings: Iterable[Row]) -> Iterable[Row]:
+    """Rows of metrics with ``step_seconds`` and ``tokens_per_second`` added, where the step was timed."""
+    timed = {row["step"]: row for row in timings}
+    for row in metrics:
+        timing = timed.get(row["step"], {})
+        seconds = step_seconds(timing)
+        speed = {} if seconds <= 0 else {"step_seconds": seconds}
+        if speed and is_number(timing.get("response_tokens")):
+            speed["tokens_per_second"] = timing["response_tokens"] / seconds
+        yield row | speed
+
+
+def step_seconds(timing: Mapping[str, Any]) -> float:
+    """All seconds of a step: of its three phases, whose parts are inside them."""
+    return sum(timing[key] for key in PHASES if is_number(timing.get(key)))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number (True and False are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _state(path: Path, metrics: Sequence[Row], warnings: Sequence[Row], steps: int | None) -> State:
+    """Tell a run's state from its lock, which the kernel frees however a process ends, and from what it has written.
+
+    ``steps`` is how many the run is to do, None if that is not known.
+    """
+    done = int(metrics[-1]["step"]) if metrics else None
+    log = path / LOGS[0]
+    written = log.stat().st_mtime if done is not None and log.exists() else None
+    of = f" of {steps}" if steps is not None else ""
+    if is_being_written(path):
+        if not done:
+            what = "the first step is not done yet" if done == 0 else "it is getting ready for the first step"
+            return State("waiting", f"Training has begun; {what}.", written)
+        if steps is not None and done >= steps:
+            return State("running", f"All {steps} steps are done; the final model is being written.", written)
+        return State("running", f"Training goes on: step {done}{of} is done.", written)
+    if not path.exists() or not any(path.iterdir()):
+        return State("waiting", "Training has not begun: there is nothing in this folder yet.", None)
+    final = (path / "final" / "config.json").is_file()
+    if final and done is not None and (steps is None or done >= steps):
+        return State("finished", f"Training is finished: {done} steps.", written)
+    if any(row.get("action") == "stop" and row["step"] == done for row in warnings):
+        return State("stopped", f"A monitor stopped the training at step {done}{of} (see the warnings).", written)
+    where = (
+        f"at step {done}{of}" if steps is None or (done or 0) < steps else f"after step {done}, before the final model"
+    )
+    ended = f"Training ended {where if done else 'before its first step'}: it was killed, interrupted or failed;"
+    return State("stopped", f"{ended} cagsr train --config {path}/config.yaml --resume goes on.", written)

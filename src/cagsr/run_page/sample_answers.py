@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from cagsr.run_page.read_run import Run
-from cagsr.run_page.step_times import is_number
+from cagsr.run_page.read_run import Run, is_number
 
 MOST_CHARACTERS = 1_000_000
 """Prompts and answers on a page, over all runs, about as they stand in it."""
@@ -19,22 +18,15 @@ _WORDS = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
 
 
 def word_diff(before: str, after: str) -> list[list[Any]]:
-    """Tell a text from an earlier one, word by word.
+    """Tell a text from an earlier one, word by word: ``[sign, text]``, 0 for what is in both, -1 only before, 1 only after.
 
-    Returns:
-        ``[sign, text]`` pieces in reading order: 0 in both, -1 only before, 1 only after. The pieces with 0 and 1
-        together are ``after``; those with 0 and -1 are ``before``.
+    The pieces, in reading order, with 0 and 1 together are ``after``; those with 0 and -1 are ``before``.
     """
     old, new = _WORDS.findall(before), _WORDS.findall(after)
     pieces: list[list[Any]] = []
     for kind, old_start, old_end, new_start, new_end in SequenceMatcher(None, old, new).get_opcodes():
-        if kind == "equal":
-            pieces.append([0, "".join(new[new_start:new_end])])
-            continue
-        if old_start < old_end:
-            pieces.append([-1, "".join(old[old_start:old_end])])
-        if new_start < new_end:
-            pieces.append([1, "".join(new[new_start:new_end])])
+        gone, come = "".join(old[old_start:old_end]), "".join(new[new_start:new_end])
+        pieces += [[0, come]] if kind == "equal" else [piece for piece in ([-1, gone], [1, come]) if piece[1]]
     return pieces
 
 
@@ -42,12 +34,8 @@ def answers_of(run: Run, room: int) -> dict[str, Any]:
     """A run's sample answers, ready for JSON.
 
     An answer is compared with the earliest one to the same prompt and of the same kind (sampled in training, or greedy and
-    held out): at step 0 or 1 that is the start's own, which no update has touched. Steps are left out evenly where the texts
-    have more than ``room`` characters.
-
-    Returns:
-        ``prompts``, and ``rows``: one for each answer, with ``first`` (the row that ``diff`` compares with) where
-        there is an earlier one, and ``left_out``: how many steps are not there.
+    held out): at step 0 or 1 that is the start's own, which no update has touched; ``first`` is what ``diff`` compares with.
+    Steps are left out evenly where the texts have more than ``room`` characters; ``left_out`` says how many.
     """
     rows = [*_given(run.held_out, held_out=True), *_given(run.samples, held_out=False)]
     rows.sort(key=lambda row: row["step"])

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cagsr.support.atomic import write_bytes_atomically
-from cagsr.view.measure import Answer, Measured
-from cagsr.view.planes import REWARD
+from cagsr.view.measure import REWARD, Answer, Measured
 
 MOST_ANSWERS = 4
 """Answers in one picture, the best."""
@@ -66,23 +65,17 @@ def _label(axes: Axes, which: str, tokens: tuple[str, ...], what: str) -> None:
 def _bars(axes: Axes, measured: Measured, answer: Answer, height: float) -> None:
     names = list(answer.contributions)
     values = list(answer.contributions.values())
-    hatches = ["" if value >= 0 else "////" for value in values]
-    bars = axes.barh(np.arange(len(names)), values, color="#084081", height=0.6)
-    for bar, hatch in zip(bars, hatches, strict=True):
-        if hatch:
-            bar.set(hatch=hatch, facecolor="white", edgecolor="#084081")
-    labels = []
-    for name in names:
-        raw = answer.terms[name]
-        value = f"{raw:.4g}" if math.isfinite(raw) else "does not apply"
-        labels.append(f"{name.replace('_', ' ')}\n{value} × {measured.weights[name]:g}")
+    for bar, value in zip(axes.barh(np.arange(len(names)), values, color="#084081", height=0.6), values, strict=True):
+        if value < 0:
+            bar.set(hatch="////", facecolor="white", edgecolor="#084081")
+    raw = {name: f"{value:.4g}" if math.isfinite(value) else "does not apply" for name, value in answer.terms.items()}
+    labels = [f"{name.replace('_', ' ')}\n{raw[name]} × {measured.weights[name]:g}" for name in names]
     axes.set_yticks(np.arange(len(names)), labels, fontsize=8)
     # Few terms: bars no thicker than usual, the first on top.
     axes.set_ylim(max(len(names), 2 * height) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.axvline(0, color="#777777", linewidth=1)
-    most = max((abs(value) for one in measured.answers for value in one.contributions.values()), default=0.0) or 1.0
-    axes.set_xlim(-1.1 * most, 1.1 * most)
+    axes.set_xlim(-1.1 * measured.most, 1.1 * measured.most)
     axes.set_xlabel("contribution", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     for side in ("top", "right", "left"):
@@ -90,11 +83,7 @@ def _bars(axes: Axes, measured: Measured, answer: Answer, height: float) -> None
 
 
 def save_picture(measured: Measured, path: Path) -> None:
-    """Write the picture as PNG, at once.
-
-    Raises:
-        RunError: the file can't be written.
-    """
+    """Write the picture as PNG, at once; raises RunError where the file can't be written."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         # A sign that no font has is drawn as a box; that is all there is to say.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cagsr.attention.probe import find_attention_layers
-from cagsr.flow import EncodedPrompt, RewardBatch
+from cagsr.attention import Reading
+from cagsr.attention.probe import AttentionLayers, find_attention_layers
+from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
+from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.salience import explain_salience
 from cagsr.reward.answers import AnswerScorer
@@ -21,10 +24,23 @@ from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
 from cagsr.scoring.answers import Response
-from cagsr.view.planes import REWARD, Plane, planes_with_room, read_planes
 from cagsr.view.token_pieces import token_pieces
 
 Floats = NDArray[np.float32]
+
+MOST_ELEMENTS = 4_000_000
+"""Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One layer's attention, or (``head`` None) the mean of its heads; ``layer`` None: what the reward reads."""
+
+    layer: int | None
+    head: int | None
+
+
+REWARD = Plane(None, None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,11 @@ class Measured:
     """What the contributions are, in a sentence."""
     model: str
 
+    @property
+    def most(self) -> float:
+        """The largest contribution, for the length of the bars; 1 where there is none."""
+        return max((abs(value) for one in self.answers for value in one.contributions.values()), default=0.0) or 1.0
+
 
 def measure(
     loaded: LoadedModel,
@@ -87,14 +108,9 @@ def measure(
     scorer: AnswerScorer,
     scales: Scales | None = None,
 ) -> Measured:
-    """Score answers to one prompt and read what they looked at.
+    """Score answers to one prompt, each of a token or more, and read what they looked at.
 
-    Args:
-        loaded: the model.
-        prompt: the prompt.
-        responses: one answer or more, each with a token or more.
-        scorer: the reward's terms and settings.
-        scales: those of a run; None: those of these answers (see :func:`cagsr.reward.weigh.weigh`).
+    ``scales`` are those of a run; None: those of these answers (see :func:`cagsr.reward.weigh.weigh`).
 
     Raises:
         DataError: an answer of zero tokens.
@@ -175,4 +191,42 @@ def _details(batch: RewardBatch, row: int, scorer: AnswerScorer) -> dict[str, An
         "focus": _array(alone),
         "repeated": tuple(repeated),
         "best": _array(looked[0].amax(dim=0)),
+    }
+
+
+def planes_with_room(found: AttentionLayers, chosen: Sequence[int], elements: int) -> list[Plane]:
+    """List the single layers and heads that a page has room for, besides what the reward reads, the ``chosen`` layers.
+
+    All layers with all heads, else with the chosen layers' heads, else all layers, else the chosen ones, else none.
+    ``elements`` are tokens of the prompt times tokens of the answers.
+    """
+    layers = [Plane(layer.number, None) for layer in found.layers]
+    heads = [Plane(layer.number, head) for layer in found.layers for head in range(layer.heads)]
+    some = [plane for plane in layers if plane.layer in chosen]
+    some_heads = [plane for plane in heads if plane.layer in chosen]
+    choices = ([*layers, *heads], [*layers, *some_heads], layers, some)
+    return next((choice for choice in choices if len(choice) * elements <= MOST_ELEMENTS), [])
+
+
+def read_planes(
+    loaded: LoadedModel, rollout: EpisodeBatch, found: AttentionLayers, planes: Sequence[Plane]
+) -> dict[Plane, Tensor]:
+    """Read single layers and heads in one forward: plane -> ``(batch, response, prompt)`` float32 on the CPU."""
+    if not planes:
+        return {}
+    inputs = PassInputs.of(rollout)
+    (region,) = loaded.architecture.regions(loaded.model, inputs)
+    layers = {layer.number: layer for layer in found.layers}
+    with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
+        readings = {}
+        for plane in planes:
+            assert plane.layer is not None
+            layer = layers[plane.layer]
+            heads: dict[int, tuple[int, ...] | None] = {layer.number: None if plane.head is None else (plane.head,)}
+            reading = Reading({layer.module: layer}, heads, region, False, found.model_type)
+            readings[plane] = stack.enter_context(reading)
+        loaded.teacher_forced(inputs)
+    return {
+        plane: loaded.architecture.attention(loaded.model, inputs, [reading.attention]).cpu()
+        for plane, reading in readings.items()
     }

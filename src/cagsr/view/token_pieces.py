@@ -24,16 +24,12 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     pieces: list[str] = []
     start = 0
     while start < len(ids):
-        width = 1
-        text = decode(ids[start : start + 1])
-        while UNFINISHED in text and width < min(LONGEST_CHARACTER, len(ids) - start):
-            longer = decode(ids[start : start + width + 1])
-            width += 1
-            if UNFINISHED not in longer:
-                text = longer
+        for width in range(1, min(LONGEST_CHARACTER, len(ids) - start) + 1):
+            text = decode(ids[start : start + width])
+            if UNFINISHED not in text:
                 break
         else:
-            width = 1
+            width, text = 1, decode(ids[start : start + 1])
         if start > 0:
             # Many tokenizers drop the space before a piece that is decoded alone: the piece before it brings it back.
             before = decode(ids[start - 1 : start])

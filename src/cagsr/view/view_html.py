@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.html_page import page_file, script_digest, script_json, templates
-from cagsr.view.measure import Answer, Floats, Measured
-from cagsr.view.planes import REWARD, Plane
+from cagsr.html_page import fill, page_file, script_digest, script_json
+from cagsr.view.measure import REWARD, Answer, Floats, Measured, Plane
 
 ROOM = 2_300_000
 """Bytes of attention on a page, compressed and in base64; the rest of a page takes far less than 0.7 MB."""
@@ -34,12 +33,9 @@ def pack(answer: Answer, planes: Sequence[Plane]) -> str:
 
 
 def pack_all(measured: Measured) -> tuple[tuple[Plane, ...], list[str | None]]:
-    """Pack the attention of all answers so that a page has room for it.
+    """Pack the attention of all answers so that a page has room for it: the planes on it, each answer's bytes or None.
 
     Heads are left out first, then single layers, then the whole attention of the lowest ranked answers.
-
-    Returns:
-        The planes on the page, and each answer's bytes, None where they are left out.
     """
     without_heads = tuple(plane for plane in measured.planes if plane.head is None)
     for planes in dict.fromkeys((measured.planes, without_heads, (REWARD,))):
@@ -91,23 +87,18 @@ def render_page(measured: Measured) -> str:
     """
     data = page_data(measured)
     script = page_file("view", "view.js")
-    most = max((abs(value) for one in measured.answers for value in one.contributions.values()), default=0.0)
-    page: str = (
-        templates("view")
-        .get_template("page.html.jinja")
-        .render(
-            m=measured,
-            answers=measured.answers,
-            maps=[one["map"] for one in data["answers"]],
-            most=most or 1.0,
-            planes=data["planes"],
-            single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
-            headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
-            heads=1 + max((head for _, head in data["planes"] if head is not None), default=-1),
-            style=page_file("view", "view.css"),
-            script=script,
-            digest=script_digest(script),
-            data=script_json(data),
-        )
+    return fill(
+        "view",
+        "page.html.jinja",
+        m=measured,
+        answers=measured.answers,
+        maps=[one["map"] for one in data["answers"]],
+        planes=data["planes"],
+        single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
+        headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
+        heads=1 + max((head for _, head in data["planes"] if head is not None), default=-1),
+        style=page_file("view", "view.css"),
+        script=script,
+        digest=script_digest(script),
+        data=script_json(data),
     )
-    return page

@@ -46,20 +46,14 @@ class View:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, and return its path.
-
-        Raises:
-            RunError: the file can't be written.
-        """
+        """Write the page to a file, and return its path; raises RunError where it can't be written."""
         write_text_atomically(Path(path), self.html)
         return Path(path)
 
     def save_png(self, path: str | Path) -> Path:
         """Write a heat map (answer tokens by prompt tokens) with the terms as bars, and return its path.
 
-        Raises:
-            ConfigError: matplotlib is not installed.
-            RunError: the file can't be written.
+        Raises ConfigError without matplotlib, RunError where the file can't be written.
         """
         require("The heat map", "pages", modules=["matplotlib"])
         from cagsr.view.heat_map import save_picture
@@ -84,19 +78,10 @@ def view(
 ) -> View:
     """See what answers to a prompt looked at and what each term of the reward gave them.
 
-    Args:
-        model: a loaded model, its configuration, or its folder or Hub id.
-        prompt: text, chat messages, or a prompt that is encoded already.
-        answers: how many to sample, or the answers themselves.
-        reward: terms and weights; None: the defaults.
-        attention: which layers and heads the reward reads; None: the defaults.
-        salience: which words matter; None: the defaults.
-        frequency: document frequencies of a run or a prompt set; None: counted on this prompt alone, so that all words
-            weigh alike.
-        associations: what the association terms read; without them these terms are left out.
-        scales: those of a run; None: those of these answers.
-        sampling: how answers are sampled; its temperature also divides the logits for self-certainty.
-        seed: of the sampling.
+    ``answers`` are how many to sample (as ``sampling`` says, with ``seed``), or the answers themselves. Settings that are None
+    are the defaults. Words are counted in ``frequency``, that of a run or a prompt set; None: in this prompt alone, so that all
+    words weigh alike. Without ``associations`` the terms that read them are left out; without a run's ``scales`` those of
+    these answers are used. The temperature of ``sampling`` also divides the logits for self-certainty.
 
     Raises:
         ConfigError: no answers, or settings that can't be used.
@@ -145,11 +130,7 @@ def sampled(loaded: LoadedModel, prompt: EncodedPrompt, sampling: SamplingConfig
 
 
 def typed(loaded: LoadedModel, prompt: EncodedPrompt, answers: Sequence[str | Response]) -> list[Response]:
-    """Encode answers that were given, and see that each fits the model together with the prompt.
-
-    Raises:
-        DataError: an answer of zero tokens, or one too long for the model's context.
-    """
+    """Encode answers that were given; raises DataError for one of zero tokens, or too long for the model with the prompt."""
     context = loaded.pair_context()
     responses = []
     for number, answer in enumerate(answers, start=1):
