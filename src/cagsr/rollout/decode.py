@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from cagsr.errors import ModelError
-from cagsr.models.cache import put_rows, rows_can_be_picked
 from cagsr.models.lengths import length_borders, read_as_long_as
+from cagsr.models.sharing import rows_can_be_picked
 from cagsr.support.progress import working
 
 LEAVE_WHEN = 7 / 8
@@ -139,7 +139,10 @@ def _read_again_across(
         read = model(
             input_ids=rows[passed, :-1], attention_mask=seen, position_ids=positions, use_cache=True, **last_logits
         )
-    put_rows(cache, passed, read.past_key_values)
+    for layer, other in zip(cache.layers, read.past_key_values.layers, strict=True):
+        for name in ("keys", "values", "indexer_keys"):  # rows come first in all of them
+            if isinstance(kept := getattr(layer, name, None), Tensor):
+                kept[passed] = getattr(other, name)
 
 
 def _choose(probabilities: Tensor, held: Tensor, total: int) -> Tensor:
