@@ -40,3 +40,12 @@ def import_dotted(path: str, setting: str = "reward.functions") -> Any:
     if not hasattr(module, name):
         raise ConfigError(f"{setting}: module {module_name!r} ({module.__file__}) has no {name!r}")
     return getattr(module, name)
+
+
+def made_of_dotted(path: str, setting: str) -> Any:
+    """The object that a dotted path names, or one of the class that it names, which needs no argument; else ConfigError."""
+    found = import_dotted(path, setting)
+    try:
+        return found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(f"--{setting} {path}: the class can't be made without arguments ({error}).") from error

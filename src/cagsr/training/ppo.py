@@ -32,9 +32,9 @@ from cagsr.objectives.build import build_objectives
 from cagsr.objectives.objective import UpdateBatch
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
-from cagsr.rollout.build import build_sampler
 from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import episode_rows, prompt_batch
+from cagsr.rollout.sampler import build_sampler
 from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
