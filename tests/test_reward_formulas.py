@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cagsr.reward.last_token import add_at_last_token
-from cagsr.reward.pooling import normalized_salience, pool_pieces
+from cagsr.reward.pooling import add_at_last_token, normalized_salience, pool_pieces
 from cagsr.reward.terms.copy_coverage import copy_coverage
 from cagsr.reward.terms.coverage import coverage_gains, saturating_coverage
 from cagsr.reward.terms.focus import focus

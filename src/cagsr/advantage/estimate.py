@@ -12,7 +12,7 @@ from cagsr.advantage.whiten import Reduce, unit_scale, whiten
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, Readings, Returns, Targets
-from cagsr.reward.last_token import add_at_last_token
+from cagsr.reward.pooling import add_at_last_token
 
 
 def estimate_targets(
