@@ -13,7 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import tiny
 from cagsr.config import LoraConfig, ModelConfig
 from cagsr.flow import EpisodeBatch, Prompt, PromptBatch
-from cagsr.models.forward import teacher_forced
+from cagsr.models.architecture import teacher_forced
 from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts

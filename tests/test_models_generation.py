@@ -20,8 +20,8 @@ from cagsr.flow import Prompt, PromptBatch
 from cagsr.models import generation
 from cagsr.models.generation import GenerationRules, decoder_prefix, generation_notes, sampled_with
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.rollout.build import build_sampler
 from cagsr.rollout.sample import sample_responses
+from cagsr.rollout.sampler import build_sampler
 from cagsr.runs.final import save_final
 from cagsr.runs.saved import answers_probe
 from cagsr.scoring.statistics import sampling_correction

@@ -15,11 +15,9 @@ from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, Experience, Prompt, PromptBatch, Readings, Targets
 from cagsr.objectives.build import build_objectives
-from cagsr.objectives.cross_entropy import CrossEntropyObjective
-from cagsr.objectives.entropy import EntropyObjective
-from cagsr.objectives.kl import KLObjective
 from cagsr.objectives.objective import Objective, UpdateBatch
 from cagsr.objectives.policy import PolicyObjective, policy_loss
+from cagsr.objectives.token_means import CrossEntropyObjective, EntropyObjective, KLObjective
 from cagsr.objectives.value import ValueObjective, explained_variance, value_loss
 from cagsr.training.ppo import PPO
 from test_train_processes import rows_of

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cagsr.reward.last_token import add_at_last_token
-from cagsr.reward.pooling import normalized_salience, pool_pieces
+from cagsr.reward.pooling import add_at_last_token, normalized_salience, pool_pieces
 from cagsr.reward.terms.copy_coverage import copy_coverage
 from cagsr.reward.terms.coverage import coverage_gains, saturating_coverage
 from cagsr.reward.terms.focus import focus
@@ -19,7 +18,7 @@ from cagsr.reward.terms.length import length
 from cagsr.reward.terms.mean_mass import mean_mass
 from cagsr.reward.terms.repetition import ngram_repetition, repeated_ngrams, without_stop_token
 from cagsr.reward.terms.self_certainty import mean_certainty
-from cagsr.scoring.statistics import self_certainty
+from cagsr.scoring.statistics import certainty_of
 
 T, F = True, False
 
@@ -188,8 +187,8 @@ def test_repetition_equals_counting(answers: list[list[int]], n: int) -> None:
 def test_self_certainty_by_hand() -> None:
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
     expected = sum(0.25 * math.log(0.25 / x) for x in p.tolist())
-    close(self_certainty(p.log() + 7.0), expected)  # type: ignore[arg-type]
-    close(self_certainty(torch.zeros(2, 3, 5, dtype=torch.bfloat16)), [[0.0] * 3] * 2)
+    close(certainty_of((p.log() + 7.0).log_softmax(-1)), expected)  # type: ignore[arg-type]
+    close(certainty_of(torch.zeros(2, 3, 5).log_softmax(-1)), [[0.0] * 3] * 2)
     close(mean_certainty(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[T, T, F]])), [2.0])
 
 

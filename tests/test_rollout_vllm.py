@@ -29,8 +29,7 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.build import build_reward
-from cagsr.rollout.build import build_sampler
-from cagsr.rollout.sampler import Sampler
+from cagsr.rollout.sampler import Sampler, build_sampler
 from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
 from cagsr.training.ppo import PPO

@@ -12,7 +12,7 @@ import tiny
 from cagsr.config import AttentionConfig, LoraConfig, ModelConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, Prompt, PromptBatch
 from cagsr.models.actor_critic import ActorCritic
-from cagsr.models.forward import teacher_forced
+from cagsr.models.architecture import teacher_forced
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.reference import Reference

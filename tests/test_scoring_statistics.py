@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cagsr.config import SamplingConfig
 from cagsr.scoring import statistics
 from cagsr.scoring.statistics import (
-    logprobs_and_entropy,
-    logprobs_entropy_and_certainty,
+    certainty_of,
+    entropy_of,
+    logprobs_and,
     sampling_correction,
-    self_certainty,
     token_entropy,
     token_logprobs,
 )
@@ -44,7 +44,7 @@ def test_blocks_change_neither_values_nor_gradients(block: int, monkeypatch: pyt
         else:
             pairs = [
                 (token_logprobs(logits, ids, 0.7), token_entropy(logits, 0.7)),
-                logprobs_and_entropy(logits, ids, 0.7),
+                logprobs_and(entropy_of, logits=logits, ids=ids, temperature=0.7),
             ]
         for logprobs, entropy in pairs:
             logits.grad = None
@@ -63,7 +63,7 @@ def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_backward_pass(mon
         lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t
     ):
         token_logprobs(logits, torch.zeros(4, 8, dtype=torch.long), 1.0).sum()
-        logprobs_and_entropy(logits, torch.zeros(4, 8, dtype=torch.long), 1.0)[1].sum()
+        logprobs_and(entropy_of, logits=logits, ids=torch.zeros(4, 8, dtype=torch.long), temperature=1.0)[1].sum()
     # Only views of the logits themselves and the ids.
     large = {address for address in kept if address != logits.untyped_storage().data_ptr()}
     assert len(large) <= 2
@@ -76,9 +76,9 @@ def test_blocks_change_neither_certainty_nor_correction(block: int, monkeypatch:
     sampling = SamplingConfig(temperature=0.7, top_p=0.8, top_k=5, min_new_tokens=2)
     whole = sampling_correction(logits, ids, sampling, (3, 4))
     monkeypatch.setattr(statistics, "BLOCK_NUMBERS", block)
-    logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, ids, 0.7)
-    torch.testing.assert_close((logprobs, entropy), logprobs_and_entropy(logits, ids, 0.7))
-    torch.testing.assert_close(certainty, self_certainty(logits / 0.7))
+    logprobs, entropy, certainty = logprobs_and(entropy_of, certainty_of, logits=logits, ids=ids, temperature=0.7)
+    torch.testing.assert_close((logprobs, entropy), logprobs_and(entropy_of, logits=logits, ids=ids, temperature=0.7))
+    torch.testing.assert_close(certainty, certainty_of((logits / 0.7).log_softmax(-1)))
     torch.testing.assert_close(sampling_correction(logits, ids, sampling, (3, 4)), whole)
     assert (whole[:, :2] < whole[:, 2:].amax()).all()
 
@@ -101,7 +101,7 @@ def test_scoring_holds_nothing_of_the_size_of_all_logits(monkeypatch: pytest.Mon
             return found
 
     with torch.no_grad(), Largest() as largest:
-        logprobs_entropy_and_certainty(logits, ids, 0.7)
+        logprobs_and(entropy_of, certainty_of, logits=logits, ids=ids, temperature=0.7)
         sampling_correction(logits, ids, sampling, (3, 4))
     assert 1000 <= largest.numbers <= 1000
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from cagsr.advantage.gae import generalized_advantages
 from cagsr.advantage.group import group_z_scores, leave_one_out
-from cagsr.advantage.kl import kl_k1, kl_k3
+from cagsr.advantage.kl import kl_estimate
 from cagsr.advantage.whiten import Reduce, unit_scale, whiten
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, Readings, Returns, Targets
-from cagsr.reward.last_token import add_at_last_token
+from cagsr.reward.pooling import add_at_last_token
 
 
 def estimate_targets(
@@ -27,23 +27,15 @@ def estimate_targets(
     """Estimate how much better each token was than expected.
 
     1. Token rewards: ``returns.per_token``, less ``missing_eos_penalty`` at the last token of answers that were cut,
-       less ``kl_coef`` times the KL per token if ``kl_in`` is ``reward``.
+       less ``kl_coef`` (the controller's) times the KL per token if ``kl_in`` is ``reward``.
     2. ``gae``: generalised advantages on the token rewards and the value estimates; tokens that were not sampled are skipped.
        ``rloo`` and ``grpo``: the sum of the token rewards from an answer on, against those of the other answers in the same
        turn of the same prompt; the same on all of the answer's tokens.
     3. ``whiten_advantages``: gae to mean 0 and deviation 1 over sampled tokens; the group estimators, which are
        centred within each group, are only divided by their deviation.
 
-    ``whiten_rewards`` divides token rewards (gae) or the sums (rloo, grpo) by their deviation and keeps their mean.
-
-    Args:
-        config: estimator and coefficients.
-        returns: what each answer was paid.
-        episodes: the answers.
-        readings: log-probabilities and values at the time of sampling.
-        reference_logprobs: ``(batch, response)`` under the frozen starting model.
-        kl_coef: weight of the KL now (the controller's).
-        reduce: sums a small tensor over processes; None for one process.
+    ``whiten_rewards`` divides token rewards (gae) or the sums (rloo, grpo) by their deviation and keeps their mean. ``reduce``
+    sums a small tensor over processes; None for one process.
 
     Returns:
         Advantages and returns, ``(batch, response)`` float32 without gradient, 0 where nothing was sampled; every sampled
@@ -53,10 +45,14 @@ def estimate_targets(
         ConfigError: gae without value estimates, or rloo with a single answer to a prompt.
     """
     mask = episodes.sampled
-    penalty = sequence_penalty(config, episodes)
+    penalty = (~episodes.ended).float() * (config.missing_eos_penalty or 0.0)
     tokens = add_at_last_token(torch.where(mask, returns.per_token.detach().float(), 0.0), -penalty, mask)
     if config.kl_in == "reward":
-        tokens = tokens - kl_coef * kl_per_token(config, readings.logprobs, reference_logprobs, mask)
+        # Masked before the subtraction: padding may hold infinities, and inf - inf would be NaN.
+        policy, frozen = (
+            torch.where(mask, found.detach().float(), 0.0) for found in (readings.logprobs, reference_logprobs)
+        )
+        tokens = tokens - kl_coef * kl_estimate(config.kl_estimator, policy, frozen)
     weights = {"rl": mask.float(), "ce": torch.zeros_like(tokens)}
     if config.estimator == "gae":
         if readings.values is None:
@@ -82,7 +78,8 @@ def estimate_targets(
             sums = whiten(sums, there, shift_mean=False, reduce=reduce)
         group = episodes.prompts.group[there]
         if turn > 0:
-            kept = _has_others(group)
+            _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+            kept = count[index] > 1  # there is another one to be compared with
             there, group = there.nonzero()[:, 0][kept], group[kept]
         found = tokens.new_zeros(len(tokens))
         found[there] = compare(sums[there], group)
@@ -90,24 +87,3 @@ def estimate_targets(
     if config.whiten_advantages:
         advantages = unit_scale(advantages, mask, reduce=reduce)
     return Targets(advantages, torch.zeros_like(advantages), weights)
-
-
-def _has_others(group: Tensor) -> Tensor:
-    """Which answers have another one to be compared with."""
-    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    return count[index] > 1
-
-
-def sequence_penalty(config: PPOConfig, episodes: EpisodeBatch) -> Tensor:
-    """Charge answers that did not stop by themselves, ``(batch,)`` float32."""
-    return (~episodes.ended).float() * (config.missing_eos_penalty or 0.0)
-
-
-def kl_per_token(config: PPOConfig, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """KL to the reference by the configured estimator, ``(batch, response)`` float32, detached, 0 on masked tokens."""
-    estimator = kl_k1 if config.kl_estimator == "k1" else kl_k3
-    zeros = torch.zeros_like(logprobs, dtype=torch.float32)
-    # Masked before the subtraction: padding may hold infinities, and inf - inf would be NaN.
-    return estimator(
-        torch.where(mask, logprobs.detach().float(), zeros), torch.where(mask, reference.float(), zeros)
-    ).detach()

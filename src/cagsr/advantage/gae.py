@@ -13,14 +13,14 @@ def generalized_advantages(
 
     ``delta_t = r_t + gamma V_{t'} - V_t`` and ``A_t = delta_t + gamma lam A_{t'}``, where t' is the next real token and
     both are 0 after the last one (an answer ends there, whether by a stop token or cut). Masked tokens are skipped as
-    if they were not there: neither their rewards nor their values are read.
+    if they were not there: neither their rewards nor their values are read. ``lam`` 0 is one-step TD, 1 is Monte Carlo.
 
     Args:
         rewards: ``(batch, response)``, the reward that follows each token.
         values: ``(batch, response)``, the value estimate before each token.
         mask: ``(batch, response)`` bool, real response tokens.
         gamma: discount.
-        lam: lambda; 0 is one-step TD, 1 is Monte Carlo.
+        lam: lambda.
 
     Returns:
         Advantages and returns (advantages + values), each ``(batch, response)`` float32, 0 on masked tokens.

@@ -16,17 +16,10 @@ ROUNDING = 1e-6
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     """Reward minus the mean of the group's other rewards (RLOO; Ahmadian et al., 2024, arXiv 2402.14740, section 3.2).
 
-    Args:
-        rewards: ``(batch,)``.
-        group: ``(batch,)`` int64, equal for answers to the same prompt; in any order and of any size from 2.
-
-    Returns:
-        ``(batch,)`` float32.
-
-    Raises:
-        ConfigError: a group of one answer, which has nothing to be compared with.
+    ``(batch,)`` float32 of rewards ``(batch,)`` and ``group`` ``(batch,)`` int64, equal for answers to the same prompt, in any
+    order. A group of one answer, which has nothing to be compared with, is a ConfigError.
     """
-    index, size = _groups(group)
+    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
     if bool((size < 2).any()):
         raise ConfigError(
             "ppo.estimator rloo compares each answer with the others to its prompt, but a prompt has only one: set "
@@ -37,30 +30,19 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def group_z_scores(rewards: Tensor, group: Tensor) -> Tensor:
-    """Z-scores within the group (GRPO; Shao et al., 2024, arXiv 2402.03300, section 4.1).
+    """Z-scores within the group (GRPO; Shao et al., 2024, arXiv 2402.03300, section 4.1); arguments as :func:`leave_one_out`.
 
     ``(r - mean) / (std + 1e-4)`` with the standard deviation of a sample (n - 1), as in TRL. A group whose rewards differ
-    by no more than float32 rounding gets 0 throughout: divided by 1e-4 the rounding would be trained on.
-
-    Args:
-        rewards: ``(batch,)``.
-        group: ``(batch,)`` int64, equal for answers to the same prompt; in any order and of any size.
-
-    Returns:
-        ``(batch,)`` float32; 0 for a group of one, whose only answer is neither better nor worse than the others.
+    by no more than float32 rounding gets 0 throughout (divided by 1e-4 the rounding would be trained on), and so does a group
+    of one, whose only answer is neither better nor worse than the others.
     """
-    index, size = _groups(group)
+    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
     deviation = _centred(rewards.float(), index, size)
     squares = torch.zeros_like(size, dtype=torch.float32).scatter_add(0, index, deviation.square())
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     size_of_rewards = torch.zeros_like(std).scatter_reduce(0, index, rewards.float().abs(), "amax")
     told_apart = std > ROUNDING * size_of_rewards.clamp(min=1.0)
     return torch.where(told_apart[index], deviation / (std[index] + STD_EPS), 0.0)
-
-
-def _groups(group: Tensor) -> tuple[Tensor, Tensor]:
-    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
-    return index, size
 
 
 def _centred(rewards: Tensor, index: Tensor, size: Tensor) -> Tensor:

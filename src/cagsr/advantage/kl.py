@@ -18,14 +18,8 @@ LOG_RATIO_LIMIT = 20.0
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Estimate KL(policy || reference) per token as ``log p - log q``: unbiased, of either sign.
 
-    k1 of Schulman, "Approximating KL divergence" (2020), for tokens sampled from the policy.
-
-    Args:
-        logprobs: ``(batch, response)`` under the policy p.
-        reference: ``(batch, response)`` under the frozen model q.
-
-    Returns:
-        ``(batch, response)``, nats, clamped to plus or minus 20.
+    k1 of Schulman, "Approximating KL divergence" (2020), for tokens sampled from the policy p; q is the frozen model.
+    Log-probabilities ``(batch, response)`` in; nats out, clamped to plus or minus 20.
     """
     return (logprobs - reference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
@@ -33,13 +27,15 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Estimate KL(policy || reference) per token as ``q/p - 1 - log(q/p)``: unbiased, never negative, less variance.
 
-    k3 of Schulman, "Approximating KL divergence" (2020); arguments as in :func:`kl_k1`.
-
-    Returns:
-        ``(batch, response)``, nats, >= 0.
+    k3 of Schulman (2020), arguments as in :func:`kl_k1`; nats, >= 0.
     """
     log_ratio = (reference - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.expm1(log_ratio) - log_ratio
+
+
+def kl_estimate(estimator: str, logprobs: Tensor, reference: Tensor) -> Tensor:
+    """:func:`kl_k3` or :func:`kl_k1` by its name in the settings."""
+    return kl_k3(logprobs, reference) if estimator == "k3" else kl_k1(logprobs, reference)
 
 
 @dataclass
@@ -60,13 +56,9 @@ class KLController:
         return cls(config.kl_coef, config.kl_controller, config.target_kl, config.horizon)
 
     def update(self, kl: float, sequences: int) -> float:
-        """Move the weight after a batch and return it.
+        """Move the weight after a batch of ``sequences`` (of all processes) of mean KL per sequence ``kl``, nats, and return it.
 
         ``coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * sequences / horizon``; a fixed weight stays.
-
-        Args:
-            kl: mean KL per sequence of the batch, nats.
-            sequences: sequences in the batch, over all processes.
         """
         if self.kind == "adaptive":
             error = min(max(kl / self.target_kl - 1.0, -0.2), 0.2)

@@ -15,15 +15,9 @@ VARIANCE_EPS = 1e-8
 
 
 def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> tuple[float, float, float]:
-    """Count, mean and sample variance (n - 1) of the real entries of all processes.
+    """Count, mean and sample variance (n - 1) of the entries of ``values``, of any shape, that ``mask`` marks, over all processes.
 
-    Args:
-        values: any shape.
-        mask: the same shape, bool.
-        reduce: sums over processes; None for one process.
-
-    Returns:
-        Count, mean, variance; mean 0 where there is no entry, variance 0 where there are fewer than two.
+    Mean 0 where there is no entry, variance 0 where there are fewer than two.
     """
     summed = reduce if reduce is not None else (lambda tensor: tensor)
     # float64, so that the result does not depend on padding, order or the number of processes; MPS has none.
@@ -42,15 +36,9 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce
     ``(x - mean) / sqrt(var + 1e-8)``, plus the mean again without ``shift_mean`` (Huang et al., 2024, detail "reward
     whitening without shifting the mean").
 
-    Args:
-        values: ``(batch, response)`` or ``(batch,)``.
-        mask: the same shape, bool.
-        shift_mean: whether the mean becomes 0 or stays.
-        reduce: sums over processes; None for one process.
-
     Returns:
-        The shape of ``values``, float32, 0 on masked entries. Fewer than two real entries have no spread to divide by:
-        they are returned as they are.
+        The shape of ``values``, ``(batch, response)`` or ``(batch,)``, float32, 0 on masked entries. Fewer than two real
+        entries have no spread to divide by: they are returned as they are.
     """
     values = torch.where(mask, values.float(), 0.0)
     count, mean, variance = masked_moments(values, mask, reduce)
@@ -61,12 +49,10 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce
 
 
 def unit_scale(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Divide real entries by their standard deviation; 0 stays 0.
+    """Divide real entries by their standard deviation; 0 stays 0. Arguments and guards as in :func:`whiten`.
 
     For advantages that are centred within each group already: moving their mean would push the answers of a group in
     which all were equally good.
-
-    Arguments and guards as in :func:`whiten`.
     """
     values = torch.where(mask, values.float(), 0.0)
     count, _, variance = masked_moments(values, mask, reduce)

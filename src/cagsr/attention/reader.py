@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +30,7 @@ class PromptAttentionReader:
             output = model(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         reading.attention  # (batch, response, prompt) float32
 
-    Attributes:
-        model_type: the model's type, for messages.
-        cross: True where the decoder's cross-attention is read (encoder-decoder models), else causal self-attention.
-        layers: the numbers of the layers read.
+    Its ``layers`` are the numbers of the layers read; ``cross`` is True where they are the decoder's cross-attention.
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[int] = "last-4", heads: HeadChoice = "all") -> None:
@@ -70,6 +66,22 @@ class PromptAttentionReader:
         """
         return Reading(self._layers, self._heads, region, with_gradients, self.model_type)
 
+    @contextmanager
+    def read_in_turn(self, regions: Sequence[AttentionRegion]) -> Iterator[list[Reading]]:
+        """Read consecutive forwards, each with its own region, inside the block: the prompts, say, and then their answers."""
+        readings = [self.read(region) for region in regions]
+        turn = 0
+
+        def hear(module: nn.Module, call: Intercepted) -> None:
+            nonlocal turn
+            # The last forward keeps the turn: one more of it is an error, and its layers may run again in a backward pass.
+            if readings[turn].complete and turn + 1 < len(readings):
+                turn += 1
+            readings[turn].hear(module, call)
+
+        with listening(self._layers, hear, logsumexp=True):
+            yield readings
+
 
 class Reading:
     """What is read from one forward. Serves one forward inside its ``with`` block."""
@@ -97,14 +109,12 @@ class Reading:
             raise AttentionError("A reading serves one with block: call reader.read again for the next forward.")
         self._stack = ExitStack()
         self._stack.enter_context(listening(self._layers, self.hear, logsumexp=not self.with_gradients))
+        self._stack.callback(self._plans.clear)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._stack is not None
         self._stack.close()
-        self._plans.clear()
 
     @property
     def attention(self) -> Tensor:
@@ -127,11 +137,6 @@ class Reading:
                 f"reported: the forward ended early, or runs in a form (compiled, traced) that can't be listened to."
             )
         return self._attention
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The attention modules that are listened to."""
-        return list(self._layers)
 
     @property
     def complete(self) -> bool:

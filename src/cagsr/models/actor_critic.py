@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cagsr.config import PPOConfig
 from cagsr.errors import ModelError
-from cagsr.models.forward import teacher_forced
+from cagsr.models.architecture import teacher_forced
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 

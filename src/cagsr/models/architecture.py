@@ -6,13 +6,14 @@ Whoever samples, scores, reads attention or saves asks ``LoadedModel.architectur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from contextlib import ExitStack
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
-from cagsr.models.decoder_only import DecoderOnly
+from cagsr.models.decoder_only import DecoderOnly, of_batch
 from cagsr.models.encoder_decoder import EncoderDecoder
 from cagsr.models.inputs import PassInputs
 
@@ -20,64 +21,78 @@ from cagsr.models.inputs import PassInputs
 class Architecture(Protocol):
     """A kind of language model: how prompt and answer go in, and where what is read of them comes out."""
 
-    @property
-    def padding_side(self) -> Literal["left", "right"]:
-        """Where prompts are padded."""
-        ...
-
-    @property
-    def one_sequence(self) -> bool:
-        """Prompt and answer are one sequence of tokens, which share the model's context."""
-        ...
-
-    @property
-    def auto_class(self) -> Any:
-        """Transformers' class that loads such a model."""
-        ...
-
-    @property
-    def peft_task(self) -> str:
-        """Peft's task type."""
-        ...
-
-    @property
-    def pipeline_tag(self) -> str:
-        """The Hub's name for what such a model does."""
-        ...
+    padding_side: ClassVar[Literal["left", "right"]]
+    """Where prompts are padded."""
+    one_sequence: ClassVar[bool]
+    """Prompt and answer are one sequence of tokens, which share the model's context."""
+    auto_class: ClassVar[Any]
+    """Transformers' class that loads such a model."""
+    peft_task: ClassVar[str]
+    """Peft's task type."""
+    pipeline_tag: ClassVar[str]
+    """The Hub's name for what such a model does."""
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
         """The rows that the model is fed, and ``(batch, response)`` which of them holds each token; None: those of the batch."""
-        ...
 
     def logits(self, model: nn.Module, fed: PassInputs, pad_token_id: int) -> Tensor:
         """Logits ``(rows, response or more, vocabulary)`` of one pass; the last ones predict the response tokens."""
-        ...
 
     def hidden(self, seen: Sequence[Tensor], fed: PassInputs) -> Tensor:
         """Last hidden states ``(rows, response or more, width)`` of what the output head was handed, forward by forward."""
-        ...
 
     def regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
         """Which attention to read of each forward of a pass, in their order."""
-        ...
 
     def attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Tensor]) -> Tensor:
         """Put together what was read in ``regions``: ``(batch, response, prompt)`` float32, zero on padding."""
-        ...
 
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Columns of what ``generate`` returns that stand before the answer."""
-        ...
 
     def text_before(self, prompt: str) -> str:
         """The text that an answer's tokens are written behind."""
-        ...
 
     def text_of(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
         """An answer's tokens as text, special tokens left out."""
-        ...
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Which kind of model a transformers config describes."""
     return EncoderDecoder() if config.is_encoder_decoder else DecoderOnly()
+
+
+def teacher_forced(
+    model: nn.Module,
+    architecture: Architecture,
+    inputs: PassInputs,
+    pad_token_id: int,
+    *,
+    with_hidden: bool = False,
+    with_logits: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over prompt and response, the sampled tokens as input.
+
+    ``with_hidden`` also returns the input of the output embedding (the last hidden state); without ``with_logits`` only that
+    is wanted, and no time and memory goes into logits.
+
+    Returns:
+        Logits ``(batch, response, vocabulary)`` at the positions that predict each response token (of no position, if they
+        are not wanted) and, if asked for, hidden states ``(batch, response, width)``.
+    """
+    seen: list[Tensor] = []
+
+    def before_output_embedding(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        # Its own input: the last hidden state after the final norm (and T5's scaling), without output_hidden_states,
+        # which would keep every layer's.
+        seen.append(args[0])
+        return None if with_logits else (args[0][:, :0],)
+
+    fed, held_by = architecture.rows_fed(model, inputs)
+    with ExitStack() as stack:
+        if with_hidden:
+            stack.callback(model.get_output_embeddings().register_forward_pre_hook(before_output_embedding).remove)
+        logits = architecture.logits(model, fed, pad_token_id)
+    length = inputs.response_ids.shape[1]
+    logits = of_batch(logits[:, -length:], held_by)
+    return logits, of_batch(architecture.hidden(seen, fed)[:, -length:], held_by) if seen else None

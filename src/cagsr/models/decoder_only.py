@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,14 @@ from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.lengths import length_borders, read_as_long_as
 
 
-@dataclass(frozen=True)
 class DecoderOnly:
     """See :class:`~cagsr.models.architecture.Architecture`."""
 
-    padding_side: Literal["left", "right"] = "left"
-    one_sequence: bool = True
-    auto_class: Any = AutoModelForCausalLM
-    peft_task: str = "CAUSAL_LM"
-    pipeline_tag: str = "text-generation"
+    padding_side: ClassVar[Literal["left", "right"]] = "left"
+    one_sequence: ClassVar[bool] = True
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+    peft_task: ClassVar[str] = "CAUSAL_LM"
+    pipeline_tag: ClassVar[str] = "text-generation"
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
         """The rows of the batch, but once for each side of a border they cross.

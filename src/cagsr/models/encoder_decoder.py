@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,14 @@ from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
 
 
-@dataclass(frozen=True)
 class EncoderDecoder:
     """See :class:`~cagsr.models.architecture.Architecture`."""
 
-    padding_side: Literal["left", "right"] = "right"
-    one_sequence: bool = False
-    auto_class: Any = AutoModelForSeq2SeqLM
-    peft_task: str = "SEQ_2_SEQ_LM"
-    pipeline_tag: str = "text2text-generation"
+    padding_side: ClassVar[Literal["left", "right"]] = "right"
+    one_sequence: ClassVar[bool] = False
+    auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
+    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
+    pipeline_tag: ClassVar[str] = "text2text-generation"
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
         """The rows of the batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,12 @@ from cagsr.errors import ModelError
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS left in place of the real one."""
 TEXTS = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-)
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "model.safetensors.index.json",
+)  # fmt: skip
 """Files beside the weights that make a model and its tokenizer."""
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER = "adapter_config.json"
 BLOCK = 4096
 """Bytes read at the start, in the middle and at the end of each tensor for its fingerprint."""
@@ -45,7 +35,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def check_files(path: str, what: str, *, weights: bool = True) -> None:
-    """Refuse a local folder whose files are no whole files. Of a Hub id nothing is known here.
+    """Refuse a local folder that is not there or whose files are no whole files. Of a Hub id nothing is known here.
 
     Args:
         path: the folder.
@@ -53,10 +43,12 @@ def check_files(path: str, what: str, *, weights: bool = True) -> None:
         weights: look at the weights too.
 
     Raises:
-        ModelError: a Git LFS pointer in place of a file, weights that were cut short, or a part of them missing.
+        ModelError: no folder, a Git LFS pointer in place of a file, weights that were cut short, or a part of them missing.
     """
     folder = Path(path)
     if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise ModelError(f"{what}: no such folder; give a folder in Hugging Face layout or a Hub id.")
         return
     for file in (*(folder / name for name in TEXTS), *(weight_files(folder) if weights else ())):
         if not file.is_file():
@@ -74,8 +66,31 @@ def check_files(path: str, what: str, *, weights: bool = True) -> None:
                     pass
             except SafetensorError as error:
                 raise ModelError(
-                    f"{what}: {file.name} is damaged or was cut short ({_first_line(error)}); copy or download it again."
+                    f"{what}: {file.name} is damaged or was cut short ({_first_line(error).rstrip('.')}); copy or download it "
+                    "again."
                 ) from error
+
+
+def check_safetensors(path: str, what: str) -> None:
+    """Refuse a local folder without safetensors (ModelError): a pickle can run any code when it is opened."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES):
+        raise ModelError(
+            f"{what}: only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are "
+            "never loaded; convert them to safetensors first (model.save_pretrained in a place you trust)."
+        )
+    raise ModelError(f"{what}: the folder has no *.safetensors weights.")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Inside the block what transformers raises is a ModelError: the sentence ``what`` with the reason behind it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(f"{what} ({_first_line(error)})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,28 +112,19 @@ def weights_problem(info: Mapping[str, Any]) -> str | None:
 
     Weights that the file lacks, or has in another size, are random numbers in the loaded model.
     """
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched:
-        name, stored, wanted = mismatched[0]
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, *sizes = mismatched[0]
+        stored, wanted = (" x ".join(map(str, size)) or "a number" for size in sizes)
         return (
-            f"its weights have other sizes than its config.json says ({name}: {_size(stored)} in the file, "
-            f"{_size(wanted)} by the config{_and_more(mismatched)}); put the right config.json and weights together"
+            f"its weights have other sizes than its config.json says ({name}: {stored} in the file, {wanted} by the "
+            f"config{_and_more(mismatched)}); put the right config.json and weights together"
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         return (
             f"it has no weights for {missing[0]!r}{_and_more(missing)}, which would be random; give the folder of a whole "
             "model whose config.json fits its weights"
         )
     return None
-
-
-def weights_note(info: Mapping[str, Any]) -> str | None:
-    """Say which weights of the file the model has no place for; None where it took all."""
-    unused = sorted(info["unexpected_keys"])
-    if not unused:
-        return None
-    return f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
 
 
 def is_adapter(path: str) -> bool:
@@ -127,15 +133,9 @@ def is_adapter(path: str) -> bool:
 
 
 def adapter_base(path: str) -> str:
-    """The folder or Hub id of the base model that the adapter in a folder names.
-
-    Raises:
-        ModelError: it names none, or its config can't be read.
-    """
+    """The folder or Hub id of the base that the adapter in a folder names; ModelError where it names none."""
     try:
-        file = Path(path) / ADAPTER
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        base = settings.get("base_model_name_or_path")
+        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"--model.path {path}: its {ADAPTER} can't be read as JSON; copy it again.") from error
     if not isinstance(base, str) or not base:
@@ -187,13 +187,9 @@ def _sampled(file: Path) -> Iterator[bytes]:
                 yield stream.read(min(BLOCK, end - offset))
 
 
-def _size(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
-
-
 def _and_more(names: Sequence[Any]) -> str:
     return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

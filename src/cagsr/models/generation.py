@@ -1,4 +1,4 @@
-"""What is done with every field of a model's generation config: one table, and what follows from it.
+"""What is done with every field of a model's generation config: one table (``generation.yaml``), and what follows from it.
 
 Answers are sampled at the ``sampling`` settings. What a model's ``generation_config.json`` asks for besides is honoured (in
 sampling, in scoring and in the trained model's own ``generation_config.json`` alike), replaced by a setting, switched off in
@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -22,102 +24,12 @@ from cagsr.errors import ModelError
 if TYPE_CHECKING:
     from cagsr.models.load import LoadedModel
 
-HONOURED = {
-    "eos_token_id": "ends an answer, as the tokenizer's EOS does",
-    "pad_token_id": "the tokenizer's PAD",
-    "bos_token_id": "the tokenizer's BOS",
-    "decoder_start_token_id": "begins the decoder's input",
-    "forced_bos_token_id": "comes next in the decoder's input, and is no part of the answer; decoder-only: without effect",
-    "suppress_tokens": "never sampled, corrected as top-p is",
-    "begin_suppress_tokens": "never sampled first, corrected as top-p is",
-    "bad_words_ids": "bad words of one token are never sampled, corrected as top-p is; longer ones are switched off",
-}
-"""Fields that hold in sampling, in scoring and in the trained model's file, and how."""
-
-SETTINGS = {
-    "do_sample": "sampling.temperature",
-    "temperature": "sampling.temperature",
-    "top_k": "sampling.top_k",
-    "top_p": "sampling.top_p",
-    "max_length": "sampling.max_new_tokens",
-    "max_new_tokens": "sampling.max_new_tokens",
-    "min_length": "sampling.min_new_tokens",
-    "min_new_tokens": "sampling.min_new_tokens",
-    "stop_strings": "sampling.stop_strings",
-}
-"""Fields that a setting replaces; the trained model's file has the settings it was trained with."""
-
-_EXACT_CACHES = ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded", "offloaded_static")
-OFF: Mapping[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0.0,),
-    "early_stopping": (False,),
-    "length_penalty": (1.0,),
-    "constraints": (),
-    "force_words_ids": (),
-    "num_return_sequences": (1,),
-    "max_time": (),
-    "min_p": (0.0,),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "forced_eos_token_id": (),
-    "remove_invalid_values": (False,),
-    "token_healing": (False,),
-    "penalty_alpha": (),
-    "dola_layers": (),
-    "low_memory": (False,),
-    "use_mtp": (False,),
-    "prompt_lookup_num_tokens": (),
-    "speculation_type": (),
-    "assistant_early_exit": (),
-    "assistant_ensemble_weight": (),
-    "cache_implementation": _EXACT_CACHES,
-    "cache_config": (),
-}
-"""Fields that would make the served model sample from another distribution than the one that is trained, or by another
-method: switched off in both. With each, the values (besides None) that change nothing."""
-
-INERT = frozenset(
-    {
-        "use_cache",
-        "max_cache_len",
-        "renormalize_logits",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "output_logits",
-        "return_dict_in_generate",
-        "compile_config",
-        "disable_compile",
-        "prefill_chunk_size",
-        "continuous_batching_config",
-        "is_assistant",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "max_matching_ngram_size",
-        "transformers_version",
-    }
-)
-"""Fields that change no token (the last six but one only with an assistant model): left as they are."""
-
-REFUSED = {
-    "forced_decoder_ids": "it forces tokens at chosen places of the answer, which training would take for sampled ones"
-}
-"""Fields that can't be trained with, and why."""
+_FIELDS = yaml.safe_load(Path(__file__).with_name("generation.yaml").read_text(encoding="utf-8"))
+HONOURED: Mapping[str, str] = _FIELDS["honoured"]
+SETTINGS: Mapping[str, str] = _FIELDS["settings"]
+OFF: Mapping[str, Sequence[Any]] = _FIELDS["switched_off"]
+INERT = frozenset[str](_FIELDS["inert"])
+REFUSED: Mapping[str, str] = _FIELDS["refused"]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from transformers import (
 
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
-from cagsr.models.architecture import Architecture, architecture_of
+from cagsr.models.architecture import Architecture, architecture_of, teacher_forced
 from cagsr.models.checkpointing import checkpoint_without_dropout
-from cagsr.models.forward import teacher_forced
 from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders

@@ -6,54 +6,62 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cagsr.config import ModelConfig
 from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
-from cagsr.models.files import adapter_base, check_files, is_adapter, weights_note, weights_problem
+from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Precisions that weights are saved in, by their names in safetensors."""
+_Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]
 
 
-def load_parts(
-    config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]:
+def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
     """The model, its tokenizer, its files' precision, and whether a matrix that it uses twice was made two.
 
-    Of a PEFT adapter it is the base with the adapter merged into it.
+    Of a PEFT adapter it is the base with the adapter merged into it. Raises ModelError, in one sentence.
 
     Args:
         config: which model.
         dtype: precision of the weights in memory.
         notes: sentences for the user are added to it.
-
-    Raises:
-        ModelError: anything of it can't be used, in one sentence.
     """
-    check_files(config.path, f"--model.path {config.path}")
-    if is_adapter(config.path):
+    path, what = config.path, f"--model.path {config.path}"
+    check_files(path, what)
+    if is_adapter(path):
         return _load_adapter(config, dtype, notes)
-    model_config = _load_config(config)
-    _check_weights(config.path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{what}: the folder has no config.json, so it is not a transformers model.")
+    with loading(f"{what}: can't be loaded from this folder or the Hub"):
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    check_safetensors(path, what)
     tokenizer = _load_tokenizer(config)
-    stored_dtype = _stored_dtype(config.path, model_config)
-    return _load_weights(config, model_config, dtype, notes), tokenizer, stored_dtype, False
+    stored_dtype = _stored_dtype(path, model_config)
+    with loading(f"{what}: the {model_config.model_type} model can't be loaded as a language model"):
+        model, info = architecture_of(model_config).auto_class.from_pretrained(
+            path,
+            config=model_config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
+        )
+    if (problem := weights_problem(info)) is not None:
+        raise ModelError(f"{what}: {problem}.")
+    if unused := sorted(info["unexpected_keys"]):
+        notes.append(
+            f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
+        )
+    return model, tokenizer, stored_dtype, False
 
 
-def _load_adapter(
-    config: ModelConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]:
-    from cagsr.models.adapter import merge_adapter  # brings peft, which takes its time
+def _load_adapter(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
+    from cagsr.models.tied import merge_adapter  # brings peft, which takes its time
 
     base = adapter_base(config.path)
     what = f"--model.path {config.path}: is a PEFT adapter for {base}, and"
@@ -73,26 +81,6 @@ def _load_adapter(
     return merged, tokenizer, stored_dtype, made_two is not None
 
 
-def _load_config(config: ModelConfig) -> PretrainedConfig:
-    folder = Path(config.path)
-    looks_local = folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise ModelError(
-            f"--model.path {config.path}: no such folder; give a folder in Hugging Face layout or a Hub id."
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"--model.path {config.path}: the folder has no config.json, so it is not a transformers model."
-        )
-    try:
-        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model.path {config.path}: can't be loaded from this folder or the Hub ({reason})"
-        ) from error
-
-
 def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
     """The precision of a model's files: what its config says, else what the first weights have."""
     declared = config.dtype or config.get_text_config().dtype
@@ -104,59 +92,12 @@ def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
     return declared if declared in _STORED.values() else torch.float32
 
 
-def _check_weights(path: str) -> None:
-    """A local folder must hold safetensors: a pickle can run any code when it is opened."""
-    folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise ModelError(
-            f"--model.path {path}: only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are "
-            "never loaded; convert them to safetensors first (model.save_pretrained in a place you trust)."
-        )
-    raise ModelError(f"--model.path {path}: the folder has no *.safetensors weights.")
-
-
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    try:
+    with loading(f"--model.path {config.path}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"--model.path {config.path}: its tokenizer can't be loaded ({reason})") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"--model.path {config.path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "
             "salience needs; save a fast tokenizer (tokenizer.json) with the model."
         )
     return tokenizer
-
-
-def _load_weights(
-    config: ModelConfig, model_config: PretrainedConfig, dtype: torch.dtype, notes: list[str]
-) -> PreTrainedModel:
-    auto = architecture_of(model_config).auto_class
-    arguments = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    try:
-        model, info = auto.from_pretrained(
-            config.path,
-            config=model_config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **arguments,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model.path {config.path}: the {model_config.model_type} model can't be loaded as a language model ({reason})"
-        ) from error
-    problem = weights_problem(info)
-    if problem is not None:
-        raise ModelError(f"--model.path {config.path}: {problem}.")
-    unused = weights_note(info)
-    if unused is not None:
-        notes.append(unused)
-    return model

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from cagsr.flow import EpisodeBatch
-from cagsr.models.cache import rows_can_be_picked
 from cagsr.models.checkpointing import is_checkpointed
 from cagsr.models.decoder_only import forward
 from cagsr.models.inputs import PassInputs, SharedPrompts
@@ -56,6 +57,20 @@ def sharing_stopped(model: nn.Module) -> bool:
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary()
 """Whether a model's prompts can be shared, and the longest row by which that was asked."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_PICKABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+
+
+def rows_can_be_picked(cache: Any) -> bool:
+    """Whether every layer of a forward's ``past_key_values`` grows with its rows side by side, so that rows can be taken out.
+
+    Not so state-space layers, static caches, and what is no ``Cache``.
+    """
+    if not isinstance(cache, Cache):
+        return False
+    parts = [part for name in ("self_attention_cache", "cross_attention_cache") if (part := getattr(cache, name, None))]
+    if parts:
+        return all(rows_can_be_picked(part) for part in parts)
+    return all(type(layer) in _PICKABLE for layer in cache.layers)
 
 
 @torch.no_grad()

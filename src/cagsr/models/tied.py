@@ -1,4 +1,4 @@
-"""Adapters on matrices that a model uses twice: the two are made apart before training, or refused.
+"""Adapters put into their base's weights, and adapters on matrices that a model uses twice: the two are made apart, or refused.
 
 Many models use one matrix as embedding and as output head. An adapter belongs to one of its uses, so the trained model has
 two matrices, and merging the adapter into the one would change the other use as well.
@@ -6,26 +6,57 @@ two matrices, and merging the adapter into the one would change the other use as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from cagsr.errors import ConfigError
+from cagsr.errors import ConfigError, ModelError
 
 UNTIED = "Untied:"
 """How the sentence about matrices that were made apart begins."""
 
 
+def merge_adapter(base: PreTrainedModel, path: str, what: str) -> tuple[PreTrainedModel, str | None]:
+    """Merge the adapter in a folder into its base model and see that the result is the same model.
+
+    Args:
+        base: as it was when the adapter was trained; it is changed in place.
+        path: the adapter's folder.
+        what: opens the message.
+
+    Returns:
+        The merged model, and a sentence where a matrix that the base uses twice had to be made two (:func:`untie_adapted`).
+
+    Raises:
+        ModelError: the adapter does not fit, is of a kind that can't be merged, or merging it makes another model.
+    """
+    try:
+        policy = PeftModel.from_pretrained(base, path).eval()
+        untied = untie_adapted(policy, "of the adapter")
+        before = _tiny_logits(policy, base)[0].float()
+        merged: PreTrainedModel = policy.merge_and_unload(safe_merge=True)
+        after = _tiny_logits(merged, base)[0].float()
+    except (ValueError, KeyError, RuntimeError, AttributeError, SafetensorError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"{what} can't be merged into it ({type(error).__name__}: {reason}).") from error
+    off = float((before - after).abs().max())
+    if off > 0.1 * float(before.std()):  # rounding in bfloat16 is far less
+        raise ModelError(
+            f"{what} merged into it is another model (its logits differ by {off:.2g}); merge it with peft."
+        )
+    return merged, untied
+
+
 def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
     """Give each use of a matrix with an adapter a matrix of its own, in place, and have the config say so.
 
-    Args:
-        policy: a model with fresh adapters.
-        target_modules: the setting, for messages.
+    ``target_modules`` is the setting, for messages.
 
     Returns:
         A sentence for the user; None where no adapted matrix is used twice.
@@ -34,7 +65,12 @@ def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
         ConfigError: the architecture can't be saved with two matrices, or it never runs the module that was named.
     """
     base = policy.get_base_model()
-    groups = _adapted_groups(base)
+    by_tensor: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(id(parameter), []).append(name)
+    groups = [
+        group for group in by_tensor.values() if len(group) > 1 and any(_is_adapted(base, name) for name in group)
+    ]
     if not groups:
         return None
     names = sorted({_plain(name) for group in groups for name in group})
@@ -42,7 +78,7 @@ def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
     refused = (
         f"--lora.target_modules {target_modules}: this {base.config.model_type} model uses one matrix for {_and(names)}"
     )
-    before, ran = _tiny_logits(base, adapted)
+    before, ran = _tiny_logits(base, base, adapted)
     if idle := [name for name in adapted if name not in ran]:
         raise ConfigError(
             f"{refused}, and its forward pass never runs {idle[0]} itself, so an adapter there would learn nothing; leave it "
@@ -57,7 +93,7 @@ def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
     for settings in {id(one): one for one in (base.config, base.config.get_text_config())}.values():
         settings.tie_word_embeddings = False
     base.all_tied_weights_keys = base.get_expanded_tied_weights_keys(all_submodels=True)
-    if not _is_built_apart(base, names) or not torch.equal(before, _tiny_logits(base, adapted)[0]):
+    if not _is_built_apart(base, names) or not torch.equal(before, _tiny_logits(base, base)[0]):
         raise ConfigError(
             f"{refused}, and its architecture can't be saved with two; leave {_and(adapted)} out of the adapters or train all "
             "weights (--lora.r 0)."
@@ -66,14 +102,6 @@ def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
         f"{UNTIED} {_and(names)} were one matrix; with an adapter on {_and(adapted)} they become different ones, so the saved "
         "model has each (tie_word_embeddings: false) and is larger by that."
     )
-
-
-def _adapted_groups(base: nn.Module) -> list[list[str]]:
-    """Names of the parameters that are one tensor under several names, an adapter on at least one of them."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [group for group in groups.values() if len(group) > 1 and any(_is_adapted(base, name) for name in group)]
 
 
 def _is_adapted(base: nn.Module, name: str) -> bool:
@@ -98,21 +126,17 @@ def _is_built_apart(base: PreTrainedModel, modules: list[str]) -> bool:
 
 
 @torch.no_grad()
-def _tiny_logits(base: PreTrainedModel, watched: list[str]) -> tuple[torch.Tensor, set[str]]:
-    """Logits of two tokens, and which of some modules ran."""
-    ids = torch.ones(1, 2, dtype=torch.long, device=base.device)
+def _tiny_logits(model: nn.Module, base: PreTrainedModel, watched: Iterable[str] = ()) -> tuple[torch.Tensor, set[str]]:
+    """Logits of a few tokens spread over the vocabulary, and which of some of the base's modules ran."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(0, rows, max(1, rows // 8), device=base.device)[None]
     ran: set[str] = set()
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda *_: ran.add(name)
-
-    handles = [base.get_submodule(name).register_forward_hook(hook(name)) for name in watched]
-    try:
+    with ExitStack() as stack:
+        for name in watched:
+            hook = base.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.add(name))
+            stack.callback(hook.remove)
         decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-        return base(input_ids=ids, attention_mask=ids, use_cache=False, **decoder).logits, ran
-    finally:
-        for handle in handles:
-            handle.remove()
+        return model(input_ids=ids, use_cache=False, **decoder).logits, ran
 
 
 def _and(names: list[str]) -> str:

@@ -5,24 +5,17 @@ from __future__ import annotations
 from cagsr.advantage.kl import KLController
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
-from cagsr.objectives.cross_entropy import CrossEntropyObjective
-from cagsr.objectives.entropy import EntropyObjective
-from cagsr.objectives.kl import KLObjective
 from cagsr.objectives.objective import Objective
 from cagsr.objectives.policy import PolicyObjective
+from cagsr.objectives.token_means import CrossEntropyObjective, EntropyObjective, KLObjective
 from cagsr.objectives.value import ValueObjective
-from cagsr.support.dotted_path import import_dotted
+from cagsr.support.dotted_path import made_of_dotted
 
 
 def build_objectives(config: PPOConfig, controller: KLController) -> list[Objective]:
-    """Every objective with a coefficient, in the order in which they are summed.
+    """Every objective with a coefficient, in the order in which they are summed; ``controller`` holds the KL's weight.
 
-    Args:
-        config: the optimisation.
-        controller: holds the KL's weight.
-
-    Raises:
-        ConfigError: a path in ``ppo.objectives`` that names no objective, or two of one name.
+    Raises ConfigError for a path in ``ppo.objectives`` that names no objective, or two of one name.
     """
     found: list[Objective] = [PolicyObjective(config.cliprange)]
     if config.estimator == "gae":
@@ -42,11 +35,7 @@ def build_objectives(config: PPOConfig, controller: KLController) -> list[Object
 
 
 def _of_path(path: str) -> Objective:
-    found = import_dotted(path, "ppo.objectives")
-    try:
-        objective = found() if isinstance(found, type) else found
-    except TypeError as error:
-        raise ConfigError(f"--ppo.objectives {path}: the class can't be made without arguments ({error}).") from error
+    objective: Objective = made_of_dotted(path, "ppo.objectives")
     if not (callable(objective) and isinstance(getattr(objective, "name", None), str)):
         raise ConfigError(f"--ppo.objectives {path}: an objective is called with an UpdateBatch and has a name.")
     if not isinstance(getattr(objective, "coefficient", None), int | float):

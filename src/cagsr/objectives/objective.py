@@ -40,14 +40,9 @@ class UpdateBatch:
     """Kind of weight -> scalar, the sum of these weights over the whole mini-batch, a process's share of it."""
 
     def mean(self, per_token: Tensor, weights: str) -> Tensor:
-        """Sum of a per-token quantity with these weights, divided by their sum over the whole mini-batch.
+        """Sum of a per-token quantity ``(batch, response)`` with these weights, divided by their sum over the whole mini-batch.
 
-        Args:
-            per_token: ``(batch, response)``.
-            weights: which of ``targets.weights``.
-
-        Returns:
-            Scalar, differentiable; 0 where no position of the mini-batch has a weight.
+        ``weights`` names one of ``targets.weights``; 0 where no position of the mini-batch has one.
         """
         weight = self.targets.weights[weights]
         return (per_token.masked_fill(weight == 0, 0.0) * weight).sum() / self.total(weights)
@@ -75,13 +70,10 @@ class Objective(Protocol):
     @property
     def name(self) -> str:
         """What its loss is called in the metrics (``loss/<name>_avg``)."""
-        ...
 
     @property
     def coefficient(self) -> float:
         """What the loss is multiplied by, now; 0 leaves the objective out."""
-        ...
 
     def __call__(self, batch: UpdateBatch, /) -> ObjectiveLoss:
         """The loss of a micro-batch."""
-        ...

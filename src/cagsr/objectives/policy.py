@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cagsr.advantage.kl import LOG_RATIO_LIMIT
 from cagsr.objectives.objective import ObjectiveLoss, UpdateBatch
-
-LOG_RATIO_LIMIT = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,9 @@ class PolicyObjective:
     def __call__(self, batch: UpdateBatch) -> ObjectiveLoss:
         """With the ratio, the share of clipped tokens and the KL to the policy before the update."""
         weight, tokens = batch.targets.weights["rl"], batch.total("rl")
+        advantages, old = batch.targets.advantages, batch.readings
         found = policy_loss(
-            batch.logprobs,
-            batch.readings.logprobs,
-            batch.targets.advantages,
-            weight,
-            tokens,
-            self.cliprange,
-            batch.readings.sampling_correction,
+            batch.logprobs, old.logprobs, advantages, weight, tokens, self.cliprange, old.sampling_correction
         )
         metrics = {
             "ratio": (found.ratio * weight).sum() / tokens,

@@ -16,16 +16,8 @@ def value_loss(
 ) -> Tensor:
     """Clipped value loss: half the larger of the two squared errors ("The N+ Implementation Details", Huang et al., 2024).
 
-    Args:
-        values: ``(batch, response)`` of the value head being trained.
-        old_values: ``(batch, response)`` when the answers were sampled.
-        returns: ``(batch, response)`` targets.
-        weight: ``(batch, response)``, how strongly each token counts; bool or float.
-        tokens: scalar, response tokens of the whole mini-batch.
-        cliprange_value: how far a value may move from ``old_values`` before its error no longer shrinks.
-
-    Returns:
-        Scalar, differentiable.
+    All tensors ``(batch, response)`` but the scalar ``tokens``, the response tokens of the whole mini-batch. A value's error no
+    longer shrinks once it has moved ``cliprange_value`` from ``old_values``, what it was when the answers were sampled.
     """
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -35,14 +27,8 @@ def value_loss(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> float:
     """Share of the returns' variance that the values explain: ``1 - Var(returns - values) / Var(returns)``.
 
-    Args:
-        values: ``(batch, response)``.
-        returns: ``(batch, response)``.
-        mask: ``(batch, response)`` bool.
-        reduce: sums over processes; None for one process.
-
-    Returns:
-        At most 1; 0 for constant values, or where the returns have no variance.
+    All ``(batch, response)``; ``reduce`` as in :func:`~cagsr.advantage.whiten.masked_moments`. At most 1; 0 for constant values,
+    or where the returns have no variance.
     """
     _, _, total = masked_moments(returns, mask, reduce)
     _, _, left = masked_moments(returns - values, mask, reduce)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cagsr.errors import CagsrError, ConfigError, RewardError
 from cagsr.flow import Returns, RewardBatch
-from cagsr.reward.last_token import add_at_last_token
 from cagsr.reward.normalize import Normalization, Normalizer, Reduce
+from cagsr.reward.pooling import add_at_last_token
 from cagsr.reward.term import RewardTerm
 from cagsr.reward.turns import Exchanges
 from cagsr.reward.values import RawValues, TermValues, ask, checked_values

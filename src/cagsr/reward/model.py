@@ -5,11 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -21,7 +19,7 @@ from transformers import (
 
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
-from cagsr.models.files import check_files, is_adapter, weights_problem
+from cagsr.models.files import check_files, check_safetensors, is_adapter, loading, weights_problem
 from cagsr.models.lengths import length_borders
 from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
@@ -31,8 +29,6 @@ from cagsr.support.progress import each, working
 
 _CLOSING = frozenset(".,;:!?)]}%…’”»")
 _OPENING = frozenset("([{‘“«")
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,12 @@ class RewardModel:
     batch_size: int = 16
 
     def __call__(self, batch: RewardBatch) -> Tensor:
-        """Return ``(batch,)`` float32 scores.
+        """Return ``(batch,)`` float32 scores; raises as :meth:`score`."""
+        scores = self.score(batch.episodes.prompts.prompts, batch.episodes.completions)
+        return scores.to(batch.episodes.ids.device)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Tensor:
+        """Return ``(answers,)`` float32 scores on the CPU, one prompt for each answer.
 
         Conversational prompts go through the reward model's chat template, plain prompts are joined with the answer.
 
@@ -56,25 +57,18 @@ class RewardModel:
             RewardError: a text is longer than the reward model can read.
             ModelError: conversational prompts, and its tokenizer has no chat template.
         """
-        scores = self.score(batch.episodes.prompts.prompts, batch.episodes.completions)
-        return scores.to(batch.episodes.ids.device)
-
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Tensor:
-        """Return ``(answers,)`` float32 scores on the CPU, one prompt for each answer. Raises as a call does."""
         ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         # Texts of like length together: less padding, and the scores do not depend on the order.
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        scores = torch.zeros(len(ids), dtype=torch.float32)
+        scores, pad = torch.zeros(len(ids), dtype=torch.float32), int(self.tokenizer.pad_token_id)
         with torch.no_grad():
             for start in each(f"scoring by {self.name}", range(0, len(order), self.batch_size), "batches"):
                 rows = order[start : start + self.batch_size]
                 width = max(len(ids[row]) for row in rows)
-                pad = int(self.tokenizer.pad_token_id)
                 padded = torch.tensor([ids[row] + [pad] * (width - len(ids[row])) for row in rows])
                 mask = torch.tensor([[1] * len(ids[row]) + [0] * (width - len(ids[row])) for row in rows])
-                logits = self.model(
-                    input_ids=padded.to(self.model.device), attention_mask=mask.to(self.model.device)
-                ).logits
+                device = self.model.device
+                logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
                 scores[rows] = logits[:, 0].float().cpu()
         return scores
 
@@ -122,52 +116,36 @@ def join_answer(prompt: str, answer: str) -> str:
     """
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
         return prompt + answer
-    if answer[0] in _CLOSING or prompt[-1] in _OPENING or _is_wide(prompt[-1]) or _is_wide(answer[0]):
+    wide = any(unicodedata.east_asian_width(character) in ("W", "F") for character in (prompt[-1], answer[0]))
+    if answer[0] in _CLOSING or prompt[-1] in _OPENING or wide:
         return prompt + answer
     return f"{prompt} {answer}"
 
 
-def _is_wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in ("W", "F")
-
-
 @working("loading a reward model")
 def load_reward_model(path: str, device: torch.device | str, name: str | None = None) -> RewardModel:
-    """Load a reward model and its tokenizer.
+    """Load a reward model and its tokenizer: a sequence-classification model with one output, safetensors weights.
 
-    Args:
-        path: folder or Hub id of a sequence-classification model with one output, safetensors weights.
-        device: where it runs.
-        name: name of the term; None: the last part of the path.
+    ``name`` is the term's; None: the last part of the path.
 
     Raises:
         ModelError: the path does not exist, holds only pickled weights, is not a sequence classifier with one output,
             lacks a trained head, or has no usable tokenizer.
     """
-    folder = Path(path)
-    looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise ModelError(f"reward.models: {path}: no such folder; give a folder in Hugging Face layout or a Hub id")
-    check_files(path, f"reward.models: {path}")
+    what = f"reward.models: {path}"
+    check_files(path, what)
     if is_adapter(path):
         raise ModelError(
-            f"reward.models: {path} is a PEFT adapter; give the folder of the merged reward model (cagsr reward-model writes it "
+            f"{what} is a PEFT adapter; give the folder of the merged reward model (cagsr reward-model writes it "
             "beside its adapter)"
         )
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        if any(file for pattern in PICKLES for file in folder.glob(pattern)):
-            raise ModelError(
-                f"reward.models: {path} holds only pickled weights, which can run code when opened and are never "
-                "loaded: convert them to safetensors in a place you trust (model.save_pretrained)"
-            )
-        raise ModelError(f"reward.models: {path} holds no *.safetensors weights")
-    try:
+    check_safetensors(path, what)
+    with loading(f"{what} can't be loaded as a sequence-classification model"):
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if config.num_labels != 1:
             raise ModelError(
-                f"reward.models: {path} has {config.num_labels} outputs; give a sequence-classification model with one "
-                "(num_labels=1)"
+                f"{what} has {config.num_labels} outputs; give a sequence-classification model with one (num_labels=1)"
             )
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -178,14 +156,8 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"reward.models: {path} can't be loaded as a sequence-classification model ({reason})"
-        ) from error
-    problem = weights_problem(info)
-    if problem is not None:
-        raise ModelError(f"reward.models: {path} is no trained reward model: {problem}")
+    if (problem := weights_problem(info)) is not None:
+        raise ModelError(f"{what} is no trained reward model: {problem}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -198,9 +170,4 @@ def load_reward_model(path: str, device: torch.device | str, name: str | None = 
     length_borders(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
-    return RewardModel(
-        name=name or path.rstrip("/").rpartition("/")[2],
-        model=model,
-        tokenizer=tokenizer,
-        max_length=min(limits, default=None),
-    )
+    return RewardModel(name or path.rstrip("/").rpartition("/")[2], model, tokenizer, min(limits, default=None))

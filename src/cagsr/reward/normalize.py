@@ -7,19 +7,63 @@ whatever else is in the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cagsr.errors import RunError
-from cagsr.reward.moments import Moments, group_deviations
 from cagsr.reward.values import TermValues
 
 Normalization = Literal["within_prompt", "running", "none"]
 Reduce = Callable[[Tensor], Tensor]
 """Sums a small tensor, on the batch's device, over all processes: ``lambda x: accelerator.reduce(x, "sum")``."""
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of all values seen (Welford, 1962; Chan, Golub & LeVeque, 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def merge(self, count: float, mean: float, m2: float) -> None:
+        """Add a group of values, given by its count, mean and sum of squared deviations from that mean.
+
+        The order of the groups, and how the values were cut into groups, changes nothing but rounding.
+        """
+        if count == 0:
+            return
+        both = self.count + count
+        shift = mean - self.mean
+        self.m2 += m2 + shift * shift * self.count * count / both
+        self.mean += shift * count / both
+        self.count = both
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of all values seen (dividing by their number); 0 before the first."""
+        return math.sqrt(self.m2 / self.count) if self.count else 0.0
+
+
+def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Tensor, float]:
+    """Deviation of each value ``(batch,)`` from the mean of its group, over the values that apply.
+
+    Returns:
+        ``(batch,)`` float64 on the CPU, 0 where the value does not apply, and the degrees of freedom: values that apply
+        less groups that have any.
+    """
+    known, own = applies.cpu(), torch.unique(group.cpu(), return_inverse=True)[1]
+    x = torch.where(known, values.cpu().double(), 0.0)
+    size = int(own.max()) + 1 if len(own) else 0
+    count = torch.zeros(size, dtype=torch.float64).index_add_(0, own, known.double())
+    total = torch.zeros(size, dtype=torch.float64).index_add_(0, own, x)
+    deviation = torch.where(known, x - (total / count.clamp(min=1))[own], 0.0)
+    return deviation, float(known.sum() - (count > 0).sum())
 
 
 class Normalizer:
@@ -48,11 +92,9 @@ class Normalizer:
         """Deviations from the mean of the same prompt's answers; ``count`` is their degrees of freedom."""
 
     def update(self, values: Mapping[str, TermValues], group: Tensor) -> None:
-        """Take values into the moments.
+        """Take the values of one process's answers, by name, into the moments.
 
-        Args:
-            values: for each name; the answers of one process.
-            group: ``(batch,)`` int64, equal for answers to one prompt; prompts never span processes.
+        ``group`` ``(batch,)`` int64 is equal for answers to one prompt; prompts never span processes.
         """
         seen = [values[name].total[values[name].applies].cpu().double() for name in self.names]
         deviations = [group_deviations(values[name].total, values[name].applies, group) for name in self.names]
@@ -83,24 +125,15 @@ class Normalizer:
         if self.normalize == "none":
             return 1.0
         # Where no prompt had two answers the deviation over all of them is all there is.
-        if self.normalize == "running" or self.within[name].count == 0:
-            return 0.0 if self.moments[name].constant else 1.0 / self.moments[name].std
-        # The mean of all values says what counts as rounding; that of deviations is 0.
+        whole = self.normalize == "running" or self.within[name].count == 0
+        std = (self.moments if whole else self.within)[name].std
+        # Values that do not vary beyond float32 rounding: dividing by their deviation would blow up noise. The mean of all
+        # values says what counts as rounding; that of deviations is 0.
         noise = 1e-6 * abs(self.moments[name].mean) + 1e-8
-        std = self.within[name].std
         return 0.0 if std <= noise else 1.0 / std
 
     def __call__(self, name: str, values: TermValues, group: Tensor) -> Tensor:
-        """Bring one term's values to the scale.
-
-        Args:
-            name: the term.
-            values: what it gave.
-            group: ``(batch,)`` int64, equal for answers to one prompt.
-
-        Returns:
-            ``(batch,)`` of the values' dtype; 0 where the term does not apply or does not vary.
-        """
+        """Bring one term's values to the scale: ``(batch,)`` of their dtype, 0 where the term does not apply or does not vary."""
         if self.normalize == "none":
             return values.total
         scale, mean = self.scale(name), self.moments[name].mean
@@ -127,11 +160,7 @@ class Normalizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the moments of :meth:`state_dict`.
-
-        Raises:
-            RunError: they are those of other terms.
-        """
+        """Take over the moments of :meth:`state_dict`; RunError where they are those of other terms."""
         if set(state) != set(self.names):
             raise RunError(
                 f"the run's scales are those of the reward terms {sorted(state)}, but this reward has "

@@ -1,4 +1,4 @@
-"""From tokens to words, so that a word split into pieces counts once; and what each word weighs."""
+"""From tokens to words, so that a word split into pieces counts once; what each word weighs; and the last token."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 
-def pool_pieces(
-    attention: Tensor, words: Tensor, num_words: int, how: Literal["sum", "max"] = "sum"
-) -> Tensor:  # (batch, response, words)
-    """Pool the attention to the pieces of each salient word.
+def pool_pieces(attention: Tensor, words: Tensor, num_words: int, how: Literal["sum", "max"] = "sum") -> Tensor:
+    """Pool the attention to the pieces of each salient word, ``(batch, response, words)`` float32.
 
     Args:
         attention: ``(batch, response, prompt)`` attention probabilities, >= 0.
@@ -19,9 +17,6 @@ def pool_pieces(
             unimportant) is left out.
         num_words: how many words the result has; a word without a piece gets 0.
         how: ``sum`` for the total over the pieces, ``max`` for the largest.
-
-    Returns:
-        ``(batch, response, words)`` float32.
 
     Raises:
         ValueError: the shapes do not belong together, or a word index is not below ``num_words``.
@@ -47,3 +42,16 @@ def normalized_salience(salience: Tensor) -> Tensor:
     weights = salience.float()
     total = weights.sum(dim=1, keepdim=True)
     return weights / torch.where(total > 0, total, 1.0)
+
+
+def add_at_last_token(tokens: Tensor, amount: Tensor, mask: Tensor) -> Tensor:
+    """Add an amount per sequence, ``(batch,)``, to its last real token, never to padding; a new ``(batch, response)`` tensor.
+
+    ``mask`` ``(batch, response)`` bool marks real tokens; sequences without one are unchanged.
+    """
+    if mask.shape[1] == 0:
+        return tokens.clone()
+    position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = (position * mask).argmax(dim=1)
+    paid = torch.where(mask.any(dim=1), amount, torch.zeros_like(amount))
+    return tokens.scatter_add(1, last[:, None], paid.to(tokens.dtype)[:, None])

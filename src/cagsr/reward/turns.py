@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cagsr.flow import Attention, Context, EpisodeBatch, Prompt, PromptBatch, Readings, Returns, RewardBatch
+from cagsr.flow import Context, Episode, Prompt, Returns, RewardBatch
 from cagsr.reward.term import RewardTerm
+from cagsr.rollout.rows import take_rows
 
 Turns = Literal["all", "first", "latest"]
 
@@ -77,9 +78,8 @@ class Exchanges:
 
         def mean(values: Tensor) -> Tensor:
             known = torch.isfinite(values)
-            return summed(torch.where(known, values, 0.0)) / summed(
-                known.to(values.dtype)
-            )  # 0 / 0 is NaN: does not apply
+            counts = summed(known.to(values.dtype))
+            return summed(torch.where(known, values, 0.0)) / counts  # 0 / 0 is NaN: does not apply
 
         by_turn = total.new_zeros(self.size).index_put((row, self.turn), total)
         return Returns(
@@ -93,48 +93,27 @@ class Exchanges:
 
 def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
     """Each answer with its own tokens as the only sampled ones, and the words that stand before it as its context."""
-    episodes, context = batch.episodes, batch.episodes.context
+    asked = batch.episodes
+    there = [(asked.sampled & (asked.turn == number)).any(dim=1) for number in range(int(turn.max()) + 2)]
+    is_last = ~torch.stack(there, dim=1)[row, turn + 1]
+    picked = take_rows(batch, row)
+    episodes, context = picked.episodes, picked.episodes.context
     assert context is not None
-    own = episodes.sampled[row] & (episodes.turn[row] == turn[:, None])
-    last = torch.stack(
-        [(episodes.sampled & (episodes.turn == t)).any(dim=1) for t in range(int(turn.max()) + 2)], dim=1
-    )
-    is_last = ~last[row, turn + 1]
-    numbers, turns = row.tolist(), turn.tolist()
-    told = [_as_prompt(episodes.prompts.prompts[i], context, i, t) for i, t in zip(numbers, turns, strict=True)]
-    answers = EpisodeBatch(
-        prompts=PromptBatch(
-            prompts=tuple(told),
-            ids=episodes.prompts.ids[row],
-            real=episodes.prompts.real[row],
-            words=episodes.prompts.words[row],
-            salience=episodes.prompts.salience[row],
-            group=episodes.prompts.group[row],
-        ),
-        ids=episodes.ids[row],
+    own = episodes.sampled & (episodes.turn == turn[:, None])
+    told = zip(episodes.prompts.prompts, context.episodes, turn.tolist(), strict=True)
+    prompts = tuple(_as_prompt(prompt, episode, number) for prompt, episode, number in told)
+    answers = replace(
+        episodes,
+        prompts=replace(episodes.prompts, prompts=prompts),
         real=own,
         sampled=own,
-        turn=episodes.turn[row],
-        ended=torch.where(is_last, episodes.ended[row], True),  # an answer that was cut ends its episode
-        completions=tuple(context.episodes[i].answers[t] for i, t in zip(numbers, turns, strict=True)),
-        context=_only(
-            Context(context.words[row], context.salience[row], context.word_turn[row], context.episodes),
-            context.word_turn[row] <= turn[:, None],
+        ended=torch.where(is_last, episodes.ended, True),  # an answer that was cut ends its episode
+        completions=tuple(
+            episode.answers[number] for episode, number in zip(context.episodes, turn.tolist(), strict=True)
         ),
+        context=_only(context, context.word_turn <= turn[:, None]),
     )
-    readings = batch.readings
-    picked = Readings(
-        readings.logprobs[row],
-        readings.entropy[row],
-        readings.certainty[row],
-        readings.sampling_correction[row],
-        None if readings.values is None else readings.values[row],
-    )
-    reference = None if batch.reference_logprobs is None else batch.reference_logprobs[row]
-    attention = batch.attention
-    if attention is not None:
-        attention = Attention(attention.maps[row], attention.words[row])
-    return RewardBatch(answers, picked, reference, attention, batch.trainer)
+    return replace(picked, episodes=answers)
 
 
 def _only(context: Context, counts: Tensor) -> Context:
@@ -147,9 +126,9 @@ def _only(context: Context, counts: Tensor) -> Context:
     )
 
 
-def _as_prompt(prompt: Prompt, context: Context, row: int, turn: int) -> Prompt:
+def _as_prompt(prompt: Prompt, episode: Episode, turn: int) -> Prompt:
     """The prompt as it stands before an answer: what was said since is part of it."""
-    said = [segment for segment in context.episodes[row].segments if segment.turn < turn or not segment.sampled]
+    said = [segment for segment in episode.segments if segment.turn < turn or not segment.sampled]
     before = [segment for segment in said if segment.turn <= turn]
     if not before:
         return prompt

@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from cagsr.errors import ModelError
-from cagsr.models.cache import put_rows, rows_can_be_picked
 from cagsr.models.lengths import length_borders, read_as_long_as
+from cagsr.models.sharing import rows_can_be_picked
 from cagsr.support.progress import working
 
 LEAVE_WHEN = 7 / 8
@@ -46,17 +46,10 @@ def decode(
     Where the model's cache can't be picked apart by rows (state-space layers, caches of a fixed size), every row stays to
     the end; the tokens are the same.
 
-    Args:
-        model: the language model; an encoder-decoder's encoder has run.
-        input_ids: ``(prompts, prompt)`` int64, for an encoder-decoder the decoder's first token.
-        logits_processor: temperature, filters, lengths.
-        stopping_criteria: stop tokens, stop strings, the length limit.
-        generation_config: prepared by ``generate``.
-        answers_per_prompt: rows made of each prompt.
-        together: go on until every process is done (each forward gathers weights that are sharded over processes).
-        drawn: is given the log-probability of each token drawn, under the distribution it was drawn from, ``(rows,)``
-            float32 a step; 0 for rows that have left. None: not wanted. Nothing is drawn without ``do_sample``.
-        model_kwargs: what the forward takes, as ``generate`` prepares it.
+    Arguments are as ``generate`` prepares them: ``input_ids`` ``(prompts, prompt)`` int64, for an encoder-decoder the decoder's
+    first token. ``answers_per_prompt`` rows are made of each. With ``together`` it goes on until every process is done (each
+    forward gathers weights that are sharded over processes). ``drawn`` is given the log-probability of each token drawn, under
+    the distribution it was drawn from, ``(rows,)`` float32 a step; 0 for rows that have left. Without ``do_sample`` none is.
 
     Returns:
         ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
@@ -85,7 +78,9 @@ def decode(
                 scores = logits_processor(rows, logits)
                 if generation_config.do_sample:
                     probabilities = torch.softmax(scores, dim=-1)
-                    tokens = _choose(probabilities, held, total)
+                    # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
+                    variates = torch.empty(total, probabilities.shape[1], device=probabilities.device).exponential_()
+                    tokens = (probabilities / variates[held]).argmax(dim=-1)
                     if drawn is not None:
                         chosen = probabilities.gather(1, tokens[:, None])[:, 0].log()
                         drawn.append(chosen.new_zeros(total).index_copy(0, held, chosen))
@@ -139,14 +134,10 @@ def _read_again_across(
         read = model(
             input_ids=rows[passed, :-1], attention_mask=seen, position_ids=positions, use_cache=True, **last_logits
         )
-    put_rows(cache, passed, read.past_key_values)
-
-
-def _choose(probabilities: Tensor, held: Tensor, total: int) -> Tensor:
-    """``(rows,)`` int64: a token of each row, drawn from its ``(rows, vocabulary)`` probabilities."""
-    # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
-    variates = torch.empty(total, probabilities.shape[1], device=probabilities.device).exponential_()
-    return (probabilities / variates[held]).argmax(dim=-1)
+    for layer, other in zip(cache.layers, read.past_key_values.layers, strict=True):
+        for name in ("keys", "values", "indexer_keys"):  # rows come first in all of them
+            if isinstance(kept := getattr(layer, name, None), Tensor):
+                kept[passed] = getattr(other, name)
 
 
 def _pickable(model_kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cagsr.errors import ConfigError
-from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, PromptBatch, Segment
+from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.rows import prompt_batch
 from cagsr.tasks.segments import SegmentEncoder
@@ -21,14 +21,7 @@ Sample = Callable[[PromptBatch], EpisodeBatch]
 
 @dataclass(frozen=True)
 class EpisodePlayer:
-    """Plays a task of several turns.
-
-    Args:
-        loaded: the policy.
-        task: replies to answers.
-        encoder: turns what is said into segments.
-        room: tokens that an episode may have before its next answer.
-    """
+    """Plays a task of several turns with the policy ``loaded``; ``room`` is how many tokens may stand before an answer."""
 
     loaded: LoadedModel
     task: Task
@@ -56,16 +49,17 @@ class EpisodePlayer:
         Raises:
             RolloutError: the task fails, or a chat template can't go on.
         """
-        said: list[list[_Said]] = [[] for _ in prompts]
+        logprobs: list[list[list[float] | None]] = [[] for _ in prompts]  # of each answer's tokens
         episodes = [Episode(prompt, (), True) for prompt in prompts]
         going, turn = list(range(len(prompts))), 0
         found = first = sample(batch)
         while True:
             for place, row in enumerate(going):
-                own = _Said.of(found, place, self.encoder, turn)
-                said[row].append(own)
+                mask, drawn = found.real[place], found.decoded_logprobs
+                answer = self.encoder.answer(found.ids[place][mask].tolist(), found.completions[place], turn)
+                logprobs[row].append(None if drawn is None else drawn[place][mask].tolist())
                 episodes[row] = replace(
-                    episodes[row], segments=(*episodes[row].segments, own.segment), ended=bool(found.ended[place])
+                    episodes[row], segments=(*episodes[row].segments, answer), ended=bool(found.ended[place])
                 )
             going = [row for row in going if self._goes_on(episodes, row)]
             if not going:
@@ -75,7 +69,7 @@ class EpisodePlayer:
             found = sample(prompt_batch(self.loaded, [_so_far(episodes[row]) for row in going]))
         if turn == 0:
             return first
-        return self._tensors(episodes, said, batch)
+        return self._tensors(episodes, logprobs, batch)
 
     def _goes_on(self, episodes: list[Episode], row: int) -> bool:
         """Ask the task, and put down what it says."""
@@ -89,7 +83,9 @@ class EpisodePlayer:
         episodes[row] = longer
         return True
 
-    def _tensors(self, episodes: list[Episode], said: list[list[_Said]], batch: PromptBatch) -> EpisodeBatch:
+    def _tensors(
+        self, episodes: list[Episode], logprobs: list[list[list[float] | None]], batch: PromptBatch
+    ) -> EpisodeBatch:
         device = batch.ids.device
         rows = [[(one, number) for one in episode.segments for number in one.ids] for episode in episodes]
         width = max(map(len, rows))
@@ -99,13 +95,12 @@ class EpisodePlayer:
             return torch.tensor(wide, dtype=dtype, device=device)
 
         decoded: Tensor | None = None
-        if all(one.logprobs is not None for row in said for one in row):
-            drawn = [iter([x for one in row for x in one.logprobs or ()]) for row in said]
-            decoded = padded(
-                [[next(own) if one.sampled else 0.0 for one, _ in row] for own, row in zip(drawn, rows, strict=True)],
-                0.0,
-                torch.float32,
-            )
+        if not any(one is None for row in logprobs for one in row):
+            drawn = [iter([x for one in row for x in one or ()]) for row in logprobs]
+            by_token = [
+                [next(own) if one.sampled else 0.0 for one, _ in row] for own, row in zip(drawn, rows, strict=True)
+            ]
+            decoded = padded(by_token, 0.0, torch.float32)
         return EpisodeBatch(
             prompts=batch,
             ids=padded([[number for _, number in row] for row in rows], self.loaded.pad_token_id, torch.int64),
@@ -124,21 +119,6 @@ def played(
 ) -> EpisodeBatch:
     """One answer to each row, or, with a player, an episode for each; arguments as :meth:`EpisodePlayer.__call__`."""
     return sample(batch) if player is None else player(sample, prompts, batch)
-
-
-@dataclass(frozen=True)
-class _Said:
-    """One answer of one row, as it was sampled."""
-
-    segment: Segment
-    logprobs: tuple[float, ...] | None
-
-    @classmethod
-    def of(cls, found: EpisodeBatch, row: int, encoder: SegmentEncoder, turn: int) -> _Said:
-        mask = found.real[row]
-        segment = encoder.answer(found.ids[row][mask].tolist(), found.completions[row], turn)
-        drawn = found.decoded_logprobs
-        return cls(segment, None if drawn is None else tuple(drawn[row][mask].tolist()))
 
 
 def _so_far(episode: Episode) -> EncodedPrompt:

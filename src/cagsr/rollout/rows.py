@@ -3,61 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from cagsr.flow import Context, EncodedPrompt, EpisodeBatch, PromptBatch
+from cagsr.flow import EncodedPrompt, EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
 
+RowsT = TypeVar("RowsT")
+
+
+def take_rows(given: RowsT, index: Tensor) -> RowsT:
+    """Some rows, ``(n,)`` int64, of a dataclass of ``flow.py``: of its tensors, its tuples and the dataclasses in it."""
+    numbers = index.tolist()
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index]
+        if isinstance(value, tuple):
+            return tuple(value[number] for number in numbers)
+        return take_rows(value, index) if is_dataclass(value) else value
+
+    found: Any = given
+    return cast(RowsT, replace(found, **{name: taken(value) for name, value in vars(found).items()}))
+
 
 def episode_rows(episodes: EpisodeBatch, index: Tensor) -> EpisodeBatch:
-    """Select sequences and drop the columns that are padding in all of them.
+    """Select sequences, ``(n,)`` int64, at least one, and drop the columns that are padding in all of them.
 
-    Prompts padded on the left lose columns on the left, prompts padded on the right lose them on the right.
-
-    Args:
-        episodes: prompts and what followed them.
-        index: which sequences, ``(n,)`` int64, at least one.
-
-    Returns:
-        The same sequences in the order of ``index``: prompts ``(n, longest prompt)``, responses ``(n, longest response)``.
+    Prompts padded on the left lose columns on the left, prompts padded on the right lose them on the right: prompts are
+    ``(n, longest prompt)``, responses ``(n, longest response)``.
     """
-    prompts, context = episodes.prompts, episodes.context
-    real, response_real = prompts.real[index], episodes.real[index]
-    columns = real.any(dim=0).nonzero().flatten()
-    first, last = int(columns[0]), int(columns[-1]) + 1
-    length = max(1, int(response_real.sum(dim=1).max()))
-    numbers = index.tolist()
+    width = episodes.prompts.ids.shape[1]
+    part = take_rows(episodes, index)
+    prompts, context = part.prompts, part.context
+    columns = prompts.real.any(dim=0).nonzero().flatten()
+    kept = slice(int(columns[0]), int(columns[-1]) + 1)
+    length = max(1, int(part.real.sum(dim=1).max()))
     if context is not None:
-        width = prompts.ids.shape[1]
-        words = context.words[index]
-        context = Context(
-            torch.cat([words[:, first:last], words[:, width : width + length]], dim=1),
-            context.salience[index],
-            context.word_turn[index],
-            tuple(context.episodes[number] for number in numbers),
-        )
-    logprobs = episodes.sampler_logprobs
-    return EpisodeBatch(
-        prompts=replace(
-            prompts,
-            prompts=tuple(prompts.prompts[number] for number in numbers),
-            ids=prompts.ids[index, first:last],
-            real=real[:, first:last],
-            words=prompts.words[index, first:last],
-            salience=prompts.salience[index],
-            group=prompts.group[index],
-        ),
-        ids=episodes.ids[index, :length],
-        real=response_real[:, :length],
-        sampled=episodes.sampled[index, :length],
-        turn=episodes.turn[index, :length],
-        ended=episodes.ended[index],
-        completions=tuple(episodes.completions[number] for number in numbers),
-        sampler_logprobs=None if logprobs is None else logprobs[index, :length],
+        words = torch.cat([context.words[:, kept], context.words[:, width : width + length]], dim=1)
+        context = replace(context, words=words)
+    return replace(
+        part,
+        prompts=replace(prompts, ids=prompts.ids[:, kept], real=prompts.real[:, kept], words=prompts.words[:, kept]),
+        ids=part.ids[:, :length],
+        real=part.real[:, :length],
+        sampled=part.sampled[:, :length],
+        turn=part.turn[:, :length],
+        sampler_logprobs=None if part.sampler_logprobs is None else part.sampler_logprobs[:, :length],
+        decoded_logprobs=None if part.decoded_logprobs is None else part.decoded_logprobs[:, :length],
         context=context,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,19 +20,11 @@ from cagsr.rollout.decode import decode
 
 
 def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
-    """Sample one answer for each row of a prompt batch.
+    """Sample one answer for each row of a prompt batch, padded on the right to the longest.
 
     The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
-    softmax at ``temperature``; what top-p, top-k, the minimum length and forbidden tokens change is corrected in the
-    scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
-
-    Args:
-        loaded: the policy.
-        prompts: ``(batch, prompt)``, candidates of one prompt as rows of their own.
-        sampling: temperature (0 is greedy), filters, lengths and stop strings.
-
-    Returns:
-        The answers, ``(batch, response)``, padded on the right to the longest.
+    softmax at ``temperature`` (0 is greedy); what top-p, top-k, the minimum length and forbidden tokens change is corrected in
+    the scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
     """
     many = _answers_per_prompt(prompts)
     start = loaded.architecture.answer_start(loaded.model, prompts.ids.shape[1])
@@ -60,12 +53,8 @@ def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: Sampli
 class SaysStopString(StoppingCriteria):
     """Ends an answer whose last tokens say one of the stop strings; works with every tokenizer that can decode.
 
-    transformers' own criterion takes the vocabulary apart and fails on tokenizers of whole words.
-
-    Args:
-        text_of: turns an answer's tokens into text.
-        stop_strings: what ends an answer.
-        start: where answers begin: a prompt may say a stop string.
+    transformers' own criterion takes the vocabulary apart and fails on tokenizers of whole words. ``start`` is where answers
+    begin: a prompt may say a stop string.
     """
 
     def __init__(self, text_of: Callable[[Sequence[int]], str], stop_strings: Sequence[str], start: int) -> None:
@@ -142,15 +131,12 @@ def cut_responses(
 
 def _tokens_until(tokens: list[int], stop_strings: Sequence[str], loaded: LoadedModel) -> int:
     """How many tokens it takes until the decoded text holds a stop string (bisection: the text only grows)."""
-    low, high = 1, len(tokens)
-    while low < high:
-        middle = (low + high) // 2
-        text = loaded.text_of(tokens[:middle])
-        if any(stop in text for stop in stop_strings):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+
+    def says_stop(count: int) -> bool:
+        text = loaded.text_of(tokens[:count])
+        return any(stop in text for stop in stop_strings)
+
+    return 1 + bisect_left(range(1, len(tokens)), True, key=says_stop)
 
 
 @contextmanager

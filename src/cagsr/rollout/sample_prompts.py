@@ -17,14 +17,9 @@ from cagsr.support.progress import working
 def sample_in_batches(
     loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, seed: int, batch_size: int
 ) -> Iterator[tuple[Sequence[EncodedPrompt], EpisodeBatch]]:
-    """Yield some prompts at a time with ``sampling.num_generations`` answers to each.
+    """Yield some prompts at a time, ``batch_size``, with ``sampling.num_generations`` answers to each.
 
-    Args:
-        loaded: the policy.
-        prompts: what is asked.
-        sampling: how.
-        seed: the same seed and batch size give the same answers.
-        batch_size: prompts at once.
+    The same seed and batch size give the same answers.
     """
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with working("answering", len(prompts), "prompts") as task:

@@ -29,9 +29,8 @@ from cagsr.support.progress import working
 class VLLMSampler:
     """A ``Sampler`` whose answers come from a vLLM server; ``channel`` makes the way of the weights in the main process.
 
-    Raises:
-        RolloutError: the server isn't there or isn't fit (in every process).
-        ConfigError: the policy or the channel can't be used with it.
+    Raises RolloutError where the server isn't there or isn't fit, ConfigError where the policy or the channel can't be used with
+    it, in every process.
     """
 
     def __init__(
@@ -101,11 +100,7 @@ class VLLMSampler:
 
 
 def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
-    """The prompts without padding and without their repetitions, each standing there ``generations`` times in a row.
-
-    Raises:
-        ValueError: they are no such repetitions.
-    """
+    """The prompts without padding and without their repetitions, each standing there ``generations`` times in a row."""
     ids, mask, group = prompts.ids.cpu(), prompts.real.cpu(), prompts.group.cpu()
     if len(group) % generations or not torch.equal(group, group[::generations].repeat_interleave(generations)):
         raise ValueError(f"each prompt must stand there {generations} times in a row")
@@ -118,10 +113,7 @@ def questions_of(prompts: PromptBatch, generations: int) -> list[Question]:
 def assemble(
     answers: Sequence[EngineAnswer], prompts: PromptBatch, loaded: LoadedModel, sampling: SamplingConfig
 ) -> EpisodeBatch:
-    """Pad an engine's answers into a rollout, cut as the built-in sampler's are.
-
-    ``sampler_logprobs`` is 0 on padding.
-    """
+    """Pad an engine's answers into a rollout, cut as the built-in sampler's are; ``sampler_logprobs`` is 0 on padding."""
     device = prompts.ids.device
     lengths = torch.tensor([len(answer.ids) for answer in answers])
     ids = pad_sequence(

@@ -30,9 +30,8 @@ class ServedModel:
 def meet(server: VLLMServer, rollout: RolloutConfig, model: ModelConfig, loaded: LoadedModel) -> ServedModel:
     """Wait for the server and look whether it can sample for this policy.
 
-    Raises:
-        RolloutError: not up in time, no vLLM server, started without a setting that is needed, or with another tokenizer.
-        ConfigError: the policy's vocabulary has grown since it was loaded, so the server's copy can't hold its weights.
+    Raises RolloutError where it is not up in time, is no vLLM server, was started without a setting that is needed, or with
+    another tokenizer; ConfigError where the policy's vocabulary has grown, so that the server's copy can't hold its weights.
     """
     server.wait(rollout.wait)
     listed = server.get("/v1/models")

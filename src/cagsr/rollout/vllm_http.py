@@ -32,11 +32,7 @@ class VLLMServer:
         self._timeout = timeout
 
     def wait(self, seconds: float) -> None:
-        """Wait until the server says that it is healthy.
-
-        Raises:
-            RolloutError: it is not within ``seconds``.
-        """
+        """Wait until the server says that it is healthy; RolloutError where it is not within ``seconds``."""
         deadline, said = time.monotonic() + seconds, False
         while True:
             try:
@@ -54,8 +50,7 @@ class VLLMServer:
     def get(self, path: str) -> Any:
         """Ask for ``path``; gives the decoded JSON, None for an empty body.
 
-        Raises:
-            RolloutError: unreachable, too slow, an error status (its ``status`` is in the sentence), or no JSON.
+        Raises RolloutError: unreachable, too slow, an error status (its ``status`` is in the sentence), or no JSON.
         """
         return self._send(urllib.request.Request(self.url + path), path)
 

@@ -69,8 +69,7 @@ def completion_request(
 def check_room(questions: Sequence[Question], sampling: SamplingConfig, context: int | None, url: str) -> None:
     """Refuse prompts that don't fit the server's ``context`` (tokens; None: not told) together with the longest answer.
 
-    Raises:
-        RolloutError: naming the row of the first that doesn't.
+    RolloutError names the row of the first that doesn't.
     """
     if context is None:
         return
@@ -86,14 +85,10 @@ def check_room(questions: Sequence[Question], sampling: SamplingConfig, context:
 def engine_answers(
     reply: Any, questions: Sequence[Question], sampling: SamplingConfig, stop_ids: Sequence[int], vocabulary: int
 ) -> list[EngineAnswer]:
-    """Read and check the reply to ``completion_request``, decoded from JSON.
+    """Read and check the reply to ``completion_request``: ``num_generations`` answers to each question in a row.
 
-    Returns:
-        ``len(questions) * num_generations`` answers, those to one question in a row.
-
-    Raises:
-        RolloutError: something is missing, too many or too few tokens or answers, answers to another prompt, or token
-            ids that the policy doesn't have.
+    Raises RolloutError: something is missing, too many or too few tokens or answers, answers to another prompt, or token ids
+    that the policy doesn't have.
     """
     number = sampling.num_generations
     choices = reply.get("choices") if isinstance(reply, dict) else None

@@ -73,23 +73,14 @@ class WeightChannel(Protocol):
     def prepare(self) -> None:
         """Do all that can fail before the processes put their shards together: the others would wait for ever.
 
-        Raises:
-            RolloutError: the server can't be reached that way.
-            RunError: a folder can't be written.
+        Raises RolloutError where the server can't be reached that way, RunError where a folder can't be written.
         """
-        ...
 
     def send(self, weights: Sequence[PolicyWeight]) -> None:
-        """Make ``weights`` the server's and drop what it cached under the old ones.
-
-        Raises:
-            RolloutError: the server can't be reached or can't load them.
-        """
-        ...
+        """Make ``weights`` the server's and drop what it cached under the old ones; RolloutError where that fails."""
 
     def close(self) -> None:
         """Let go of files and connections."""
-        ...
 
 
 class DiskWeights:
@@ -148,10 +139,8 @@ class DiskWeights:
 class NcclWeights:
     """Weights from the main process's GPU to the server's, through TRL's ``VLLMClient`` and vLLM's NCCL weight-transfer engine.
 
-    Trainer and server meet at ``group_port``; the client may wait ``timeout`` seconds for the server to be up.
-
-    Raises:
-        ConfigError: no CUDA device, no vllm beside the trainer, or a TRL whose client speaks another protocol.
+    Trainer and server meet at ``group_port``; the client may wait ``timeout`` seconds for the server to be up. Raises ConfigError
+    without a CUDA device, without vllm beside the trainer, or with a TRL whose client speaks another protocol.
     """
 
     def __init__(self, server: VLLMServer, device: torch.device, group_port: int, timeout: float) -> None:
@@ -199,9 +188,7 @@ class NcclWeights:
 def trl_client(url: str, group_port: int, timeout: float) -> Any:
     """TRL's client for the weights, after a look at whether this TRL has the one that is meant.
 
-    Raises:
-        ConfigError: vllm or requests is missing here, or TRL's client is an older one.
-        RolloutError: it can't connect.
+    Raises ConfigError where vllm or requests is missing here or TRL's client is an older one, RolloutError where it can't connect.
     """
     require("--rollout.weights nccl", "trl")
     from trl.generation.vllm_client import VLLMClient
@@ -222,11 +209,7 @@ def trl_client(url: str, group_port: int, timeout: float) -> Any:
 
 
 def reset_prefix_cache(server: VLLMServer) -> None:
-    """Drop keys and values computed under the old weights.
-
-    Raises:
-        RolloutError: the server doesn't, or says that it could not.
-    """
+    """Drop keys and values computed under the old weights; RolloutError where the server doesn't, or says that it could not."""
     reply = server.post("/reset_prefix_cache", {})
     if isinstance(reply, dict) and reply.get("success") is False:
         raise RolloutError(

@@ -38,18 +38,18 @@ def compare_with_plain(
     Every process calls it and all decide alike.
 
     Args:
-        readings: of the scoring pass.
+        readings: of the scoring pass, as is what follows.
         loaded: the policy, its weights whole.
         episodes: prompts and sampled answers.
-        temperature: of the scoring pass.
-        micro_batch_size: of the scoring pass.
+        temperature: > 0.
+        micro_batch_size: sequences.
         gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
 
     Returns:
         The difference as a metric, none where no prompt was shared; and what to say where it is too large: the readings are
         wrong then and must be made again.
     """
-    own = plain_difference(loaded, episodes, readings.logprobs, temperature, micro_batch_size)
+    own = _plain_difference(loaded, episodes, readings.logprobs, temperature, micro_batch_size)
     # A process that has nothing to compare takes part with -1.
     found = gather(torch.tensor([-1.0 if own is None else own], device=loaded.device))
     difference = float(found.max())  # NaN where one is
@@ -65,23 +65,13 @@ def compare_with_plain(
     )
 
 
-def plain_difference(
+def _plain_difference(
     loaded: LoadedModel, episodes: EpisodeBatch, logprobs: Tensor, temperature: float, micro_batch_size: int
 ) -> float | None:
-    """How far the scoring pass is from the plain one, by its longest row: prompt and answer in one forward.
+    """The largest difference of a token's log-probability, nats, in the longest row: prompt and answer in one forward.
 
     One forward of one row: cheap enough for every step. The weights move, and answers get longer, so what held at the
-    first step need not hold later.
-
-    Args:
-        loaded: the policy.
-        episodes: prompts and sampled answers.
-        logprobs: ``(batch, response)``, as the scoring pass gave them.
-        temperature: of the scoring pass.
-        micro_batch_size: of the scoring pass.
-
-    Returns:
-        The largest difference of a token's log-probability, nats; None where the scoring pass was the plain one.
+    first step need not hold later. None where the scoring pass was the plain one.
     """
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model):
         if not shares_prompts(loaded, episodes):

@@ -11,9 +11,9 @@ over the answer, nothing corrects it: a run says so and stops.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,33 +34,26 @@ def account_for_engine(
     Args:
         readings: of the scoring pass, ``(batch, response)``.
         episodes: with ``sampler_logprobs`` where an engine sampled.
-        config: whether to correct, the cap, and the largest difference borne.
+        config: whether to correct, the cap, and the largest mean difference borne (above it: RolloutError).
         gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
 
     Returns:
         The readings (``sampling_correction`` replaced if asked for) and metrics of all processes together by TRL's names;
         without an engine the readings as they were, and no metrics.
-
-    Raises:
-        RolloutError: the mean difference is above ``config.max_logp_difference``.
     """
     engine = episodes.sampler_logprobs
     if engine is None:
         return readings, {}
     mask = episodes.sampled
-    # What the filters (top-p, minimum length, ...) do is known and no mismatch: compare with our own sampler.
-    difference = (readings.logprobs - readings.sampling_correction - engine).abs()[mask]
-    ratio = importance_ratio(readings.logprobs, engine, mask, config.importance_sampling_cap)[mask]
-    own = torch.stack(
-        [difference.sum(), difference.max(), ratio.sum(), ratio.min(), ratio.max(), mask.sum().to(difference.dtype)]
-    )
-    total, largest, ratios, lowest, highest, tokens = gather(own).view(-1, len(own)).unbind(dim=1)
-    mean = float(total.sum() / tokens.sum())
+    ratios = importance_ratio(readings.logprobs, engine, mask, config.importance_sampling_cap)
+    ratio = ratios[mask]
+    mean, largest, more = _difference(readings, engine, mask, gather, [ratio.sum(), ratio.min(), ratio.max()])
+    total, lowest, highest, tokens = more
     metrics = {
         "sampling/sampling_logp_difference/mean": mean,
-        "sampling/sampling_logp_difference/max": float(largest.max()),
+        "sampling/sampling_logp_difference/max": largest,
         "sampling/importance_sampling_ratio/min": float(lowest.min()),
-        "sampling/importance_sampling_ratio/mean": float(ratios.sum() / tokens.sum()),
+        "sampling/importance_sampling_ratio/mean": float(total.sum() / tokens.sum()),
         "sampling/importance_sampling_ratio/max": float(highest.max()),
     }
     if config.max_logp_difference and not mean <= config.max_logp_difference:
@@ -71,34 +64,22 @@ def account_for_engine(
         )
     if not config.importance_sampling_correction:
         return readings, metrics
-    corrected = importance_ratio(readings.logprobs, engine, mask, config.importance_sampling_cap).log()
-    return dataclasses.replace(readings, sampling_correction=corrected), metrics
+    return replace(readings, sampling_correction=ratios.log()), metrics
 
 
 def decoding_metrics(
     readings: Readings, episodes: EpisodeBatch, limit: float, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Measure how far our own decoding is from the scoring pass.
+    """Measure how far our own decoding is from the scoring pass; arguments as :func:`account_for_engine`.
 
-    Args:
-        readings: of the scoring pass, ``(batch, response)``.
-        episodes: with ``decoded_logprobs`` where we sampled.
-        limit: the largest mean difference borne, nats a token; 0: any.
-        gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
+    ``limit`` is the largest mean difference borne, nats a token (above it: RolloutError); 0: any.
 
     Returns:
         Mean and largest difference, nats a token, under the names that an engine's have; empty where an engine sampled.
-
-    Raises:
-        RolloutError: the mean is above ``limit``.
     """
     if episodes.decoded_logprobs is None:
         return {}
-    mask = episodes.sampled
-    difference = (readings.logprobs - readings.sampling_correction - episodes.decoded_logprobs).abs()[mask]
-    own = torch.stack([difference.sum(), difference.max(), mask.sum().to(difference.dtype)])
-    total, largest, tokens = gather(own).view(-1, len(own)).unbind(dim=1)
-    mean = float(total.sum() / tokens.sum())
+    mean, largest, _ = _difference(readings, episodes.decoded_logprobs, episodes.sampled, gather, [])
     if limit and not mean <= limit:
         raise RolloutError(
             f"The answers were drawn at log-probabilities {mean:.2g} nats a token away from those of the scoring pass (limit "
@@ -108,8 +89,19 @@ def decoding_metrics(
         )
     return {
         "sampling/sampling_logp_difference/mean": beyond_rounding(mean),
-        "sampling/sampling_logp_difference/max": beyond_rounding(float(largest.max())),
+        "sampling/sampling_logp_difference/max": beyond_rounding(largest),
     }
+
+
+def _difference(
+    readings: Readings, drawn: Tensor, mask: Tensor, gather: Callable[[Tensor], Tensor], more: list[Tensor]
+) -> tuple[float, float, tuple[Tensor, ...]]:
+    """Mean and largest difference of all processes' tokens, and of each process ``more`` scalars and its tokens' number."""
+    # What the filters (top-p, minimum length, ...) do is known and no mismatch: compare with our own sampler.
+    difference = (readings.logprobs - readings.sampling_correction - drawn).abs()[mask]
+    own = torch.stack([difference.sum(), difference.max(), *more, mask.sum().to(difference.dtype)])
+    total, largest, *rest = gather(own).view(-1, len(own)).unbind(dim=1)
+    return float(total.sum() / rest[-1].sum()), float(largest.max()), tuple(rest)
 
 
 def beyond_rounding(difference: float) -> float:
@@ -122,15 +114,8 @@ def beyond_rounding(difference: float) -> float:
 
 
 def importance_ratio(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Weight of each token: its probability under the scored policy over that under the engine, at most ``cap``.
+    """Weight of each token: its probability under the scored policy over that under the engine, at most ``cap`` (>= 1).
 
-    Args:
-        logprobs: ``(batch, response)`` of the scoring pass.
-        engine_logprobs: ``(batch, response)``, of the distribution that the engine drew from.
-        mask: ``(batch, response)`` bool.
-        cap: the truncation, at least 1.
-
-    Returns:
-        ``(batch, response)`` float32, > 0; 1 on padding.
+    All ``(batch, response)``; the ratio is float32, > 0, and 1 on padding.
     """
     return (logprobs - engine_logprobs).masked_fill(~mask, 0.0).clamp(max=math.log(cap)).exp()

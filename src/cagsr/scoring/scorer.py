@@ -6,15 +6,15 @@ of the attention is a visitor's business, which is handed each micro-batch's whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cagsr.attention import PromptAttentionReader
+from cagsr.attention import PromptAttentionReader, Reading
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, Readings
 from cagsr.models.actor_critic import ActorCritic
@@ -24,8 +24,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import episode_rows
 from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.reading import attention_of, reading
-from cagsr.scoring.statistics import logprobs_entropy_and_certainty, sampling_correction, token_logprobs
+from cagsr.scoring.statistics import certainty_of, entropy_of, logprobs_and, sampling_correction, token_logprobs
 from cagsr.support.progress import each
 
 
@@ -35,11 +34,9 @@ class FrozenModel(Protocol):
     @property
     def module(self) -> nn.Module:
         """What an attention reader watches."""
-        ...
 
     def model(self) -> AbstractContextManager[nn.Module]:
         """Gives the model for forward passes inside a ``with`` block."""
-        ...
 
 
 class Visitor(Protocol):
@@ -52,9 +49,8 @@ class Visitor(Protocol):
             index: which sequences of the batch it holds, ``(n,)`` int64.
             part: those sequences, cut to their own length.
             readings: the policy's, of them.
-            attention: ``(n, response, context)`` float32.
+            attention: ``(n, response, context)`` float32, as wide as ``part``.
         """
-        ...
 
 
 class Scorer:
@@ -93,11 +89,7 @@ class Scorer:
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
 
     def read(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> tuple[Readings, Tensor]:
-        """The policy's pass, then the reference's.
-
-        Args:
-            episodes: prompts and answers.
-            visitor: gets the attention of the configured model; None: it is not read.
+        """The policy's pass, then the reference's; the visitor gets the attention of the configured model.
 
         Returns:
             The policy's readings, and the reference's log-probabilities ``(batch, response)`` (the policy's own without a
@@ -107,53 +99,37 @@ class Scorer:
         return readings, self.reference_logprobs(episodes, readings, None if self.reads_policy else visitor)
 
     def policy(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> Readings:
-        """Read everything the reward and the update need from one pass over the policy.
-
-        Args:
-            episodes: prompts and answers.
-            visitor: gets the policy's attention; None: it is not read in this pass.
-
-        Returns:
-            ``(batch, response)`` each, zero where nothing was sampled.
-        """
-        loaded, model = self.loaded, self.loaded.model
-        zeros = torch.zeros(episodes.ids.shape, device=episodes.ids.device)
+        """Read everything the reward and the update need from one pass over the policy; zero where nothing was sampled."""
+        loaded, temperature = self.loaded, self.sampling.temperature or 1.0
+        stops = loaded.stops(self.sampling)[0]
         names = [field.name for field in fields(Readings)]
-        parts = {name: zeros.clone() for name in names}
-        temperature = self.sampling.temperature or 1.0
+        parts = {name: torch.zeros(episodes.ids.shape, device=episodes.ids.device) for name in names}
         with torch.no_grad(), loaded.autocast(), without_checkpointing(self.actor_critic):
             share = shares_prompts(loaded, episodes)
             for index in each("scoring", micro_batches(episodes, self.micro_batch_size, share=share), "batches"):
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
-                reader = None if visitor is None else self.reader
-                with reading(reader, loaded.architecture, model, inputs) as read:
+                with self._reading(visitor, loaded.model, inputs) as read:
                     logits, values = self.actor_critic(inputs)
-                logprobs, entropy, certainty = logprobs_entropy_and_certainty(logits, part.ids, temperature)
-                stops = loaded.stops(self.sampling)[0]
+                logprobs, entropy, certainty = logprobs_and(
+                    entropy_of, certainty_of, logits=logits, ids=part.ids, temperature=temperature
+                )
                 correction = sampling_correction(logits, part.ids, self.sampling, stops, loaded.generation)
                 del logits
                 found = Readings(logprobs, entropy, certainty, correction, values)
                 for name in names:
                     if (value := getattr(found, name)) is not None:
                         parts[name][index, : value.shape[1]] = value.masked_fill(~part.sampled, 0.0)
-                if visitor is not None and read is not None:
-                    attention = attention_of(read, loaded.architecture, model, inputs)
-                    visitor.visit(index, part, found, attention)
+                if visitor is not None:
+                    visitor.visit(index, part, found, self._attention(loaded.model, inputs, read))
         if self.actor_critic.value_head is None:
             del parts["values"]
         return Readings(**parts)
 
     def reference_logprobs(self, episodes: EpisodeBatch, readings: Readings, visitor: Visitor | None = None) -> Tensor:
-        """Log-probabilities of the answers under the frozen model.
+        """Log-probabilities of the answers under the frozen model, ``(batch, response)`` float32, zero where nothing was sampled.
 
-        Args:
-            episodes: prompts and answers.
-            readings: of the policy.
-            visitor: gets the frozen model's attention; None: it is not read in this pass.
-
-        Returns:
-            ``(batch, response)`` float32, zero where nothing was sampled.
+        ``readings`` are the policy's, for the visitor, which gets the frozen model's attention.
         """
         loaded = self.loaded
         if self.reference is None:
@@ -171,15 +147,25 @@ class Scorer:
             for index in each("scoring by the reference", chunks, "batches"):
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
-                reader = None if visitor is None else self.reader
-                with reading(reader, loaded.architecture, model, inputs) as read:
+                with self._reading(visitor, model, inputs) as read:
                     logits, _ = loaded.teacher_forced(inputs, model)
-                if visitor is not None and read is not None:
-                    attention = attention_of(read, loaded.architecture, model, inputs)
-                    visitor.visit(index, part, readings_of(readings, index, part.ids.shape[1]), attention)
+                if visitor is not None:
+                    own = readings_of(readings, index, part.ids.shape[1])
+                    visitor.visit(index, part, own, self._attention(model, inputs, read))
                 found = token_logprobs(logits, part.ids, self.sampling.temperature or 1.0)
                 logprobs[index, : found.shape[1]] = found.masked_fill(~part.sampled, 0.0)
         return logprobs
+
+    def _reading(
+        self, visitor: Visitor | None, model: nn.Module, inputs: PassInputs
+    ) -> AbstractContextManager[Sequence[Reading]]:
+        """What listens to the forwards of one pass; nothing without a visitor."""
+        if visitor is None:
+            return nullcontext(())
+        return self.reader.read_in_turn(self.loaded.architecture.regions(model, inputs))
+
+    def _attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Reading]) -> Tensor:
+        return self.loaded.architecture.attention(model, inputs, [one.attention for one in read])
 
 
 def readings_of(readings: Readings, index: Tensor, width: int) -> Readings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ BLOCK_NUMBERS = 2**22
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each token under the softmax of ``logits / temperature``.
+    """Log-probability of each token under the softmax of ``logits / temperature``, ``(batch, response)`` float32, differentiable.
 
     Of large vocabularies a few positions are done at a time, and again in the backward pass: beside the logits themselves
     nothing of the size of the vocabulary is kept.
@@ -28,75 +28,37 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
         logits: ``(batch, response, vocabulary)``, any float dtype.
         ids: ``(batch, response)`` int64.
         temperature: > 0; the one the answers were sampled at.
-
-    Returns:
-        ``(batch, response)`` float32, differentiable.
     """
-    return _by_blocks(lambda block, own: _logprobs(block, own, temperature), logits, ids)
+
+    def logprobs(block: Tensor, own: Tensor) -> Tensor:
+        return -functional.cross_entropy(block.float() / temperature, own, reduction="none")
+
+    return _by_blocks(logprobs, logits, ids)
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy of each next-token distribution ``softmax(logits / temperature)``.
-
-    Args:
-        logits: ``(batch, response, vocabulary)``.
-        temperature: > 0.
-
-    Returns:
-        ``(batch, response)`` float32, nats, differentiable; memory as in :func:`token_logprobs`.
-    """
-    return _by_blocks(lambda block: _entropy((block.float() / temperature).log_softmax(dim=-1)), logits)
+    """Entropy of each next-token distribution, nats; the rest as :func:`token_logprobs`."""
+    return _by_blocks(lambda block: entropy_of((block.float() / temperature).log_softmax(dim=-1)), logits)
 
 
-def logprobs_and_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both at once, from one softmax.
-
-    Args:
-        logits: ``(batch, response, vocabulary)``.
-        ids: ``(batch, response)`` int64.
-        temperature: > 0.
-
-    Returns:
-        :func:`token_logprobs` and :func:`token_entropy`.
-    """
-    logprobs, entropy = _from_one_softmax([_entropy], logits, ids, temperature)
-    return logprobs, entropy
-
-
-def logprobs_entropy_and_certainty(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """All three that scoring wants, from one softmax.
-
-    Args:
-        logits: ``(batch, response, vocabulary)``.
-        ids: ``(batch, response)`` int64.
-        temperature: > 0.
-
-    Returns:
-        :func:`token_logprobs`, :func:`token_entropy` and the :func:`self_certainty` of
-        ``softmax(logits / temperature)``, ``(batch, response)`` float32 each.
-    """
-    logprobs, entropy, certainty = _from_one_softmax([_entropy, certainty_of], logits, ids, temperature)
-    return logprobs, entropy, certainty
-
-
-def _from_one_softmax(
-    functions: Sequence[Callable[[Tensor], Tensor]], logits: Tensor, ids: Tensor, temperature: float
+def logprobs_and(
+    *statistics: Callable[[Tensor], Tensor], logits: Tensor, ids: Tensor, temperature: float
 ) -> tuple[Tensor, ...]:
-    """The tokens' log-probabilities and functions of all log-probabilities of their positions, a block at a time."""
+    """:func:`token_logprobs`, and statistics of the same distributions' log-probabilities, all from one softmax.
+
+    ``statistics``: :func:`entropy_of`, :func:`certainty_of`. ``(batch, response)`` float32 each, differentiable.
+    """
 
     def found(block: Tensor, own: Tensor) -> Tensor:
         logprobs = (block.float() / temperature).log_softmax(dim=-1)
         chosen = logprobs.gather(-1, own[:, None])[:, 0]
-        return torch.stack([chosen, *(function(logprobs) for function in functions)], dim=-1)
+        return torch.stack([chosen, *(statistic(logprobs) for statistic in statistics)], dim=-1)
 
     return _by_blocks(found, logits, ids).unbind(dim=-1)
 
 
-def _logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    return -functional.cross_entropy(logits.float() / temperature, ids, reduction="none")
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Entropy, nats, of distributions given by their log-probabilities ``(..., vocabulary)``."""
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
@@ -134,10 +96,10 @@ def sampling_correction(
         ids: ``(batch, response)`` int64, the sampled tokens.
         sampling: the filters.
         stop_ids: tokens forbidden in the first ``min_new_tokens`` positions.
-        generation: tokens that the model's generation config forbids everywhere, or as the first.
+        generation: tokens that are forbidden everywhere, or as the first.
 
     Returns:
-        ``(batch, response)`` float32, <= 0; 0 everywhere without filters. A few positions are done at a time.
+        ``(batch, response)`` float32, <= 0; 0 everywhere without filters.
     """
     never, never_first = (
         torch.tensor([one for one in banned if one < logits.shape[-1]], dtype=torch.long, device=ids.device)
@@ -167,21 +129,10 @@ def sampling_correction(
     return _by_blocks(log_mass, logits, position < sampling.min_new_tokens, position == 0)
 
 
-def self_certainty(logits: Tensor) -> Tensor:
-    """KL(U || p) of the softmax p of the logits, U uniform over the vocabulary.
-
-    ``KL(U || p) = -log V - mean_v log p_v`` (arXiv 2505.19590, equation 5).
-
-    Args:
-        logits: ``(..., vocab)``, any floating dtype, all finite.
-
-    Returns:
-        ``(...)`` float32 >= 0, nats.
-    """
-    return certainty_of(logits.float().log_softmax(dim=-1))
-
-
 def certainty_of(logprobs: Tensor) -> Tensor:
-    """The same of log-probabilities, ``(..., vocab)`` float32, all finite: ``-mean_v log p_v - log V``, ``(...)``."""
+    """``KL(U || p) = -log V - mean_v log p_v`` (self-certainty, arXiv 2505.19590, equation 5), nats, U uniform.
+
+    ``(...)`` float32 >= 0 of log-probabilities ``(..., vocabulary)`` float32, all finite.
+    """
     certainty = -logprobs.mean(dim=-1) - math.log(logprobs.shape[-1])
     return certainty.clamp(min=0.0)  # Rounding can push a uniform distribution below 0.

@@ -44,3 +44,12 @@ def import_function(path: str, setting: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{setting} {path}: is {type(function).__name__}, not a function.")
     return function
+
+
+def made_of_dotted(path: str, setting: str) -> Any:
+    """The object that a dotted path names, or one of the class that it names, which needs no argument; else ConfigError."""
+    found = import_dotted(path, setting)
+    try:
+        return found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(f"--{setting} {path}: the class can't be made without arguments ({error}).") from error

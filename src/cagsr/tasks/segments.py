@@ -24,12 +24,10 @@ from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_to
 
 @dataclass(frozen=True)
 class SegmentEncoder:
-    """Turns answers and replies into segments.
+    """Turns answers and replies into segments, by the policy's tokenizer and chat template.
 
-    Args:
-        loaded: its tokenizer, and the chat template.
-        salience: which words matter; ``spans`` marks none of what is said later.
-        frequency: how rare words are, as in the prompts.
+    ``salience`` says which words matter (``spans`` marks none of what is said later), ``frequency`` how rare they are, as in the
+    prompts.
     """
 
     loaded: LoadedModel
@@ -43,8 +41,7 @@ class SegmentEncoder:
     def reply(self, episode: Episode, text: str) -> Segment:
         """What a task says after the last answer of an episode, with what a chat template writes around it.
 
-        Raises:
-            RolloutError: the chat template doesn't go on from the answer.
+        Raises RolloutError where the chat template doesn't go on from the answer.
         """
         messages = episode.first.prompt.messages
         before = episode.first.prompt.text + "".join(one.text for one in episode.segments)

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from cagsr.errors import ConfigError, RolloutError
 from cagsr.flow import Episode
-from cagsr.support.dotted_path import import_dotted
+from cagsr.support.dotted_path import made_of_dotted
 
 
 @runtime_checkable
@@ -26,41 +26,26 @@ class Task(Protocol):
     def reply(self, episode: Episode) -> str | None:
         """What is said to the model next, as text: behind a plain prompt as it is, in a conversation as the user's message.
 
-        It is asked after every answer that ended by itself (one that was cut at the length limit ends its episode).
-
-        Args:
-            episode: the prompt and all that was said since.
-
-        Returns:
-            The text, which is not empty; None: the episode is over.
+        It is asked after every answer that ended by itself (one that was cut at the length limit ends its episode), with the
+        prompt and all that was said since. A text is not empty; None: the episode is over.
         """
-        ...
 
 
 def load_task(path: str | None) -> Task | None:
     """The task that a dotted path names: an object, or a class that needs no argument; None: one answer to each prompt.
 
-    Raises:
-        ConfigError: it can't be imported, or is no task.
+    Raises ConfigError where it can't be imported, or is no task.
     """
     if path is None:
         return None
-    found = import_dotted(path, "rollout.task")
-    try:
-        task = found() if isinstance(found, type) else found
-    except TypeError as error:
-        raise ConfigError(f"--rollout.task {path}: the class can't be made without arguments ({error}).") from error
+    task = made_of_dotted(path, "rollout.task")
     if not isinstance(task, Task):
         raise ConfigError(f"--rollout.task {path}: a task has a method reply(episode) that returns a text or None.")
     return task
 
 
 def reply_of(task: Task, episode: Episode) -> str | None:
-    """Ask a task and look at what it says.
-
-    Raises:
-        RolloutError: it raises, or says something that is no text.
-    """
+    """Ask a task; RolloutError where it raises, or says something that is no text."""
     where = f"row {episode.first.prompt.row}, turn {len(episode.answers)}"
     try:
         said = task.reply(episode)

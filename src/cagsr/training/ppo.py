@@ -32,14 +32,14 @@ from cagsr.objectives.build import build_objectives
 from cagsr.objectives.objective import UpdateBatch
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
-from cagsr.rollout.build import build_sampler
 from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.rollout.rows import episode_rows, prompt_batch
+from cagsr.rollout.sampler import build_sampler
 from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer, readings_of
-from cagsr.scoring.statistics import logprobs_and_entropy, token_logprobs
+from cagsr.scoring.statistics import entropy_of, logprobs_and, token_logprobs
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
@@ -268,7 +268,7 @@ class PPO:
             logits, values = self.module(inputs)
         temperature, entropy = self.config.sampling.temperature, None
         if any(getattr(objective, "needs_entropy", False) for objective in self.objectives):
-            logprobs, entropy = logprobs_and_entropy(logits, part.ids, temperature)
+            logprobs, entropy = logprobs_and(entropy_of, logits=logits, ids=part.ids, temperature=temperature)
         else:
             logprobs = token_logprobs(logits, part.ids, temperature)
         width, targets = part.ids.shape[1], experience.targets

@@ -24,7 +24,6 @@ class AssociatedCoverage:
 
     name: ClassVar[str] = "associated_coverage"
     needs: ClassVar[frozenset[str]] = frozenset({"associations"})
-    by_micro_batch: ClassVar[bool] = True
     place: ClassVar[int] = 4
     settings: AssociatedCoverageConfig
     associations: Associations

@@ -42,20 +42,17 @@ class CopyCoverage:
 
 
 def copy_coverage(word_attention: Tensor, salience: Tensor, same: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-    """Copy coverage: the share of salience whose word is said by the token that looks at it hardest.
+    """Copy coverage: share of salience whose word is said by the token that looks at it hardest, ``(batch,)`` float32 in [0, 1].
 
-    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says.
+    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says; not one that no token
+    looks at. An answer without tokens gets 0.
 
     Args:
         word_attention: ``(batch, response, words)``.
         salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
-        same: ``(batch, response, prompt)`` bool, the response token says what the salient prompt token says
-            (:func:`cagsr.reward.same_text.says`); False on padding.
+        same: ``(batch, response, prompt)`` bool of :func:`cagsr.reward.same_text.says`; False on padding.
         mask: ``(batch, response)`` bool, real response tokens.
         words: ``(batch, prompt)`` int64, the word of each prompt token, -1 for none.
-
-    Returns:
-        ``(batch,)`` float32 in [0, 1]; 0 for an answer without tokens. A word that no token looks at does not count.
     """
     num_words = word_attention.shape[2]
     if word_attention.shape[1] == 0 or num_words == 0:

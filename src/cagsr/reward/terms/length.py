@@ -33,7 +33,6 @@ class Length:
 
     name: ClassVar[str] = "length"
     needs: ClassVar[frozenset[str]] = frozenset()
-    by_micro_batch: ClassVar[bool] = True
     place: ClassVar[int] = 10
     settings: LengthConfig
 
@@ -49,14 +48,9 @@ class Length:
 
 
 def length(mask: Tensor, target: int | None = None) -> Tensor:
-    """Count the real tokens, the stop token included, or take the distance from a target.
+    """Count the real tokens of ``mask`` ``(batch, response)``, the stop token included, or take the distance from a target.
 
-    Args:
-        mask: ``(batch, response)`` bool, real response tokens.
-        target: length to compare with, in tokens; None for the length itself.
-
-    Returns:
-        ``(batch,)`` float32, tokens.
+    ``(batch,)`` float32, tokens.
     """
     tokens = mask.sum(dim=1).float()
     return tokens if target is None else (tokens - target).abs()

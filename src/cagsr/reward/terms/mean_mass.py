@@ -51,15 +51,9 @@ class MeanMass:
 def mean_mass(attention: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     """Mean attention mass on salient tokens, ``mean_t sum_{j in S} A[t, j]``: the literal reading of arXiv 2502.10482.
 
-    It falls as an answer grows (docs/reward.md has the correlation with length), so it pays for short answers.
-
-    Args:
-        attention: ``(batch, response, prompt)``.
-        words: ``(batch, prompt)`` int64, the salient word of each token, -1 for none.
-        mask: ``(batch, response)`` bool, real response tokens.
-
-    Returns:
-        ``(batch,)`` float32 in [0, 1]; 0 for an answer without tokens.
+    It falls as an answer grows (docs/reward.md has the correlation with length), so it pays for short answers. Of attention
+    ``(batch, response, prompt)``, the salient word of each prompt token (-1: none) and the mask of real response tokens it gives
+    ``(batch,)`` float32 in [0, 1]; 0 for an answer without tokens.
     """
     mass = torch.where((words >= 0)[:, None, :], attention.float(), 0.0).sum(dim=2)
     return torch.where(mask, mass, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

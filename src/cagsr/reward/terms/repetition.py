@@ -41,7 +41,6 @@ class Repetition:
 
     name: ClassVar[str] = "repetition"
     needs: ClassVar[frozenset[str]] = frozenset()
-    by_micro_batch: ClassVar[bool] = True
     place: ClassVar[int] = 8
     settings: RepetitionConfig
 
@@ -61,35 +60,25 @@ class Repetition:
 
 
 def without_stop_token(mask: Tensor, ended: Tensor) -> Tensor:
-    """Unmask the last real token of every answer that ended by itself: its stop token.
+    """Unmask the last real token of every answer that ended by itself: its stop token. ``(batch, response)`` bool.
 
     A stop token occurs once, so n-grams with it never repeat and would dilute the share for answers that ended but not
     for answers that were cut. (An answer ended by a stop string loses its last token of the string instead.)
-
-    Args:
-        mask: ``(batch, response)`` bool.
-        ended: ``(batch,)`` bool.
-
-    Returns:
-        ``(batch, response)`` bool.
     """
     remaining = mask.flip(1).cumsum(dim=1).flip(1)  # 1 at the last real token
     return mask & ~((remaining == 1) & ended[:, None])
 
 
 def repeated_ngrams(ids: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Price each token: a repeated n-gram costs ``1 / (number of n-grams)`` at its last token.
+    """Price each token: a repeated n-gram costs ``1 / (number of n-grams)`` at its last token, ``(batch, response)`` float32 >= 0.
 
     An n-gram is repeated where the same n tokens occur earlier in the same answer; the prices of an answer sum to
-    ``P = 1 - distinct n-grams / n-grams``.
+    ``P = 1 - distinct n-grams / n-grams``. Answers shorter than n tokens cost nothing.
 
     Args:
         ids: ``(batch, response)`` int64.
         mask: ``(batch, response)`` bool, the tokens that count.
         n: length of the n-grams, >= 1.
-
-    Returns:
-        ``(batch, response)`` float32 >= 0, on the device of ``ids``; zeros for answers shorter than n tokens.
     """
     prices = torch.zeros(ids.shape, dtype=torch.float32)
     if ids.shape[1] < n:

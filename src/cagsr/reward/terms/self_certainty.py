@@ -28,7 +28,6 @@ class SelfCertainty:
 
     name: ClassVar[str] = "self_certainty"
     needs: ClassVar[frozenset[str]] = frozenset()
-    by_micro_batch: ClassVar[bool] = True
     place: ClassVar[int] = 9
     settings: SelfCertaintyConfig
 

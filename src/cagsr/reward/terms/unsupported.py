@@ -31,7 +31,6 @@ class Unsupported:
 
     name: ClassVar[str] = "unsupported"
     needs: ClassVar[frozenset[str]] = frozenset({"associations"})
-    by_micro_batch: ClassVar[bool] = True
     place: ClassVar[int] = 5
     settings: UnsupportedConfig
     associations: Associations
