@@ -258,3 +258,24 @@ def test_what_was_sampled_is_reinforced_and_nothing_is_imitated(estimator: str) 
     assert not result.weights["ce"].any()
     assert result.advantages.isfinite().all()
     assert (result.advantages[~episodes.sampled] == 0).all()
+
+
+def test_whitened_rewards_of_two_turns_take_one_scale_and_wait_for_nobody() -> None:
+    """Processes have episodes of different lengths: as many exchanges for one turn as for two."""
+    config = replace(PLAIN, estimator="rloo", whiten_rewards=True)
+    given, episodes, readings, reference = conversations()
+    exchanged: list[int] = []
+
+    def reduce(tensor: Tensor) -> Tensor:
+        exchanged.append(tensor.numel())
+        return tensor
+
+    result = estimate_targets(config, given, episodes, readings, reference, 0.0, reduce)
+    deviation = torch.tensor([5.0, 3.0, 6.0, 8.0, 0.0]).std()
+    expected = on_answers([5 - 4.5, 3 - 5.5, 6 - 4.0, 8.0, -8.0], [3.0, -3.0, 0.0, 0.0, 0.0]) / deviation
+    torch.testing.assert_close(result.advantages, expected)
+    two_turns, exchanged[:] = list(exchanged), []
+    first = episodes.turn == 0
+    one_turn = replace(episodes, real=episodes.real & first, sampled=episodes.sampled & first)
+    estimate_targets(config, given, one_turn, readings, reference, 0.0, reduce)
+    assert exchanged == two_turns

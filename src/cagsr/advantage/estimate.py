@@ -8,7 +8,7 @@ from torch import Tensor
 from cagsr.advantage.gae import generalized_advantages
 from cagsr.advantage.group import group_z_scores, leave_one_out
 from cagsr.advantage.kl import kl_estimate
-from cagsr.advantage.whiten import Reduce, unit_scale, whiten
+from cagsr.advantage.whiten import VARIANCE_EPS, Reduce, masked_moments, unit_scale, whiten
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, Readings, Returns, Targets
@@ -74,8 +74,12 @@ def estimate_targets(
         ahead = torch.where(episodes.turn >= turn, tokens, 0.0).sum(dim=1)
         # An answer without tokens has no place to be paid at, but the others are still compared with what it is worth.
         sums = torch.where(mask.any(dim=1), ahead, returns.total.detach().float() - penalty)
-        if config.whiten_rewards:
+        if config.whiten_rewards and turn == 0:
+            _, _, variance = masked_moments(sums, there, reduce)
             sums = whiten(sums, there, shift_mean=False, reduce=reduce)
+        elif config.whiten_rewards:
+            # By the deviation of whole episodes: processes differ in their turns, so none may wait for the others here.
+            sums = sums * (variance + VARIANCE_EPS) ** -0.5
         group = episodes.prompts.group[there]
         if turn > 0:
             _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
