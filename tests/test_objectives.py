@@ -299,6 +299,7 @@ def test_an_objective_of_ones_own_is_summed_and_logged(tmp_path: Path, monkeypat
         assert floor > 0.1
         assert metrics["loss/floor_avg"] == pytest.approx(float(floor), abs=1e-5)
         assert metrics["loss/policy_avg"] == pytest.approx(plain["loss/policy_avg"], abs=1e-5)
+        assert metrics["loss/floor/seen"] == 2 * -(-len(mask) // 3)  # its own metric, summed over micro-batches
         assert (with_floor - gradient).abs().max() > 1e-3
 
 

@@ -54,7 +54,7 @@ class UpdateBatch:
 
 @dataclass(frozen=True)
 class ObjectiveLoss:
-    """A loss, and what one logs of it: scalars of this micro-batch that add up to the mini-batch's."""
+    """A loss, and what one logs of it as ``loss/<objective>/<name>``: scalars that add up to those of the mini-batch."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

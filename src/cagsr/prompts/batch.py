@@ -23,7 +23,7 @@ def collate_prompts(
     """Pad prompts to one length, each repeated ``num_generations`` times in a row.
 
     Decoder-only models need ``padding_side="left"`` (the answer must follow the prompt), encoder-decoder models
-    ``"right"``. The result has ``len(encoded) * num_generations`` sequences: ``ids``, ``mask`` and ``words``
+    ``"right"``. The result has ``len(encoded) * num_generations`` sequences: ``ids``, ``real`` and ``words``
     ``(batch, prompt)``, ``salience`` ``(batch, words)`` float32, ``group`` ``(batch,)`` = ``first_group``,
     ``first_group + 1``, ... with one number a prompt. Padding holds ``pad_token_id``, False, -1 and 0. ValueError without
     prompts.

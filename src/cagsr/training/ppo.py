@@ -29,7 +29,8 @@ from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
 from cagsr.objectives.build import build_objectives
-from cagsr.objectives.objective import UpdateBatch
+from cagsr.objectives.objective import Objective, ObjectiveLoss, UpdateBatch
+from cagsr.objectives.policy import PolicyObjective
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.episodes import EpisodePlayer, played
@@ -150,6 +151,7 @@ class PPO:
             "policy/clipfrac_avg": means["clipped"],
             "policy/grad_norm": means["grad_norm"],
             **{f"loss/{name}_avg": means[f"{name}_loss"] for name in self._logged},
+            **{f"loss/{name}": value for name, value in means.items() if "/" in name},
             "val/ratio": means["ratio"],
             "val/ratio_first_error": first_ratio_error,
             "lr": self.scheduler.get_last_lr()[0],
@@ -242,7 +244,7 @@ class PPO:
                 for objective in self.objectives:
                     one = objective(batch)
                     loss = loss + objective.coefficient * one.loss
-                    for name, value in {f"{objective.name}_loss": one.loss.detach(), **one.metrics}.items():
+                    for name, value in {f"{objective.name}_loss": one.loss.detach(), **_named(objective, one)}.items():
                         found[name] = found.get(name, torch.zeros_like(value)) + value
                 with self.clock.part("backward"):
                     self.accelerator.backward(loss)
@@ -340,3 +342,9 @@ def learning_rate_factor(step: int, ppo: PPOConfig, steps: int) -> float:
     if ppo.lr_scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
+
+
+def _named(objective: Objective, found: ObjectiveLoss) -> dict[str, Tensor]:
+    """What an objective wants logged: the policy's under TRL's names, the others' under their own."""
+    own = isinstance(objective, PolicyObjective)
+    return {name if own else f"{objective.name}/{name}": value.detach() for name, value in found.metrics.items()}
