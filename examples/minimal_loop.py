@@ -85,7 +85,7 @@ def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[f
     # 1. What is wanted. Words are weighed by how rare they are among the prompts; the reward's terms look at the attention
     #    from each answer's tokens to these words.
     salience = SalienceConfig()
-    prompts = encode_texts(texts, loaded.tokenizer, salience, 10_000, None, source="the prompts")
+    prompts = encode_texts(texts, loaded.tokenizer, salience, max_length=10_000, frequency=None, source="the prompts")
     config = RewardConfig(
         coverage=CoverageConfig(weight=0.3),  # was each word looked at hard once?
         grounded_coverage=GroundedCoverageConfig(weight=1.0),  # ... by the very token that says it?
@@ -94,6 +94,7 @@ def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[f
     reward = build_reward(config, device=loaded.device, resources=Resources(texts=loaded.texts))
     # 2. Who plays: the policy, and a frozen copy of it, from which it must not stray too far.
     policy, start = loaded.model, copy.deepcopy(loaded.model).requires_grad_(False)
+    # (With LoRA the reference is the policy with its adapter off; here it is a copy, there at once.)
     frozen = SimpleNamespace(module=start, model=lambda: nullcontext(start))
     sampling = SamplingConfig(num_generations=8, max_new_tokens=8, temperature=1.0)
     scorer = Scorer(loaded, AttentionConfig(), sampling, micro_batch_size=64, reference=frozen)
@@ -110,12 +111,12 @@ def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[f
         visitor = TermVisitor(episodes, reward.terms, salience.pooling)
         readings, reference_logprobs = scorer.read(episodes, visitor)
         # 5. Reward: each term centred on the mean of the prompt's answers and divided by its running deviation within
-        #    prompts, weighed, summed, and paid at the tokens it belongs to.
-        returns = reward(RewardBatch(episodes, readings, reference_logprobs), visitor.values)
+        #    prompts (which the reward keeps), weighed, summed, and paid at the tokens it belongs to.
+        rewards = reward(RewardBatch(episodes, readings, reference_logprobs), visitor.values)
         # 6. Advantage: what an answer got, less the KL it cost, against the mean of the other answers to its prompt.
-        mask = episodes.sampled
+        mask = episodes.sampled  # of one turn: all that is no padding
         kl = kl_k1(readings.logprobs, reference_logprobs)
-        sums = (returns.per_token - kl_coef * kl).masked_fill(~mask, 0.0).sum(dim=1)
+        sums = (rewards.per_token - kl_coef * kl).masked_fill(~mask, 0.0).sum(dim=1)
         advantages = leave_one_out(sums, batch.group)[:, None].expand_as(kl)
         # 7. Update: PPO's clipped objective. With one step a batch the ratio is 1 and nothing is clipped.
         loss = policy_loss(logprobs(loaded, episodes), readings.logprobs, advantages, mask, mask.sum(), cliprange).loss
@@ -124,15 +125,15 @@ def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[f
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         # 8. Watch. Contributions are centred, so they average to 0: what rises is the terms' raw values.
-        history.append(float(returns.terms["grounded_coverage"].mean()))
-        means = "  ".join(f"{name} {float(values.mean()):.3f}" for name, values in returns.terms.items())
+        history.append(float(rewards.terms["grounded_coverage"].mean()))
+        means = "  ".join(f"{name} {float(values.mean()):.3f}" for name, values in rewards.terms.items())
         mean_kl = float((kl * mask).sum(dim=1).mean())
         print(f"step {step:3d}  {means}  KL {mean_kl:+.2f}  {episodes.completions[0]!r}", flush=True)
     return history
 
 
 def logprobs(loaded: LoadedModel, episodes: EpisodeBatch) -> torch.Tensor:
-    """Log-probabilities of the sampled tokens, ``(batch, response)``, with gradients."""
+    """Log-probabilities of the sampled tokens, ``(batch, response)``, with gradients; logits come aligned with the tokens."""
     logits, _ = loaded.teacher_forced(PassInputs.of(episodes))
     return token_logprobs(logits, episodes.ids, temperature=1.0)
 

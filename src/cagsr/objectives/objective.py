@@ -44,6 +44,8 @@ class UpdateBatch:
 
         ``weights`` names one of ``targets.weights``; 0 where no position of the mini-batch has one.
         """
+        if weights not in self.targets.weights:
+            raise ValueError(f"no weights are called {weights!r}; there are {sorted(self.targets.weights)}")
         weight = self.targets.weights[weights]
         return (per_token.masked_fill(weight == 0, 0.0) * weight).sum() / self.total(weights)
 

@@ -93,7 +93,8 @@ class RewardFunction:
         for name, weight in zip(self.names, self.weights, strict=True):
             term = values[name]
             amount, scale = self.normalizer(name, term, group), self.normalizer.scale(name)
-            amount = amount.masked_fill(exchanges.alone, 0.0)
+            if self.normalizer.normalize == "within_prompt":
+                amount = amount.masked_fill(exchanges.alone, 0.0)
             # Dense gains keep their place, scaled; the centring and the clipping of the sum fall on the last token.
             tokens = torch.zeros_like(per_token) if term.tokens is None else term.tokens * scale
             tokens = add_at_last_token(tokens, amount - tokens.sum(dim=1), mask)

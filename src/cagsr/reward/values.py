@@ -78,9 +78,10 @@ def ask(term: RewardTerm, batch: RewardBatch) -> RawValues:
     except CagsrError:
         raise
     except Exception as error:  # a user's code can raise anything; the cause stays attached
+        unread = " (its needs leave out the attention, so none was read)" if batch.attention is None else ""
         raise RewardError(
-            f"reward term {term.name!r} failed with {type(error).__name__}: {error}; mend the term or take it out of "
-            "the reward"
+            f"reward term {term.name!r} failed with {type(error).__name__}: {error}{unread}; mend the term or take it out "
+            "of the reward"
         ) from error
     values, applies = (given.values, given.applies) if isinstance(given, PartialValues) else (given, None)
     if not isinstance(values, Tensor):

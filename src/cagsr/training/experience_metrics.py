@@ -9,13 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cagsr.advantage.kl import kl_k1, kl_k3
-from cagsr.flow import Experience, Returns
+from cagsr.flow import EpisodeBatch, Experience, Returns
 from cagsr.objectives.value import explained_variance
 from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.terms.repetition import ngram_repetition, without_stop_token
 
 
-def experience_metrics(experience: Experience, kl_coef: float, accelerator: Accelerator) -> dict[str, float]:
+def experience_metrics(
+    experience: Experience, kl_coef: float, accelerator: Accelerator, *, turns: bool = False
+) -> dict[str, float]:
     """Metrics of this process's experience by their TRL names; every process calls it and gets those of all."""
 
     def reduce(tensor: Tensor) -> Tensor:
@@ -60,7 +62,20 @@ def experience_metrics(experience: Experience, kl_coef: float, accelerator: Acce
     if readings.values is not None:
         found = explained_variance(readings.values, experience.targets.returns, mask, reduce)
         metrics["val/explained_variance"] = found
+    if turns:
+        answers, later, alone = reduce(_answers_of_turns(experience.episodes)).tolist()
+        metrics |= {"episode/turns": answers / sequences, "episode/alone": alone / max(later, 1.0)}
     return metrics | reward_metrics(*_of_all_processes(returns, lengths, episodes.prompts.group, accelerator))
+
+
+def _answers_of_turns(episodes: EpisodeBatch) -> Tensor:
+    """How many answers there are, how many in later turns, and how many of these are the only one of their prompt."""
+    last = torch.where(episodes.sampled, episodes.turn, 0).amax(dim=1)
+    later = torch.arange(1, 1 + int(last.max()), device=last.device)
+    there = last[:, None] >= later  # (batch, later turns)
+    same = episodes.prompts.group[:, None] == episodes.prompts.group
+    alone = there & ((same.float() @ there.float()) == 1)
+    return torch.stack([there.sum() + len(last), there.sum(), alone.sum()]).float()
 
 
 def _of_all_processes(

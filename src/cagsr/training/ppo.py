@@ -242,7 +242,7 @@ class PPO:
                 batch = self._pass(experience, chunk, part, totals, share)
                 loss = torch.zeros((), device=self.loaded.device)
                 for objective in self.objectives:
-                    one = objective(batch)
+                    one = _asked(objective, batch)
                     loss = loss + objective.coefficient * one.loss
                     for name, value in {f"{objective.name}_loss": one.loss.detach(), **_named(objective, one)}.items():
                         found[name] = found.get(name, torch.zeros_like(value)) + value
@@ -298,7 +298,9 @@ class PPO:
             )
 
     def _experience_metrics(self, experience: Experience) -> dict[str, float]:
-        metrics = experience_metrics(experience, self.kl_controller.kl_coef, self.accelerator)
+        metrics = experience_metrics(
+            experience, self.kl_controller.kl_coef, self.accelerator, turns=self.player is not None
+        )
         # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
         # first step, each in its own unit of spread.
         means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.names}
@@ -342,6 +344,21 @@ def learning_rate_factor(step: int, ppo: PPOConfig, steps: int) -> float:
     if ppo.lr_scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
+
+
+def _asked(objective: Objective, batch: UpdateBatch) -> ObjectiveLoss:
+    """The loss of a micro-batch; a user's code can raise anything, which is told in a sentence."""
+    try:
+        found = objective(batch)
+    except CagsrError:
+        raise
+    except Exception as error:
+        raise CagsrError(
+            f"The objective {objective.name!r} failed with {type(error).__name__}: {error}; mend it."
+        ) from error
+    if not isinstance(found, ObjectiveLoss):
+        raise CagsrError(f"The objective {objective.name!r} returned {type(found).__name__}; return an ObjectiveLoss.")
+    return found
 
 
 def _named(objective: Objective, found: ObjectiveLoss) -> dict[str, Tensor]:
