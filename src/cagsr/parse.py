@@ -81,11 +81,6 @@ def parse_command(
     return config
 
 
-def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
-    """Read a complete config file, as ``to_yaml`` writes it; raises as ``parse_command``."""
-    return parse_command(config_class, ["--config", str(path)], prog=path.name)
-
-
 def _instance(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str = "") -> ConfigT:
     """Build a config from dotted keys; what nobody gave is the default or tyro's mark for a missing value."""
     values: dict[str, Any] = {}

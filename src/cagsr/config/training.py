@@ -21,8 +21,6 @@ from cagsr.config.ranges import (
     ShareBelowOne,
 )
 
-Layers = str | list[int]
-
 
 @dataclass(frozen=True)
 class ModelConfig:
