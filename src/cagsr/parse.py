@@ -5,8 +5,6 @@ Flags and files are two ways to write down dotted keys with values: both are con
 come at once, but for settings with a reward, whose terms need it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import sys

@@ -1,7 +1,5 @@
 """The diagnosis as tables on a terminal, as JSON, as Markdown, and its recommendation as YAML."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

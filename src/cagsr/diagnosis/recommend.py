@@ -1,7 +1,5 @@
 """From measured signals to a recommendation: layers, threshold, weights, and warnings in plain words."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Everything that is measured of a finished answer, by judges that share nothing with the reward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
