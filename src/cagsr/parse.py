@@ -5,8 +5,6 @@ Flags and files are two ways to write down dotted keys with values: both are con
 come at once, but for settings with a reward, whose terms need it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import sys
@@ -79,11 +77,6 @@ def parse_command(
         raise ConfigError(f"{named} {lack} as a flag or in the --config file")
     validate(config)
     return config
-
-
-def from_yaml(config_class: type[ConfigT], path: Path) -> ConfigT:
-    """Read a complete config file, as ``to_yaml`` writes it; raises as ``parse_command``."""
-    return parse_command(config_class, ["--config", str(path)], prog=path.name)
 
 
 def _instance(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str = "") -> ConfigT:

@@ -1,7 +1,5 @@
 """``cagsr compare``: methods x seeds from one YAML file, resumable, to one report."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

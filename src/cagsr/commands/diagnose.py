@@ -1,7 +1,5 @@
 """``cagsr diagnose``: is the reward worth a training run for this model and these prompts?"""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator

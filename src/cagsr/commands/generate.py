@@ -1,7 +1,5 @@
 """``cagsr generate``: answer the prompts of a file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

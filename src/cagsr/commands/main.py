@@ -5,8 +5,6 @@ Each subcommand is a module of this package with a dataclass ``Config`` and a fu
 reward's terms do).
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """``cagsr report``: a run's page, as one file or served while training goes on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Every float must be finite as well.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Settings of the commands on TRL's trainers (``sft``, ``reward-model``, ``dpo``) and of ``synthesize``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from typing import Annotated, ClassVar, Literal

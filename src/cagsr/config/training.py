@@ -1,7 +1,5 @@
 """Settings of the run and of everything but the reward."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -20,8 +18,6 @@ from cagsr.config.ranges import (
     Share,
     ShareBelowOne,
 )
-
-Layers = str | list[int]
 
 
 @dataclass(frozen=True)

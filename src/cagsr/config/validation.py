@@ -1,7 +1,5 @@
 """The one place that holds settings to their declared types and turns what is wrong into a sentence. Needs no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache

@@ -3,8 +3,6 @@
 Everything here is a pure function of ``(prompts, candidates)`` float64 arrays, one row a prompt.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike

@@ -3,8 +3,6 @@
 Pure functions from :class:`~cagsr.diagnosis.signals.Signals` to numbers, ready for a table or a JSON file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The diagnosis as tables on a terminal, as JSON, as Markdown, and its recommendation as YAML."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 
@@ -10,7 +8,7 @@ from rich.console import Console
 
 from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.diagnosis.diagnose import Diagnosis
-from cagsr.diagnosis.recommend import flags_of, yaml_of
+from cagsr.diagnosis.recommend import ALL_WEIGHTS, yaml_of
 from cagsr.diagnosis.signals import Setting
 from cagsr.support.tables import markdown_table, plain, rich_table
 
@@ -28,11 +26,7 @@ def signal_table(found: Diagnosis) -> tuple[list[str], Rows]:
         row = [signal.name, f"{signal.length:+.2f}", f"{signal.repetition:+.2f}", f"{signal.within_share:.0%}"]
         if signal.truth is not None and signal.gain is not None and signal.oracle_share is not None:
             row[1:1] = [f"{signal.truth:+.2f}", f"{signal.truth_held_fixed or 0.0:+.2f}"]
-            row += [
-                f"{signal.best_of_n:.3f}",
-                f"{signal.gain:+.3f}",
-                f"{signal.oracle_share:.0%}",
-            ]
+            row += [f"{signal.best_of_n:.3f}", f"{signal.gain:+.3f}", f"{signal.oracle_share:.0%}"]
         rows.append(row)
     return header, rows
 
@@ -88,12 +82,15 @@ def recommendation_lines(found: Diagnosis) -> list[str]:
         return [*lines, "  No term helps here: don't spend a training run on this reward."]
     if found.recommendation.configured:
         return [*lines, "  Train with the settings that were measured."]
+    setting, weights = found.recommendation.setting, found.recommendation.weights
+    flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
+    flags += [f"--reward.{name}.weight {weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
     return [
         *lines,
         "  The weights are for --reward.normalize within_prompt (the default) and scaled so that the reward's standard "
         "deviation within a prompt is 1.",
         "",
-        "  " + " \\\n    ".join(["cagsr train ...", *flags_of(found.recommendation)]),
+        "  " + " \\\n    ".join(["cagsr train ...", *flags]),
     ]
 
 

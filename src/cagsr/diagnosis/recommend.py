@@ -1,7 +1,5 @@
 """From measured signals to a recommendation: layers, threshold, weights, and warnings in plain words."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,11 +88,9 @@ def agreement_target(signals: Signals) -> Floats:
     Neither reads attention, so that a coverage which agrees with them is likely to see the prompt's content.
     """
     weights = word_weights([encoded.prompt.text for encoded in signals.prompts])
+    asked = zip(signals.prompts, signals.completions, strict=True)
     relevance = np.array(
-        [
-            [lexical_relevance(encoded.prompt.text, text, weights) for text in texts]
-            for encoded, texts in zip(signals.prompts, signals.completions, strict=True)
-        ]
+        [[lexical_relevance(one.prompt.text, text, weights) for text in texts] for one, texts in asked]
     )
     return within_z(within_z(signals.terms["self_certainty"]) + within_z(relevance))
 
@@ -324,13 +320,6 @@ def z_sums(terms: Mapping[str, Floats], sums: Iterable[Sequence[str]], penalty: 
             signed = [(-penalty if name in PENALTIES else 1.0) * within_z(terms[name]) for name in names]
             found[f"{names[0]} {said}"] = np.sum(signed, axis=0)
     return found
-
-
-def flags_of(recommendation: Recommendation) -> list[str]:
-    """Write the recommendation as flags of ``cagsr train``."""
-    setting = recommendation.setting
-    flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
-    return flags + [f"--reward.{name}.weight {recommendation.weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
 
 
 def yaml_of(

@@ -3,8 +3,6 @@
 Each layer is read alone, all of them in one forward; the attention of several layers is the mean of theirs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace

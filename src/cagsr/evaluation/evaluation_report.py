@@ -1,7 +1,5 @@
 """An evaluation as tables on a terminal, as Markdown, and as JSON with every prompt's value."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

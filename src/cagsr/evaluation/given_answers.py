@@ -1,7 +1,5 @@
 """Answers that were made before, as ``cagsr generate`` writes them, with the prompts and rows they belong to."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Held-out prompts: answers sampled and greedy, judged by a metric that shares nothing with the reward."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Everything that is measured of a finished answer, by judges that share nothing with the reward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +74,8 @@ class AnswerJudge:
         numbers the name of the function), ``embedding_relevance``, ``follow_up_perplexity`` and its logarithm
         ``follow_up_nll``, ``reward_model`` (its raw score). NaN where the row lacks what the measure needs.
 
-        Raises:
-            ConfigError: the checker fails, or gives something other than one number or dict for each answer.
-            DataError: a reference of an unknown form; ``follow_up_column`` is in no row.
-            ModelError: a text is longer than a judge reads.
+        Raises ConfigError for a checker that fails, or gives something other than one number or dict for each answer, or if
+        ``follow_up_column`` is in no row, DataError for a reference of an unknown form, ModelError for a text too long.
         """
         rows = [encoded.prompt for encoded in prompts]
         texts = [prompt_words(prompt) for prompt in rows]

@@ -1,7 +1,5 @@
 """A model's judged answers, and two models' answers held against each other, prompt by prompt."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

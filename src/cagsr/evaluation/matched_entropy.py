@@ -6,8 +6,6 @@ entropy is the mean over answers of each answer's mean token entropy: every answ
 that are compared, whatever its length. ``quickstart``, ``eval`` and ``compare`` all take it from here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Measures of finished answers that need their texts alone, as pure functions that share nothing with the reward."""
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections import Counter

@@ -3,8 +3,6 @@
 The judge's weights never change and have no part in the reward.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The texts of a row that answers are held against: its references, its true follow-up."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.errors import ConfigError, RunError
-from cagsr.parse import from_yaml
+from cagsr.parse import parse_command
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.weigh import Scales
@@ -45,7 +45,7 @@ def read_run_reward(run: str) -> RunReward:
     folder = Path(run)
     if not (folder / CONFIG).is_file():
         raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
-    config: TrainConfig = from_yaml(TrainConfig, folder / CONFIG)
+    config: TrainConfig = parse_command(TrainConfig, ["--config", str(folder / CONFIG)], prog=CONFIG)
     reward = config.reward
     if reward.needs("associations") and reward.associations.path is None:
         path = str(folder / ASSOCIATIONS)

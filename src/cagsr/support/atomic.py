@@ -3,8 +3,6 @@
 Everything is written under a temporary name in the same folder, brought to the disk (fsync) and renamed.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

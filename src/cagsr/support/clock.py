@@ -1,7 +1,5 @@
 """Where the time of a step goes: seconds of named parts, and the operators that take most of them."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

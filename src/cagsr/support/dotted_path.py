@@ -1,7 +1,5 @@
 """What a dotted path names: a user's own functions and classes."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

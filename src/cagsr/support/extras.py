@@ -1,7 +1,5 @@
 """The packages that only some of the commands need: which extra of ``pip install "cagsr[...]"`` brings which."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence

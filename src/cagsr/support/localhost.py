@@ -1,7 +1,5 @@
 """A port of this machine only, for the pages that are served."""
 
-from __future__ import annotations
-
 import errno
 import socket
 from collections.abc import Callable

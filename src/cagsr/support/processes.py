@@ -1,7 +1,5 @@
 """Several processes as one run: started through accelerate, given their share of the work, failing together."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Tables of texts, on a terminal and as Markdown, and values as JSON has them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
