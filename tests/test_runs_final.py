@@ -21,7 +21,7 @@ from cagsr.runs.final import model_card, save_final
 from cagsr.runs.lines import append_lines
 from cagsr.runs.numbers import live_numbers
 from cagsr.runs.saved import answers_probe
-from cagsr.runs.tracker import check_tracker, flat_settings, start_tracker
+from cagsr.training.record import check_tracker, flat_settings, start_tracker
 
 FACTS: dict[str, Any] = {
     "name": "run",

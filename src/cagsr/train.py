@@ -37,7 +37,6 @@ from cagsr.rollout.episodes import EpisodePlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
-from cagsr.runs.tracker import check_tracker
 from cagsr.support.clock import operators_of, profile_text
 from cagsr.support.extras import install_command, is_installed
 from cagsr.support.processes import (
@@ -51,20 +50,18 @@ from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.task import load_task
 from cagsr.training.monitors import Monitors
 from cagsr.training.ppo import PPO
-from cagsr.training.record import RunRecord
+from cagsr.training.record import RunRecord, check_tracker
 from cagsr.training.step import Steps
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run hands back."""
+    """What a finished run hands back: its folder, and the held-out metrics of the starting and of the trained model."""
 
     folder: Path
-    """The run folder; the trained model is in ``folder / "final"``."""
+    """The trained model is in ``folder / "final"``."""
     first: dict[str, float]
-    """Held-out metrics of the starting model."""
     last: dict[str, float]
-    """Held-out metrics of the trained model."""
 
 
 @shown("cagsr train")

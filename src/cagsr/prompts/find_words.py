@@ -19,12 +19,10 @@ _WORD = regex.compile(
 
 
 class Word(NamedTuple):
-    """One occurrence of a word in a text."""
+    """One occurrence of a word in a text, the characters ``[start, end)``."""
 
     start: int
-    """First character."""
     end: int
-    """One past the last character."""
     key: str
     """What makes two occurrences the same word: the case-folded text, typographic apostrophes straightened."""
 

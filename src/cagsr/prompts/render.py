@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -194,20 +195,15 @@ def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str,
     opening, closing = salience.markers
     if not opening or not closing:
         raise ConfigError("--salience.markers needs two texts that are not empty, as << >>.")
-    cuts, inside, cursor = [], [], 0
-    while (start := text.find(opening, cursor)) >= 0:
-        end = text.find(closing, start + len(opening))
-        again = text.find(opening, start + len(opening))
-        if end < 0 or (opening != closing and start < again < end):
-            raise DataError(f"{where}: the marker {opening} at character {start} has no {closing} of its own; add it.")
-        cuts += [(start, start + len(opening)), (end, end + len(closing))]
-        inside.append((start + len(opening), end))
-        cursor = end + len(closing)
-    # What stands before the first pair of markers, between one pair and the next, and behind the last.
-    between = zip([0, *(end for _, end in cuts[1::2])], [*(start for start, _ in cuts[0::2]), len(text)], strict=True)
-    if any(closing in text[start:end] for start, end in between):
+    pairs = list(re.finditer(f"{re.escape(opening)}(.*?){re.escape(closing)}", text, re.DOTALL))
+    alone = [pair.start() for pair in pairs if opening != closing and opening in pair[1]]
+    alone += [last] if (last := text.find(opening, pairs[-1].end() if pairs else 0)) >= 0 else []
+    if alone:
+        raise DataError(f"{where}: the marker {opening} at character {alone[0]} has no {closing} of its own; add it.")
+    if any(closing in text[start:end] for start, end in outside(len(text), [pair.span() for pair in pairs])):
         raise DataError(f"{where}: a marker {closing} has no {opening} before it; add it or remove this one.")
-    shorter, (ranges,) = cut(text, cuts, inside)
+    cuts = [part for pair in pairs for part in ((pair.start(), pair.start(1)), (pair.end(1), pair.end()))]
+    shorter, (ranges,) = cut(text, cuts, [pair.span(1) for pair in pairs])
     return shorter, not_empty(ranges)
 
 

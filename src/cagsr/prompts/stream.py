@@ -22,9 +22,8 @@ class PromptSet:
     prompts: Sequence[EncodedPrompt]
     """All prompts; of a streamed set the first ones only (for evaluation and inspection)."""
     frequency: DocumentFrequency
-    """The document frequencies behind the IDF weights; keep them with a run to score new prompts alike."""
+    """Behind the IDF weights; kept with a run to score new prompts alike."""
     notes: tuple[str, ...] = ()
-    """One sentence each about what was chosen, dropped or estimated."""
     reopen: Callable[[], Iterator[EncodedPrompt]] | None = None
     """Only of a streamed set: starts reading all its prompts from the file; None: ``prompts`` are all."""
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,24 +26,15 @@ from cagsr.support.atomic import write_bytes_atomically
 @dataclass(frozen=True)
 class _Panel:
     title: str
-    metrics: tuple[str, ...]
-    """Names in metrics.jsonl; the first one present is drawn."""
+    metrics: Sequence[str]
     unit: str
     marks: bool = False
-    """Draw the points (for what is measured only now and then)."""
     floor: float | None = None
-    """The axis starts at 0 and reaches at least this, so that noise near 0 does not look like news."""
 
 
-_PANELS = (
-    _Panel("Held-out metric", ("eval/metric",), "higher is better", marks=True),
-    _Panel("Reward", ("objective/raw_scores", "objective/scores"), "mean, before the KL penalty"),
-    _Panel("KL to the starting model", ("objective/kl",), "nats per answer"),
-    _Panel("Answer length", ("response/length",), "tokens"),
-    _Panel("Repetition", ("response/repetition",), "share of repeated n-grams", floor=0.2),
-    _Panel("Entropy of the policy", ("policy/entropy_avg",), "nats per token"),
-)
-_TERMS = _Panel("Reward terms", (), "change, in standard deviations")
+_PANELS = [_Panel(**one) for one in yaml.safe_load((files("cagsr.runs") / "curves.yaml").read_text(encoding="utf-8"))]
+_Series = tuple[str, list[int], list[float]]
+"""A label, steps, and values."""
 
 
 def _series(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
@@ -65,7 +57,7 @@ def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
     axes.plot(steps, [sum(some) / len(some) for some in around], color=colour, linewidth=1.8, label=label)
 
 
-def _since_start(rows: Sequence[dict[str, Any]], key: str) -> tuple[str, list[int], list[float]]:
+def _since_start(rows: Sequence[dict[str, Any]], key: str) -> _Series:
     """A term's mean since the first step, in standard deviations of that step: terms have units that differ a hundredfold."""
     steps, values = _series(rows, key)
     _, spreads = _series(rows, key.removesuffix("/mean") + "/std")
@@ -80,17 +72,14 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
     Raises RunError where there is nothing to draw.
     """
     rows = read_lines(metrics)
-    drawn: list[tuple[_Panel, list[tuple[str, list[int], list[float]]]]] = []
-    for panel in _PANELS:
-        name = next((name for name in panel.metrics if _series(rows, name)[0]), None)
-        if name is not None:
-            drawn.append((panel, [("", *_series(rows, name))]))
     terms = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     term_series = [_since_start(rows, key) for key in terms if key != "rewards/total/mean"]
-    term_series = [one for one in term_series if one[1]]
-    if term_series:
-        place = next((i + 1 for i, (panel, _) in enumerate(drawn) if panel.title == "Reward"), len(drawn))
-        drawn.insert(place, (_TERMS, term_series))
+    drawn: list[tuple[_Panel, list[_Series]]] = []
+    for panel in _PANELS:
+        found: list[_Series] = [("", *_series(rows, name)) for name in panel.metrics] if panel.metrics else term_series
+        found = [one for one in found if one[1]]
+        if found:
+            drawn.append((panel, found[:1] if panel.metrics else found))
     if not drawn:
         raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
     with rc_context(fname=str(files("cagsr.runs") / "curves.mplstyle")):
@@ -98,7 +87,7 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
     return out
 
 
-def _png(drawn: Sequence[tuple[_Panel, list[tuple[str, list[int], list[float]]]]], title: str) -> bytes:
+def _png(drawn: Sequence[tuple[_Panel, list[_Series]]], title: str) -> bytes:
     columns = min(len(drawn), 4 if len(drawn) > 6 else 3)
     lines = math.ceil(len(drawn) / columns)
     figure = Figure(figsize=(3.7 * columns, 2.9 * lines + 0.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))

@@ -60,11 +60,7 @@ def save_final(
 
     With LoRA ``final`` holds the merged full model, loadable without peft, and ``final-adapter`` the adapter alone. Both are
     loaded again and compared with the model in memory, which is left as it was (``save_compared``, which says what the
-    arguments are). ``card`` makes the text of README.md.
-
-    Raises:
-        RunError: the disk is full, the folder can't be written, or what was saved is not what was trained; an earlier final
-            model is untouched.
+    arguments are). ``card`` makes the text of README.md. Whatever fails, an earlier final model is untouched.
     """
     final, adapter, kept = folder / "final", folder / "final-adapter", folder / f"final-{DIFFERS}"
     delete(kept)

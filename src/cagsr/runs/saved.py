@@ -113,8 +113,7 @@ def saved_facts(loaded: LoadedModel, saved: Saved) -> str:
 
 def chosen_dtype(choice: str, loaded: LoadedModel) -> torch.dtype:
     """The precision to save in: ``auto`` is the starting model's own."""
-    found = loaded.stored_dtype if choice == "auto" else getattr(torch, choice)
-    assert isinstance(found, torch.dtype)
+    found: torch.dtype = loaded.stored_dtype if choice == "auto" else getattr(torch, choice)
     return found
 
 

@@ -61,14 +61,11 @@ class Training:
     describe: Callable[[Any, Saved], Outcome]
     """From the trainer and what was saved, what is told of them. Called before the folder is complete: an interrupted
     training must not look finished."""
+    # For the card: how it begins, TRL's trainer, what the model is not good for, and the Hub's name of what it is used for.
     what: str
-    """How the card begins."""
     trl: str
-    """Name of TRL's trainer, for the card."""
     limits: str
-    """What the card says the model is not good for."""
     task: str = "text-generation"
-    """The Hub's name of what it is used for."""
     adapter: bool = True
     """False: an adapter alone is of no use, its base being kept nowhere."""
 

@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from cagsr.config import TrainConfig
 from cagsr.config.validation import flatten
+from cagsr.errors import ConfigError
 from cagsr.models.generation import generation_notes, served_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
@@ -28,12 +31,11 @@ from cagsr.reward.association import Associations
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_training
-from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder
+from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder, flat_tree
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
 from cagsr.runs.saved import Saved, chosen_dtype, greedy_probe, saved_facts
-from cagsr.runs.tracker import start_tracker
-from cagsr.support.atomic import write_text_atomically
+from cagsr.support.atomic import disk_errors, write_text_atomically
 from cagsr.support.extras import is_installed
 from cagsr.support.processes import broadcast, gather_objects
 from cagsr.support.progress import working
@@ -42,6 +44,9 @@ from cagsr.training.ppo import PPO
 
 TOLD = ("sampling", "attention", "salience", "reward", "ppo", "lora", "run.steps", "run.batch_size", "run.seed")
 """What the card tells, by the beginnings of the names."""
+
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+"""For each tracker (accelerate's own are used) the modules of which one must be there."""
 
 
 class RunRecord:
@@ -245,3 +250,40 @@ class RunRecord:
         self._monitors.load_state_dict(extra["monitors"])
         self._warnings = list(extra["warnings"])
         self.notes = (*self.notes, *notes)
+
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Nested settings as ``section.key`` with values every tracker takes (lists and None become text)."""
+    return {
+        key: value if isinstance(value, str | int | float) else str(value) for key, value in flat_tree(config).items()
+    }
+
+
+def check_tracker(name: str) -> None:
+    """See that a tracker's package is there, before any model is loaded; ConfigError with what to install if it is not."""
+    packages = _PACKAGES.get(name, ())
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise ConfigError(f'run.tracker is {name} but its package is not installed: pip install "cagsr[{name}]".')
+
+
+def start_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker | None:
+    """Start a tracker for a run that ``check_tracker`` has passed, with its nested settings; ``none`` gives None.
+
+    TensorBoard and Weights & Biases write to ``folder/trackers``; Weights & Biases and Trackio name the run after
+    ``folder`` in the project ``cagsr``.
+    """
+    if name == "none":
+        return None
+    PartialState()  # accelerate's trackers ask it whether they run on the main process
+    tracker: GeneralTracker
+    if name == "tensorboard":
+        tracker = TensorBoardTracker(folder.name, logging_dir=folder / "trackers")
+    elif name == "wandb":
+        with disk_errors(folder / "trackers"):
+            (folder / "trackers").mkdir(parents=True, exist_ok=True)
+        tracker = WandBTracker("cagsr", name=folder.name, dir=str(folder / "trackers"))
+    else:
+        tracker = TrackioTracker("cagsr", name=folder.name)
+    tracker.start()
+    tracker.store_init_configuration(flat_settings(config))
+    return tracker
