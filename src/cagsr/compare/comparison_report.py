@@ -27,11 +27,10 @@ def finding(results: Results) -> str:
     """What it comes to, in one sentence: the gain of the method whose settings the plan is about, in its first measure."""
     name = results.plan.settings_method
     label = results.plan.label(name)
-    for measure in [one for one in results.plan.primary if one in results.measures][:1]:
-        for how in (MATCHED, GREEDY, SAMPLED):
-            test = tables.paired_test(results, name, how, measure)
-            if test is not None:
-                return f"{label}: {measure} {test.difference}, {tables.GAINS[how]}."
+    measure = next((one for one in results.plan.primary if one in results.measures), "")
+    for how in (MATCHED, GREEDY, SAMPLED):
+        if (test := tables.paired_test(results, name, how, measure)) is not None:
+            return f"{label}: {measure} {test.difference}, {tables.GAINS[how]}."
     return f"{label} is not judged yet."
 
 

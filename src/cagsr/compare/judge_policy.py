@@ -123,27 +123,21 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     sampling = dataclasses.replace(config.sampling, num_generations=method.num_generations)
     texts: list[str] = []
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
-    entropy: list[torch.Tensor] = []
-    tokens: list[torch.Tensor] = []
-    ended: list[torch.Tensor] = []
+    sampled: list[torch.Tensor] = []  # entropy, tokens, ended
     for _, rollout in sample_in_batches(loaded, weighed, sampling, seed, max(1, BATCH // method.num_generations)):
         batch = scorer.batch(rollout)
         for name, values in scorer.values(batch).items():
             raw[name].append(values)
-        mask = rollout.sampled
         texts += rollout.completions
-        entropy.append((batch.readings.entropy * mask).sum(dim=1) / mask.sum(dim=1))
-        tokens.append(mask.sum(dim=1))
-        ended.append(rollout.ended)
+        tokens = rollout.sampled.sum(dim=1)
+        entropy = (batch.readings.entropy * rollout.sampled).sum(dim=1) / tokens
+        sampled.append(torch.stack([column.double() for column in (entropy, tokens, rollout.ended)]).cpu())
     # As ``cagsr rank`` does it: scales from the answers to all prompts, the winner of each prompt's own.
     group = torch.arange(len(weighed)).repeat_interleave(method.num_generations)
     terms = {name: torch.cat(values) for name, values in raw.items()}
     total = weigh(terms, scorer.weights, config.reward, group).total
     best = total.view(len(weighed), -1).argmax(dim=1) + torch.arange(len(weighed)) * method.num_generations
-    return SampledAnswers(
-        tuple(texts[row] for row in best.tolist()),
-        *(torch.cat(parts).cpu()[best].double().numpy() for parts in (entropy, tokens, ended)),
-    )
+    return SampledAnswers(tuple(texts[row] for row in best.tolist()), *torch.cat(sampled, dim=1)[:, best].numpy())
 
 
 def prompts_and_scorer(

@@ -114,8 +114,7 @@ def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
         seeds = set(results.seeds(first)) & set(results.seeds(second))
         for measure in measures:
             for how, said in HOWS.items():
-                test = paired_test(results, first, how, measure, second)
-                if test is not None:
+                if (test := paired_test(results, first, how, measure, second)) is not None:
                     labels = (results.plan.label(name) for name in (first, second))
                     found[*labels, str(len(seeds)), measure, said] = test
     cells = starred(list(found.values()))
