@@ -36,8 +36,7 @@ from cagsr.html_page import script_json
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.reward.answers import AnswerScorer
 from cagsr.view import View, view
-from cagsr.view.measure import REWARD, Answer, Plane
-from cagsr.view.token_pieces import token_pieces
+from cagsr.view.measure import REWARD, Answer, Plane, token_pieces
 from cagsr.view.view_html import ROOM, pack, pack_all, page_data, quantise
 
 PROMPT = "tell me about the red cat near a big house ."

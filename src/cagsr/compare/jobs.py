@@ -36,7 +36,7 @@ class Job:
     training: str = ""
     """Hash of what it makes depends on, however that is judged."""
     reads: tuple[str, ...] = ()
-    """Files that what it makes depends on, those of the jobs it needs included. What lies there may change under one name."""
+    """Files that what it makes depends on, those of the jobs it needs included; what lies there may change."""
     judged_on: tuple[str, ...] = ()
     """Files and models that it is judged with."""
 
@@ -47,8 +47,8 @@ class Job:
 
     def done_file(self, plan: Plan) -> Path:
         """Where it says that it is done."""
-        judged = self.kind in ("method", "validity")
-        return (plan.results_folder if judged else plan.folder) / "done" / f"{self.name}.json"
+        folder = plan.results_folder if self.kind in ("method", "validity") else plan.folder
+        return folder / "done" / f"{self.name}.json"
 
     def is_done(self, plan: Plan) -> bool:
         """Whether it was done with the plan and the files as they are now."""

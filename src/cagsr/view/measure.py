@@ -24,10 +24,12 @@ from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
 from cagsr.scoring.answers import Response
-from cagsr.view.token_pieces import token_pieces
 
 Floats = NDArray[np.float32]
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 8
+"""Tokens that one character may be split into."""
 MOST_ELEMENTS = 4_000_000
 """Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
 
@@ -230,3 +232,34 @@ def read_planes(
         plane: loaded.architecture.attention(loaded.model, inputs, [reading.attention]).cpu()
         for plane, reading in readings.items()
     }
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Give each token's text, the space before it included.
+
+    A character that is split over several tokens (an emoji in a byte-level vocabulary) is shown by the first of them;
+    the others are empty. Special tokens are texts too.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    pieces: list[str] = []
+    start = 0
+    while start < len(ids):
+        for width in range(1, min(LONGEST_CHARACTER, len(ids) - start) + 1):
+            text = decode(ids[start : start + width])
+            if UNFINISHED not in text:
+                break
+        else:
+            width, text = 1, decode(ids[start : start + 1])
+        if start > 0:
+            # Many tokenizers drop the space before a piece that is decoded alone: the piece before it brings it back.
+            before = decode(ids[start - 1 : start])
+            both = decode(ids[start - 1 : start + width])
+            if UNFINISHED not in before and both.startswith(before):
+                text = both[len(before) :]
+        pieces += [text, *[""] * (width - 1)]
+        start += width
+    return pieces
