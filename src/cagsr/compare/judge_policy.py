@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, write_file
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
@@ -26,7 +26,6 @@ from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.weigh import weigh
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
-from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
 KEPT_TEXTS = 40
@@ -48,7 +47,9 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
     start = load_start(plan, job.seed, config)
     prompts = test_prompts(plan, config, start)
-    named = {name: None if value is None else plan.fill(value) for name, value in vars(plan.judges).items()}
+    named = {
+        name: None if value is None else plan.fill(value) for name, value in dataclasses.asdict(plan.judges).items()
+    }
     judge = AnswerJudge(Judges(**named), start.device)
     seed = job.seed + SAMPLING_SEED
 
@@ -84,14 +85,12 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
         "training": [] if model is None else _training_curve(model.parent),
         "costs": {**costs, "judge_seconds": time.perf_counter() - began},
     }
-    file = result_file(plan, job.target, job.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(result))
+    write_file(plan.result_file(job.target, job.seed), json.dumps(result))
 
 
 def load_start(plan: Plan, seed: int, config: TrainConfig) -> LoadedModel:
     """The supervised start of a seed, on the device of a method's settings."""
-    path = str(start_folder(plan.folder, seed))
+    path = str(plan.start_folder(seed))
     return load_model(ModelConfig(path=path, device=config.model.device), for_training=False)
 
 

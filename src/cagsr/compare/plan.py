@@ -156,6 +156,29 @@ class Plan(_Strict):
         """Where the numbers go."""
         return self.folder / self.results
 
+    def result_file(self, method: str, seed: int) -> Path:
+        """Where a judged method leaves its numbers; those of ``validity`` are the measurement of a seed's start."""
+        return self.results_folder / f"{method}-seed{seed}.json"
+
+    def start_folder(self, seed: int) -> Path:
+        """The supervised start of a seed."""
+        return self.folder / f"start-seed{seed}"
+
+    def reward_model_folder(self, name: str, seed: int) -> Path:
+        """A trained reward model."""
+        return self.folder / "reward-models" / f"{name}-seed{seed}"
+
+    def method_folder(self, name: str, seed: int) -> Path:
+        """The run folder of a method."""
+        return self.folder / "methods" / f"{name}-seed{seed}"
+
+    def model_folder(self, name: str, seed: int) -> Path:
+        """Where a method leaves its model: a run its final one, DPO its whole folder."""
+        if name == START:
+            return self.start_folder(seed)
+        folder = self.method_folder(name, seed)
+        return folder if self.methods[name].kind == "dpo" else folder / "final"
+
     def fill(self, text: str, **more: object) -> str:
         """Fill {work} and other names in a value of the plan."""
         for name, value in {"work": self.work, **more}.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import Job, result_file
+from cagsr.compare.jobs import Job, write_file
 from cagsr.compare.judge_policy import load_start, prompts_and_scorer
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
@@ -17,7 +17,6 @@ from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.diagnosis.diagnose import load_checker, with_truth
 from cagsr.diagnosis.recommend import weighted_reward, within_z, z_sums
 from cagsr.diagnosis.signals import Signals, collect_signals
-from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
@@ -76,9 +75,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
         "disagreements": worst_disagreements(signals, reward, first, plan.validity.disagreements),
         "associations": _examples(associations),
     }
-    file = result_file(plan, "validity", job.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(found, ensure_ascii=False))
+    write_file(plan.result_file("validity", job.seed), json.dumps(found, ensure_ascii=False))
 
 
 def worst_disagreements(signals: Signals, reward: Floats, truth: Floats, count: int) -> list[dict[str, Any]]:
