@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     assert points["objective/kl"][0]["value"] == [1.0, None, None, 2.0]
     found = ends(run, "objective/kl")
     assert found is not None
-    assert (found.first, found.last, found.highest) == (1.0, 2.0, 2.0)
+    assert (found["first"], found["last"], found["highest"]) == (1.0, 2.0, 2.0)
     render_page([run])  # NaN and infinities are no JSON
 
 

@@ -18,7 +18,7 @@ from cagsr.compare.plan import START
 from cagsr.compare.results import Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
-from cagsr.html_page import templates
+from cagsr.html_page import fill, templates
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
@@ -107,5 +107,4 @@ def _render(kind: str, content: dict[str, Any]) -> str:
         "inline": lambda text: Markup(markdown.renderInline(Markup(text).unescape())),
         "line": lambda text: " ".join(text.split()),
     }
-    page: str = environment.get_template(f"{kind}.jinja").render(content)
-    return page
+    return fill("compare", f"{kind}.jinja", escaped=kind == "html", **content)

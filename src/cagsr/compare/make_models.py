@@ -83,12 +83,19 @@ def make_policy(plan: Plan, job: Job) -> Path:
     method = plan.methods[job.target]
     model = plan.model_folder(job.target, job.seed)
     same = _is_same(plan, job)
+    run, file = plan.method_folder(job.target, job.seed), plan.folder / "configs" / f"{job.name}.yaml"
     if method.kind == "dpo":
-        return _dpo(plan, job, same)
-    run = plan.method_folder(job.target, job.seed)
+        from cagsr.preferences.dpo import train_dpo
+
+        settings = _pair_settings(plan, plan.reward_models[str(method.reward_model)], job.seed, run)
+        settings["model.path"] = str(plan.model_folder(method.after or START, job.seed))
+        pairs: DpoConfig = _config(DpoConfig, method.configs, settings | method.set, file)
+        if not same:
+            _begin_anew(plan, job, run)
+        return train_dpo(pairs)
     if same and (model / "config.json").exists():
         return model
-    config = reward_settings(plan, job.target, job.seed, plan.folder / "configs" / f"{job.name}.yaml")
+    config = reward_settings(plan, job.target, job.seed, file)
 
     from cagsr.train import train
 
@@ -149,22 +156,6 @@ def reward_settings(plan: Plan, name: str, seed: int, keep: Path | None = None) 
         settings["reward.model_weights"] = [method.reward_model_weight]
     config: TrainConfig = _config(TrainConfig, [*plan.configs, *method.configs], settings, keep)
     return config
-
-
-def _dpo(plan: Plan, job: Job, same: bool) -> Path:
-    from cagsr.preferences.dpo import train_dpo
-
-    assert job.seed is not None
-    method = plan.methods[job.target]
-    assert method.reward_model is not None
-    spec = plan.reward_models[method.reward_model]
-    folder = plan.method_folder(job.target, job.seed)
-    settings = _pair_settings(plan, spec, job.seed, folder)
-    settings["model.path"] = str(plan.model_folder(method.after or START, job.seed))
-    config = _config(DpoConfig, method.configs, settings | method.set, plan.folder / "configs" / f"{job.name}.yaml")
-    if not same:
-        _begin_anew(plan, job, folder)
-    return train_dpo(config)
 
 
 def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:

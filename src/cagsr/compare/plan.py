@@ -300,9 +300,8 @@ def _problems(plan: Plan) -> Iterator[str]:
         if plan.base == START or methods[plan.base].kind == "dpo":
             yield f"'base': '{plan.base}' has no settings of cagsr train; name a method that has."
     elif all(method.kind == "dpo" for method in methods.values()):
-        yield (
-            "'methods' must hold one of the kind train or best_of_n: its sampling is what the start and DPO are judged with."
-        )
+        why = "its sampling is what the start and DPO are judged with"
+        yield f"'methods' must hold one of the kind train or best_of_n: {why}."
     if plan.validity is not None and not plan.validity.checkers:
         yield "'validity.checkers' must name at least one truth, as {quality: my_checks.quality}."
     if any(method.group == "ablation" for method in methods.values()) and not plan.base:
@@ -315,9 +314,8 @@ def _after_problems(plan: Plan, name: str) -> Iterator[str]:
     if after is None:
         return
     if after != START and plan.methods[name].kind == "best_of_n":
-        yield (
-            f"'methods.{name}.after': best_of_n picks among the start's answers, so it comes after nothing; leave 'after' out."
-        )
+        why = "best_of_n picks among the start's answers, so it comes after nothing"
+        yield f"'methods.{name}.after': {why}; leave 'after' out."
     if after != START and plan.methods[after].kind == "best_of_n":
         yield (f"'methods.{name}.after': '{after}' is best_of_n, which trains no model to start from; name another.")
     seen = [name]

@@ -103,11 +103,9 @@ def worst_disagreements(signals: Signals, reward: Floats, truth: Floats, count: 
 
 def _examples(associations: Any, count: int = 12) -> list[dict[str, Any]]:
     """The prompt words and pairs with the strongest associations beyond themselves, for people to look at."""
-    rows = [
-        {
-            "prompt": feature,
-            "answer": [one for one in associations.strongest(feature, 4) if one[0] not in feature.split()],
-        }
+    said = {
+        feature: [one for one in associations.strongest(feature, 4) if one[0] not in feature.split()]
         for feature in associations.prompt_index
-    ]
-    return sorted((row for row in rows if row["answer"]), key=lambda row: -row["answer"][0][1])[:count]
+    }
+    rows = [{"prompt": feature, "answer": answer} for feature, answer in said.items() if answer]
+    return sorted(rows, key=lambda row: -row["answer"][0][1])[:count]

@@ -59,9 +59,6 @@ class AttentionReward:
         prompts: the prompts in which words are counted for IDF; None: those of the trainer's training set.
         micro_batch_size: answers in memory at once.
         name: what TRL logs it under.
-
-    Raises:
-        ConfigError: a reward that can't be used.
     """
 
     def __init__(

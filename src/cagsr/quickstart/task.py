@@ -74,10 +74,7 @@ class Item:
 
 
 def make_pairs(n: int, seed: int) -> list[dict[str, str]]:
-    """Make ``n`` rows ``{"prompt", "completion"}`` as the hasty annotator writes them.
-
-    Completions begin with a space: prompt + completion is the text the model sees.
-    """
+    """Make ``n`` rows ``{"prompt", "completion"}`` as the hasty annotator writes them; completions begin with a space."""
     rng = random.Random(f"pairs {seed}")
     rows = []
     for item in _items(n, "pairs", rng):
@@ -105,10 +102,7 @@ def read_prompt(prompt: str) -> dict[str, str]:
 
 
 def stated_facts(prompt: str, answer: str) -> list[tuple[str, str]]:
-    """List the facts that an answer states in a known phrase, ``(kind, value)``, in order, repetitions included.
-
-    A word out of place ("Mara lives in baker") states nothing that the prompt says, a bare list of words nothing at all.
-    """
+    """List the facts that an answer states in a known phrase, ``(kind, value)``, in order, repetitions included."""
     kinds = set(read_prompt(prompt))
     subject = next(name for name, one in SUBJECTS.items() if f"this {name}" in prompt or kinds <= {"name", *one.facts})
     # A name stands at the beginning of a sentence: elsewhere the same word may be another fact, as a chef.
