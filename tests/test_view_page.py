@@ -59,7 +59,7 @@ def test_what_is_shown_token_by_token_adds_up_to_the_terms(seen: View) -> None:
     for answer in seen.measured.answers:
         assert answer.gains.sum() == pytest.approx(answer.terms["coverage"], abs=1e-6)
         assert answer.focus.mean() == pytest.approx(answer.terms["focus"], abs=1e-6)
-        covered = np.minimum(1.0, answer.best / seen.measured.threshold)
+        covered = np.minimum(1.0, answer.best / seen.measured.reward.coverage.threshold)
         assert (covered * seen.measured.share).sum() == pytest.approx(answer.terms["coverage"], abs=1e-6)
         assert sum(answer.contributions.values()) == pytest.approx(answer.reward, abs=1e-9)
 

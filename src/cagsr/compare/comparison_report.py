@@ -30,7 +30,7 @@ def finding(results: Results) -> str:
     measure = next((one for one in results.plan.primary if one in results.measures), "")
     for how in (MATCHED, GREEDY, SAMPLED):
         if (test := tables.paired_test(results, name, how, measure)) is not None:
-            return f"{label}: {measure} {test.difference}, {tables.GAINS[how]}."
+            return f"{label}: {measure} {test[0]}, {tables.GAINS[how]}."
     return f"{label} is not judged yet."
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cagsr.attention import Reading
 from cagsr.attention.probe import AttentionLayers, find_attention_layers
+from cagsr.config import RewardConfig
 from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -88,11 +89,8 @@ class Measured:
     """Layers that the reward reads."""
     planes: tuple[Plane, ...]
     """Which attention was read, that of the reward first."""
-    threshold: float
-    """Attention at which a word counts as covered."""
+    reward: RewardConfig
     pooling: str
-    entropy_floor: float
-    ngram: int
     scale: str
     """What the contributions are, in a sentence."""
     model: str
@@ -120,7 +118,6 @@ def measure(
         RewardError: a term fails.
         RunError: the run's scales are those of other terms.
     """
-    config = scorer.config
     found = find_attention_layers(loaded.model)
     elements = len(prompt.ids) * sum(len(response.ids) for response in responses)
     planes = planes_with_room(found, scorer.scorer.reader.layers, elements)
@@ -128,7 +125,7 @@ def measure(
     for batch, values in scorer.score_texts([prompt] * len(responses), responses):
         batches.append((batch, values, read_planes(loaded, batch.episodes, found, planes)))
     raw = {name: torch.cat([values[name] for _, values, _ in batches]) for name in scorer.weights}
-    weighed = weigh(raw, scorer.weights, config, torch.zeros(len(responses), dtype=torch.int64), scales)
+    weighed = weigh(raw, scorer.weights, scorer.config, torch.zeros(len(responses), dtype=torch.int64), scales)
     answers: list[Answer] = []
     for batch, _, read in batches:
         for row in range(len(batch.episodes.completions)):
@@ -161,10 +158,8 @@ def measure(
         weights=scorer.weights,
         layers=tuple(scorer.scorer.reader.layers),
         planes=(REWARD, *planes),
-        threshold=config.coverage.threshold,
+        reward=scorer.config,
         pooling=scorer.salience.pooling,
-        entropy_floor=config.focus.entropy_floor,
-        ngram=config.repetition.n,
         scale=weighed.note,
         model=loaded.path,
     )
