@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cagsr.compare.jobs import Job, contents, method_folder, plan_jobs, start_folder
+from cagsr.compare.jobs import Job, contents, plan_jobs
 from cagsr.compare.judge_policy import _base_config
 from cagsr.compare.make_models import make_policy, make_start
 from cagsr.compare.plan import START, Files, Method, Plan, RewardModelPlan
@@ -40,13 +40,13 @@ def job_of(plan: Plan, name: str) -> Job:
 
 def start_of(plan: Plan) -> str:
     make_start(plan, job_of(plan, "start-seed0"))
-    return (start_folder(plan.folder, 0) / "config.json").read_text()
+    return (plan.start_folder(0) / "config.json").read_text()
 
 
 def test_another_start_command_is_run_and_the_same_one_is_not(tmp_path: Path) -> None:
     assert start_of(plan_of(tmp_path)) == "first"
     assert start_of(plan_of(tmp_path, said="second")) == "second"
-    (start_folder(tmp_path / "work", 0) / "config.json").write_text("mine")
+    (tmp_path / "work" / "start-seed0" / "config.json").write_text("mine")
     assert start_of(plan_of(tmp_path, said="second")) == "mine"
 
 
@@ -55,7 +55,7 @@ def test_a_start_that_did_not_end_well_is_no_start(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="failed"):
             start_of(plan_of(tmp_path, status=1))
     # killed before the weights were there
-    folder = start_folder(tmp_path / "work", 0)
+    folder = tmp_path / "work" / "start-seed0"
     assert start_of(plan_of(tmp_path)) == "first"
     (folder / "config.json").write_text("half")
     (folder / "model.safetensors").unlink()
@@ -64,7 +64,7 @@ def test_a_start_that_did_not_end_well_is_no_start(tmp_path: Path) -> None:
 
 def test_starts_of_older_comparisons_are_kept(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, status=1)
-    folder = start_folder(plan.folder, 0)
+    folder = plan.start_folder(0)
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text("old")
@@ -156,7 +156,7 @@ def test_a_method_may_change_its_kind_and_come_after_dpo(
 def test_best_of_n_alone_says_how_the_start_is_sampled_and_costs_no_training(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"best": Method(kind="best_of_n", set={"sampling.temperature": 0.5})})
     assert _base_config(plan, START, 0).sampling.temperature == 0.5
-    run = method_folder(plan.folder, "best", 0)  # of the time when it was trained
+    run = plan.method_folder("best", 0)  # of the time when it was trained
     run.mkdir(parents=True)
     (run / "timings.jsonl").write_text('{"step": 1, "collect_seconds": 9.0, "update_seconds": 9.0}\n')
     assert Results(plan, [])._trained("best", 0) == {}

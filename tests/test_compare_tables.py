@@ -10,7 +10,7 @@ import pytest
 
 from cagsr.compare import result_figures as figures
 from cagsr.compare import result_tables as tables
-from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, method_folder, plan_jobs, result_file
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, plan_jobs
 from cagsr.compare.plan import Files, Method, Plan, RewardModelPlan
 from cagsr.compare.results import Results
 
@@ -63,7 +63,7 @@ def results(tmp_path: Path) -> Results:
             "training": [{"step": 0.0, "held_out": 0.5}, {"step": 1.0, "held_out": 0.6, "reward": 0.2, "kl": 1.0}],
             "costs": {"train_seconds": 10.0, "human_labels": 200.0 if name == "people" else 0.0},
         }
-        file = result_file(plan, job.target, job.seed)
+        file = plan.result_file(job.target, job.seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content))
     return Results(plan, jobs)
@@ -128,7 +128,7 @@ def test_win_rates_count_ties_half(results: Results):
 
 def test_training_that_a_judging_job_found_done_still_costs(results: Results):
     assert results.costs("ours")["train_seconds"] == 10.0
-    run = method_folder(results.plan.folder, "ours", 0)
+    run = results.plan.method_folder("ours", 0)
     run.mkdir(parents=True)
     rows = [{"step": n, "collect_seconds": 3.0, "update_seconds": 1.0, "rollout_seconds": 2.0} for n in (1, 2)]
     (run / "timings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cagsr.commands.main import main
-from cagsr.run_page.find_run import find_run, labels
 from cagsr.run_page.metric_curves import curve_data, curves_of, smooth, thin
 from cagsr.run_page.overview_tables import changed_settings, costs, differing_settings, ends
-from cagsr.run_page.read_run import Run, read_run
+from cagsr.run_page.read_run import Run, find_run, labels, read_run
 from cagsr.run_page.run_html import content_of, render_page
 from cagsr.run_page.sample_answers import answers_of, word_diff
 from run_pages import HOSTILE, WARNING, make_run, metrics, sample, write
@@ -207,7 +206,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     assert points["objective/kl"][0]["value"] == [1.0, None, None, 2.0]
     found = ends(run, "objective/kl")
     assert found is not None
-    assert (found.first, found.last, found.highest) == (1.0, 2.0, 2.0)
+    assert (found["first"], found["last"], found["highest"]) == (1.0, 2.0, 2.0)
     render_page([run])  # NaN and infinities are no JSON
 
 

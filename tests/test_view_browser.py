@@ -95,7 +95,7 @@ def test_colours_are_coverage_and_on_demand_salience(show: Any, small: View) -> 
     page = show(small)
     measured = small.measured
     best, words = measured.answers[0].best, measured.prompt.words
-    expected = [0 if w < 0 else min(10, round(10 * float(best[w]) / measured.threshold)) for w in words]
+    expected = [0 if w < 0 else min(10, round(10 * float(best[w]) / measured.reward.coverage.threshold)) for w in words]
     assert levels(page, "#prompt") == expected
     page.get_by_label("salience").check()
     assert levels(page, "#prompt") == [0 if w < 0 else 10 for w in words]  # uniform: all count alike

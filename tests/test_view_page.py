@@ -36,8 +36,7 @@ from cagsr.html_page import script_json
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.reward.answers import AnswerScorer
 from cagsr.view import View, view
-from cagsr.view.measure import REWARD, Answer, Plane
-from cagsr.view.token_pieces import token_pieces
+from cagsr.view.measure import REWARD, Answer, Plane, token_pieces
 from cagsr.view.view_html import ROOM, pack, pack_all, page_data, quantise
 
 PROMPT = "tell me about the red cat near a big house ."
@@ -60,7 +59,7 @@ def test_what_is_shown_token_by_token_adds_up_to_the_terms(seen: View) -> None:
     for answer in seen.measured.answers:
         assert answer.gains.sum() == pytest.approx(answer.terms["coverage"], abs=1e-6)
         assert answer.focus.mean() == pytest.approx(answer.terms["focus"], abs=1e-6)
-        covered = np.minimum(1.0, answer.best / seen.measured.threshold)
+        covered = np.minimum(1.0, answer.best / seen.measured.reward.coverage.threshold)
         assert (covered * seen.measured.share).sum() == pytest.approx(answer.terms["coverage"], abs=1e-6)
         assert sum(answer.contributions.values()) == pytest.approx(answer.reward, abs=1e-9)
 

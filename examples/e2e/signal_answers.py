@@ -23,8 +23,7 @@ from cagsr.reward.same_text import says
 from cagsr.reward.terms.coverage import saturating_coverage
 from cagsr.reward.terms.grounded_coverage import grounded_coverage
 from cagsr.rollout.sample_prompts import sample_in_batches
-from cagsr.view.measure import Plane, read_planes
-from cagsr.view.token_pieces import token_pieces
+from cagsr.view.measure import Plane, read_planes, token_pieces
 from examples.e2e.signal_formulas import (
     Expectation,
     Floats,

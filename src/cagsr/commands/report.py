@@ -32,7 +32,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the page, or serve it until interrupted."""
-    from cagsr.run_page.find_run import find_run, labels
+    from cagsr.run_page.read_run import find_run, labels, read_run
 
     paths = [Path(one) for one in config.runs]
     names = labels(paths)
@@ -47,7 +47,6 @@ def run(config: Config) -> None:
         serve_until_interrupted(application(paths), bound, lambda: say(line))
         return
 
-    from cagsr.run_page.read_run import read_run
     from cagsr.run_page.run_html import render_page
     from cagsr.runs.folder import REPORT
     from cagsr.support.atomic import disk_errors, write_text_atomically

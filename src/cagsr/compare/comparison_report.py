@@ -18,7 +18,7 @@ from cagsr.compare.plan import START
 from cagsr.compare.results import Results
 from cagsr.compare.scheduler import Failure
 from cagsr.errors import RunError
-from cagsr.html_page import templates
+from cagsr.html_page import fill, templates
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
@@ -27,11 +27,10 @@ def finding(results: Results) -> str:
     """What it comes to, in one sentence: the gain of the method whose settings the plan is about, in its first measure."""
     name = results.plan.settings_method
     label = results.plan.label(name)
-    for measure in [one for one in results.plan.primary if one in results.measures][:1]:
-        for how in (MATCHED, GREEDY, SAMPLED):
-            test = tables.paired_test(results, name, how, measure)
-            if test is not None:
-                return f"{label}: {measure} {test.difference}, {tables.GAINS[how]}."
+    measure = next((one for one in results.plan.primary if one in results.measures), "")
+    for how in (MATCHED, GREEDY, SAMPLED):
+        if (test := tables.paired_test(results, name, how, measure)) is not None:
+            return f"{label}: {measure} {test[0]}, {tables.GAINS[how]}."
     return f"{label} is not judged yet."
 
 
@@ -108,5 +107,4 @@ def _render(kind: str, content: dict[str, Any]) -> str:
         "inline": lambda text: Markup(markdown.renderInline(Markup(text).unescape())),
         "line": lambda text: " ".join(text.split()),
     }
-    page: str = environment.get_template(f"{kind}.jinja").render(content)
-    return page
+    return fill("compare", f"{kind}.jinja", escaped=kind == "html", **content)

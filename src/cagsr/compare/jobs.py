@@ -36,7 +36,7 @@ class Job:
     training: str = ""
     """Hash of what it makes depends on, however that is judged."""
     reads: tuple[str, ...] = ()
-    """Files that what it makes depends on, those of the jobs it needs included. What lies there may change under one name."""
+    """Files that what it makes depends on, those of the jobs it needs included; what lies there may change."""
     judged_on: tuple[str, ...] = ()
     """Files and models that it is judged with."""
 
@@ -47,8 +47,8 @@ class Job:
 
     def done_file(self, plan: Plan) -> Path:
         """Where it says that it is done."""
-        judged = self.kind in ("method", "validity")
-        return (plan.results_folder if judged else plan.folder) / "done" / f"{self.name}.json"
+        folder = plan.results_folder if self.kind in ("method", "validity") else plan.folder
+        return folder / "done" / f"{self.name}.json"
 
     def is_done(self, plan: Plan) -> bool:
         """Whether it was done with the plan and the files as they are now."""
@@ -65,9 +65,13 @@ class Job:
 
     def mark_done(self, plan: Plan, **facts: Any) -> None:
         """Say that it is done, with what is worth keeping (times, memory)."""
-        file = self.done_file(plan)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps({"fingerprint": self.fingerprint, **facts}))
+        write_file(self.done_file(plan), json.dumps({"fingerprint": self.fingerprint, **facts}))
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a file whole, in a folder that need not be there yet."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, text)
 
 
 def contents(paths: Sequence[str]) -> dict[str, str]:
@@ -80,34 +84,6 @@ def changed(before: Mapping[str, str]) -> bool:
     """Whether something else lies at a path than when :func:`contents` looked. What is gone can't be compared."""
     now = contents(list(before))
     return any(now.get(path, value) != value for path, value in before.items())
-
-
-def result_file(plan: Plan, method: str, seed: int) -> Path:
-    """Where a judged method leaves its numbers; those of ``validity`` are the measurement of a seed's start."""
-    return plan.results_folder / f"{method}-seed{seed}.json"
-
-
-def start_folder(work: Path, seed: int) -> Path:
-    """The supervised start of a seed."""
-    return work / f"start-seed{seed}"
-
-
-def reward_model_folder(work: Path, name: str, seed: int) -> Path:
-    """A trained reward model."""
-    return work / "reward-models" / f"{name}-seed{seed}"
-
-
-def method_folder(work: Path, name: str, seed: int) -> Path:
-    """The run folder of a method."""
-    return work / "methods" / f"{name}-seed{seed}"
-
-
-def model_folder(plan: Plan, name: str, seed: int) -> Path:
-    """Where a method leaves its model: a run its final one, DPO its whole folder."""
-    if name == START:
-        return start_folder(plan.folder, seed)
-    folder = method_folder(plan.folder, name, seed)
-    return folder if plan.methods[name].kind == "dpo" else folder / "final"
 
 
 def plan_jobs(plan: Plan) -> list[Job]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, result_file, start_folder
+from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, write_file
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
@@ -26,7 +26,6 @@ from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.weigh import weigh
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
-from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
 KEPT_TEXTS = 40
@@ -48,7 +47,9 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
     start = load_start(plan, job.seed, config)
     prompts = test_prompts(plan, config, start)
-    named = {name: None if value is None else plan.fill(value) for name, value in vars(plan.judges).items()}
+    named = {
+        name: None if value is None else plan.fill(value) for name, value in dataclasses.asdict(plan.judges).items()
+    }
     judge = AnswerJudge(Judges(**named), start.device)
     seed = job.seed + SAMPLING_SEED
 
@@ -84,14 +85,12 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
         "training": [] if model is None else _training_curve(model.parent),
         "costs": {**costs, "judge_seconds": time.perf_counter() - began},
     }
-    file = result_file(plan, job.target, job.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(result))
+    write_file(plan.result_file(job.target, job.seed), json.dumps(result))
 
 
 def load_start(plan: Plan, seed: int, config: TrainConfig) -> LoadedModel:
     """The supervised start of a seed, on the device of a method's settings."""
-    path = str(start_folder(plan.folder, seed))
+    path = str(plan.start_folder(seed))
     return load_model(ModelConfig(path=path, device=config.model.device), for_training=False)
 
 
@@ -123,27 +122,21 @@ def best_of_n(plan: Plan, job: Job, config: TrainConfig, loaded: LoadedModel, se
     sampling = dataclasses.replace(config.sampling, num_generations=method.num_generations)
     texts: list[str] = []
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
-    entropy: list[torch.Tensor] = []
-    tokens: list[torch.Tensor] = []
-    ended: list[torch.Tensor] = []
+    sampled: list[torch.Tensor] = []  # entropy, tokens, ended
     for _, rollout in sample_in_batches(loaded, weighed, sampling, seed, max(1, BATCH // method.num_generations)):
         batch = scorer.batch(rollout)
         for name, values in scorer.values(batch).items():
             raw[name].append(values)
-        mask = rollout.sampled
         texts += rollout.completions
-        entropy.append((batch.readings.entropy * mask).sum(dim=1) / mask.sum(dim=1))
-        tokens.append(mask.sum(dim=1))
-        ended.append(rollout.ended)
+        tokens = rollout.sampled.sum(dim=1)
+        entropy = (batch.readings.entropy * rollout.sampled).sum(dim=1) / tokens
+        sampled.append(torch.stack([column.double() for column in (entropy, tokens, rollout.ended)]).cpu())
     # As ``cagsr rank`` does it: scales from the answers to all prompts, the winner of each prompt's own.
     group = torch.arange(len(weighed)).repeat_interleave(method.num_generations)
     terms = {name: torch.cat(values) for name, values in raw.items()}
     total = weigh(terms, scorer.weights, config.reward, group).total
     best = total.view(len(weighed), -1).argmax(dim=1) + torch.arange(len(weighed)) * method.num_generations
-    return SampledAnswers(
-        tuple(texts[row] for row in best.tolist()),
-        *(torch.cat(parts).cpu()[best].double().numpy() for parts in (entropy, tokens, ended)),
-    )
+    return SampledAnswers(tuple(texts[row] for row in best.tolist()), *torch.cat(sampled, dim=1)[:, best].numpy())
 
 
 def prompts_and_scorer(

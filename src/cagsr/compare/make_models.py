@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cagsr.compare.jobs import Job, changed, contents, method_folder, model_folder, reward_model_folder, start_folder
+from cagsr.compare.jobs import Job, changed, contents, write_file
 from cagsr.compare.plan import START, Plan, RewardModelPlan
 from cagsr.config import DpoConfig, RewardModelConfig, TrainConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
-from cagsr.support.atomic import remove_folder, write_text_atomically
+from cagsr.support.atomic import remove_folder
 from cagsr.support.progress import resting
 
 
@@ -46,7 +46,7 @@ def make_start(plan: Plan, job: Job) -> None:
     command: theirs are taken as they are where the job was not done for another plan.
     """
     assert job.seed is not None
-    folder = start_folder(plan.folder, job.seed)
+    folder = plan.start_folder(job.seed)
     begun = _begun(plan, job)
     known = _read(begun)
     done = job.facts(plan).get("fingerprint", job.fingerprint)
@@ -57,11 +57,11 @@ def make_start(plan: Plan, job: Job) -> None:
         goes_on = known == f"{UNFINISHED} {job.training}" and not (folder / "config.json").exists()
         if not goes_on:
             _clear(folder)
-        _write(begun, f"{UNFINISHED} {job.training}")
+        write_file(begun, f"{UNFINISHED} {job.training}")
         run_command(plan, plan.start, seed=job.seed, output=folder)
         if not (folder / "config.json").exists():
             raise ConfigError(f"the plan's start command left no model in {folder}; it must write one to {{output}}.")
-    _write(begun, job.training)
+    write_file(begun, job.training)
 
 
 def make_reward_model(plan: Plan, job: Job) -> None:
@@ -70,7 +70,7 @@ def make_reward_model(plan: Plan, job: Job) -> None:
 
     assert job.seed is not None
     spec = plan.reward_models[job.target]
-    folder = reward_model_folder(plan.folder, job.target, job.seed)
+    folder = plan.reward_model_folder(job.target, job.seed)
     settings = _pair_settings(plan, spec, job.seed, folder) | spec.set
     if spec.held_out is not None:
         settings["eval_data"] = plan.fill(spec.held_out)
@@ -81,14 +81,21 @@ def make_policy(plan: Plan, job: Job) -> Path:
     """Train a method's policy (RL or DPO), or go on with it after a stop; returns the folder of the model."""
     assert job.seed is not None
     method = plan.methods[job.target]
-    model = model_folder(plan, job.target, job.seed)
+    model = plan.model_folder(job.target, job.seed)
     same = _is_same(plan, job)
+    run, file = plan.method_folder(job.target, job.seed), plan.folder / "configs" / f"{job.name}.yaml"
     if method.kind == "dpo":
-        return _dpo(plan, job, same)
-    run = method_folder(plan.folder, job.target, job.seed)
+        from cagsr.preferences.dpo import train_dpo
+
+        settings = _pair_settings(plan, plan.reward_models[str(method.reward_model)], job.seed, run)
+        settings["model.path"] = str(plan.model_folder(method.after or START, job.seed))
+        pairs: DpoConfig = _config(DpoConfig, method.configs, settings | method.set, file)
+        if not same:
+            _begin_anew(plan, job, run)
+        return train_dpo(pairs)
     if same and (model / "config.json").exists():
         return model
-    config = reward_settings(plan, job.target, job.seed, plan.folder / "configs" / f"{job.name}.yaml")
+    config = reward_settings(plan, job.target, job.seed, file)
 
     from cagsr.train import train
 
@@ -103,7 +110,7 @@ def make_policy(plan: Plan, job: Job) -> Path:
 def _begin_anew(plan: Plan, job: Job, folder: Path) -> None:
     """Delete what another version of a job left and say whose the folder is now."""
     _clear(folder)  # first: a kill between the two must not make the old result pass for the new one
-    _write(_begun(plan, job), f"{job.training}\n{json.dumps(contents(job.reads))}")
+    write_file(_begun(plan, job), f"{job.training}\n{json.dumps(contents(job.reads))}")
 
 
 def _is_same(plan: Plan, job: Job) -> bool:
@@ -122,11 +129,6 @@ def _read(record: Path) -> str | None:
     return record.read_text(encoding="utf-8") if record.exists() else None
 
 
-def _write(record: Path, text: str) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(record, text)
-
-
 def _clear(folder: Path) -> None:
     """Delete a job's folder; raises RunError where it holds a run that is still being written."""
     from cagsr.runs.folder import is_being_written
@@ -143,39 +145,23 @@ def reward_settings(plan: Plan, name: str, seed: int, keep: Path | None = None) 
     settings: dict[str, Any] = {
         **plan.set,
         **method.set,
-        "model.path": str(model_folder(plan, method.after or START, seed)),
+        "model.path": str(plan.model_folder(method.after or START, seed)),
         "data.path": plan.fill(plan.files.train),
         "evaluation.path": plan.fill(plan.files.held_out),
-        "output_dir": str(method_folder(plan.folder, name, seed)),
+        "output_dir": str(plan.method_folder(name, seed)),
         "run.seed": seed,
     }
     if method.reward_model is not None and method.kind != "dpo":
-        settings["reward.models"] = [str(reward_model_folder(plan.folder, method.reward_model, seed))]
+        settings["reward.models"] = [str(plan.reward_model_folder(method.reward_model, seed))]
         settings["reward.model_weights"] = [method.reward_model_weight]
     config: TrainConfig = _config(TrainConfig, [*plan.configs, *method.configs], settings, keep)
     return config
 
 
-def _dpo(plan: Plan, job: Job, same: bool) -> Path:
-    from cagsr.preferences.dpo import train_dpo
-
-    assert job.seed is not None
-    method = plan.methods[job.target]
-    assert method.reward_model is not None
-    spec = plan.reward_models[method.reward_model]
-    folder = method_folder(plan.folder, job.target, job.seed)
-    settings = _pair_settings(plan, spec, job.seed, folder)
-    settings["model.path"] = str(model_folder(plan, method.after or START, job.seed))
-    config = _config(DpoConfig, method.configs, settings | method.set, plan.folder / "configs" / f"{job.name}.yaml")
-    if not same:
-        _begin_anew(plan, job, folder)
-    return train_dpo(config)
-
-
 def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:
     """What training on preference pairs needs to be told, for a reward model and for DPO."""
     return {
-        "model.path": str(start_folder(plan.folder, seed)),
+        "model.path": str(plan.start_folder(seed)),
         "data.path": plan.fill(spec.data),
         "output_dir": str(folder),
         "num_pairs": spec.num_pairs,
@@ -190,5 +176,5 @@ def _config(kind: Any, files: list[str], settings: dict[str, Any], keep: Path | 
     with TemporaryDirectory() as folder:
         file = keep or Path(folder) / "settings.yaml"
         given = {key: value for key, value in settings.items() if value is not None}
-        _write(file, yaml.safe_dump(given, sort_keys=False))
+        write_file(file, yaml.safe_dump(given, sort_keys=False))
         return parse_command(kind, [*flags, "--config", str(file)], prog="cagsr compare")

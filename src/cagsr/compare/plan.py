@@ -156,6 +156,29 @@ class Plan(_Strict):
         """Where the numbers go."""
         return self.folder / self.results
 
+    def result_file(self, method: str, seed: int) -> Path:
+        """Where a judged method leaves its numbers; those of ``validity`` are the measurement of a seed's start."""
+        return self.results_folder / f"{method}-seed{seed}.json"
+
+    def start_folder(self, seed: int) -> Path:
+        """The supervised start of a seed."""
+        return self.folder / f"start-seed{seed}"
+
+    def reward_model_folder(self, name: str, seed: int) -> Path:
+        """A trained reward model."""
+        return self.folder / "reward-models" / f"{name}-seed{seed}"
+
+    def method_folder(self, name: str, seed: int) -> Path:
+        """The run folder of a method."""
+        return self.folder / "methods" / f"{name}-seed{seed}"
+
+    def model_folder(self, name: str, seed: int) -> Path:
+        """Where a method leaves its model: a run its final one, DPO its whole folder."""
+        if name == START:
+            return self.start_folder(seed)
+        folder = self.method_folder(name, seed)
+        return folder if self.methods[name].kind == "dpo" else folder / "final"
+
     def fill(self, text: str, **more: object) -> str:
         """Fill {work} and other names in a value of the plan."""
         for name, value in {"work": self.work, **more}.items():
@@ -277,9 +300,8 @@ def _problems(plan: Plan) -> Iterator[str]:
         if plan.base == START or methods[plan.base].kind == "dpo":
             yield f"'base': '{plan.base}' has no settings of cagsr train; name a method that has."
     elif all(method.kind == "dpo" for method in methods.values()):
-        yield (
-            "'methods' must hold one of the kind train or best_of_n: its sampling is what the start and DPO are judged with."
-        )
+        why = "its sampling is what the start and DPO are judged with"
+        yield f"'methods' must hold one of the kind train or best_of_n: {why}."
     if plan.validity is not None and not plan.validity.checkers:
         yield "'validity.checkers' must name at least one truth, as {quality: my_checks.quality}."
     if any(method.group == "ablation" for method in methods.values()) and not plan.base:
@@ -292,9 +314,8 @@ def _after_problems(plan: Plan, name: str) -> Iterator[str]:
     if after is None:
         return
     if after != START and plan.methods[name].kind == "best_of_n":
-        yield (
-            f"'methods.{name}.after': best_of_n picks among the start's answers, so it comes after nothing; leave 'after' out."
-        )
+        why = "best_of_n picks among the start's answers, so it comes after nothing"
+        yield f"'methods.{name}.after': {why}; leave 'after' out."
     if after != START and plan.methods[after].kind == "best_of_n":
         yield (f"'methods.{name}.after': '{after}' is best_of_n, which trains no model to start from; name another.")
     seen = [name]

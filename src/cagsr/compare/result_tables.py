@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -23,6 +24,7 @@ GAINS = {
 HOWS = {GREEDY: "greedy", MATCHED: "gain at matched entropy", SAMPLED: "sampled"}
 LOWER = ("missed", "added", "wrong", "perplexity", "follow_up_perplexity", "repetition", "self_bleu")
 TEXTS = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+_Key = TypeVar("_Key")
 WIN_RATE = "reward_model"
 """The measure of an unseen reward model, which becomes a win rate."""
 
@@ -57,25 +59,19 @@ def levels(results: Results, methods: Sequence[str]) -> Table | None:
     return _table("levels", rows, measures)
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """A paired difference with its interval and its p-value before correction."""
+def paired_test(
+    results: Results, method: str, how: str, measure: str, against: str = START
+) -> tuple[Interval, float] | None:
+    """A method against another in one way and measure, on the prompts that all have: difference, p before correction.
 
-    method: str
-    how: str
-    measure: str
-    difference: Interval
-    p: float
-
-
-def paired_test(results: Results, method: str, how: str, measure: str, against: str = START) -> PairedTest | None:
-    """A method against another in one way and measure, on the prompts that all have; None where it was not measured so."""
+    None where it was not measured so.
+    """
     pair = results.pair(method, how, measure, against)
     if pair is None:
         return None
     known = np.isfinite(pair).all(axis=(0, 1))
     after, before = (values[:, known] for values in pair)
-    return PairedTest(method, how, measure, paired_difference(after, before), paired_p_value(after, before))
+    return paired_difference(after, before), paired_p_value(after, before)
 
 
 def differences(
@@ -84,42 +80,40 @@ def differences(
     """One table a measure: each method's difference from its start, or ``against``, with stars after Holm over all tables."""
     columns = GAINS if against == START else {how: HOWS[how] for how in GAINS}
     keys = [(name, how, measure) for measure in measures for name in methods for how in columns]
-    tests = [test for key in keys if (test := paired_test(results, *key, against)) is not None]
-    cells = {(test.measure, test.method, test.how): cell for test, cell in zip(tests, starred(tests), strict=True)}
+    cells = starred({key: test for key in keys if (test := paired_test(results, *key, against)) is not None})
     tables = []
     for measure in measures:
         rows = []
         for name in methods:
-            own = [cells.get((measure, name, how), "") for how in columns]
+            own = [cells.get((name, how, measure), "") for how in columns]
             if any(own):
                 seeds = set(results.seeds(name)) & set(results.seeds(against))
                 rows.append((results.plan.label(name), str(len(seeds)), *own))
         better = "less" if measure in (*LOWER, *results.plan.lower_is_better) else "more"
         names = {"title": title, "measure": measure, "better": better, "against": results.plan.label(against)}
         kind = "gains" if against == START else "against"
-        tables.append(_table(kind, rows, columns.values(), tests=len(tests), **names))
+        tables.append(_table(kind, rows, columns.values(), tests=len(cells), **names))
     return [table for table in tables if table is not None]
 
 
-def starred(tests: Sequence[PairedTest]) -> list[str]:
+def starred(tests: Mapping[_Key, tuple[Interval, float]]) -> dict[_Key, str]:
     """Each difference as text, with a star where it holds after Holm's correction over all of them."""
-    corrected = holm([test.p for test in tests])
-    return [f"{test.difference}{'*' if p < 0.05 else ''}" for test, p in zip(tests, corrected, strict=True)]
+    corrected = holm([p for _, p in tests.values()])
+    rows = zip(tests.items(), corrected, strict=True)
+    return {key: f"{difference}{'*' if p < 0.05 else ''}" for (key, (difference, _)), p in rows}
 
 
 def contrasts(results: Results, measures: Sequence[str]) -> Table | None:
     """Methods against each other: greedy, sampled, and by their gains over their starts at matched entropy."""
-    found: dict[tuple[str, ...], PairedTest] = {}
+    found: dict[tuple[str, ...], tuple[Interval, float]] = {}
     for first, second in results.plan.contrasts:
         seeds = set(results.seeds(first)) & set(results.seeds(second))
         for measure in measures:
             for how, said in HOWS.items():
-                test = paired_test(results, first, how, measure, second)
-                if test is not None:
+                if (test := paired_test(results, first, how, measure, second)) is not None:
                     labels = (results.plan.label(name) for name in (first, second))
                     found[*labels, str(len(seeds)), measure, said] = test
-    cells = starred(list(found.values()))
-    return _table("contrasts", [(*row, cell) for row, cell in zip(found, cells, strict=True)])
+    return _table("contrasts", [(*row, cell) for row, cell in starred(found).items()])
 
 
 def win_rates(results: Results, methods: Sequence[str]) -> Table | None:

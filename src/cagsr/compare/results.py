@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import MATCHED, SAMPLED, Job, method_folder, result_file, reward_model_folder
+from cagsr.compare.jobs import MATCHED, SAMPLED, Job
 from cagsr.compare.plan import START, Plan
 from cagsr.run_page.read_run import step_seconds
 from cagsr.runs.lines import read_lines
@@ -47,7 +47,7 @@ class Results:
     def raw(self, method: str, seed: int) -> dict[str, Any]:
         """The result of one method and seed as it was written."""
         if (method, seed) not in self._read:
-            file = result_file(self.plan, method, seed)
+            file = self.plan.result_file(method, seed)
             self._read[method, seed] = json.loads(file.read_text(encoding="utf-8"))
         return self._read[method, seed]
 
@@ -102,7 +102,7 @@ class Results:
 
     def _trained(self, method: str, seed: int) -> dict[str, float]:
         """The seconds of a run's steps: all of them, although the job that judged it may have found it trained already."""
-        file = method_folder(self.plan.folder, method, seed) / "timings.jsonl"
+        file = self.plan.method_folder(method, seed) / "timings.jsonl"
         # What is best of N now may have been a run before.
         untrained = method != START and self.plan.methods[method].kind == "best_of_n"
         if untrained or not file.exists():
@@ -114,14 +114,14 @@ class Results:
         found: dict[str, list[dict[str, Any]]] = {}
         for job in self._done:
             if job.kind == "reward_model" and job.seed is not None:
-                file = reward_model_folder(self.plan.folder, job.target, job.seed) / "metrics.json"
+                file = self.plan.reward_model_folder(job.target, job.seed) / "metrics.json"
                 found.setdefault(job.target, []).append(json.loads(file.read_text(encoding="utf-8")))
         return found
 
     def validity(self) -> list[dict[str, Any]]:
         """The measurements of the reward's validity, one a seed."""
         seeds = [job.seed for job in self._done_of("validity", "") if job.seed is not None]
-        return [json.loads(result_file(self.plan, "validity", seed).read_text(encoding="utf-8")) for seed in seeds]
+        return [json.loads(self.plan.result_file("validity", seed).read_text(encoding="utf-8")) for seed in seeds]
 
     def training(self, method: str) -> list[list[dict[str, float]]]:
         """The training curves of a method, one a seed."""

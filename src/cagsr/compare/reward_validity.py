@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cagsr.compare.jobs import Job, result_file
+from cagsr.compare.jobs import Job, write_file
 from cagsr.compare.judge_policy import load_start, prompts_and_scorer
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import Plan
@@ -17,7 +17,6 @@ from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.diagnosis.diagnose import load_checker, with_truth
 from cagsr.diagnosis.recommend import weighted_reward, within_z, z_sums
 from cagsr.diagnosis.signals import Signals, collect_signals
-from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 
 Floats = NDArray[np.float64]
@@ -76,9 +75,7 @@ def measure_validity(plan: Plan, job: Job) -> None:
         "disagreements": worst_disagreements(signals, reward, first, plan.validity.disagreements),
         "associations": _examples(associations),
     }
-    file = result_file(plan, "validity", job.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(found, ensure_ascii=False))
+    write_file(plan.result_file("validity", job.seed), json.dumps(found, ensure_ascii=False))
 
 
 def worst_disagreements(signals: Signals, reward: Floats, truth: Floats, count: int) -> list[dict[str, Any]]:
@@ -106,11 +103,9 @@ def worst_disagreements(signals: Signals, reward: Floats, truth: Floats, count: 
 
 def _examples(associations: Any, count: int = 12) -> list[dict[str, Any]]:
     """The prompt words and pairs with the strongest associations beyond themselves, for people to look at."""
-    rows = [
-        {
-            "prompt": feature,
-            "answer": [one for one in associations.strongest(feature, 4) if one[0] not in feature.split()],
-        }
+    said = {
+        feature: [one for one in associations.strongest(feature, 4) if one[0] not in feature.split()]
         for feature in associations.prompt_index
-    ]
-    return sorted((row for row in rows if row["answer"]), key=lambda row: -row["answer"][0][1])[:count]
+    }
+    rows = [{"prompt": feature, "answer": answer} for feature, answer in said.items() if answer]
+    return sorted(rows, key=lambda row: -row["answer"][0][1])[:count]

@@ -49,13 +49,12 @@ def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, pa
 
 @dataclass(frozen=True)
 class _Running:
-    """A job in its process."""
+    """A job in its process; ``log_began`` is the size of the log before: what is older is another start's."""
 
     job: Job
     process: subprocess.Popen[bytes]
     log: Path
     log_began: int
-    """Size of the log before: what is older is another start's."""
     began: float
 
     def told(self) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from cagsr.compare.jobs import Job, contents, plan_jobs, reward_model_folder
+from cagsr.compare.jobs import Job, contents, plan_jobs
 from cagsr.compare.plan import START, Plan, read_plan
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.support.progress import shown
@@ -65,7 +65,7 @@ def human_labels(plan: Plan, job: Job) -> int:
         columns = (str(method.set.get(f"{name}_column", name)) for name in ("chosen", "rejected"))
         return max(before, count_pairs(plan.fill(spec.data), *columns))
     assert job.seed is not None
-    told = json.loads((reward_model_folder(plan.folder, method.reward_model, job.seed) / "metrics.json").read_text())
+    told = json.loads((plan.reward_model_folder(method.reward_model, job.seed) / "metrics.json").read_text())
     return max(before, int(told["pairs"]))
 
 

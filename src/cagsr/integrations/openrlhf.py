@@ -26,9 +26,8 @@ def reward_func(
     ``config`` among the ``kwargs`` is the path of the YAML file; else the environment variable ``CAGSR_REWARD_CONFIG``.
 
     Returns:
-        ``rewards`` ``(answers,)`` float32, the weighted sums of the terms (raw, or on a run's scales); ``scores``, the
-        same (they are no shares between 0 and 1: leave dynamic filtering off); ``extra_logs``, each term by its name,
-        ``(answers,)``.
+        ``rewards`` ``(answers,)`` float32, the weighted sums of the terms (raw, or on a run's scales); ``scores``, the same
+        (no shares between 0 and 1: leave dynamic filtering off); ``extra_logs``, each term by its name, ``(answers,)``.
 
     Raises:
         DataError: a query that does not begin with its prompt, a prompt that is not in the data, or one that can't be used.

@@ -23,9 +23,7 @@ GivenPrompt = str | Sequence[Mapping[str, Any]]
 class PromptEncoder:
     """Prompts as the loops hand them over, to tokens with the words that matter; each prompt is encoded once.
 
-    Raises:
-        ConfigError: ``salience`` asks for spans, which these loops don't hand over.
-        ModelError: the tokenizer has no offsets.
+    Raises ConfigError where ``salience`` asks for spans, ModelError where the tokenizer has no offsets.
     """
 
     tokenizer: Any

@@ -1,6 +1,6 @@
-"""The attention reward as a reward function of TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
+"""The attention reward as a reward function of TRL's ``GRPOTrainer`` and ``RLOOTrainer``, bound to the trainer's policy.
 
-TRL hands a reward function texts and token ids, never the model. ``bind(trainer)`` gives it the trainer's policy::
+::
 
     reward = AttentionReward()
     trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=dataset)
@@ -47,13 +47,10 @@ class AttentionReward:
     """The attention reward, computed from the attention of the policy that TRL trains (or of the model it started from).
 
     In training each term is centred within its prompt's answers and divided by its running standard deviation
-    (``reward.normalize`` ``within_prompt``, the default), as in ``cagsr train``: GRPO and RLOO compare the answers to one
-    prompt and centre the sum again, but they can't bring the terms of a sum to one scale, so without it the weights would
-    mean something else than in cagsr. Its price: the mean that TRL logs as ``rewards/attention_reward/mean`` is 0 by
-    construction; the raw terms are logged as ``attention_reward/<term>``. ``normalize="none"`` gives raw weighted sums. In
-    evaluation the rewards are raw weighted sums always, because a mean of 0 says nothing.
-
-    Answers to one prompt may be spread over processes: the raw values are gathered before they are normalised.
+    (``reward.normalize`` ``within_prompt``, the default), as in ``cagsr train``, so that weights mean the same; answers to one
+    prompt may be spread over processes. Its price: the mean that TRL logs as ``rewards/attention_reward/mean`` is 0 by
+    construction; the raw terms are logged as ``attention_reward/<term>``. With ``normalize="none"``, and in evaluation, the
+    rewards are raw weighted sums.
 
     Args:
         reward: terms and weights; ``functions`` get the row's other columns.
@@ -62,9 +59,6 @@ class AttentionReward:
         prompts: the prompts in which words are counted for IDF; None: those of the trainer's training set.
         micro_batch_size: answers in memory at once.
         name: what TRL logs it under.
-
-    Raises:
-        ConfigError: a reward that can't be used.
     """
 
     def __init__(
@@ -243,21 +237,17 @@ def _refuse(trainer: Any) -> None:
     accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
-    if sharded or (plugin is not None and plugin.zero_stage == 3):
-        raise ConfigError(
-            "AttentionReward reads the policy's attention from a plain forward, which sharded weights (FSDP, ZeRO-3) don't "
-            "give: train with DDP or ZeRO-2."
-        )
-    if getattr(trainer, "tools", None) or getattr(trainer, "environment_factories", None):
-        raise ConfigError(
-            "AttentionReward scores one answer to one prompt, not tool calls and their results: leave out tools and "
-            "environment_factory."
-        )
-    if getattr(trainer, "rollout_func", None) is not None:
-        raise ConfigError(
-            "AttentionReward scores answers to the trainer's own prompts, and a rollout_func may make others or put an "
-            "environment's tokens into the answers: leave out rollout_func."
-        )
+    refused = {
+        "AttentionReward reads the policy's attention from a plain forward, which sharded weights (FSDP, ZeRO-3) don't "
+        "give: train with DDP or ZeRO-2.": sharded or (plugin is not None and plugin.zero_stage == 3),
+        "AttentionReward scores one answer to one prompt, not tool calls and their results: leave out tools and "
+        "environment_factory.": getattr(trainer, "tools", None) or getattr(trainer, "environment_factories", None),
+        "AttentionReward scores answers to the trainer's own prompts, and a rollout_func may make others or put an "
+        "environment's tokens into the answers: leave out rollout_func.": getattr(trainer, "rollout_func", None),
+    }
+    for sentence, there in refused.items():
+        if there:
+            raise ConfigError(sentence)
 
 
 def _not_continued(prompt: GivenPrompt) -> GivenPrompt:

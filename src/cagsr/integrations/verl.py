@@ -20,15 +20,11 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
-    """Score one answer; the data set's name and ``ground_truth`` make no difference, since the reward has no labels.
+    """Score one answer, ``solution_str``, without special tokens; whether it was cut can't be seen, labels make no difference.
 
-    Args:
-        data_source: the data set's name.
-        solution_str: the answer as text, special tokens removed; whether it was cut can't be seen.
-        ground_truth: not used.
-        extra_info: must hold the prompt, as text or messages, because verl does not hand it over otherwise.
-        kwargs: ``reward.custom_reward_function.reward_kwargs``: ``config``, the path of the YAML file (else the environment
-            variable ``CAGSR_REWARD_CONFIG``), and ``prompt_key``, the prompt's name in ``extra_info`` (``prompt``).
+    ``extra_info`` must hold the prompt, as text or messages, because verl does not hand it over otherwise. The ``kwargs`` are
+    ``reward.custom_reward_function.reward_kwargs``: ``config``, the path of the YAML file (else the environment variable
+    ``CAGSR_REWARD_CONFIG``), and ``prompt_key``, the prompt's name in ``extra_info`` (``prompt``).
 
     Returns:
         ``score``, the weighted sum of the terms (raw, or on the scales of the run that ``reward_from`` names), and each raw

@@ -50,9 +50,8 @@ class Answered:
     """One model's answers to the held-out prompts with their measures."""
 
     temperature: float
-    """0 is greedy."""
     answers: tuple[tuple[str, ...], ...]
-    """Each prompt's answers: ``DRAWS``, or one if greedy."""
+    """Each prompt's answers: ``DRAWS``, or one if greedy (temperature 0)."""
     values: dict[str, Floats]
     """Key of a measure -> ``(prompts, draws)`` float64; ``perplexity`` is NaN for an empty answer."""
     entropy: float

@@ -76,11 +76,11 @@ class Recipe:
 
     def settings(self) -> SftConfig:
         """Give the settings as ``cagsr sft`` takes them."""
-        folder = self.folder
-        given = {"model": folder / "blank", "data": folder / "pairs.jsonl", "output_dir": folder / self.name}
-        given_file = ["--config", str(Path(__file__).with_name("sft.yaml"))]
-        flags = [f"--{key}={value}" for key, value in {**given, "steps": self.steps, "seed": self.seed}.items()]
-        return parse_command(SftConfig, [*given_file, *flags], prog="cagsr quickstart")
+        given: dict[str, object] = {"model": self.folder / "blank", "data": self.folder / "pairs.jsonl"}
+        given |= {"output_dir": self.folder / self.name, "steps": self.steps, "seed": self.seed}
+        flags = [f"--{key}={value}" for key, value in given.items()]
+        file = Path(__file__).with_name("sft.yaml")
+        return parse_command(SftConfig, ["--config", str(file), *flags], prog="cagsr quickstart")
 
     def rows(self) -> str:
         """Give the text of ``pairs.jsonl``."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,12 +74,14 @@ class Item:
 
 
 def make_pairs(n: int, seed: int) -> list[dict[str, str]]:
-    """Make ``n`` rows ``{"prompt", "completion"}`` as the hasty annotator writes them.
-
-    Completions begin with a space: prompt + completion is the text the model sees.
-    """
+    """Make ``n`` rows ``{"prompt", "completion"}`` as the hasty annotator writes them; completions begin with a space."""
     rng = random.Random(f"pairs {seed}")
-    return [{"prompt": item.prompt(), "completion": f" {_hasty(item, rng)}"} for item in _items(n, "pairs", rng)]
+    rows = []
+    for item in _items(n, "pairs", rng):
+        said = [fact for fact in item.facts if rng.random() >= DROP] or [rng.choice(item.facts)]
+        again = [rng.choice(said)] if rng.random() < REPEAT else []
+        rows.append({"prompt": item.prompt(), "completion": f" {_tell(item, said, rng, again)}"})
+    return rows
 
 
 def make_prompts(n: int, seed: int, part: Part = "unlabelled") -> list[dict[str, str]]:
@@ -88,7 +90,7 @@ def make_prompts(n: int, seed: int, part: Part = "unlabelled") -> list[dict[str,
     items = _items(n, part, rng)
     if part == "unlabelled":
         return [{"prompt": item.prompt()} for item in items]
-    return [{"prompt": item.prompt(), "reference": _tell(item, list(item.facts), rng)} for item in items]
+    return [{"prompt": item.prompt(), "reference": _tell(item, item.facts, rng)} for item in items]
 
 
 def read_prompt(prompt: str) -> dict[str, str]:
@@ -100,10 +102,7 @@ def read_prompt(prompt: str) -> dict[str, str]:
 
 
 def stated_facts(prompt: str, answer: str) -> list[tuple[str, str]]:
-    """List the facts that an answer states in a known phrase, ``(kind, value)``, in order, repetitions included.
-
-    A word out of place ("Mara lives in baker") states nothing that the prompt says, a bare list of words nothing at all.
-    """
+    """List the facts that an answer states in a known phrase, ``(kind, value)``, in order, repetitions included."""
     kinds = set(read_prompt(prompt))
     subject = next(name for name, one in SUBJECTS.items() if f"this {name}" in prompt or kinds <= {"name", *one.facts})
     # A name stands at the beginning of a sentence: elsewhere the same word may be another fact, as a chef.
@@ -167,19 +166,12 @@ def _items(n: int, part: Part, rng: random.Random) -> Iterator[Item]:
             yield item
 
 
-def _hasty(item: Item, rng: random.Random) -> str:
-    """Write an answer as the hasty annotator does: facts left out, now and then one said twice."""
-    said = [fact for fact in item.facts if rng.random() >= DROP] or [rng.choice(item.facts)]
-    again = [rng.choice(said)] if rng.random() < REPEAT else []
-    return _tell(item, said, rng, again)
-
-
 def _tell(
-    item: Item, facts: list[tuple[str, str]], rng: random.Random, again: list[tuple[str, str]] | None = None
+    item: Item, facts: Sequence[tuple[str, str]], rng: random.Random, again: Sequence[tuple[str, str]] = ()
 ) -> str:
     """Say the facts in sentences of one to three, in an order of the writer's own."""
     subject = SUBJECTS[item.subject]
-    order = rng.sample(facts, len(facts)) + (again or [])
+    order = [*rng.sample(facts, len(facts)), *again]
     predicates = [rng.choice(subject.facts[kind].phrases).format(value) for kind, value in order]
     sentences: list[str] = []
     while predicates:

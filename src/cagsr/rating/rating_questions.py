@@ -34,15 +34,12 @@ class RatingQuestion:
 
 @dataclass(frozen=True)
 class RatingQuestions:
-    """The questions of some files, and what was left out of them."""
+    """The questions of some files, and how many were left out of them (:meth:`notes` says why)."""
 
     questions: tuple[RatingQuestion, ...]
     equal: int = 0
-    """Pairs of two equal answers, which nobody is asked about."""
     repeated: int = 0
-    """Pairs that came before, word for word."""
     unpaired: int = 0
-    """Answers beyond the number that the other side has for the prompt."""
 
     def notes(self) -> list[str]:
         """Say in plain sentences what was left out."""
@@ -59,10 +56,8 @@ def questions_from_answers(
 ) -> RatingQuestions:
     """Pair two files of answers by prompt; the first answer of A with the first of B, and so on.
 
-    Both are as ``cagsr generate`` writes them, several rows of one prompt being its samples.
-
-    Raises:
-        DataError: a row without prompt or answer, or a prompt that only one of the files answers.
+    Both are as ``cagsr generate`` writes them, several rows of one prompt being its samples. Raises DataError for a row
+    without prompt or answer, or a prompt that only one of the files answers.
     """
     mine = _answers(a, prompt_column, response_column)
     theirs = _answers(b, prompt_column, response_column)

@@ -82,8 +82,11 @@ def rating_app(store: Store, port: int) -> Starlette:
 
     async def rate(request: Request) -> Response:
         message = await _read(request, RateMessage, store)
-        _check_marks(message, store.settings.scales)
         marks = None if message.choice == "skip" else message.marks
+        scales = store.settings.scales
+        by_side = [set((message.marks or {}).get(side, {})) for side in ("left", "right")]
+        if message.choice != "skip" and (scales or marks is not None) and by_side != [set(scales)] * 2:
+            raise HTTPException(400, f"Both answers need marks for: {', '.join(scales) or 'no scales'}.")
         given = (message.rater, message.question, message.choice, message.client_id, marks)
         return await _answer(await run_in_threadpool(store.rate, *given), message)
 
@@ -142,15 +145,6 @@ async def _read(request: Request, kind: type[MessageT], store: Store) -> Message
 def _check_database(store: Store, named: str) -> None:
     if named != store.database:
         raise HTTPException(412, "This page was opened for another ratings file than the one served here now.")
-
-
-def _check_marks(message: RateMessage, scales: tuple[str, ...]) -> None:
-    if message.choice == "skip" or (not scales and message.marks is None):
-        return
-    marks = message.marks or {}
-    if any(set(marks.get(side, {})) != set(scales) for side in ("left", "right")):
-        wanted = ", ".join(scales) or "no scales"
-        raise HTTPException(400, f"Both answers need marks for: {wanted}.")
 
 
 def _progress(progress: Progress, outcome: str = "done", status: int = 200) -> Response:

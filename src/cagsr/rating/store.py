@@ -101,9 +101,7 @@ class Store:
     def create(cls, path: Path, questions: Sequence[RatingQuestion], settings: Settings) -> Store:
         """Make the file with its questions, in one transaction, readable by its owner alone (it holds the page's token).
 
-        Raises:
-            RunError: the file can't be written.
-            DataError: something else lies there.
+        Raises RunError where the file can't be written, DataError where something else lies there.
         """
         meta = {"token": secrets.token_urlsafe(32), "database": secrets.token_hex(8), **vars(settings)}
         with database_errors(path):
@@ -278,11 +276,7 @@ def open_database(path: Path) -> sqlite3.Connection:
     """Open a ratings file, for one thread at a time.
 
     Every commit waits until the log is on the disk (``synchronous = FULL``), so that neither a kill nor a power cut takes
-    back what was confirmed.
-
-    Raises:
-        DataError: no such file, or not one of ours, or one of a later cagsr.
-        RunError: it can't be read.
+    back what was confirmed. Raises DataError where it is no file of ours, or of a later cagsr, RunError where it can't be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such ratings file; cagsr rate serve makes one (--db names it).")

@@ -104,10 +104,8 @@ def prompt_means(judgements: Iterable[Judgement], value: Callable[[Judgement], f
     """Mean of ``value`` for each prompt: over a question's raters first, then over the prompt's questions.
 
     So a question that three people rated weighs no more than one that one person did, and the prompts, which the bootstrap
-    resamples, weigh alike. Judgements whose value is None are left out.
-
-    Returns:
-        ``(prompts,)`` float64, in the order of their first judgement; empty where nothing is left.
+    resamples, weigh alike. Judgements whose value is None are left out. ``(prompts,)`` float64, in the order of their first
+    judgement.
     """
     prompts: dict[str, dict[str, list[float]]] = {}
     for one in judgements:

@@ -18,8 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cagsr.errors import CagsrError
-from cagsr.run_page.find_run import find_run, labels
-from cagsr.run_page.read_run import Run, read_run
+from cagsr.run_page.read_run import Run, find_run, labels, read_run
 from cagsr.run_page.run_html import Content, content_of, render_page
 from cagsr.runs.folder import CONFIG, is_being_written
 from cagsr.support.localhost import HOST

@@ -75,7 +75,7 @@ def points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None] | None:
-    """Mean of each value and the ones around it, a twelfth of the curve wide, shorter at the ends; None for a short curve."""
+    """Mean of each value and the ones around it, a twelfth of the curve wide, to six digits; None for a short curve."""
     half = len(values) // 12 // 2
     if half < 1:
         return None
@@ -83,7 +83,8 @@ def smooth(values: Sequence[float | None]) -> list[float | None] | None:
     there = ~np.isnan(numbers)
     window = np.ones(2 * half + 1)
     sums, counts = (np.convolve(one, window, "same") for one in (np.where(there, numbers, 0.0), there))
-    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+    means = zip(sums, counts, strict=True)
+    return [float(f"{total / count:.6g}") if count else None for total, count in means]
 
 
 def thin(values: Sequence[float | None], most: int) -> list[int]:
@@ -121,7 +122,7 @@ def curve_data(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[dict[str, 
                 {
                     "step": [steps[place] for place in kept],
                     "value": [values[place] for place in kept],
-                    "smooth": None if smoothed is None else [_short(smoothed[place]) for place in kept],
+                    "smooth": None if smoothed is None else [smoothed[place] for place in kept],
                     "marks": [[row["step"], f"step {row['step']}: {row.get('sentence', '')}"] for row in marks],
                 }
             )
@@ -134,7 +135,3 @@ def _belongs(warning: Mapping[str, Any], key: str) -> bool:
         return True
     _, *watched = NAMES["monitors"].get(str(name), [""])
     return key in (watched or ("objective/raw_scores", "objective/scores"))
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cagsr.config import DataConfig, ModelConfig, TrainConfig
@@ -12,26 +11,14 @@ from cagsr.run_page.metric_curves import HELD_OUT, MORE, NAMES, SPEED, Curve, po
 from cagsr.run_page.read_run import Run, is_number, step_seconds
 
 
-@dataclass(frozen=True)
-class Ends:
-    """A metric of a run at its first and last point."""
-
-    first: float
-    last: float
-    lowest: float
-    highest: float
-    first_step: int
-    last_step: int
-
-
-def ends(run: Run, key: str) -> Ends | None:
-    """A metric's first, last and extreme values, None where it has none."""
-    steps, values = points(run.rows, key)
-    filled = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+def ends(run: Run, key: str) -> dict[str, float] | None:
+    """A metric's first, last, lowest and highest value, with the first and last step; None where it has none."""
+    filled = [(step, value) for step, value in zip(*points(run.rows, key), strict=True) if value is not None]
     if not filled:
         return None
     numbers = [value for _, value in filled]
-    return Ends(numbers[0], numbers[-1], min(numbers), max(numbers), filled[0][0], filled[-1][0])
+    found = {"first": numbers[0], "last": numbers[-1], "lowest": min(numbers), "highest": max(numbers)}
+    return found | {"first_step": filled[0][0], "last_step": filled[-1][0]}
 
 
 def glance(runs: Sequence[Run], curves: Sequence[Curve]) -> list[dict[str, Any]]:

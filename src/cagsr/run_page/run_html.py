@@ -74,15 +74,10 @@ def content_of(runs: Sequence[Run]) -> Content:
 
 
 def render_page(runs: Sequence[Run], content: Content | None = None, *, live: str = "") -> str:
-    """Write the page.
+    """Write the page; ``live`` is the version of one that is served and asks for news, empty for a file.
 
     Everything that a user or a model wrote is escaped: in the markup by Jinja, in the data as JSON without ``<``, ``>``
     and ``&``. A content security policy forbids every script but the page's own, and connections, unless it is served.
-
-    Args:
-        runs: what it shows.
-        content: what ``content_of`` gave for them, None to collect it now.
-        live: the version of a page that is served and asks for news; empty for a file.
     """
     content = content or content_of(runs)
     parts = "\n".join(page_file("run_page", name) for name in SCRIPTS)
@@ -138,17 +133,16 @@ def chart(runs: int) -> dict[str, Any]:
         line = ColumnDataSource({"step": [], "value": [], "smooth": []}, name=f"line{number}")
         dots = ColumnDataSource({"step": [], "value": []}, name=f"dots{number}")
         plot.line("step", "value", source=line, line_width=1.8, line_dash=dash, name=f"raw{number}")
-        smooth = plot.line("step", "smooth", source=line, line_width=2, line_dash=dash, name=f"smooth{number}")
-        smooth.visible = False
+        smooth = {"line_width": 2, "line_dash": dash, "name": f"smooth{number}", "visible": False}
+        plot.line("step", "smooth", source=line, **smooth)
         plot.scatter("step", "value", source=dots, size=6, marker=MARKERS[number % len(MARKERS)], name=f"dot{number}")
     plot.xgrid.grid_line_color = None
     plot.xaxis.ticker = BasicTicker(desired_num_ticks=6, min_interval=1)
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     plot.yaxis.ticker = BasicTicker(desired_num_ticks=4)
-    for axis in (plot.xaxis, plot.yaxis):
-        axis.major_label_text_font = "system-ui, sans-serif"
-        axis.major_label_text_font_size = "11px"
-        axis.minor_tick_line_color = None
-        axis.major_tick_out = 3
-        axis.major_tick_in = 0
+    plot.axis.major_label_text_font = "system-ui, sans-serif"
+    plot.axis.major_label_text_font_size = "11px"
+    plot.axis.minor_tick_line_color = None
+    plot.axis.major_tick_out = 3
+    plot.axis.major_tick_in = 0
     return dict(json_item(plot))

@@ -38,15 +38,14 @@ def _heat_map(axes: Axes, measured: Measured, answer: Answer, rank: int) -> None
     attention = answer.planes[REWARD]
     # The first token, where attention parks, would leave all others white.
     shown = attention[:, 1:] if attention.shape[1] > 1 and measured.prompt.words[0] < 0 else attention
-    image = axes.imshow(
-        attention, aspect="auto", cmap="Blues", vmin=0.0, vmax=float(shown.max()) or 1.0, interpolation="nearest"
-    )
+    most = float(shown.max()) or 1.0
+    image = axes.imshow(attention, aspect="auto", cmap="Blues", vmin=0.0, vmax=most, interpolation="nearest")
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label="attention", fraction=0.05, pad=0.02)
     _label(axes, "x", measured.tokens, "prompt token")
     _label(axes, "y", answer.tokens, "answer token")
-    title = f"{rank}. reward {answer.reward:+.3g}" if len(measured.answers) > 1 else f"reward {answer.reward:+.3g}"
-    axes.set_title(title, loc="left", fontsize=10)
+    number = f"{rank}. " if len(measured.answers) > 1 else ""
+    axes.set_title(f"{number}reward {answer.reward:+.3g}", loc="left", fontsize=10)
 
 
 def _label(axes: Axes, which: str, tokens: tuple[str, ...], what: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cagsr.attention import Reading
 from cagsr.attention.probe import AttentionLayers, find_attention_layers
+from cagsr.config import RewardConfig
 from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -24,10 +25,12 @@ from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
 from cagsr.scoring.answers import Response
-from cagsr.view.token_pieces import token_pieces
 
 Floats = NDArray[np.float32]
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 8
+"""Tokens that one character may be split into."""
 MOST_ELEMENTS = 4_000_000
 """Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
 
@@ -86,11 +89,8 @@ class Measured:
     """Layers that the reward reads."""
     planes: tuple[Plane, ...]
     """Which attention was read, that of the reward first."""
-    threshold: float
-    """Attention at which a word counts as covered."""
+    reward: RewardConfig
     pooling: str
-    entropy_floor: float
-    ngram: int
     scale: str
     """What the contributions are, in a sentence."""
     model: str
@@ -118,7 +118,6 @@ def measure(
         RewardError: a term fails.
         RunError: the run's scales are those of other terms.
     """
-    config = scorer.config
     found = find_attention_layers(loaded.model)
     elements = len(prompt.ids) * sum(len(response.ids) for response in responses)
     planes = planes_with_room(found, scorer.scorer.reader.layers, elements)
@@ -126,7 +125,7 @@ def measure(
     for batch, values in scorer.score_texts([prompt] * len(responses), responses):
         batches.append((batch, values, read_planes(loaded, batch.episodes, found, planes)))
     raw = {name: torch.cat([values[name] for _, values, _ in batches]) for name in scorer.weights}
-    weighed = weigh(raw, scorer.weights, config, torch.zeros(len(responses), dtype=torch.int64), scales)
+    weighed = weigh(raw, scorer.weights, scorer.config, torch.zeros(len(responses), dtype=torch.int64), scales)
     answers: list[Answer] = []
     for batch, _, read in batches:
         for row in range(len(batch.episodes.completions)):
@@ -159,10 +158,8 @@ def measure(
         weights=scorer.weights,
         layers=tuple(scorer.scorer.reader.layers),
         planes=(REWARD, *planes),
-        threshold=config.coverage.threshold,
+        reward=scorer.config,
         pooling=scorer.salience.pooling,
-        entropy_floor=config.focus.entropy_floor,
-        ngram=config.repetition.n,
         scale=weighed.note,
         model=loaded.path,
     )
@@ -230,3 +227,34 @@ def read_planes(
         plane: loaded.architecture.attention(loaded.model, inputs, [reading.attention]).cpu()
         for plane, reading in readings.items()
     }
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Give each token's text, the space before it included.
+
+    A character that is split over several tokens (an emoji in a byte-level vocabulary) is shown by the first of them;
+    the others are empty. Special tokens are texts too.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    pieces: list[str] = []
+    start = 0
+    while start < len(ids):
+        for width in range(1, min(LONGEST_CHARACTER, len(ids) - start) + 1):
+            text = decode(ids[start : start + width])
+            if UNFINISHED not in text:
+                break
+        else:
+            width, text = 1, decode(ids[start : start + 1])
+        if start > 0:
+            # Many tokenizers drop the space before a piece that is decoded alone: the piece before it brings it back.
+            before = decode(ids[start - 1 : start])
+            both = decode(ids[start - 1 : start + width])
+            if UNFINISHED not in before and both.startswith(before):
+                text = both[len(before) :]
+        pieces += [text, *[""] * (width - 1)]
+        start += width
+    return pieces

@@ -69,9 +69,9 @@ def page_data(measured: Measured) -> dict[str, Any]:
             for answer, one in zip(measured.answers, packed, strict=True)
         ],
         "planes": [[plane.layer, plane.head] for plane in planes],
-        "threshold": measured.threshold,
+        "threshold": measured.reward.coverage.threshold,
         "pooling": measured.pooling,
-        "floor": measured.entropy_floor,
+        "floor": measured.reward.focus.entropy_floor,
     }
 
 
