@@ -64,14 +64,10 @@ _listeners: dict[nn.Module, list[_Listening]] = {}
 
 @contextmanager
 def listening(modules: Iterable[nn.Module], listener: Listener, logsumexp: bool = False) -> Iterator[None]:
-    """Within the context, tell ``listener`` of every attention call that one of ``modules`` makes.
+    """Within the context, tell ``listener`` of every attention call that one of ``modules`` makes, after it.
 
-    Contexts may be nested and may overlap in several threads; an exception inside leaves nothing behind.
-
-    Args:
-        modules: whose calls.
-        listener: called after each of them, with the module and the call.
-        logsumexp: keep what a fused kernel has computed beside the output, where one ran over several queries.
+    Contexts may be nested and may overlap in several threads; an exception inside leaves nothing behind. ``logsumexp`` keeps what a
+    fused kernel has computed beside the output, where one ran over several queries.
     """
     modules = list(modules)
     entry = _Listening(listener, logsumexp)

@@ -40,14 +40,11 @@ class LogSumExpRecorder(TorchDispatchMode):
         return output
 
     def found(self, query: Tensor) -> Tensor | None:
-        """Give the log-sum-exp of the scores of ``query``, natural logarithm.
+        """Give the log-sum-exp of the scores of ``query``, natural logarithm, ``(batch, heads, queries)`` float32.
 
-        Args:
-            query: ``(batch, heads, queries, width)``, as the model handed it to its attention function.
-
-        Returns:
-            ``(batch, heads, queries)`` float32; None where no kernel ran that computes it, more than one ran, or the
-            one that ran saw another query (autocast had made it less precise) or was not precise itself.
+        ``query`` is ``(batch, heads, queries, width)``, as the model handed it to its attention function. None where no kernel ran
+        that computes it, more than one ran, or the one that ran saw another query (autocast had made it less precise) or was not
+        precise itself.
         """
         if len(self._found) != 1:
             return None

@@ -37,11 +37,8 @@ def mask_rows(
         columns: which key positions; all of them if not said.
 
     Returns:
-        ``(sequences | 1, heads | 1, rows, columns)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what
-        an additive mask says.
-
-    Raises:
-        AttentionError: a mask of a form that this implementation does not use.
+        ``(sequences | 1, heads | 1, rows, keys)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what
+        an additive mask says. A mask of a form that this implementation does not use is an AttentionError.
     """
     mask, keys = call.mask, call.key.shape[2]
     if is_flash_attention_requested(requested_attention_implementation=call.implementation):

@@ -32,13 +32,10 @@ class Piece:
 
 
 def plan_region(region: AttentionRegion, call: Intercepted, causal: bool) -> list[Piece]:
-    """Divide ``region`` into the pieces in which it is read from a call like ``call``.
+    """Divide ``region`` into the pieces in which it is read from a call like ``call``; AttentionError where it lies outside.
 
     One piece where every batch row holds one sequence. Packed sequences are a piece each, narrowed to the keys that
     their own mask rows let them see.
-
-    Raises:
-        AttentionError: the region lies outside the forward (its rows, columns or sequences do not exist).
     """
     batch, queries, keys = call.query.shape[0], call.query.shape[2], call.key.shape[2]
     device = call.key.device

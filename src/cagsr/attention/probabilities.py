@@ -6,6 +6,7 @@ Two ways to the same numbers. ``softmax_columns`` weighs all keys that a row see
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -33,9 +34,7 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Give an uninitialised float32 tensor of this shape, valid until the name is taken again."""
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         memory = self.held.get((name, device))
         if memory is None or memory.numel() < count:
             memory = self.held[name, device] = torch.empty(count, dtype=torch.float32, device=device)
@@ -52,7 +51,7 @@ def softmax_columns(
     softcap: float | None,
     scratch: Scratch | None,
 ) -> Tensor:
-    """Take the softmax over all keys, then the chosen columns, summed over heads.
+    """Take the softmax over all keys, then the chosen columns, summed over heads: ``(sequences, rows, columns)`` float32.
 
     Args:
         query: ``(sequences, heads, rows, width)`` float32, scaled.
@@ -63,35 +62,24 @@ def softmax_columns(
         columns: within the keys; a tensor is ``(sequences, columns)`` int64, -1 for none.
         softcap: see ``Softmax``.
         scratch: memory to use; None: everything is new, as gradients need it.
-
-    Returns:
-        ``(sequences, rows, columns)`` float32.
     """
     n, heads, rows, _ = query.shape
     keys = key.shape[2]
     flat_query, flat_key = _by_key_head(query, key)
     shape = (flat_query.shape[0], flat_query.shape[1], keys)
-    if scratch is None:
-        scores = torch.bmm(flat_query, flat_key).view(n, heads, rows, keys)
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if position_bias is None else scores + position_bias
-        scores = scores if mask is None else scores + mask
-    else:
-        scores = torch.bmm(flat_query, flat_key, out=scratch.take("scores", shape, query.device))
-        scores = scores.view(n, heads, rows, keys)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        if position_bias is not None:
-            scores.add_(position_bias)
-        if mask is not None:
-            scores.add_(mask)
+    scores = torch.bmm(flat_query, flat_key, out=scratch and scratch.take("scores", shape, query.device))
+    scores = scores.view(n, heads, rows, keys)
+    if softcap is not None:
+        scores = torch.tanh(scores.div_(softcap)) * softcap
+    if position_bias is not None:
+        scores = scores.add_(position_bias)
+    if mask is not None:
+        scores = scores.add_(mask)
     if sinks is not None:
         sink = sinks.float().view(1, -1, 1, 1).expand(n, -1, rows, 1)
         probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-    elif scratch is None:
-        probabilities = torch.softmax(scores, dim=-1)
     else:
-        memory = scratch.take("probabilities", (n, heads, rows, keys), query.device)
+        memory = scratch and scratch.take("probabilities", (n, heads, rows, keys), query.device)
         probabilities = torch.softmax(scores, dim=-1, out=memory)
     if isinstance(columns, slice):
         chosen = probabilities[..., columns]
@@ -109,18 +97,10 @@ def exponential_columns(
     logsumexp: Tensor,
     scratch: Scratch,
 ) -> Tensor:
-    """Take ``exp(score - logsumexp)`` of the given keys, summed over heads; no gradients.
+    """Take ``exp(score - logsumexp)`` of the given keys, summed over heads; no gradients. As :func:`softmax_columns`, but that
 
-    Args:
-        query: ``(sequences, heads, rows, width)`` float32, scaled.
-        key: ``(sequences, key-value heads, columns, width)``, the chosen columns alone.
-        mask: ``(sequences | 1, heads | 1, rows, columns)`` float32, added to the scores; None: all are seen.
-        position_bias: ``(sequences | 1, heads | 1, rows | 1, columns)``, added too.
-        logsumexp: ``(sequences, heads, rows)`` of the scores over all keys that each row sees.
-        scratch: memory to use.
-
-    Returns:
-        ``(sequences, rows, columns)`` float32.
+    ``key`` holds the chosen columns alone, so do the mask (None: all are seen) and the bias; ``logsumexp`` is ``(sequences,
+    heads, rows)`` of the scores over all keys that each row sees.
     """
     n, heads, rows, _ = query.shape
     columns = key.shape[2]

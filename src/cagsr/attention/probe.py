@@ -44,8 +44,7 @@ class AttentionLayers:
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """Find the transformers model inside ``model``, which may be wrapped by peft, DDP or a value head.
 
-    Raises:
-        AttentionError: there is none, or peft puts virtual tokens before the prompt, which would shift its positions.
+    AttentionError where there is none, or peft puts virtual tokens before the prompt, which would shift its positions.
     """
     for module in model.modules():
         for config in dict(getattr(module, "peft_config", None) or {}).values():
@@ -62,11 +61,8 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 def find_attention_layers(model: nn.Module) -> AttentionLayers:
     """Run a forward over a few tokens and note which modules call transformers' attention interface.
 
-    Evaluation mode, no gradients; training flags and random number generators are restored.
-
-    Raises:
-        AttentionError: no layer of the model calls the interface (the message names the model type and the layers), or
-            the tiny forward fails.
+    Evaluation mode, no gradients; training flags and random number generators are restored. AttentionError where no layer of the
+    model calls the interface (the message names the model type and the layers), or the tiny forward fails.
     """
     inner = transformers_model(model)
     config = inner.config.get_text_config(decoder=True)
@@ -119,7 +115,7 @@ def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str) -> None:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if cross:
         inputs["decoder_input_ids"] = ids(_DECODER_TOKENS)
-    options = {name: value for name, value in (("use_cache", False),) if name in accepted}
+    options = {"use_cache": False} if "use_cache" in accepted else {}
     try:
         model(**{name: value for name, value in inputs.items() if name in accepted}, **options)
     except Exception as error:  # whatever a model's own code raises: the user needs its name and the reason

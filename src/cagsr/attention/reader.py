@@ -34,16 +34,12 @@ class PromptAttentionReader:
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[int] = "last-4", heads: HeadChoice = "all") -> None:
-        """Find the model's attention by one tiny forward and check the choice.
+        """Find the model's attention by one tiny forward and check the choice (AttentionError, ConfigError).
 
         Args:
             model: a transformers model, or one wrapped by peft, DDP, ``torch.compile`` or a module of your own.
             layers: ``"last-N"``, ``"all"``, numbers separated by commas, or a list (see ``parse_layers``).
             heads: ``"all"``, numbers, a list, or a mapping from layers to lists (see ``parse_heads``).
-
-        Raises:
-            AttentionError: the attention of the model, or of a layer asked for, can't be read.
-            ConfigError: ``layers`` or ``heads`` can't be parsed or don't exist.
         """
         found = find_attention_layers(model)
         self.model_type, self.cross = found.model_type, found.cross
@@ -121,10 +117,7 @@ class Reading:
         """``(n, response, prompt)`` float32: mean probability over the chosen layers and heads, zero on padding.
 
         Of a pooled region ``(n, response, words)``, the sum over each word's tokens. The softmax is over all keys that
-        a row sees, so a row sums to at most 1.
-
-        Raises:
-            AttentionError: no forward has run inside the context, or a chosen layer took no part in it.
+        a row sees, so a row sums to at most 1. AttentionError before a forward, or where a chosen layer took no part in it.
         """
         if self._attention is None:
             if not self._seen:
@@ -146,8 +139,7 @@ class Reading:
     def hear(self, module: nn.Module, call: Intercepted) -> None:
         """Take in what one layer's attention call says; the context's listener, or who stands in for it.
 
-        Raises:
-            AttentionError: a layer that has reported reports again, or gradients are asked for where there are none.
+        AttentionError where a layer that has reported reports again, or gradients are asked for where there are none.
         """
         # Gradient checkpointing runs a layer again during the backward pass: that is the same forward.
         if torch._C._current_graph_task_id() != -1:

@@ -71,13 +71,9 @@ class AttentionRegion:
     def only(self, chosen: Tensor) -> AttentionRegion:
         """Read some of the columns alone: what is read is ``(n, response, chosen)``.
 
-        All built-in terms of the reward look at the tokens of salient words only: for them, this loses nothing.
-
-        Args:
-            chosen: ``(n, chosen)`` int64, indices into this region's columns, -1 for padding (see ``chosen_columns``).
-
-        Raises:
-            AttentionError: the shape does not fit, an index is out of range, or the region is pooled already.
+        All built-in terms of the reward look at the tokens of salient words only: for them, this loses nothing. ``chosen`` is
+        ``(n, chosen)`` int64, indices into this region's columns, -1 for padding (see ``chosen_columns``); AttentionError where its
+        shape does not fit, an index is out of range, or the region is pooled already.
         """
         n, prompt = self.columns.shape
         if self.words is not None:
@@ -94,14 +90,8 @@ class AttentionRegion:
         """Add up the columns of each word while reading: what is read is ``(n, response, words)``.
 
         The same as ``cagsr.reward.pooling.pool_pieces`` with ``how="sum"`` of what would be read without, but columns of
-        no word are never computed, and what is as wide as the prompt never stored.
-
-        Args:
-            words: ``(n, prompt)`` int64, the word of each column of this region, -1 for none.
-            num_words: how many words the result has.
-
-        Raises:
-            AttentionError: the shape does not fit, a word is not below ``num_words``, or the region is pooled already.
+        no word are never computed, and what is as wide as the prompt never stored. ``words`` is ``(n, prompt)`` int64, the word of
+        each column of this region, -1 for none; AttentionError as ``only``, or where a word is not below ``num_words``.
         """
         if words.shape != self.columns.shape or (words.numel() > 0 and int(words.max()) >= num_words):
             raise AttentionError(
@@ -112,6 +102,21 @@ class AttentionRegion:
         narrow = self.only(index)
         kept = words.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
         return replace(narrow, words=kept, num_words=num_words)
+
+    @classmethod
+    def _of_masks(
+        cls, prompt: Tensor, response: Tensor, first: int = 0, looked_at: Tensor | None = None, keys: int | None = None
+    ) -> AttentionRegion:
+        """Each sequence in its own row, responses predicted from query position ``first`` on; the last token is never fed."""
+        fed = prompt if looked_at is None else torch.cat([prompt, looked_at[:, :-1].to(prompt.device).bool()], dim=1)
+        return cls(
+            batch=torch.arange(prompt.shape[0], device=prompt.device),
+            rows=(_positions(response) + first).masked_fill(~response, -1),
+            columns=_positions(fed),
+            row_slice=slice(first, first + response.shape[1]),
+            column_slice=slice(0, fed.shape[1]),
+            keys=keys,
+        )
 
     @classmethod
     def left_padded(
@@ -135,15 +140,7 @@ class AttentionRegion:
                 f"The prompt of sequence {row} does not end at the last prompt position: pad prompts on the left, or "
                 f"use AttentionRegion.right_padded."
             )
-        first = prompt.shape[1] - 1
-        rows = torch.arange(first, first + response.shape[1], device=prompt.device).expand_as(response)
-        return cls(
-            batch=torch.arange(prompt.shape[0], device=prompt.device),
-            rows=rows.masked_fill(~response, -1),
-            columns=_columns(prompt, looked_at),
-            row_slice=slice(first, first + response.shape[1]),
-            column_slice=slice(0, _columns(prompt, looked_at).shape[1]),
-        )
+        return cls._of_masks(prompt, response, prompt.shape[1] - 1, looked_at)
 
     @classmethod
     def right_padded(cls, prompt_lengths: Tensor, response_lengths: Tensor) -> AttentionRegion:
@@ -152,39 +149,26 @@ class AttentionRegion:
         Args:
             prompt_lengths: ``(batch,)`` tokens of each prompt, at least 1.
             response_lengths: ``(batch,)`` tokens of each response.
-
-        Raises:
-            AttentionError: a prompt of no tokens.
         """
         prompt, response = _lengths(prompt_lengths, response_lengths)
+        batch = torch.arange(len(prompt), device=prompt.device)
         columns = _runs(torch.zeros_like(prompt), prompt)
-        return cls(
-            batch=torch.arange(len(prompt), device=prompt.device),
-            rows=_runs(prompt - 1, response),
-            columns=columns,
-            column_slice=slice(0, columns.shape[1]),
-        )
+        return cls(batch, _runs(prompt - 1, response), columns, column_slice=slice(0, columns.shape[1]))
 
     @classmethod
     def packed(cls, prompt_lengths: Tensor, response_lengths: Tensor, batch: Tensor | None = None) -> AttentionRegion:
         """Several sequences prompt + response one after the other in a row of the batch, position ids restarting.
 
-        Args:
-            prompt_lengths: ``(n,)`` tokens of each prompt, at least 1, in the order in which they are packed.
-            response_lengths: ``(n,)`` tokens of each response.
-            batch: ``(n,)`` the batch row of each sequence, not decreasing; None: all in row 0.
-
-        Raises:
-            AttentionError: a prompt of no tokens.
+        Lengths as in ``right_padded``, in the order in which they are packed. ``batch`` is ``(n,)`` the batch row of each
+        sequence, not decreasing; None: all in row 0.
         """
         prompt, response = _lengths(prompt_lengths, response_lengths)
         batch = torch.zeros_like(prompt) if batch is None else batch.to(prompt.device, torch.int64)
         lengths = prompt + response
-        ends = lengths.cumsum(0)
         # Sequences count from the start of their own batch row, not of the whole pack.
         row_start = torch.stack([lengths[batch < row].sum() for row in batch])
-        starts = ends - lengths - row_start
-        return cls(batch=batch, rows=_runs(starts + prompt - 1, response), columns=_runs(starts, prompt))
+        starts = lengths.cumsum(0) - lengths - row_start
+        return cls(batch, _runs(starts + prompt - 1, response), _runs(starts, prompt))
 
     @classmethod
     def after_prefix(
@@ -195,23 +179,10 @@ class AttentionRegion:
         The forward is fed ``response[:-1]``; the row of its first token predicts the second. The first response token is
         predicted by the forward over the prompts: read that one with ``left_padded(prompts, torch.ones(prompts, 1))``.
 
-        Args:
-            prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
-            response_mask: ``(batch, response - 1)``, true where the token that is predicted is read.
-            looked_at: ``(batch, response)``, as in ``left_padded``.
-
-        Raises:
-            AttentionError: the batch sizes differ.
+        ``response_mask`` is ``(batch, response - 1)``, true where the token that is predicted is read; the rest as there.
         """
         prompt, response = _masks(prompt_mask, response_mask)
-        return cls(
-            batch=torch.arange(prompt.shape[0], device=prompt.device),
-            rows=_positions(response),
-            columns=_columns(prompt, looked_at),
-            row_slice=slice(0, response.shape[1]),
-            column_slice=slice(0, _columns(prompt, looked_at).shape[1]),
-            keys=prompt.shape[1] + response.shape[1],
-        )
+        return cls._of_masks(prompt, response, 0, looked_at, prompt.shape[1] + response.shape[1])
 
     @classmethod
     def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor, prefix: int = 1) -> AttentionRegion:
@@ -222,19 +193,8 @@ class AttentionRegion:
             response_mask: ``(batch, response)``, true for real tokens. One column serves a decoding step too: the one
                 token of the step predicts the next.
             prefix: tokens the decoder reads before y0: the start token, and more where a model forces its first tokens.
-
-        Raises:
-            AttentionError: the batch sizes differ.
         """
-        prompt, response = _masks(prompt_mask, response_mask)
-        first = prefix - 1
-        return cls(
-            batch=torch.arange(prompt.shape[0], device=prompt.device),
-            rows=(_positions(response) + first).masked_fill(~response, -1),
-            columns=_positions(prompt),
-            row_slice=slice(first, first + response.shape[1]),
-            column_slice=slice(0, prompt.shape[1]),
-        )
+        return cls._of_masks(*_masks(prompt_mask, response_mask), prefix - 1)
 
     @classmethod
     def decoding(cls, prompt_mask: Tensor, fed: int, alive: Tensor | None = None) -> AttentionRegion:
@@ -247,22 +207,12 @@ class AttentionRegion:
             prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
             fed: response tokens read so far, this step's token included (1 for the first step after the prompt).
             alive: ``(batch,)`` false for sequences that have ended; None: all go on.
-
-        Raises:
-            AttentionError: ``fed`` is below 1.
         """
         if fed < 1:
             raise AttentionError(f"A decoding step has read at least one response token, not {fed}.")
         prompt = prompt_mask.bool()
         alive = prompt.new_ones(prompt.shape[0]) if alive is None else alive.to(prompt.device).bool()
-        return cls(
-            batch=torch.arange(prompt.shape[0], device=prompt.device),
-            rows=torch.zeros_like(alive, dtype=torch.int64).masked_fill(~alive, -1)[:, None],
-            columns=_positions(prompt),
-            row_slice=slice(0, 1),
-            column_slice=slice(0, prompt.shape[1]),
-            keys=prompt.shape[1] + fed,
-        )
+        return cls._of_masks(prompt, alive[:, None], keys=prompt.shape[1] + fed)
 
 
 def chosen_columns(chosen: Tensor) -> Tensor:
@@ -299,13 +249,6 @@ def _lengths(prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, 
 def _positions(mask: Tensor) -> Tensor:
     """Each column's own number where the mask is true, -1 elsewhere."""
     return torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1)
-
-
-def _columns(prompt: Tensor, looked_at: Tensor | None) -> Tensor:
-    """The prompt's positions and those of the response that are looked at; the last one is never fed."""
-    return _positions(
-        prompt if looked_at is None else torch.cat([prompt, looked_at[:, :-1].to(prompt.device).bool()], 1)
-    )
 
 
 def _runs(starts: Tensor, lengths: Tensor) -> Tensor:

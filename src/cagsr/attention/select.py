@@ -11,15 +11,12 @@ HeadChoice = str | Sequence[int] | Mapping[int, Sequence[int]]
 
 
 def parse_layers(layers: str | Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
-    """Find the layer numbers named by ``layers``, in the model's order.
+    """Find the layer numbers named by ``layers``, in the model's order; ConfigError where it can't be parsed or names others.
 
     Args:
         layers: ``"last-N"`` (all of them if there are fewer than N), ``"all"``, numbers separated by commas, or a list
             of numbers. Numbers are the model's own (``layer_idx``, from 0); negative ones count from the last layer.
         available: numbers of the layers whose attention can be read, ascending.
-
-    Raises:
-        ConfigError: ``layers`` can't be parsed, names no layer, or names one that isn't available.
     """
     if isinstance(layers, str):
         text = layers.strip()
@@ -41,16 +38,12 @@ def parse_layers(layers: str | Sequence[int], available: Sequence[int]) -> tuple
 
 
 def parse_heads(heads: HeadChoice, counts: Mapping[int, int]) -> dict[int, tuple[int, ...] | None]:
-    """Find the heads to read in each chosen layer; None stands for all of them.
+    """Find the heads to read in each chosen layer; None stands for all of them. ConfigError as ``parse_layers``.
 
     Args:
         heads: ``"all"``, numbers separated by commas or a list (the same in every layer), or a mapping from a layer to
             its list. Negative numbers count from the last head.
         counts: number of query heads of each chosen layer.
-
-    Raises:
-        ConfigError: ``heads`` can't be parsed, names no head or one that a layer doesn't have, or (as a mapping) names
-            other layers than the chosen ones.
     """
     if isinstance(heads, str) and heads.strip() == "all":
         return dict.fromkeys(counts)

@@ -6,6 +6,7 @@ The module is what accelerate wraps, so that every parameter is used through one
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,8 @@ from cagsr.models.load import LoadedModel
 class ActorCritic(nn.Module):
     """A policy with an optional value head or critic.
 
-    Args:
-        loaded: the policy.
-        pad_token_id: fills the positions that no mask lets through.
-        value: ``none`` (value-free estimators), ``head`` (linear, on the policy's last hidden state) or ``model``
-            (a copy of the policy's weights with a head of its own).
+    ``value`` is ``none`` (value-free estimators), ``head`` (linear, on the policy's last hidden state) or ``model`` (a copy of
+    the policy's weights with a head of its own).
     """
 
     def __init__(self, loaded: LoadedModel, value: str = "none") -> None:
@@ -57,23 +55,16 @@ class ActorCritic(nn.Module):
     def forward(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
         """Run prompt + response through the model with the sampled tokens as input (teacher forcing).
 
-        Args:
-            inputs: ids and masks, ``(batch, prompt)`` and ``(batch, response)``.
-
         Returns:
             Logits ``(batch, response, vocabulary)`` at the positions that predict each response token, and the values
             ``(batch, response)`` float32 at the same positions, None without a value head.
         """
+        run = partial(teacher_forced, architecture=self.architecture, inputs=inputs, pad_token_id=self.pad_token_id)
+        logits, hidden = run(self.policy, with_hidden=self.value_head is not None and self.critic is None)
         if self.value_head is None:
-            logits, _ = teacher_forced(self.policy, self.architecture, inputs, self.pad_token_id)
             return logits, None
-        logits, hidden = teacher_forced(
-            self.policy, self.architecture, inputs, self.pad_token_id, with_hidden=self.critic is None
-        )
         if self.critic is not None:
-            _, hidden = teacher_forced(
-                self.critic, self.architecture, inputs, self.pad_token_id, with_hidden=True, with_logits=False
-            )
+            _, hidden = run(self.critic, with_hidden=True, with_logits=False)
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.value_head  # float32 also where FSDP gathers weights in bfloat16

@@ -14,13 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def checkpoint_without_dropout(model: nn.Module) -> None:
-    """Switch on gradient checkpointing and keep dropout off all the same.
+    """Switch on gradient checkpointing of a model in evaluation mode and keep dropout off all the same.
 
     Only the checkpointed layers themselves are put in training mode, not what is inside them, and their own dropout
     rates (attributes used in functional calls) are set to zero.
-
-    Args:
-        model: a transformers or peft model in evaluation mode.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):

@@ -22,7 +22,7 @@ _SPACE_MARK = "▁"
 
 
 def encode_continuation(tokenizer: Any, before: str, text: str) -> list[int]:
-    """Token ids of ``text`` as it stands behind the tokens of ``before``.
+    """Token ids of ``text`` as it stands behind the tokens of ``before``, the prompt as the model reads it.
 
     They are what the tokenizer makes of both together beyond the tokens of ``before``. Where that text's last token would
     merge with the answer's first, the answer is put behind a stand-in whose token doesn't. Where a word can't be written
@@ -30,11 +30,6 @@ def encode_continuation(tokenizer: Any, before: str, text: str) -> list[int]:
     alone, so that no word is lost: a typed answer often lacks that space.
 
     No special tokens are put in; those that the text writes out are read as such.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        before: the prompt as the model reads it.
-        text: the answer, its white space as it is.
     """
     alone = _ids(tokenizer, text)
     if not before or not text:

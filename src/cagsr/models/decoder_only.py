@@ -157,7 +157,8 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Ten
         cache: ``past_key_values`` and ``use_cache``; none: no cache is made.
     """
     mask = mask.long()
-    accepted = _forward_parameters(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own forward takes anything
+    accepted = inspect.signature(base.forward).parameters
     arguments: dict[str, Any] = cache or {"use_cache": False}
     if "position_ids" in accepted:
         arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -168,19 +169,11 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Ten
 
 
 def of_batch(found: Tensor, held_by: Tensor | None) -> Tensor:
-    """Put together what was found for the rows fed, ``(fed, response, ...)``, as ``(batch, response, ...)``.
+    """What was found for each token of the rows fed, ``(fed, response, ...)``, as ``(batch, response, ...)``.
 
-    Args:
-        found: a value for each token of the rows fed.
-        held_by: what ``rows_fed`` gave beside them.
+    ``held_by`` is what ``rows_fed`` gave beside them.
     """
     if held_by is None:
         return found
     width = found.shape[1]
     return found[held_by[:, :width], torch.arange(width, device=found.device)]
-
-
-def _forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Argument names of the underlying model's forward (peft's own takes anything)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters)

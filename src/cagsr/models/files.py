@@ -37,13 +37,8 @@ def is_lfs_pointer(path: Path) -> bool:
 def check_files(path: str, what: str, *, weights: bool = True) -> None:
     """Refuse a local folder that is not there or whose files are no whole files. Of a Hub id nothing is known here.
 
-    Args:
-        path: the folder.
-        what: opens the message: the flag and the folder.
-        weights: look at the weights too.
-
-    Raises:
-        ModelError: no folder, a Git LFS pointer in place of a file, weights that were cut short, or a part of them missing.
+    ``what`` opens the message: the flag and the folder. ModelError: no folder, a Git LFS pointer in place of a file, ``weights``
+    that were cut short, or a part of them missing.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from cagsr.config import SamplingConfig
 from cagsr.errors import ModelError
@@ -53,16 +53,13 @@ class GenerationRules:
 def read_generation_rules(
     settings: GenerationConfig | None, *, encoder_decoder: bool, stop_ids: Sequence[int], path: str
 ) -> GenerationRules:
-    """Sort the fields that a model's generation config sets.
+    """Sort the fields that a model's generation config sets; ModelError for one that can't be trained or sampled with.
 
     Args:
         settings: the model's own; None where it has none.
         encoder_decoder: which kind of model it is: a forced first token means something only to a decoder.
         stop_ids: what ends an answer.
         path: the model's, for messages.
-
-    Raises:
-        ModelError: a field that can't be trained or sampled with.
     """
     if settings is None:
         return GenerationRules()
@@ -100,18 +97,11 @@ def read_generation_rules(
 
 
 def decoder_prefix(model: nn.Module) -> tuple[int, ...]:
-    """The tokens that an encoder-decoder model's decoder reads before the answer: the start token and a forced one.
-
-    Args:
-        model: a transformers (or peft) encoder-decoder model.
-    """
+    """The tokens that an encoder-decoder model's decoder reads before the answer: the start token and a forced one."""
     settings = getattr(model, "generation_config", None)
     # In the order in which transformers' generate looks for it.
-    places = [
-        (settings, "decoder_start_token_id"),
-        (model.config, "decoder_start_token_id"),
-        (settings, "bos_token_id"),
-    ]
+    name = "decoder_start_token_id"
+    places = [(settings, name), (model.config, name), (settings, "bos_token_id")]
     start = next(value for place, name in places if (value := getattr(place, name, None)) is not None)
     forced = getattr(settings, "forced_bos_token_id", None)
     return (int(start),) if forced is None else (int(start), int(forced))
@@ -121,10 +111,6 @@ def sampled_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationCon
     """The generation config that answers are sampled with: the sampling settings, and what is honoured of the model's.
 
     Stop strings are left out: transformers' own criterion fails on some tokenizers (``rollout/sample.py`` has another).
-
-    Args:
-        loaded: the policy.
-        sampling: temperature (0 is greedy), filters, lengths.
     """
     rules, before = loaded.generation, len(loaded.generation.forced)  # generate counts a forced token as a new one
     settings: dict[str, Any] = {
@@ -146,12 +132,7 @@ def sampled_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationCon
 
 
 def served_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
-    """The trained model's own generation config: with it ``model.generate()`` samples as training did.
-
-    Args:
-        loaded: the policy, with the starting model's generation config.
-        sampling: the settings of the training.
-    """
+    """The trained model's own generation config: with it ``model.generate()`` samples as training did."""
     base = loaded.model.generation_config
     served = copy.deepcopy(base) if base is not None else GenerationConfig()
     for name in [*SETTINGS, *OFF, *loaded.generation.off, "bad_words_ids", "forced_bos_token_id"]:
@@ -178,11 +159,11 @@ def ending_as(loaded: LoadedModel) -> GenerationConfig:
 
 def generation_notes(loaded: LoadedModel, sampling: SamplingConfig) -> list[str]:
     """What the user should know of the model's generation config, one sentence each; none where it asks for nothing."""
-    rules, tokenizer = loaded.generation, loaded.tokenizer
-    notes = []
+    rules, notes = loaded.generation, []
     if rules.forced:
+        pieces = loaded.tokenizer.convert_ids_to_tokens(list(rules.forced))
         notes.append(
-            f"Generation config: every answer begins with {_pieces(tokenizer, rules.forced)} (forced_bos_token_id), which is "
+            f"Generation config: every answer begins with {' '.join(map(repr, pieces))} (forced_bos_token_id), which is "
             "read, not sampled: no reward and no loss are on it."
         )
     if banned := len({*rules.never, *rules.never_first}):
@@ -191,17 +172,9 @@ def generation_notes(loaded: LoadedModel, sampling: SamplingConfig) -> list[str]
     other = {name: value for name, value in rules.replaced.items() if ours.get(name) != value and name != "do_sample"}
     dropped = {**other, **rules.off}
     if dropped:
-        told = ", ".join(f"{name} {_short(value)}" for name, value in dropped.items())
+        texts = {name: str(value) for name, value in dropped.items()}
+        told = ", ".join(f"{name} {text if len(text) <= 40 else f'{text[:37]}...'}" for name, text in texts.items())
         notes.append(f"Generation config, switched off: {told}; answers are sampled at the --sampling settings alone.")
     if rules.foreign:
         notes.append(f"Generation config: {', '.join(rules.foreign)} means nothing to transformers; left as it is.")
     return notes
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return " ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids)))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

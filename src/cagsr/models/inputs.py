@@ -48,10 +48,8 @@ class PassInputs:
     def of(cls, episodes: EpisodeBatch, *, share: bool = False) -> PassInputs:
         """Take the tensors of episodes.
 
-        Args:
-            episodes: prompts and what followed them.
-            share: read a prompt once for all of its answers, where that pays; only for models that
-                :func:`~cagsr.models.sharing.shares_prompts` says yes of.
+        ``share``: read a prompt once for all of its answers, where that pays; only for models that
+        :func:`~cagsr.models.sharing.shares_prompts` says yes of.
         """
         prompts = episodes.prompts
         shared = SharedPrompts.of(prompts.group) if share else None

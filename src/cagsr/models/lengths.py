@@ -31,11 +31,9 @@ from cagsr.errors import ModelError
 
 
 def length_borders(model: nn.Module) -> tuple[int, ...]:
-    """Prepare a model, once, so that its rows are independent, and say where its computation changes.
+    """Prepare a transformers or peft model, once, so that its rows are independent, and say where its computation changes.
 
-    Args:
-        model: a transformers or peft model. Hooks are put on its rotary embeddings where they depend on length; other
-            models are left as they are.
+    Hooks are put on its rotary embeddings where they depend on length; other models are left as they are.
 
     Returns:
         Numbers of tokens, ascending: beyond each, all keys of a row are others. Empty for most models.
@@ -47,11 +45,7 @@ def length_borders(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def read_as_long_as(lengths: Tensor) -> Iterator[None]:
-    """Inside the block each row's rotary frequencies are those of a given length, not of its largest position.
-
-    Args:
-        lengths: ``(rows,)`` int64, tokens.
-    """
+    """Inside the block each row's rotary frequencies are those of a given length ``(rows,)``, not of its largest position."""
     token = _LENGTHS.set(lengths)
     try:
         yield
@@ -137,14 +131,12 @@ def _turn_by_row(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             # transformers asks for the largest position: one more column, cut off again, makes it long.
             own = torch.cat([own, torch.full_like(own[:, :1], border)], dim=1) if is_long else own.clamp(max=border - 1)
             order.append(rows)
-            parts.append([part[:, : position_ids.shape[1]] for part in _tensors(module.forward(x, own, *rest))])
+            read = module.forward(x, own, *rest)
+            read = (read,) if isinstance(read, Tensor) else read
+            parts.append([part[:, : position_ids.shape[1]] for part in read])
     place = torch.cat(order).argsort()
     found = tuple(torch.cat(part)[place] for part in zip(*parts, strict=True))
     return found[0] if isinstance(output, Tensor) else found
-
-
-def _tensors(output: Any) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def _refuse_long_dynamic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
@@ -77,11 +73,7 @@ class LoadedModel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def stops(self, sampling: SamplingConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends an answer under these settings: token ids, and texts that are looked for in it.
-
-        Raises:
-            ConfigError: a stop string that can't be found in any text.
-        """
+        """What ends an answer under these settings: token ids, and texts that are looked for in it (``split_stop_strings``)."""
         ids, texts = split_stop_strings(self.tokenizer, sampling.stop_strings)
         return tuple(dict.fromkeys((*self.stop_ids, *ids))), texts
 
@@ -104,8 +96,7 @@ class LoadedModel:
     def room_for_prompts(self, max_new_tokens: int) -> int:
         """Longest prompt in tokens that leaves ``max_new_tokens`` of the context for the answer.
 
-        Raises:
-            ConfigError: no room is left, or an encoder-decoder's decoder has fewer positions.
+        ConfigError where no room is left, or an encoder-decoder's decoder has fewer positions.
         """
         context = self.context_length()
         if context is None:
@@ -125,14 +116,9 @@ class LoadedModel:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Read the number of positions from a model config.
+    """The number of tokens a model has positions for (its encoder, for encoder-decoder models), by its transformers config.
 
-    Args:
-        config: a transformers config.
-
-    Returns:
-        The number of tokens the model has positions for (its encoder, for encoder-decoder models), or None where the
-        config states none (relative positions, as T5).
+    None where that states none (relative positions, as T5).
     """
     text_config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
@@ -164,8 +150,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     device = _choose_device(config.device, notes)
     compute_dtype = _choose_dtype(config.dtype, device, notes)
     use_lora = lora is not None and lora.r > 0
-    frozen = use_lora or not for_training
-    dtype = torch.float32 if not frozen else compute_dtype
+    dtype = compute_dtype if use_lora or not for_training else torch.float32
     model, tokenizer, stored_dtype, untied = load_parts(config, dtype, notes)
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
@@ -176,10 +161,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     stop_ids = _stop_ids(model, tokenizer, config.path, notes)
     architecture = architecture_of(model.config)
     generation = read_generation_rules(
-        model.generation_config,
-        encoder_decoder=not architecture.one_sequence,
-        stop_ids=stop_ids,
-        path=config.path,
+        model.generation_config, encoder_decoder=not architecture.one_sequence, stop_ids=stop_ids, path=config.path
     )
     policy: nn.Module = model
     if use_lora:
@@ -288,15 +270,9 @@ def _stop_ids(
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, task: str) -> PeftModel:
-    """Put fresh adapters on a model.
+    """Put fresh adapters on a model, in place; its weights are frozen. ``task`` is peft's task type, as CAUSAL_LM.
 
-    Args:
-        model: changed in place; its weights are frozen.
-        lora: rank, scale, and the modules.
-        task: peft's task type, as CAUSAL_LM.
-
-    Raises:
-        ConfigError: a name in ``lora.target_modules`` fits no module that can have an adapter.
+    ConfigError where a name in ``lora.target_modules`` fits no module that can have an adapter.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model

@@ -17,13 +17,10 @@ from cagsr.models.sharding import first_pass, gathered, shard_frozen
 
 
 class Reference:
-    """The policy as it was before training.
+    """The policy as it was before training; made before its first update.
 
     Under LoRA it is the policy's own weights with the adapter switched off, so it costs no memory; otherwise a frozen
     copy, whose matrices are in the compute precision.
-
-    Args:
-        loaded: the policy, before its first update.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:

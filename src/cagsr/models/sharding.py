@@ -25,10 +25,8 @@ from cagsr.models.load import LoadedModel, load_model
 def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Divide a module's weights among the processes layer by layer, in place, and hand the optimizer its new parameters.
 
-    Args:
-        accelerator: configured for FSDP2.
-        module: the policy with what belongs to it; the optimizer's parameters are its.
-        optimizer: before its first step.
+    ``accelerator`` is configured for FSDP2; the optimizer, before its first step, has the parameters of ``module``, the policy
+    with what belongs to it.
     """
     _wrap_layers(accelerator, module)
     accelerator.prepare(module, optimizer)
@@ -38,14 +36,11 @@ def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Op
 def shard_frozen(accelerator: Accelerator, module: nn.Module) -> None:
     """Divide the weights of a model that is only read (the reference), in place."""
     plugin = accelerator.state.fsdp_plugin
-    options = {
-        "reshard_after_forward": plugin.reshard_after_forward,
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-    }
+    free, precision = plugin.reshard_after_forward, plugin.mixed_precision_policy or MixedPrecisionPolicy()
     layers = getattr(module, "_no_split_modules", None) or ()
     for part in reversed(list(module.modules())):  # from the inside out
         if part is module or type(part).__name__ in layers:
-            fully_shard(part, **options)
+            fully_shard(part, reshard_after_forward=free, mp_policy=precision)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -96,12 +91,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_state(module: nn.Module, *, keep: bool = True, names: set[str] | None = None) -> dict[str, Tensor]:
     """A module's ``state_dict`` with every sharded tensor put together on the CPU, one after the other.
 
-    Every process calls it where the module is sharded. Tied weights stay one tensor.
-
-    Args:
-        module: sharded or not.
-        keep: False on processes that only take part.
-        names: only these; None: all.
+    Every process calls it where the module is sharded; ``keep`` is False on those that only take part. ``names``: only these.
+    Tied weights stay one tensor.
     """
     if not is_sharded(module) and not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return {
@@ -161,11 +152,8 @@ def divided_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Opt
 def unsharded(loaded: LoadedModel, model: ModelConfig, lora: LoraConfig, *, keep: bool) -> nn.Module | None:
     """The policy as a model of its own on the CPU, for saving; every process calls it where the policy is sharded.
 
-    Args:
-        loaded: the policy; itself where it is not sharded.
-        model: how it was loaded.
-        lora: its adapters.
-        keep: False on processes that only take part; they get None.
+    ``model`` and ``lora`` say how it was loaded; ``keep`` is False on processes that only take part, which get None. A policy
+    that is not sharded is handed back.
     """
     if not is_sharded(loaded.model):
         return loaded.model

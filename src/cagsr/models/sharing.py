@@ -23,11 +23,7 @@ def shares_prompts(loaded: LoadedModel, rollout: EpisodeBatch) -> bool:
     Asked of the model itself: by one tiny batch, once, and by the longest row of each rollout that is longer than all
     before it, for what a cache forgets (a window, a border of its own) shows at some length only. False for caches whose
     rows can't be picked (state-space layers), under gradient checkpointing, which keeps no keys and values, and wherever
-    the log-probabilities come out different.
-
-    Args:
-        loaded: the model; where its weights are divided among processes they must be whole here.
-        rollout: what is to be read.
+    the log-probabilities come out different. Weights that are divided among processes must be whole here.
     """
     model = loaded.model
     if is_checkpointed(model):

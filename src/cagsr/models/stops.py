@@ -57,11 +57,7 @@ class TurnEnd:
 
 
 def turn_end(tokenizer: Any) -> TurnEnd | None:
-    """Read off a tokenizer's chat template how answers end.
-
-    Returns:
-        None where there is no template, or none that renders a question and an answer.
-    """
+    """Read off a tokenizer's chat template how answers end; None without one, or where none renders a question and an answer."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else _turn_end(tokenizer, str(template))
 
@@ -82,10 +78,7 @@ def stop_tokens(generation: GenerationConfig | None, tokenizer: Any) -> tuple[in
 def split_stop_strings(tokenizer: Any, strings: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Stop strings that are one special token, as ids, and the others, which are looked for in an answer's text.
 
-    Special tokens are left out of an answer's text, so such a string would never be found there.
-
-    Raises:
-        ConfigError: a string with a special token among other text.
+    Special tokens are left out of an answer's text, so a string with one among other text would never be found: ConfigError.
     """
     if not strings:
         return (), ()

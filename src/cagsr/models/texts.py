@@ -49,19 +49,15 @@ class TokenTexts:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, size: int = 0) -> TokenTexts:
-    """Read off a tokenizer what each of its tokens says.
+    """Read off a fast tokenizer what each of its tokens says.
 
     Two tokens say the same when their texts are equal without white space and punctuation at their ends and in lower case
     (``str.casefold``); pieces of a character that stands for several tokens when their bytes are. Tokens that say no word or
     part of one have no text and are equal to themselves alone: white space, punctuation, special tokens (which no word
     reaches across either), and ids that no token has.
 
-    Args:
-        tokenizer: a fast tokenizer, whatever its kind.
-        size: ids that the model can say; a vocabulary may be padded beyond what the tokenizer knows.
-
-    Returns:
-        Tables as long as ``size`` or as the tokenizer's vocabulary, whichever is longer. 262,144 tokens take a second or two.
+    The tables are as long as ``size`` (ids that the model can say; a vocabulary may be padded beyond what the tokenizer knows) or
+    as the tokenizer's vocabulary, whichever is longer. 262,144 tokens take a second or two.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     apart = {int(number) for number in tokenizer.all_special_ids}

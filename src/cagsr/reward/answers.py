@@ -84,8 +84,7 @@ class AnswerScorer:
     def values(self, batch: RewardBatch) -> dict[str, Tensor]:
         """Give every term's raw values, name -> ``(batch,)`` float32 on the CPU, NaN where a term does not apply.
 
-        Raises:
-            RewardError: a term fails or gives a number that is not finite.
+        RewardError where a term fails or gives a number that is not finite.
         """
         return {term.name: term_values(term, batch).raw.cpu() for term in self.terms}
 
@@ -101,13 +100,9 @@ class AnswerScorer:
     def raw_values(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response], trainer: Trainer | None = None
     ) -> dict[str, Tensor]:
-        """Every term's raw values, name -> ``(answers,)`` float32 on the CPU, NaN where a term does not apply.
+        """As ``values``, of answers micro-batch by micro-batch; DataError for an answer without a token.
 
         ``trainer`` is what TRL's reward functions may ask; None: nothing is trained.
-
-        Raises:
-            DataError: an answer without a token.
-            RewardError: a term fails or gives a number that is not finite.
         """
         found: dict[str, list[Tensor]] = {term.name: [] for term in self.terms}
         for start in range(0, len(prompts), self.micro_batch_size):

@@ -38,12 +38,9 @@ DENSE_UP_TO = 2**22
 
 
 def prompt_features(text: str, template: Sequence[tuple[int, int]] = ()) -> tuple[frozenset[str], frozenset[str]]:
-    """Words of a prompt and its pairs of neighbouring words, case-folded, without the chat template.
+    """Words of a prompt, and these with its pairs of neighbouring words (with a space); case-folded, without the chat template.
 
     Pairs tell ``rating low`` from ``price low``.
-
-    Returns:
-        The words; the words and the pairs (joined by a space).
     """
     words = [word.key for word in find_words(text, template)]
     return frozenset(words), frozenset(words).union(f"{a} {b}" for a, b in pairwise(words))
@@ -82,12 +79,10 @@ class Associations:
         return _largest(self.strength, axis=0)
 
     def coverage(self, prompt: str, completion: str, template: Sequence[tuple[int, int]] = ()) -> float:
-        """Associated coverage: ``sum_w max_{v in answer} phi(w, v) / sum_w max_v phi(w, v)`` over the prompt's features.
+        """Associated coverage: ``sum_w max_{v in answer} phi(w, v) / sum_w max_v phi(w, v)`` over the prompt's features, in [0, 1].
 
-        Prompt words too rare for a row are covered when they are said literally, and weigh ``rare``.
-
-        Returns:
-            A number in [0, 1]; 0 for a prompt of which nothing goes with anything.
+        Prompt words too rare for a row are covered when they are said literally, and weigh ``rare``. 0 for a prompt of which
+        nothing goes with anything.
         """
         words, features = prompt_features(prompt, template)
         said = answer_features(completion)
@@ -100,14 +95,11 @@ class Associations:
         return covered / possible if possible > 0 else 0.0
 
     def unsupported(self, prompt: str, completion: str, template: Sequence[tuple[int, int]] = ()) -> float:
-        """Share of what the answer says that nothing in the prompt goes with.
+        """Share of what the answer says that nothing in the prompt goes with, in [0, 1].
 
         ``sum_v (max_w phi(w, v) - max_{w in prompt} phi(w, v)) / sum_v max_w phi(w, v)`` over the answer's words ``v``, each
         counted once: words that go with nothing in particular (``the``, ``is``) weigh nothing, and a long answer is
-        not worse than a short one for its length.
-
-        Returns:
-            A number in [0, 1]; 0 for an answer of which no word goes with anything.
+        not worse than a short one for its length. 0 for an answer of which no word goes with anything.
         """
         words, features = prompt_features(prompt, template)
         said = answer_features(completion)
@@ -146,11 +138,7 @@ class Associations:
 
     @classmethod
     def from_json(cls, value: Any) -> Associations:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            DataError: ``value`` is something else.
-        """
+        """Read what :meth:`to_json` wrote; DataError for something else."""
         try:
             if value["format"] != FORMAT:
                 raise ValueError(value["format"])
@@ -189,23 +177,14 @@ def learn_associations(
     min_count: int = 5,
     floor: float = 0.2,
 ) -> Associations:
-    """Learn which answer words go with which prompt words from prompts and the answers a model gave to them.
+    """Learn which answer words go with which prompt words from prompts (text and template ranges) and a model's answer to each.
 
     For a prompt feature ``w`` in ``n_w`` and an answer word ``v`` in ``n_v`` of ``N`` answers, together in ``n_wv``:
-    ``phi = (N n_wv - n_w n_v) / sqrt(n_w (N - n_w) n_v (N - n_v))``. Features that occur, or are lacking, in fewer than
-    ``min_count`` different prompts have no phi, nor have words of so few answers, nor pairs that were seen together fewer than
-    ``min(3, min_count)`` times, since with few counts chance alone gives large values. Words of prompts below ``min_count``
-    (names, mostly) can only be said literally: of a word that is said in a share ``c`` of the answers to its prompt and nowhere
-    else, phi is about ``sqrt(c)``, so that is what they weigh, ``c`` being their common share.
-
-    Args:
-        prompts: text and template ranges of each prompt.
-        completions: an answer to each.
-        min_count: as above, at least 1.
-        floor: smaller phi are 0; above 0.
-
-    Raises:
-        ValueError: the lengths differ, or a setting out of range.
+    ``phi = (N n_wv - n_w n_v) / sqrt(n_w (N - n_w) n_v (N - n_v))``; smaller ones than ``floor`` (in (0, 1]) are 0. Features that
+    occur, or are lacking, in fewer than ``min_count`` (>= 1) different prompts have no phi, nor have words of so few answers, nor
+    pairs that were seen together fewer than ``min(3, min_count)`` times, since with few counts chance alone gives large values.
+    Words of prompts below ``min_count`` (names, mostly) can only be said literally: of a word that is said in a share ``c`` of the
+    answers to its prompt and nowhere else, phi is about ``sqrt(c)``, so that is what they weigh, ``c`` being their common share.
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts, {len(completions)} answers")

@@ -48,17 +48,10 @@ def build_reward(
 def weighted_terms(
     config: RewardConfig, device: torch.device | str, resources: Resources, *, every: bool = False
 ) -> list[tuple[RewardTerm, float]]:
-    """The terms with their weights.
+    """The terms with their weights; arguments and errors as :func:`build_reward`.
 
-    Args:
-        config: the reward.
-        device: where reward models run.
-        resources: what registered terms need.
-        every: registered terms of weight 0 as well, as far as ``resources`` hold what they need (``score`` and
-            ``diagnose`` show them all).
-
-    Raises:
-        ConfigError, ModelError, ValueError: as :func:`build_reward`.
+    ``every``: registered terms of weight 0 as well, as far as ``resources`` hold what they need (``score`` and ``diagnose`` show
+    them all).
     """
     terms: list[tuple[RewardTerm, float]] = []
     for registered in TERMS:
@@ -84,11 +77,7 @@ def weighted_terms(
 
 
 def reward_warnings(config: RewardConfig) -> list[str]:
-    """Say what is known to go wrong with this reward, one sentence each, before anyone spends a run on it.
-
-    Raises:
-        ConfigError: it can't be used.
-    """
+    """Say what is known to go wrong with a (valid) reward, one sentence each, before anyone spends a run on it."""
     validate(config, "reward.")
     return [sentence for term in TERMS for sentence in term.advice(getattr(config, term.name), config)]
 

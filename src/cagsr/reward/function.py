@@ -28,18 +28,7 @@ class RewardFunction:
         clip: float = 5.0,
         reduce: Reduce | None = None,
     ) -> None:
-        """Bind the terms.
-
-        Args:
-            terms: the terms, each with a name of its own.
-            weights: one weight for each term.
-            normalize: see :class:`~cagsr.reward.normalize.Normalizer`, as for ``clip`` and ``reduce``.
-            clip: normalised values are clipped to plus or minus this; 0 does not clip.
-            reduce: sums over processes, so that the moments are those of all processes; None for one process.
-
-        Raises:
-            ConfigError: no term, two terms of one name, or another number of weights than terms.
-        """
+        """Bind the terms, each with a name and a weight of its own (else ConfigError); the rest as :class:`Normalizer`."""
         if not terms:
             raise ConfigError("the reward has no term: give at least one term a weight other than 0")
         if len(terms) != len(weights):

@@ -40,15 +40,15 @@ def associations_of(
 ) -> Associations:
     """Read the associations that ``config.path`` names, or learn them from the model's answers to these prompts.
 
-    ``config.answers`` answers are sampled as in training, to as many different prompts as there are. The global
-    random generators are left as they were.
+    ``config.answers`` answers are sampled as in training, to as many different prompts as there are. The same seed, model and
+    prompts give the same associations; the global random generators are left as they were.
 
     Args:
         loaded: the starting model.
         prompts: unlabelled prompts.
         sampling: how answers are sampled; ``num_generations`` is not used.
         config: where they are, or how they are learned.
-        seed: the same seed, model and prompts give the same associations.
+        seed: of the run.
         batch_size: answers in memory at once.
         accelerator: divides the prompts among its processes, which all call this and get the same.
 
@@ -91,11 +91,7 @@ def associations_of(
 
 
 def read_associations(path: Path) -> Associations:
-    """Read an ``associations.json``.
-
-    Raises:
-        DataError: no such file, or it holds something else; the message names it.
-    """
+    """Read an ``associations.json``; DataError, which names it, for no such file or one that holds something else."""
     try:
         return Associations.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -107,13 +103,7 @@ def read_associations(path: Path) -> Associations:
 def named_associations(reward: RewardConfig, why: str) -> Associations | None:
     """Read the file that ``reward.associations.path`` names, where no answers are sampled to learn from.
 
-    Args:
-        reward: the reward.
-        why: ends the sentence for a reward that needs associations and names none.
-
-    Raises:
-        ConfigError: they are needed and none are named.
-        DataError: the file can't be read.
+    ConfigError, a sentence that ends with ``why``, where the reward needs associations and none are named.
     """
     if reward.associations.path is not None:
         return read_associations(Path(reward.associations.path))

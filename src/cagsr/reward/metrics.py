@@ -11,13 +11,8 @@ from cagsr.flow import Returns
 def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
     """Pearson correlation of two values after centring both within each group: what a policy gradient sees.
 
-    Args:
-        x: ``(batch,)``; rows with NaN are left out of both.
-        y: ``(batch,)``; the same.
-        group: ``(batch,)`` int64, equal for answers to the same prompt.
-
-    Returns:
-        The correlation, 0.0 where either does not vary within any group.
+    All ``(batch,)``: rows with a NaN are left out, ``group`` is equal for answers to the same prompt. 0.0 where either does not
+    vary within any group.
     """
     known = torch.isfinite(x) & torch.isfinite(y)
     x, y, group = x[known].cpu().double(), y[known].cpu().double(), group[known].cpu()
@@ -53,13 +48,8 @@ def reward_metrics(returns: Returns, length: Tensor, group: Tensor) -> dict[str,
     """Describe a reward for the log; with several processes hand in the answers of all of them.
 
     For each term and for ``total``: ``rewards/<name>/mean`` and ``/std`` (population) of the raw values over the
-    answers the term applies to, ``/length_correlation`` (within the answers to one prompt); for each term
-    ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
-
-    Args:
-        returns: of the answers.
-        length: ``(batch,)`` tokens.
-        group: ``(batch,)`` int64, equal for answers to the same prompt.
+    answers the term applies to, ``/length_correlation`` (within the answers to one prompt, by ``length`` in tokens); for each
+    term ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
     """
     metrics: dict[str, float] = {}
     for name, values in {**returns.terms, "total": returns.total}.items():

@@ -47,14 +47,7 @@ class TermVisitor:
         self._failures: dict[str, CagsrError] = {}
 
     def visit(self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor) -> None:
-        """Take in a micro-batch.
-
-        Args:
-            index: which sequences of the batch it holds, ``(n,)`` int64.
-            part: those sequences, cut to their own length.
-            readings: of them.
-            attention: ``(n, response, context)`` float32, as wide as ``part``.
-        """
+        """Take in a micro-batch; arguments as :meth:`cagsr.scoring.scorer.Visitor.visit`."""
         response = attention.shape[1]
         if self._maps is not None:
             # The columns that were cut, on whichever side, are padding in all of these rows.

@@ -99,20 +99,17 @@ class TermClass:
 
 
 RESERVED = frozenset(
-    {
-        *(
-            "associations",
-            "functions",
-            "function_weights",
-            "function_settings",
-            "models",
-            "model_weights",
-            "normalize",
-            "clip",
-        ),
-        *("weights", "needs", "conflicts", "total"),
-    }
-)
+    (
+        "associations",
+        "functions",
+        "function_weights",
+        "function_settings",
+        "models",
+        "model_weights",
+        "normalize",
+        "clip",
+    )
+) | frozenset(("weights", "needs", "conflicts", "total"))
 """What else the settings and the metrics of the reward have under these names."""
 _TERMS: dict[str, TermClass] = {}
 

@@ -20,7 +20,7 @@ def same_text(texts: TokenTexts, episodes: EpisodeBatch) -> Tensor:
 
 
 def says(texts: TokenTexts, response_ids: Tensor, mask: Tensor, prompt_ids: Tensor, words: Tensor) -> Tensor:
-    """Which response tokens say what a salient prompt token says.
+    """Which response tokens say what a salient prompt token says, ``(batch, response, prompt)`` bool.
 
     Either the two tokens have the same text; or the response token is part of a run of tokens that together say the whole word
     which the prompt token is a piece of, however the two are split. Such a run begins and ends where words do: ``2``, ``0`` of
@@ -32,9 +32,6 @@ def says(texts: TokenTexts, response_ids: Tensor, mask: Tensor, prompt_ids: Tens
         mask: ``(batch, response)`` bool, real response tokens.
         prompt_ids: ``(batch, prompt)`` int64.
         words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
-
-    Returns:
-        ``(batch, response, prompt)`` bool.
     """
     salient = words >= 0
     same = texts.ids[response_ids][:, :, None] == texts.ids[prompt_ids][:, None, :]

@@ -28,14 +28,10 @@ class TrainerCalls:
         self._owners: dict[str, str] = {}
 
     def arguments(self, function: str, answers: int) -> dict[str, Any]:
-        """``TRAINER_ARGUMENTS`` for one call of a reward function.
+        """``TRAINER_ARGUMENTS`` for one call of a reward function (its name, for messages) that judges so many answers.
 
         What they raise is a RewardError: a value that is no number, a column with another number of values than there are
         answers, or one that was logged before.
-
-        Args:
-            function: its name, for messages.
-            answers: how many it judges in this call.
         """
         given: set[str] = set()
 
@@ -68,12 +64,7 @@ class TrainerCalls:
     def averages(self, gather: Callable[[list[Any]], list[Any]], taken: Iterable[str]) -> dict[str, float]:
         """The mean of everything that was logged under each name, over all processes, which all call this.
 
-        Args:
-            gather: collects the items of all processes' lists.
-            taken: names of metrics that are the trainer's own.
-
-        Raises:
-            RewardError: a name is one of ``taken``.
+        ``gather`` collects the items of all processes' lists. RewardError for a name in ``taken``, the trainer's own metrics.
         """
         everything: dict[str, list[float]] = {}
         for name, values in gather(list(self.metrics.items())):

@@ -78,11 +78,9 @@ def load_function(
                 f"reward.functions: {path!r} is a coroutine function of a batch; give a plain function (TRL's forms may be "
                 "coroutines)"
             )
-        return (
-            found
-            if isinstance(found, RewardTerm) and isinstance(found.name, str)
-            else BatchFunction(name, found, getattr(found, "needs", UNKNOWN))
-        )
+        if isinstance(found, RewardTerm) and isinstance(found.name, str):
+            return found
+        return BatchFunction(name, found, getattr(found, "needs", UNKNOWN))
     raise ConfigError(
         f"reward.functions: {path!r} takes ({', '.join(p.name for p in parameters)}); write f(batch) or TRL's "
         "f(prompts, completions, completion_ids, **columns)"
@@ -144,9 +142,7 @@ class TextFunction:
     def __call__(self, batch: RewardBatch) -> PartialValues:
         """Return ``(batch,)`` values; None becomes "does not apply".
 
-        Raises:
-            RewardError: a column it asks for is missing, or it returns something else than one number or None for each
-                answer.
+        RewardError: a column it asks for is missing, or it returns something else than one number or None for each answer.
         """
         episodes = batch.episodes
         prompts = episodes.prompts.prompts
@@ -217,21 +213,16 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def text_arguments(prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, Any]:
-    """Lay out texts and columns as TRL's reward functions receive them.
+    """Lay out texts and columns as TRL's reward functions receive them, the prompt of each answer repeated for its candidates.
 
-    Args:
-        prompts: the prompt of each answer (repeated for its candidates).
-        completions: the answers.
-
-    Returns:
-        ``prompts`` and ``completions``, as lists of texts or, for conversational prompts, lists of messages, and every
-        column of the data as a list with one value for each answer (None where a row lacks it).
+    ``prompts`` and ``completions``, as lists of texts or, for conversational prompts, lists of messages, and every
+    column of the data as a list with one value for each answer (None where a row lacks it).
     """
     columns: dict[str, Any] = {
         key: [prompt.columns.get(key) for prompt in prompts]
         for key in dict.fromkeys(key for prompt in prompts for key in prompt.columns)
     }
-    chats = [None if prompt.messages is None else _messages(prompt.messages) for prompt in prompts]
+    chats = [None if one.messages is None else [dict(message) for message in one.messages] for one in prompts]
     return {
         **{key: value for key, value in columns.items() if key not in {"prompt", "completion", *TRL_ARGUMENTS}},
         "prompts": [prompt.text if chat is None else chat for prompt, chat in zip(prompts, chats, strict=True)],
@@ -240,7 +231,3 @@ def text_arguments(prompts: Sequence[Prompt], completions: Sequence[str]) -> dic
             for text, chat in zip(completions, chats, strict=True)
         ],
     }
-
-
-def _messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    return [dict(message) for message in messages]

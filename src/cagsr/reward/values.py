@@ -66,9 +66,8 @@ def quote_prompt(prompt: Prompt) -> str:
 def ask(term: RewardTerm, batch: RewardBatch) -> RawValues:
     """Call a term.
 
-    Raises:
-        RewardError: it raises, looks at attention that was not read, or returns another shape than ``(batch,)`` or
-            ``(batch, response)``; the message names the term.
+    RewardError, which names it: it raises, looks at attention that was not read, or returns another shape than ``(batch,)`` or
+    ``(batch, response)``.
     """
     if ATTENTION in getattr(term, "needs", ()) and batch.attention is None:
         raise RewardError(f"reward term {term.name!r} reads the attention, but none was captured for this batch")
@@ -101,11 +100,7 @@ def ask(term: RewardTerm, batch: RewardBatch) -> RawValues:
 
 
 def checked_values(term: RewardTerm, found: RawValues, batch: RewardBatch) -> TermValues:
-    """Look at what a term gave for a batch.
-
-    Raises:
-        RewardError: a number that is not finite; the message names the term and the prompt.
-    """
+    """Look at what a term gave for a batch; RewardError, with term and prompt, for a number that is not finite."""
     values, applies, mask = found.values, found.applies, batch.episodes.sampled
     if found.dense:
         values = torch.where(mask & applies[:, None], values, 0.0)
@@ -121,9 +116,5 @@ def checked_values(term: RewardTerm, found: RawValues, batch: RewardBatch) -> Te
 
 
 def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
-    """Call a term and check what it returns.
-
-    Raises:
-        RewardError: as :func:`ask` and :func:`checked_values`.
-    """
+    """Call a term and check what it returns (:func:`ask`, :func:`checked_values`)."""
     return checked_values(term, ask(term, batch), batch)

@@ -53,10 +53,7 @@ def weigh(
         weights: name -> weight; terms of weight 0 are left out.
         config: how to normalise and clip.
         group: ``(answers,)`` int64, equal for answers to one prompt.
-        scales: those of a run.
-
-    Raises:
-        RunError: the run's scales are those of other terms.
+        scales: those of a run; RunError where they are those of other terms.
     """
     active = {name: weight for name, weight in weights.items() if weight != 0}
     if config.normalize == "none":

@@ -35,7 +35,7 @@ def encode_response(
     limit: int | None = None,
     ids: Sequence[int] | None = None,
 ) -> Response:
-    """Turn an answer's text into the tokens the model would have had to say.
+    """Turn an answer's text into the tokens the model would have had to say; none for a text without a token that is cut.
 
     They are those that ``sft`` and ``dpo`` train on (``models/continuation.py``): what can be written behind the prompt's
     own. The answer of an encoder-decoder is a text of its own. No special tokens are put in but the one that ends an
@@ -48,9 +48,6 @@ def encode_response(
         ended: the answer is complete; False appends no stop token.
         limit: cut the answer to this many tokens (it is then unfinished); None: never.
         ids: the tokens it was sampled as, taken as they are; None: tokenise the text.
-
-    Returns:
-        The answer; its ``ids`` are empty for a text without a token that is cut.
     """
     tokens = _tokens(loaded, prompt, text, ended) if ids is None else [int(token) for token in ids]
     if limit is not None and len(tokens) > limit:
@@ -85,11 +82,7 @@ def _tokens(loaded: LoadedModel, prompt: EncodedPrompt, text: str, ended: bool) 
 
 
 def answered(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]) -> EpisodeBatch:
-    """Pad prompts and finished answers, one answer for each prompt.
-
-    Raises:
-        DataError: an answer without a token; the message names the prompt's row.
-    """
+    """Pad prompts and finished answers, one answer for each prompt; DataError, with the row, for an answer without a token."""
     for prompt, response in zip(prompts, responses, strict=True):
         if not response.ids:
             raise DataError(

@@ -13,17 +13,10 @@ from cagsr.flow import EpisodeBatch
 def micro_batches(
     episodes: EpisodeBatch, size: int, index: Tensor | None = None, *, share: bool = False
 ) -> list[Tensor]:
-    """Split sequences into micro-batches.
+    """Split sequences (``index`` ``(n,)`` int64; None: all) into index tensors of at most ``size``, which together are ``index``.
 
-    Args:
-        episodes: prompts and what followed them.
-        size: sequences per micro-batch.
-        index: which sequences, ``(n,)`` int64; None: all.
-        share: a prompt is fed once for all its answers in a micro-batch: of two orders, by the length of the answer and
-            by prompt, take the one that feeds fewer positions.
-
-    Returns:
-        Index tensors of at most ``size`` sequences, which together are ``index``.
+    ``share``: a prompt is fed once for all its answers in a micro-batch: of two orders, by the length of the answer and by
+    prompt, take the one that feeds fewer positions.
     """
     if index is None:
         index = torch.arange(episodes.ids.shape[0], device=episodes.ids.device)
