@@ -1,7 +1,5 @@
 """What the self-contained pages share: templates, numbers as text, and scripts that a security policy names by their hash."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """Prompt-completion pairs as token ids and labels, exactly as a rollout will see the prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Supervised fine-tuning on TRL's SFTTrainer: the start for reinforcement learning, where there are pairs."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ This file reads from top to bottom as what ``cagsr train`` does. What a step doe
 are in ``runs/``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

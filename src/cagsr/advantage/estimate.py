@@ -1,7 +1,5 @@
 """From the reward to advantages: penalties on tokens, then one of three estimators."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

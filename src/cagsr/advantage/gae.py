@@ -1,7 +1,5 @@
 """Generalised advantage estimation (Schulman et al., 2016, arXiv 1506.02438, equations 11 and 16)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Advantages without a value function: an answer against the other answers to the same prompt."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

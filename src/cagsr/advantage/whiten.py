@@ -1,7 +1,5 @@
 """Whitening over real tokens, across processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -7,8 +7,6 @@ listeners of that very module. Config, masks, modules, and name checks inside tr
 last listener to leave puts the dictionary back as it was.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import threading

@@ -6,8 +6,6 @@ own call sees the kernel underneath return it. The call stays the model's: its o
 autograd, which works above the dispatch mode, has its gradient.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Follows ``transformers`` 5.23: ``integrations/sdpa_attention.py``, ``modeling_fl
 ``masking_utils.py``. Nothing larger than the mask's chosen rows is made.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import torch

@@ -1,7 +1,5 @@
 """How a region is read from a forward: worked out once, then used for every layer with the same mask."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Two ways to the same numbers. ``softmax_columns`` weighs all keys that a row see
 ``exponential_columns`` computes the chosen columns alone, given the log-sum-exp of each row's scores.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Which modules of a model do the attention that is read: found by one tiny forward, not by names."""
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Iterator

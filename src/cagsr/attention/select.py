@@ -1,7 +1,5 @@
 """Which layers and heads are read: from what a user writes to numbers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The report of a comparison: Markdown with its pictures beside it, and one HTML file; ``report.jinja`` says it for both."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From a plan to its jobs: what depends on what, and which of them are done as the plan stands now."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Judge a policy on the test prompts: sampled, greedy, and its start at matched entropy."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

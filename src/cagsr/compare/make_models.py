@@ -1,7 +1,5 @@
 """The work of the jobs that make something: data, starts, reward models, policies."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

@@ -1,7 +1,5 @@
 """The plan of a comparison: a YAML file as typed dataclasses, with every mistake in one sentence."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

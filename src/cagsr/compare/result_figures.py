@@ -1,7 +1,5 @@
 """The plots of a report, as SVG text that needs nothing else."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The tables of a report: levels, gains with intervals and corrected tests, contrasts, labels, ablations, validity, costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the finished jobs left: numbers by method, seed, setting and measure, ready for statistics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

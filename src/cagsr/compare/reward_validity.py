@@ -1,7 +1,5 @@
 """Does the reward see the truth? Measured on the starts, before any training, with the worst disagreements as text."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

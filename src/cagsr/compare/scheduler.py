@@ -1,7 +1,5 @@
 """Run a plan's jobs, several at a time, each in a process of its own; what is done already stays."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

@@ -1,7 +1,5 @@
 """Do one job of a plan in this process: ``python -m cagsr.compare.worker PLAN JOB [--fast]``."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -5,8 +5,6 @@ starts from is read, a signal that the policy can't move by moving its attention
 the scales of a run (``reward_from``) each term is set against its mean over that run; without, rewards are raw weighted sums.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ It does so (``--reward.remote_url``, formerly ``--remote_rm_url``) from threads 
 attention is that of a frozen model (:mod:`cagsr.integrations.frozen`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

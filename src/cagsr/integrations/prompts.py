@@ -1,7 +1,5 @@
 """Prompts as other loops hand them over, to tokens with the words that matter."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ It does so (``reward.custom_reward_function.path``) for one answer at a time, in
 is that of a frozen model (:mod:`cagsr.integrations.frozen`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Whoever samples, scores, reads attention or saves asks ``LoadedModel.architecture``; nobody else asks which kind a model is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Literal, Protocol

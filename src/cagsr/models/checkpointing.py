@@ -4,8 +4,6 @@ transformers ties checkpointing to a layer's training mode, and a layer in that 
 no gradients are taken: a decoding loop would see nothing but the newest token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -11,8 +11,6 @@ The same asymmetry is there in decoding: those tokenizers drop the space of the 
 its beginning, but an answer has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

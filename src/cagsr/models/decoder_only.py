@@ -7,8 +7,6 @@ Each token is scored as it is sampled: by what the model gives for the tokens be
 of a row (``models/lengths.py``), a row that crosses a border is fed once for each side of it.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Encoder-decoder models: the prompt is the encoder's input, read once for its answers; the answer is the decoder's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """What a model's folder holds, before any library opens it: whole files, an adapter, and a fingerprint of it all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -13,8 +13,6 @@ batch, and whether or not keys are cached. Most models are like that. Not so som
   token never fills. Refused above it.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The parts of a model read from its folder or the Hub: config, tokenizer, weights; a PEFT adapter with its base."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

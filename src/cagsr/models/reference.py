@@ -1,7 +1,5 @@
 """The frozen starting model, which the KL leash is tied to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Everything here does nothing, or hands back what it got, for a model that is not sharded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Whether a model can read a prompt once for all its answers: asked of the model itself."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary

@@ -5,8 +5,6 @@ and not every generation config names it. A model trained on such conversations 
 generation that doesn't know it goes on to the length limit. So the token is read off the template.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ Many models use one matrix as embedding and as output head. An adapter belongs t
 two matrices, and merging the adapter into the one would change the other use as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import ExitStack
 

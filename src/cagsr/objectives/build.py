@@ -1,7 +1,5 @@
 """The list of objectives that the settings ask for."""
 
-from __future__ import annotations
-
 from cagsr.advantage.kl import KLController
 from cagsr.config import PPOConfig
 from cagsr.errors import ConfigError

@@ -14,8 +14,6 @@ processes: then gradient accumulation and the number of processes change nothing
 Name it in ``ppo.objectives`` by its dotted path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The clipped policy objective of PPO."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Objectives that are the mean of a quantity of each token: entropy, KL to the starting model, cross-entropy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cagsr.advantage.kl import KLController, kl_estimate

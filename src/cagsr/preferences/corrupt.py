@@ -4,8 +4,6 @@ Nothing here knows a task. Clauses end at punctuation and, in English, begin at 
 stands at one place of two prompts, found by aligning them.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence

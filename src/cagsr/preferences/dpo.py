@@ -1,7 +1,5 @@
 """Direct preference optimisation on TRL's DPOTrainer: preference pairs without a reward model and without sampling."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Preference rows ``{"prompt", "chosen", "rejected"}`` (TRL's format), read as prompts with two answers each; splits by prompt."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

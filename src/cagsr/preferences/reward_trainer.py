@@ -1,7 +1,5 @@
 """A reward model from preference pairs, on TRL's RewardTrainer, with its accuracy on pairs of held-out prompts."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

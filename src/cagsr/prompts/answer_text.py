@@ -1,7 +1,5 @@
 """The text that follows a conversation's prompt when it is answered: what a rollout would have had to write."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Encoded prompts padded into tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Character ranges of a text, and what becomes of them when passages are cut out of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 

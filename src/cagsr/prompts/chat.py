@@ -1,7 +1,5 @@
 """Chat templates: a conversation as one text, which characters of it the template wrote, and texts that hold its marks already."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Text to token ids with character offsets, and the cutting of prompts that are too long."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Split a text into words: the units that salience weighs and attention is pooled over."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Rows from JSONL, JSON, CSV and Parquet files, folders of them, datasets saved to disk, and the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What a user should know about the prompts before a run, in sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a data configuration to prompts a model can answer: read, render, weigh the words, encode."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice

@@ -1,7 +1,5 @@
 """One row of the data as the text a model reads: columns, marked passages, chat template (TRL's formats)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

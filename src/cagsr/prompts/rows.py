@@ -1,7 +1,5 @@
 """The rows of the data, and what is done to them wherever they come from: text columns, OpenAI's ``messages``, texts cut in two."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass

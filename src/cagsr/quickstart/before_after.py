@@ -3,8 +3,6 @@
 A policy that only became more peaked makes fewer mistakes for that reason alone, so the start is also sampled as peaked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a newcomer reads: the stages, the table, the examples, on the terminal and as ``report.md``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

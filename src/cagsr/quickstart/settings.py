@@ -1,7 +1,5 @@
 """What can be set about the quickstart: the sizes, for the curious and for tests. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The quickstart's four stages: make a start and a judge with ``sft``, train with CAGSR, compare."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

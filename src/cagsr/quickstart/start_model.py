@@ -1,7 +1,5 @@
 """The quickstart's start model: a word tokenizer and a tiny Llama, trained from nothing on the hasty annotator's pairs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ annotator who leaves facts out and now and then repeats himself: that is what re
 three sets a prompt belongs to is decided by a hash of its facts, so they never meet, whatever the seeds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

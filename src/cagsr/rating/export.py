@@ -1,7 +1,5 @@
 """Ratings as preference pairs in TRL's format, which ``cagsr reward-model`` and ``cagsr dpo`` take as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

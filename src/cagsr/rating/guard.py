@@ -1,7 +1,5 @@
 """Who may talk to the page's server: whoever has the token, from this machine's own address, from the page itself."""
 
-from __future__ import annotations
-
 import hmac
 
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint

@@ -1,7 +1,5 @@
 """What people are asked: two answers to one prompt, read from files of answers, of pairs, or of known pairs (gold)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The page's server: Starlette on 127.0.0.1, every rating in the database before it is confirmed."""
 
-from __future__ import annotations
-
 import socket
 import sqlite3
 from dataclasses import asdict

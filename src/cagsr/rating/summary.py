@@ -1,7 +1,5 @@
 """The ratings of a file in numbers: who wins how often, with an interval, and whether the raters agree."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

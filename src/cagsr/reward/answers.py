@@ -4,8 +4,6 @@ The same passes, terms and salience as in training; raw values, which are brough
 (``reward/weigh.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """From the configured reward to one that runs: terms, weights, warnings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The reward: each term normalised, weighted, summed, and paid at the tokens it belongs to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

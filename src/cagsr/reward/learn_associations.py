@@ -1,7 +1,5 @@
 """Learn the associations of a model's own answers, or read those of an earlier run: what training and diagnosis share."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

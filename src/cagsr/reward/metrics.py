@@ -1,7 +1,5 @@
 """What is logged of a reward: every term alone, its share of the variance, its correlation with length."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

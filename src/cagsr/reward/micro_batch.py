@@ -5,8 +5,6 @@ the model. Terms that look at one answer at a time are worked out where the atte
 micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """A sequence-classification reward model as a term."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Everything that judges answers by a reward goes through here: training, ``rank``
 whatever else is in the file.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

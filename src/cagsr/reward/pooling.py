@@ -1,7 +1,5 @@
 """From tokens to words, so that a word split into pieces counts once; what each word weighs; and the last token."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

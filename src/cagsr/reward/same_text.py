@@ -1,7 +1,5 @@
 """Whether a token of the answer says what a token of the prompt says, piece by piece or word by word."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

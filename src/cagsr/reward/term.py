@@ -17,8 +17,6 @@ Name it in ``reward.functions`` by its dotted path, or register it (:mod:`cagsr.
 the settings.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 

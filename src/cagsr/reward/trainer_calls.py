@@ -1,7 +1,5 @@
 """What TRL's reward functions ask of the trainer that calls them: its state, and places to log to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A user's own reward functions, named by dotted path: terms of ours, or TRL's functions as they are."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import threading

@@ -1,7 +1,5 @@
 """What finished answers are worth by a reward: their raw terms brought to one scale, weighted and summed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

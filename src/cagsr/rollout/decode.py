@@ -7,8 +7,6 @@ one exponential variate for each row of the batch, present or gone, and each tok
 ratio of probability to variate wins, which is what ``torch.multinomial`` does.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Engine x task: answers are sampled, the task replies, and so on until it is over; then all of it as tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Some sequences of a rollout, cut to their own longest prompt and answer: a micro-batch without padding waste."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, cast

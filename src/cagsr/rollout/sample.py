@@ -1,7 +1,5 @@
 """Sample answers with transformers' ``generate`` and cut them at the first stop token."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

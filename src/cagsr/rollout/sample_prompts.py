@@ -1,7 +1,5 @@
 """Sample answers to a list of prompts, batch by batch, without touching the global random generators."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

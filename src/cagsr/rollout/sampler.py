@@ -4,8 +4,6 @@ The other sampler is a vLLM server (``rollout/vllm.py``). Whoever samples, only 
 values and the attention that the reward reads are the scoring pass's (``scoring/scorer.py``), so an engine needs no patch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 

@@ -4,8 +4,6 @@ The server has its own copy of the weights. It gets the policy's before the firs
 after every update.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace

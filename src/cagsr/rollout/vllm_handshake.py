@@ -1,7 +1,5 @@
 """What is looked at before the first answer: a vLLM server with the right endpoints, settings and model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """JSON over HTTP to a vLLM server, with one sentence for everything that can go wrong on the way."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import logging

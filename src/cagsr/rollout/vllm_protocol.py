@@ -4,8 +4,6 @@ Prompts go as token ids and token ids come back: no text is tokenized twice, so 
 that were sampled. The fields are vLLM's own (``vllm/entrypoints/openai/completion/protocol.py``), as TRL sends them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

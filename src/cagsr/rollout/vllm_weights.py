@@ -1,7 +1,5 @@
 """The policy's weights on their way to a vLLM server: what is sent, and the two channels it can be sent through."""
 
-from __future__ import annotations
-
 import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The page served on this machine while training goes on. It reads the runs and changes nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """Which metrics become curves, what they are called, and their points, thinned where there are very many."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

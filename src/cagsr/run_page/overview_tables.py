@@ -1,7 +1,5 @@
 """The page's tables: first and last numbers, warnings, costs, settings. Plain data for the template."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

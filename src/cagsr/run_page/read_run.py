@@ -1,7 +1,5 @@
 """Which run folder is meant, and what it says, read at one moment: finished, running or broken off alike."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The page as text: one HTML file that needs no other file and no network, or the frame of a served one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime

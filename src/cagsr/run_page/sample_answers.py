@@ -1,7 +1,5 @@
 """Sample answers over time: what each was paid for, and which words changed since the start's answer to its prompt."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher

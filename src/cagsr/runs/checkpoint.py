@@ -7,8 +7,6 @@ one that was damaged later is found by its manifest and skipped. Nothing is pick
 it is loaded.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

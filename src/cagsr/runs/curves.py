@@ -1,7 +1,5 @@
 """The picture of a run: reward and its terms, KL, length, repetition, entropy, the held-out metric."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The final model: Hugging Face layout with a model card that states method, data, metrics and limits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

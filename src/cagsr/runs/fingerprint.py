@@ -3,8 +3,6 @@
 A run that went on with other prompts would train on some that it has held out, and mix two experiments in one curve.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

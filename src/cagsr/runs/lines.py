@@ -1,7 +1,5 @@
 """JSON lines files that grow with a run: append, read, and cut back to a step."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping

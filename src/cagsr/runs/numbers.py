@@ -1,7 +1,5 @@
 """The few numbers of a training step that are shown beside its progress."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

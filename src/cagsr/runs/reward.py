@@ -1,7 +1,5 @@
 """The reward that a training run used, with what it learned: settings, IDF table, associations, scales."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

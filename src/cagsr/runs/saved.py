@@ -1,7 +1,5 @@
 """What is saved is what was trained: a model is written, loaded again and compared before a command says that it is done."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,7 +1,5 @@
 """The output folder of a training on one of TRL's trainers: whose it is, its settings, its checkpoints, its model."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

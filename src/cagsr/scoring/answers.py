@@ -1,7 +1,5 @@
 """Finished answers, given as text or tokens, as the model would have had to say them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A prompt that is read once for all its answers saves much of a step, and is the 
 a way that nothing else shows: the ratio of the update's pass to the scoring pass stays 1, because both are wrong alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -9,8 +9,6 @@ Our own decoding is the same model, but token by token with a key-value cache. W
 over the answer, nothing corrects it: a run says so and stops.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Micro-batches of sequences of like length, so that little of the work is padding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Training, ``diagnose``, ``score``, ``rank``, ``view``, ``compare`` and the integ
 of the attention is a visitor's business, which is handed each micro-batch's while it is there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields

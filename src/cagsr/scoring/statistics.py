@@ -1,7 +1,5 @@
 """Per-token statistics of next-token distributions: log-probability, entropy, what sampling filters changed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

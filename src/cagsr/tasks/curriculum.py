@@ -1,7 +1,5 @@
 """In which order prompts are met: the interface, whose default is shuffled epochs (:class:`~cagsr.prompts.stream.PromptStream`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

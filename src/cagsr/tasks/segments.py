@@ -4,8 +4,6 @@ The tokens of an answer are those that were sampled: what was said is never toke
 in sampling, scoring and the update.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -10,8 +10,6 @@ Name it in ``rollout.task`` by its dotted path. What it says is read by the mode
 part of what the next answer is judged by.
 """
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 from cagsr.errors import ConfigError, RolloutError

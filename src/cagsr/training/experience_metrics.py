@@ -1,7 +1,5 @@
 """What is logged of a batch of experience, averaged over all processes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -10,8 +10,6 @@ Metrics read: ``objective/kl`` (nats per sequence), ``response/length`` (tokens)
 ``eval/metric`` (higher is better) and ``objective/raw_scores`` or ``objective/scores`` (mean reward before the KL penalty).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@
 Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done where it belongs and said in a comment.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ Only the main process owns the folder; on the others every method does its share
 nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """All settings of ``cagsr train``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """One step of a run: collect, update, evaluate now and then, write, watch, save."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence

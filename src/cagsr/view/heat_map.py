@@ -1,7 +1,5 @@
 """The picture: a heat map of answer tokens by prompt tokens for each answer, with the terms as bars."""
 
-from __future__ import annotations
-
 import io
 import math
 import warnings

@@ -1,7 +1,5 @@
 """What the answers to one prompt looked at and what the reward made of it: everything the page shows, as numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The page: one HTML file that needs no other file and no network."""
 
-from __future__ import annotations
-
 import base64
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The viewer from Python: an object that a notebook shows, and that saves itself as a page or a picture."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

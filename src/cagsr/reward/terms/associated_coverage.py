@@ -1,7 +1,5 @@
 """Associated coverage: is each prompt word answered by a word that, in the model's own answers, goes with it?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

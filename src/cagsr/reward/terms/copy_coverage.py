@@ -1,7 +1,5 @@
 """Copy coverage: was each important word said by the very token that looks at it hardest?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ Notation of docs/reward.md: ``A[t, w]`` is the attention from the position that 
 prompt word w, ``s_w`` the salience of the word divided by the prompt's sum.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

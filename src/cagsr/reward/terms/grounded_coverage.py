@@ -8,8 +8,6 @@ Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E
 facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
