@@ -3,8 +3,8 @@
 Small frozen dataclasses with named tensors, in the order in which they come into being. Shape words used everywhere:
 ``batch`` sequences (prompts times candidates), ``prompt`` and ``response`` token positions after padding (the response is
 all that follows the prompt), ``context`` positions that can be looked at (the prompt; of several turns prompt and response),
-``words`` salient words of the context after padding. Masks are boolean, True for real tokens. Token ids are int64, everything that
-is computed is float32 whatever the model's precision.
+``words`` salient words of the context after padding. Masks are boolean. Token ids are int64, everything that is
+computed is float32 whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -53,11 +53,16 @@ class PromptBatch:
     """Prompts padded into tensors: on the left for decoder-only models, on the right for encoder-decoder models."""
 
     prompts: tuple[Prompt, ...]
-    ids: Tensor  # (batch, prompt) int64
-    real: Tensor  # (batch, prompt) bool: no padding
-    words: Tensor  # (batch, prompt) int64, -1: padding, template, sink or unimportant
-    salience: Tensor  # (batch, words) float32, 0 on padding
-    group: Tensor  # (batch,) int64: sequences with the same number answer the same prompt
+    ids: Tensor
+    """(batch, prompt) int64."""
+    real: Tensor
+    """(batch, prompt) bool: no padding."""
+    words: Tensor
+    """(batch, prompt) int64, -1: padding, template, sink or unimportant."""
+    salience: Tensor
+    """(batch, words) float32, 0 on padding."""
+    group: Tensor
+    """(batch,) int64: sequences with the same number answer the same prompt."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,12 @@ class Episode:
 class Context:
     """What the positions of episodes of several turns may look at: every salient word that stands before them."""
 
-    words: Tensor  # (batch, prompt + response) int64, the salient word of each position, -1: none
-    salience: Tensor  # (batch, words) float32, 0 on padding
-    word_turn: Tensor  # (batch, words) int64: the first turn whose answer may look at it
+    words: Tensor
+    """(batch, prompt + response) int64, the salient word of each position, -1: none."""
+    salience: Tensor
+    """(batch, words) float32, 0 on padding."""
+    word_turn: Tensor
+    """(batch, words) int64: the first turn whose answer may look at it."""
     episodes: tuple[Episode, ...]
 
 
@@ -112,15 +120,24 @@ class EpisodeBatch:
     """
 
     prompts: PromptBatch
-    ids: Tensor  # (batch, response) int64, what followed the prompt, padded on the right
-    real: Tensor  # (batch, response) bool: no padding
-    sampled: Tensor  # (batch, response) bool: said by the policy, stop tokens included; never more than ``real``
-    turn: Tensor  # (batch, response) int64: the exchange of each position, from 0
-    ended: Tensor  # (batch,) bool: the last answer stopped by itself (not cut at the length limit)
-    completions: tuple[str, ...]  # the last answers as text, special tokens removed
-    sampler_logprobs: Tensor | None = None  # (batch, response) under the distribution an engine drew from, as it says
-    decoded_logprobs: Tensor | None = None  # (batch, response) the same of our own decoding; None: greedy, or an engine
-    context: Context | None = None  # None: one turn, and the context is the prompt
+    ids: Tensor
+    """(batch, response) int64, what followed the prompt, padded on the right."""
+    real: Tensor
+    """(batch, response) bool: no padding."""
+    sampled: Tensor
+    """(batch, response) bool: said by the policy, stop tokens included; never more than ``real``."""
+    turn: Tensor
+    """(batch, response) int64: the exchange of each position, from 0."""
+    ended: Tensor
+    """(batch,) bool: the last answer stopped by itself (not cut at the length limit)."""
+    completions: tuple[str, ...]
+    """The last answers as text, special tokens removed."""
+    sampler_logprobs: Tensor | None = None
+    """(batch, response) under the distribution an engine drew from, as it says."""
+    decoded_logprobs: Tensor | None = None
+    """(batch, response) the same of our own decoding; None: greedy, or an engine."""
+    context: Context | None = None
+    """None: one turn, and the context is the prompt."""
 
     @classmethod
     def of_one_turn(
@@ -171,19 +188,26 @@ class EpisodeBatch:
 class Attention:
     """What was read of the attention from response positions to the context, averaged over layers and heads."""
 
-    maps: Tensor  # (batch, response, context)
-    words: Tensor  # (batch, response, words) the same, pieces of a word pooled
+    maps: Tensor
+    """(batch, response, context)."""
+    words: Tensor
+    """(batch, response, words) the same, pieces of a word pooled."""
 
 
 @dataclass(frozen=True)
 class Readings:
     """What one teacher-forced pass over prompt + response reads, at the sampling temperature; 0 where nothing was sampled."""
 
-    logprobs: Tensor  # (batch, response) log-probability of each sampled token under the policy
-    entropy: Tensor  # (batch, response) entropy of each next-token distribution, nats
-    certainty: Tensor  # (batch, response) KL(uniform || policy), nats (self-certainty, arXiv 2505.19590)
-    sampling_correction: Tensor  # (batch, response) log policy - log sampler, 0 where both are the same distribution
-    values: Tensor | None = None  # (batch, response) value estimates before each response token
+    logprobs: Tensor
+    """(batch, response) log-probability of each sampled token under the policy."""
+    entropy: Tensor
+    """(batch, response) entropy of each next-token distribution, nats."""
+    certainty: Tensor
+    """(batch, response) KL(uniform || policy), nats (self-certainty, arXiv 2505.19590)."""
+    sampling_correction: Tensor
+    """(batch, response) log policy - log sampler, 0 where both are the same distribution."""
+    values: Tensor | None = None
+    """(batch, response) value estimates before each response token."""
 
 
 class Trainer(Protocol):
@@ -200,30 +224,39 @@ class RewardBatch:
 
     episodes: EpisodeBatch
     readings: Readings
-    reference_logprobs: Tensor | None  # (batch, response) under the frozen starting model; None: not read (yet)
-    attention: Attention | None = None  # from the policy or the reference, as configured; None: not read
-    trainer: Trainer | None = None  # None: nothing is trained
+    reference_logprobs: Tensor | None
+    """(batch, response) under the frozen starting model; None: not read (yet)."""
+    attention: Attention | None = None
+    """From the policy or the reference, as configured; None: not read."""
+    trainer: Trainer | None = None
+    """None: nothing is trained."""
 
 
 @dataclass(frozen=True)
 class Returns:
     """The weighted sum of the reward terms, with what each of them gave."""
 
-    total: Tensor  # (batch,) sum of ``contributions``
-    per_token: Tensor  # (batch, response) the same, on the tokens it is paid at; rows sum to ``total``
-    by_turn: Tensor  # (batch, turns) the same, by the answer it was paid for; 0 where there is no such turn
+    total: Tensor
+    """(batch,) sum of ``contributions``."""
+    per_token: Tensor
+    """(batch, response) the same, on the tokens it is paid at; rows sum to ``total``."""
+    by_turn: Tensor
+    """(batch, turns) the same, by the answer it was paid for; 0 where there is no such turn."""
     terms: Mapping[
         str, Tensor
     ]  # name -> (batch,) raw value of the term, of several turns the mean; NaN: does not apply
-    contributions: Mapping[str, Tensor]  # name -> (batch,) weight * normalised value, of several turns the sum
+    contributions: Mapping[str, Tensor]
+    """Name -> (batch,) weight * normalised value, of several turns the sum."""
 
 
 @dataclass(frozen=True)
 class Targets:
     """What each position is trained towards."""
 
-    advantages: Tensor  # (batch, response)
-    returns: Tensor  # (batch, response) regression target of the value head; zeros for value-free estimators
+    advantages: Tensor
+    """(batch, response)."""
+    returns: Tensor
+    """(batch, response) regression target of the value head; zeros for value-free estimators."""
     weights: Mapping[str, Tensor]
     """Objective -> (batch, response) float32, how strongly each position takes part in it: ``rl`` (policy, value, entropy
     and KL: the sampled positions) and ``ce`` (imitation: none, unless somebody marks some)."""
@@ -235,9 +268,9 @@ class Experience:
 
     episodes: EpisodeBatch
     readings: Readings
-    reference_logprobs: Tensor  # (batch, response)
+    reference_logprobs: Tensor
+    """(batch, response)."""
     returns: Returns
     targets: Targets
-    sampler_metrics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # how far decoding, an engine and the plain pass are from it
+    sampler_metrics: Mapping[str, float] = field(default_factory=dict)
+    """How far decoding, an engine and the plain pass are from the scoring pass."""
