@@ -55,11 +55,8 @@ def read_generation_rules(
 ) -> GenerationRules:
     """Sort the fields that a model's generation config sets; ModelError for one that can't be trained or sampled with.
 
-    Args:
-        settings: the model's own; None where it has none.
-        encoder_decoder: which kind of model it is: a forced first token means something only to a decoder.
-        stop_ids: what ends an answer.
-        path: the model's, for messages.
+    ``stop_ids`` end an answer; ``path`` is the model's, for messages. A forced first token means something only to a
+    decoder.
     """
     if settings is None:
         return GenerationRules()

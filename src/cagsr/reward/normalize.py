@@ -51,9 +51,8 @@ class Moments:
 def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Tensor, float]:
     """Deviation of each value ``(batch,)`` from the mean of its group, over the values that apply.
 
-    Returns:
-        ``(batch,)`` float64 on the CPU, 0 where the value does not apply, and the degrees of freedom: values that apply
-        less groups that have any.
+    ``(batch,)`` float64 on the CPU, 0 where the value does not apply; and the degrees of freedom: values that apply less
+    groups that have any.
     """
     known, own = applies.cpu(), torch.unique(group.cpu(), return_inverse=True)[1]
     x = torch.where(known, values.cpu().double(), 0.0)
@@ -67,15 +66,14 @@ def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Te
 class Normalizer:
     """Brings each term of a reward to one scale.
 
-    Args:
-        names: the terms.
-        normalize: ``within_prompt`` centres a value on the mean over the answers to its prompt and divides it by the
-            term's standard deviation within prompts, so that weights compare what a policy gradient can follow. An
-            answer without another one to its prompt is centred on the mean of all answers seen and is not clipped:
-            between two answers to one prompt the difference is the same, however they come. ``running`` centres and
-            divides by mean and standard deviation over all answers; ``none`` takes raw values.
-        clip: normalised values are clipped to plus or minus this; 0 does not clip. Raw values are never clipped.
-        reduce: sums over processes, so that the moments are those of all processes; None for one process.
+    ``normalize``: ``within_prompt`` centres a value on the mean over the answers to its prompt and divides it by the term's
+    standard deviation within prompts, so that weights compare what a policy gradient can follow. An answer without another
+    one to its prompt is centred on the mean of all answers seen and is not clipped: between two answers to one prompt the
+    difference is the same, however they come. ``running`` centres and divides by mean and standard deviation over all
+    answers; ``none`` takes raw values.
+
+    Normalised values are clipped to plus or minus ``clip``; 0 does not clip. ``reduce`` sums over processes, so that the
+    moments are those of all of them; None for one process.
     """
 
     def __init__(
