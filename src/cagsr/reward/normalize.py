@@ -139,7 +139,8 @@ class Normalizer:
             deviations, _ = group_deviations(values.total, values.applies, group)
             among = deviations.to(amount.device, amount.dtype) * scale
             among = among.clamp(-self.clip, self.clip) if self.clip > 0 else among
-            clipped = torch.where(_alone(group), amount, among)
+            _, own, counts = torch.unique(group, return_inverse=True, return_counts=True)
+            clipped = torch.where(counts[own] == 1, amount, among)
         return torch.where(values.applies, clipped, 0.0)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -166,9 +167,3 @@ class Normalizer:
             kept = {key: float(x) for key, x in state[name].items()}
             self.moments[name] = Moments(kept["count"], kept["mean"], kept["m2"])
             self.within[name] = Moments(kept["within_count"], 0.0, kept["within_m2"])
-
-
-def _alone(group: Tensor) -> Tensor:
-    """``(batch,)`` bool: no other answer has the same number."""
-    _, own, counts = torch.unique(group, return_inverse=True, return_counts=True)
-    return counts[own] == 1

@@ -3,9 +3,6 @@
 Plain coverage pays for looking at a word, whatever is said meanwhile: an answer that looks at a name and misspells it is
 paid in full. Here only attention from a response token to a prompt token of the same text counts, so that the answer's
 text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
-
-Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E NLG its within-prompt correlation with the
-facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
 """
 
 from dataclasses import dataclass
