@@ -26,21 +26,18 @@ def estimate_targets(
 
     1. Token rewards: ``returns.per_token``, less ``missing_eos_penalty`` at the last token of answers that were cut,
        less ``kl_coef`` (the controller's) times the KL per token if ``kl_in`` is ``reward``.
-    2. ``gae``: generalised advantages on the token rewards and the value estimates; tokens that were not sampled are skipped.
-       ``rloo`` and ``grpo``: the sum of the token rewards from an answer on, against those of the other answers in the same
-       turn of the same prompt; the same on all of the answer's tokens.
+    2. ``gae``: generalised advantages on the token rewards and the value estimates; tokens that were not sampled are
+       skipped. ``rloo`` and ``grpo``: the sum of the token rewards from an answer on, against those of the other answers
+       in the same turn of the same prompt; the same on all of the answer's tokens.
     3. ``whiten_advantages``: gae to mean 0 and deviation 1 over sampled tokens; the group estimators, which are
        centred within each group, are only divided by their deviation.
 
-    ``whiten_rewards`` divides token rewards (gae) or the sums (rloo, grpo) by their deviation and keeps their mean. ``reduce``
-    sums a small tensor over processes; None for one process.
+    ``whiten_rewards`` divides token rewards (gae) or the sums (rloo, grpo) by their deviation and keeps their mean.
+    ``reduce`` sums a small tensor over processes; None for one process.
 
-    Returns:
-        Advantages and returns, ``(batch, response)`` float32 without gradient, 0 where nothing was sampled; every sampled
-        position takes part in the objectives of reinforcement, none in imitation.
-
-    Raises:
-        ConfigError: gae without value estimates, or rloo with a single answer to a prompt.
+    Gives advantages and returns, ``(batch, response)`` float32 without gradient, 0 where nothing was sampled; every sampled
+    position takes part in the objectives of reinforcement, none in imitation. ConfigError: gae without value estimates, or
+    rloo with a single answer to a prompt.
     """
     mask = episodes.sampled
     penalty = (~episodes.ended).float() * (config.missing_eos_penalty or 0.0)

@@ -7,21 +7,14 @@ from torch import Tensor
 def generalized_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, going backwards over real tokens only.
+    """Advantages and returns (advantages + values), ``(batch, response)`` float32, 0 on masked tokens; backwards over real
+    ones.
 
     ``delta_t = r_t + gamma V_{t'} - V_t`` and ``A_t = delta_t + gamma lam A_{t'}``, where t' is the next real token and
-    both are 0 after the last one (an answer ends there, whether by a stop token or cut). Masked tokens are skipped as
-    if they were not there: neither their rewards nor their values are read. ``lam`` 0 is one-step TD, 1 is Monte Carlo.
+    both are 0 after the last one (an answer ends there, whether by a stop token or cut). Masked tokens are skipped as if
+    they were not there: neither their rewards nor their values are read. ``lam`` 0 is one-step TD, 1 is Monte Carlo.
 
-    Args:
-        rewards: ``(batch, response)``, the reward that follows each token.
-        values: ``(batch, response)``, the value estimate before each token.
-        mask: ``(batch, response)`` bool, real response tokens.
-        gamma: discount.
-        lam: lambda.
-
-    Returns:
-        Advantages and returns (advantages + values), each ``(batch, response)`` float32, 0 on masked tokens.
+    All ``(batch, response)``: the reward that follows each token, the value estimate before it, and whether it is real.
     """
     rewards = torch.where(mask, rewards.float(), 0.0)
     values = torch.where(mask, values.float(), 0.0)

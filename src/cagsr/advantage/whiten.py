@@ -32,11 +32,8 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce
     """Bring real entries to standard deviation 1 and, with ``shift_mean``, to mean 0.
 
     ``(x - mean) / sqrt(var + 1e-8)``, plus the mean again without ``shift_mean`` (Huang et al., 2024, detail "reward
-    whitening without shifting the mean").
-
-    Returns:
-        The shape of ``values``, ``(batch, response)`` or ``(batch,)``, float32, 0 on masked entries. Fewer than two real
-        entries have no spread to divide by: they are returned as they are.
+    whitening without shifting the mean"). Float32 of the shape of ``values``, 0 on masked entries; fewer than two real
+    entries have no spread to divide by: they are returned as they are.
     """
     values = torch.where(mask, values.float(), 0.0)
     count, mean, variance = masked_moments(values, mask, reduce)

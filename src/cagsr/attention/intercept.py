@@ -49,15 +49,10 @@ class _Wrapped:
     holders: int = 0
 
 
-@dataclass(frozen=True)
-class _Listening:
-    tell: Listener
-    logsumexp: bool
-
-
 _lock = threading.RLock()
 _wrapped: dict[tuple[int, str], _Wrapped] = {}
-_listeners: dict[nn.Module, list[_Listening]] = {}
+_listeners: dict[nn.Module, list[tuple[Listener, bool]]] = {}
+"""Who is told of a module's calls, and whether it wants the log-sum-exp."""
 
 
 @contextmanager
@@ -68,7 +63,7 @@ def listening(modules: Iterable[nn.Module], listener: Listener, logsumexp: bool 
     fused kernel has computed beside the output, where one ran over several queries.
     """
     modules = list(modules)
-    entry = _Listening(listener, logsumexp)
+    entry = (listener, logsumexp)
     names = {(id(namespace), name): namespace for module in modules for namespace, name in lookups(module)}
     with _lock:
         for (address, name), namespace in names.items():
@@ -146,7 +141,7 @@ def _wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         options.pop("value", None)  # only its own width matters, and only to the output
         logsumexp = None
         # One query has a single row of scores: not worth watching the kernel.
-        wanted = query.shape[2] > 1 and any(listener.logsumexp for listener in listeners)
+        wanted = query.shape[2] > 1 and any(logs for _, logs in listeners)
         if wanted and implementation == "sdpa":
             with LogSumExpRecorder() as recorder:
                 output = original(module, *args, **kwargs)
@@ -154,8 +149,8 @@ def _wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         else:
             output = original(module, *args, **kwargs)
         call = Intercepted(implementation, query, key, mask, options, logsumexp)
-        for listener in listeners:
-            listener.tell(module, call)
+        for tell, _ in listeners:
+            tell(module, call)
         return output
 
     return attention_and_listeners

@@ -18,16 +18,13 @@ _ROWS, _COLUMNS = 32, 64
 def add_columns(
     target: Tensor, query: Tensor, key: Tensor, key_heads: Tensor, logsumexp: Tensor, scaling: float
 ) -> None:
-    """Add ``exp(q·k scaling - logsumexp)``, summed over heads, to ``target`` in place; no gradients.
+    """Add ``exp(q·k scaling - logsumexp)``, summed over heads, to ``target`` ``(sequences, rows, columns)`` float32 in
+    place; no gradients.
 
-    Args:
-        target: ``(sequences, rows, columns)`` float32, any strides.
-        query: ``(sequences, heads, rows, width)``, any float dtype, not scaled. Products of bfloat16 and float16 are
-            summed in float32; float32 is multiplied in full precision, without TF32.
-        key: ``(sequences, key-value heads, columns, width)`` of the same dtype.
-        key_heads: ``(heads,)`` int32, the key-value head that serves each query head.
-        logsumexp: ``(sequences, heads, rows)`` float32.
-        scaling: of the scores.
+    ``query`` is ``(sequences, heads, rows, width)``, not scaled, ``key`` ``(sequences, key-value heads, columns, width)``
+    of the same float dtype, ``key_heads`` ``(heads,)`` int32 the key-value head that serves each query head, ``logsumexp``
+    ``(sequences, heads, rows)`` float32. Products of bfloat16 and float16 are summed in float32; float32 is multiplied in
+    full precision, without TF32.
     """
     n, heads, rows, width = query.shape
     columns = key.shape[2]

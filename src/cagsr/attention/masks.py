@@ -25,18 +25,11 @@ Rows: TypeAlias = slice | Tensor
 def mask_rows(
     call: Intercepted, causal: bool, sequences: slice, rows: Rows, columns: slice = slice(None)
 ) -> Tensor | None:
-    """Make what is added to the scores of the chosen rows before the softmax; None where every key is seen.
+    """Make what is added to the scores of the chosen sequences, query rows and key columns before the softmax.
 
-    Args:
-        call: the attention call with its mask.
-        causal: whether the module is causal where no mask says so.
-        sequences: which rows of the batch.
-        rows: which query positions.
-        columns: which key positions; all of them if not said.
-
-    Returns:
-        ``(sequences | 1, heads | 1, rows, keys)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what
-        an additive mask says. A mask of a form that this implementation does not use is an AttentionError.
+    ``(sequences | 1, heads | 1, rows, keys)`` float32: 0 where a key is seen, ``LOWEST`` where it is not, or what an
+    additive mask says; None where every key is seen. ``causal``: whether the module is, where no mask says so. A mask of a
+    form that this implementation does not use is an AttentionError.
     """
     mask, keys = call.mask, call.key.shape[2]
     if is_flash_attention_requested(requested_attention_implementation=call.implementation):

@@ -1,6 +1,5 @@
 """How a region is read from a forward: worked out once, then used for every layer with the same mask."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +85,9 @@ def _packed_piece(region: AttentionRegion, call: Intercepted, causal: bool, inde
 def _seen_keys(call: Intercepted, causal: bool, sequence: slice, rows: slice) -> slice | None:
     """Find the run of keys outside which none of the rows sees anything; None: they see nothing at all."""
     first, last = call.key.shape[2], 0
-    for part in _chunks(rows, call.key.shape[2]):
-        mask = mask_rows(call, causal, sequence, part)
+    step = max(1, _CHUNK // call.key.shape[2])
+    for start in range(rows.start, rows.stop, step):
+        mask = mask_rows(call, causal, sequence, slice(start, min(start + step, rows.stop)))
         if mask is None:
             return slice(0, call.key.shape[2])
         seen = (mask > LOWEST / 2).flatten(0, 2).any(0).nonzero()[:, 0]
@@ -112,12 +112,6 @@ def _sees_all(region: AttentionRegion, call: Intercepted, causal: bool, index: i
         if mask is not None and not bool((mask[..., columns - first] == 0).all()):
             return False
     return True
-
-
-def _chunks(rows: slice, keys: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // keys)
-    for start in range(rows.start, rows.stop, step):
-        yield slice(start, min(start + step, rows.stop))
 
 
 def _overlap(columns: slice, keys: slice) -> tuple[slice, slice]:

@@ -51,15 +51,10 @@ def softmax_columns(
 ) -> Tensor:
     """Take the softmax over all keys, then the chosen columns, summed over heads: ``(sequences, rows, columns)`` float32.
 
-    Args:
-        query: ``(sequences, heads, rows, width)`` float32, scaled.
-        key: ``(sequences, key-value heads, keys, width)``, any float dtype.
-        mask: ``(sequences | 1, heads | 1, rows, keys)`` float32, added to the scores.
-        position_bias: ``(sequences | 1, heads | 1, rows | 1, keys)``, added too.
-        sinks: ``(heads,)``.
-        columns: within the keys; a tensor is ``(sequences, columns)`` int64, -1 for none.
-        softcap: see ``Softmax``.
-        scratch: memory to use; None: everything is new, as gradients need it.
+    ``query`` is ``(sequences, heads, rows, width)`` float32, scaled; ``key`` ``(sequences, key-value heads, keys, width)``,
+    any float dtype. ``mask`` ``(sequences | 1, heads | 1, rows, keys)`` float32 and ``position_bias``, of one row or all,
+    are added to the scores. ``sinks`` ``(heads,)`` and ``softcap`` as in ``Softmax``. ``columns`` lie within the keys; a
+    tensor is ``(sequences, columns)`` int64, -1 for none. Without ``scratch`` all memory is new, as gradients need it.
     """
     n, heads, rows, _ = query.shape
     keys = key.shape[2]

@@ -36,10 +36,8 @@ class PromptAttentionReader:
     def __init__(self, model: nn.Module, layers: str | Sequence[int] = "last-4", heads: HeadChoice = "all") -> None:
         """Find the model's attention by one tiny forward and check the choice (AttentionError, ConfigError).
 
-        Args:
-            model: a transformers model, or one wrapped by peft, DDP, ``torch.compile`` or a module of your own.
-            layers: ``"last-N"``, ``"all"``, numbers separated by commas, or a list (see ``parse_layers``).
-            heads: ``"all"``, numbers, a list, or a mapping from layers to lists (see ``parse_heads``).
+        ``model`` may be wrapped by peft, DDP, ``torch.compile`` or a module of your own. ``layers`` as for
+        ``parse_layers``, ``heads`` as for ``parse_heads``.
         """
         found = find_attention_layers(model)
         self.model_type, self.cross = found.model_type, found.cross
@@ -53,12 +51,11 @@ class PromptAttentionReader:
         self._layers: dict[nn.Module, AttentionLayer] = {layer.module: layer for layer in chosen}
 
     def read(self, region: AttentionRegion, with_gradients: bool = False) -> Reading:
-        """Make a context for one forward of the model; its ``attention`` is there after the forward.
+        """Make a context for one forward of the model, whose tensors ``region`` was made for; ``attention`` is there after
+        it.
 
-        Args:
-            region: which rows and columns, made for the tensors of that forward.
-            with_gradients: let gradients flow from ``attention`` into the model. Works with non-re-entrant gradient
-                checkpointing too; the backward pass may come inside or after the context.
+        ``with_gradients`` lets gradients flow from ``attention`` into the model, under non-re-entrant gradient
+        checkpointing too; the backward pass may come inside or after the context.
         """
         return Reading(self._layers, self._heads, region, with_gradients, self.model_type)
 

@@ -124,14 +124,10 @@ class AttentionRegion:
     ) -> AttentionRegion:
         """One forward over prompts padded on the left followed by responses padded on the right.
 
-        Args:
-            prompt_mask: ``(batch, prompt)``, true for real tokens; the last column holds every prompt's last token.
-            response_mask: ``(batch, response)``, true for the tokens whose predicting positions are read.
-            looked_at: ``(batch, response)``, true for response tokens that later ones are read to look at, as columns behind
-                the prompt's (all but the last token, which is not fed); None: the prompt's columns alone.
-
-        Raises:
-            AttentionError: the prompts are not padded on the left, or the batch sizes differ.
+        ``prompt_mask`` ``(batch, prompt)`` is true for real tokens, ``response_mask`` ``(batch, response)`` for the tokens
+        whose predicting positions are read. ``looked_at`` ``(batch, response)`` marks response tokens that later ones are
+        read to look at, as columns behind the prompt's (all but the last token, which is not fed); None: the prompt's
+        columns alone. AttentionError: prompts not padded on the left, or other batch sizes.
         """
         prompt, response = _masks(prompt_mask, response_mask)
         if not bool(prompt[:, -1].all()):
@@ -144,11 +140,8 @@ class AttentionRegion:
 
     @classmethod
     def right_padded(cls, prompt_lengths: Tensor, response_lengths: Tensor) -> AttentionRegion:
-        """One forward over sequences prompt + response without a gap, padded on the right.
-
-        Args:
-            prompt_lengths: ``(batch,)`` tokens of each prompt, at least 1.
-            response_lengths: ``(batch,)`` tokens of each response.
+        """One forward over sequences prompt + response without a gap, padded on the right; lengths in tokens, ``(batch,)``,
+        prompts >= 1.
         """
         prompt, response = _lengths(prompt_lengths, response_lengths)
         batch = torch.arange(len(prompt), device=prompt.device)
@@ -188,11 +181,8 @@ class AttentionRegion:
     def encoder_decoder(cls, prompt_mask: Tensor, response_mask: Tensor, prefix: int = 1) -> AttentionRegion:
         """Put the prompt in the encoder; the decoder reads [start, y0, y1, ...]: row t predicts token t.
 
-        Args:
-            prompt_mask: ``(batch, prompt)``, true for real tokens of the encoder's input, padded on either side.
-            response_mask: ``(batch, response)``, true for real tokens. One column serves a decoding step too: the one
-                token of the step predicts the next.
-            prefix: tokens the decoder reads before y0: the start token, and more where a model forces its first tokens.
+        Masks ``(batch, prompt)`` and ``(batch, response)`` are true for real tokens, prompts padded on either side. One
+        response column serves a decoding step too. ``prefix`` tokens are read before y0: the start token, and forced ones.
         """
         return cls._of_masks(*_masks(prompt_mask, response_mask), prefix - 1)
 
@@ -201,12 +191,8 @@ class AttentionRegion:
         """One step of a decoder-only model with a key-value cache: one token in, the next one predicted.
 
         The first response token is predicted by the forward over the prompt itself: read that one with
-        ``left_padded(prompt_mask, torch.ones(batch, 1))``.
-
-        Args:
-            prompt_mask: ``(batch, prompt)``, true for real tokens, padded on the left.
-            fed: response tokens read so far, this step's token included (1 for the first step after the prompt).
-            alive: ``(batch,)`` false for sequences that have ended; None: all go on.
+        ``left_padded(prompt_mask, torch.ones(batch, 1))``. ``prompt_mask`` is as there; ``fed`` counts response tokens read
+        so far, this step's included; ``alive`` ``(batch,)`` is false for sequences that have ended (None: all go on).
         """
         if fed < 1:
             raise AttentionError(f"A decoding step has read at least one response token, not {fed}.")

@@ -31,15 +31,10 @@ _NARROWEST = 256
 def add_prompt_attention(
     buffer: Tensor, call: Intercepted, piece: Piece, softmax: Softmax, heads: Sequence[int] | None = None
 ) -> None:
-    """Add the probabilities of one layer, summed over heads, to ``buffer`` in place; no gradients.
+    """Add one layer's probabilities, summed over ``heads`` (ascending; None: all), to ``buffer`` in place; no gradients.
 
-    Args:
-        buffer: ``(n, response, prompt)`` float32, or ``(n, response, words)``.
-        call: the layer's query, key and mask, any float dtype; computed in float32. With its log-sum-exp only the
-            columns of the piece are computed.
-        piece: which part of the forward, and where it goes.
-        softmax: scaling and the like.
-        heads: query heads that count, ascending; None: all.
+    ``buffer`` is ``(n, response, prompt)`` float32, or ``(n, response, words)``. Queries and keys of any float dtype are
+    computed in float32; with the call's log-sum-exp only the columns of the piece are computed.
     """
     target, scratch = buffer[piece.target], Scratch()
     with torch.no_grad():

@@ -9,12 +9,11 @@ HeadChoice = str | Sequence[int] | Mapping[int, Sequence[int]]
 
 
 def parse_layers(layers: str | Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
-    """Find the layer numbers named by ``layers``, in the model's order; ConfigError where it can't be parsed or names others.
+    """Find the layer numbers named by ``layers``, in the model's order; ConfigError where it can't be parsed or names
+    others.
 
-    Args:
-        layers: ``"last-N"`` (all of them if there are fewer than N), ``"all"``, numbers separated by commas, or a list
-            of numbers. Numbers are the model's own (``layer_idx``, from 0); negative ones count from the last layer.
-        available: numbers of the layers whose attention can be read, ascending.
+    ``"last-N"`` (all of them if there are fewer than N), ``"all"``, numbers separated by commas, or a list of numbers: the
+    model's own (``layer_idx``, from 0); negative ones count from the last of ``available``, the readable layers, ascending.
     """
     if isinstance(layers, str):
         text = layers.strip()
@@ -38,10 +37,8 @@ def parse_layers(layers: str | Sequence[int], available: Sequence[int]) -> tuple
 def parse_heads(heads: HeadChoice, counts: Mapping[int, int]) -> dict[int, tuple[int, ...] | None]:
     """Find the heads to read in each chosen layer; None stands for all of them. ConfigError as ``parse_layers``.
 
-    Args:
-        heads: ``"all"``, numbers separated by commas or a list (the same in every layer), or a mapping from a layer to
-            its list. Negative numbers count from the last head.
-        counts: number of query heads of each chosen layer.
+    ``"all"``, numbers separated by commas or a list (the same in every layer), or a mapping from a layer to its list;
+    negative numbers count from the last head. ``counts`` are the query heads of each chosen layer.
     """
     if isinstance(heads, str) and heads.strip() == "all":
         return dict.fromkeys(counts)

@@ -55,9 +55,8 @@ class ActorCritic(nn.Module):
     def forward(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
         """Run prompt + response through the model with the sampled tokens as input (teacher forcing).
 
-        Returns:
-            Logits ``(batch, response, vocabulary)`` at the positions that predict each response token, and the values
-            ``(batch, response)`` float32 at the same positions, None without a value head.
+        Gives logits ``(batch, response, vocabulary)`` at the positions that predict each response token, and the values
+        ``(batch, response)`` float32 there, None without a value head.
         """
         run = partial(teacher_forced, architecture=self.architecture, inputs=inputs, pad_token_id=self.pad_token_id)
         logits, hidden = run(self.policy, with_hidden=self.value_head is not None and self.critic is None)

@@ -71,12 +71,9 @@ def teacher_forced(
 ) -> tuple[Tensor, Tensor | None]:
     """One pass over prompt and response, the sampled tokens as input.
 
-    ``with_hidden`` also returns the input of the output embedding (the last hidden state); without ``with_logits`` only that
-    is wanted, and no time and memory goes into logits.
-
-    Returns:
-        Logits ``(batch, response, vocabulary)`` at the positions that predict each response token (of no position, if they
-        are not wanted) and, if asked for, hidden states ``(batch, response, width)``.
+    Gives logits ``(batch, response, vocabulary)`` at the positions that predict each response token and, ``with_hidden``,
+    the input of the output embedding (the last hidden state), ``(batch, response, width)``. Without ``with_logits`` only
+    that is wanted: no time and memory goes into logits, which are of no position.
     """
     seen: list[Tensor] = []
 

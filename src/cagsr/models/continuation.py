@@ -1,14 +1,9 @@
 """An answer as the tokens behind its prompt's, and such tokens as text: the one place where both are done.
 
-In a rollout the prompt's tokens stand, and the answer is written token by token behind them. So an answer that comes as
-text is encoded as tokens that stand *behind* the prompt's own: prompt ids + answer ids must read as prompt + answer.
-Neither of the two usual ways does that. Tokenised alone, an answer is taken for the beginning of a text: the tokenizers
-of Llama 2, Mistral and T5 put a space before it (``▁``) that nobody wrote, or a second one before one that somebody did.
-Tokenised together with the prompt, its first token may swallow the prompt's last (``Answer: `` + ``The``: GPT-2 makes
-``Ġ`` of the space alone and ``ĠThe`` of both), and then no model that reads the prompt could say it.
-
-The same asymmetry is there in decoding: those tokenizers drop the space of the first token, which a text has none of at
-its beginning, but an answer has.
+As in a rollout, prompt ids + answer ids must read as prompt + answer. Neither of the two usual ways does that. Tokenised alone,
+an answer is taken for the beginning of a text: the tokenizers of Llama 2, Mistral and T5 put a space before it (``▁``) that
+nobody wrote, and drop the first token's in decoding. Tokenised together with the prompt, its first token may swallow the prompt's
+last (``Answer: `` + ``The``: GPT-2 makes ``Ġ`` of the space alone and ``ĠThe`` of both): no model that reads the prompt says it.
 """
 
 from collections.abc import Sequence

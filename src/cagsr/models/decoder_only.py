@@ -144,15 +144,11 @@ def _prefix_pass(model: nn.Module, fed: PassInputs, shared: SharedPrompts, respo
 
 
 def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Tensor | None = None, **cache: Any) -> Any:
-    """A decoder-only forward over the last ``ids.shape[1]`` of the positions of ``mask``.
+    """A decoder-only forward over ``ids`` ``(rows, fed)`` int64, the last positions of ``mask`` ``(rows, seen)`` bool,
+    cached ones included.
 
-    Args:
-        model: a transformers or peft model.
-        ids: ``(rows, fed)`` int64.
-        mask: ``(rows, seen)`` bool, cached positions included.
-        keep: how many of the last positions need logits.
-        lengths: ``(rows,)`` tokens by which rotary frequencies go.
-        cache: ``past_key_values`` and ``use_cache``; none: no cache is made.
+    ``keep`` of the last positions need logits; ``lengths`` ``(rows,)`` are the tokens by which rotary frequencies go.
+    ``cache`` is ``past_key_values`` and ``use_cache``; none: no cache is made.
     """
     mask = mask.long()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own forward takes anything

@@ -55,11 +55,8 @@ def read_generation_rules(
 ) -> GenerationRules:
     """Sort the fields that a model's generation config sets; ModelError for one that can't be trained or sampled with.
 
-    Args:
-        settings: the model's own; None where it has none.
-        encoder_decoder: which kind of model it is: a forced first token means something only to a decoder.
-        stop_ids: what ends an answer.
-        path: the model's, for messages.
+    ``stop_ids`` end an answer; ``path`` is the model's, for messages. A forced first token means something only to a
+    decoder.
     """
     if settings is None:
         return GenerationRules()
@@ -133,8 +130,7 @@ def sampled_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationCon
 
 def served_with(loaded: LoadedModel, sampling: SamplingConfig) -> GenerationConfig:
     """The trained model's own generation config: with it ``model.generate()`` samples as training did."""
-    base = loaded.model.generation_config
-    served = copy.deepcopy(base) if base is not None else GenerationConfig()
+    served = copy.deepcopy(loaded.model.generation_config or GenerationConfig())
     for name in [*SETTINGS, *OFF, *loaded.generation.off, "bad_words_ids", "forced_bos_token_id"]:
         setattr(served, name, None)
     for name, value in vars(sampled_with(loaded, sampling)).items():
@@ -150,8 +146,7 @@ def ending_as(loaded: LoadedModel) -> GenerationConfig:
 
     For trainings that sample nothing: the answers they train on end with the tokenizer's EOS.
     """
-    base = loaded.model.generation_config
-    kept = copy.deepcopy(base) if base is not None else GenerationConfig()
+    kept = copy.deepcopy(loaded.model.generation_config or GenerationConfig())
     kept.eos_token_id = list(loaded.stop_ids) if len(loaded.stop_ids) > 1 else loaded.stop_ids[0]
     kept.pad_token_id = loaded.pad_token_id
     return kept

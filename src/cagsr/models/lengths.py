@@ -31,10 +31,8 @@ from cagsr.errors import ModelError
 def length_borders(model: nn.Module) -> tuple[int, ...]:
     """Prepare a transformers or peft model, once, so that its rows are independent, and say where its computation changes.
 
-    Hooks are put on its rotary embeddings where they depend on length; other models are left as they are.
-
-    Returns:
-        Numbers of tokens, ascending: beyond each, all keys of a row are others. Empty for most models.
+    Hooks are put on rotary embeddings that depend on length. Gives numbers of tokens, ascending: beyond each, all keys of a
+    row are others. Empty for most models.
     """
     if model not in _PREPARED:
         _PREPARED[model] = _prepare(model)

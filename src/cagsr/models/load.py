@@ -130,21 +130,13 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 @working("loading the model")
 def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_training: bool = True) -> LoadedModel:
-    """Load the model, its tokenizer and, if asked for, fresh LoRA adapters.
+    """Load the model in eval mode, its tokenizer and, with a rank in ``lora``, fresh LoRA adapters; trained weights are
+    float32.
 
-    Args:
-        config: which model, where and in which precision.
-        lora: adapters to add; None or rank 0 adds none.
-        for_training: training needs a PAD token that is not EOS; reading and sampling do not, and then say what
-            fills the batches instead.
+    Training needs a PAD token that is not EOS; reading and sampling do not, and then say what fills the batches instead.
 
-    Returns:
-        The model in eval mode (dropout is off in every pass), weights in float32 where they are trained.
-
-    Raises:
-        ModelError: the path does not exist, holds no safetensors weights, or weights that do not make this model; it has no
-            tokenizer or no usable PAD token.
-        ConfigError: a device that is not there.
+    Raises ModelError: no such path, no safetensors weights or ones that do not make this model, no tokenizer or usable PAD
+    token; ConfigError: a device that is not there.
     """
     notes: list[str] = []
     device = _choose_device(config.device, notes)

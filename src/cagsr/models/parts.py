@@ -18,14 +18,11 @@ _Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]
 
 
 def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
-    """The model, its tokenizer, its files' precision, and whether a matrix that it uses twice was made two.
+    """The model in precision ``dtype``, its tokenizer, its files' precision, and whether a matrix that it uses twice was
+    made two.
 
-    Of a PEFT adapter it is the base with the adapter merged into it. Raises ModelError, in one sentence.
-
-    Args:
-        config: which model.
-        dtype: precision of the weights in memory.
-        notes: sentences for the user are added to it.
+    Of a PEFT adapter it is the base with the adapter merged into it. Sentences for the user are added to ``notes``. Raises
+    ModelError, in one sentence.
     """
     path, what = config.path, f"--model.path {config.path}"
     check_files(path, what)

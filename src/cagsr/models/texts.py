@@ -1,9 +1,7 @@
 """What each token says: ``The``, ``▁The`` and ``▁the`` are three ids and one text.
 
-A tokenizer has a piece of text under several ids: with the space before it and without, behind a bracket, large and small, as a
-whole word and as the end of one; and it splits a word differently where another sign stands before it (``Pal``, ``ace`` after a
-bracket, ``▁Palace`` in a sentence). What an answer copies from its prompt rarely stands in the same place there, so whoever
-asks whether it says the same compares texts.
+A tokenizer has a piece of text under several ids, and splits a word differently where another sign stands before it (``Pal``,
+``ace`` after a bracket, ``▁Palace`` in a sentence), so whoever asks whether an answer says what its prompt says compares texts.
 """
 
 from __future__ import annotations

@@ -21,18 +21,12 @@ UNTIED = "Untied:"
 
 
 def merge_adapter(base: PreTrainedModel, path: str, what: str) -> tuple[PreTrainedModel, str | None]:
-    """Merge the adapter in a folder into its base model and see that the result is the same model.
+    """Merge the adapter in a folder into its base, in place, and see that the result is the same model; ``what`` opens
+    messages.
 
-    Args:
-        base: as it was when the adapter was trained; it is changed in place.
-        path: the adapter's folder.
-        what: opens the message.
-
-    Returns:
-        The merged model, and a sentence where a matrix that the base uses twice had to be made two (:func:`untie_adapted`).
-
-    Raises:
-        ModelError: the adapter does not fit, is of a kind that can't be merged, or merging it makes another model.
+    ``base`` is as it was when the adapter was trained. Gives the merged model, and a sentence where a matrix that the base
+    uses twice had to be made two (:func:`untie_adapted`). ModelError: the adapter does not fit, can't be merged, or merging
+    makes another model.
     """
     try:
         policy = PeftModel.from_pretrained(base, path).eval()
@@ -54,13 +48,8 @@ def merge_adapter(base: PreTrainedModel, path: str, what: str) -> tuple[PreTrain
 def untie_adapted(policy: PeftModel, target_modules: str) -> str | None:
     """Give each use of a matrix with an adapter a matrix of its own, in place, and have the config say so.
 
-    ``target_modules`` is the setting, for messages.
-
-    Returns:
-        A sentence for the user; None where no adapted matrix is used twice.
-
-    Raises:
-        ConfigError: the architecture can't be saved with two matrices, or it never runs the module that was named.
+    ``target_modules`` is the setting, for messages. Gives a sentence for the user, None where no adapted matrix is used
+    twice. ConfigError: the architecture can't be saved with two matrices, or never runs the module that was named.
     """
     base = policy.get_base_model()
     by_tensor: dict[int, list[str]] = {}

@@ -30,17 +30,10 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped surrogate objective (Schulman et al., 2017, equation 7), as a loss.
 
-    Args:
-        logprobs: ``(batch, response)`` under the policy being trained.
-        old_logprobs: ``(batch, response)`` when the answers were sampled.
-        advantages: ``(batch, response)``.
-        weight: ``(batch, response)``, how strongly each token counts; bool or float.
-        tokens: scalar, response tokens (their weights' sum) of the whole mini-batch.
-        cliprange: epsilon.
-        correction: ``(batch, response)`` log policy - log sampler; each token is weighted by its exponential.
-
-    Returns:
-        ``max(-A r, -A clip(r, 1 - eps, 1 + eps))``, summed over tokens and divided by ``tokens``, with statistics.
+    ``max(-A r, -A clip(r, 1 - eps, 1 + eps))``, weighted, summed and divided by the scalar ``tokens``, the response tokens
+    (their weights' sum) of the whole mini-batch; with statistics. All else is ``(batch, response)``: ``old_logprobs`` are
+    those when the answers were sampled, ``weight``, bool or float, says how strongly each token counts, and ``correction``,
+    log policy - log sampler, weighs it by its exponential.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     log_ratio = log_ratio.masked_fill(weight == 0, 0.0)

@@ -29,22 +29,14 @@ from cagsr.scoring.scorer import FrozenModel, Scorer, evaluating
 class AnswerScorer:
     """Reads what the reward looks at from one pass over prompt + answer, and asks every term.
 
-    The model is left as it was: training flags, gradients, adapters.
+    The model is left as it was: training flags, gradients, adapters; its weights are read at each call. ``attention`` says
+    which layers and heads are read and, with ``source``, whose: the model's own or that of ``reference``, a frozen model
+    (None: the model is its own). ``salience`` says how the pieces of a word are pooled; ``temperature`` divides the logits,
+    as in sampling; ``micro_batch_size`` answers are in memory at once. Without ``associations`` the terms that read them
+    are left out, whatever their weights. ``every``: registered terms of weight 0 too.
 
-    Args:
-        loaded: the model whose answers are judged; its weights are read at each call.
-        reward: terms, their settings and weights.
-        attention: which layers and heads, and with ``source`` whose: the model's own or, if there is one, that of ``reference``.
-        salience: how the pieces of a word are pooled.
-        temperature: divides the logits for log-probabilities and self-certainty, as in sampling.
-        micro_batch_size: answers in memory at once.
-        associations: what the association terms read; without them these terms are left out, whatever their weights.
-        reference: a frozen model; None: the model is its own reference.
-        every: registered terms of weight 0 too.
-
-    Raises:
-        ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used.
-        AttentionError: the model's attention can't be read.
+    Raises ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used;
+    AttentionError: the model's attention can't be read.
     """
 
     def __init__(

@@ -1,15 +1,9 @@
 """Associations: which words of an answer go with which words of its prompt, learned from the model's own answers.
 
-Attention sees what a model looks at, and grounded coverage what it copies; neither sees ``kid friendly`` said for
-``familyFriendly: yes``, nor that nothing in the prompt asked for it. Both can be read off unlabelled answers: over many
-prompts ``kid`` is said where the prompt holds ``familyFriendly yes`` and hardly elsewhere. How strongly two words go together
-is their phi coefficient (Yule, 1912: the Pearson correlation of two yes-or-no variables) over answers of the starting model. A
-prompt word counts as covered when a word that goes with it is said, and a word of the answer as unsupported when nothing
-that it goes with is in the prompt.
-
-No label, no checker and no other model takes part. The strengths are learned once, before the first step, and stay: a
-policy can't move them. They are as good as the model's habits: a fact that it invents everywhere goes with nothing, and is
-not seen.
+Over many unlabelled prompts ``kid`` is said where the prompt holds ``familyFriendly yes`` and hardly elsewhere. How strongly two
+words go together is their phi coefficient (Yule, 1912: the Pearson correlation of two yes-or-no variables) over answers of the
+starting model, learned once before the first step, so that a policy can't move it. A prompt word counts as covered when a word
+that goes with it is said, and a word of the answer as unsupported when nothing that it goes with is in the prompt.
 """
 
 from __future__ import annotations

@@ -23,18 +23,11 @@ def build_reward(
     resources: Resources = Resources(),  # noqa: B008  (frozen)
     reduce: Reduce | None = None,
 ) -> RewardFunction:
-    """Build the reward: every term whose weight is not 0.
+    """Build the reward: every term whose weight is not 0, reward models on ``device``; ``reduce`` sums over processes
+    (None: one).
 
-    Args:
-        config: the reward.
-        device: where reward models run.
-        resources: what registered terms need when they have a weight.
-        reduce: sums a small tensor over processes; None for one process.
-
-    Raises:
-        ConfigError: a value that can't be used, no term with a weight, or a function that can't be imported.
-        ModelError: a reward model that can't be loaded.
-        ValueError: a term with a weight needs what is not in ``resources``.
+    Raises ConfigError: a value that can't be used, no term with a weight, or a function that can't be imported; ModelError:
+    a reward model that can't be loaded; ValueError: a term with a weight needs what is not in ``resources``.
     """
     validate(config, "reward.")
     terms = weighted_terms(config, device, resources)

@@ -48,21 +48,17 @@ class RewardFunction:
     ) -> Returns:
         """Compute the reward of a batch.
 
-        Args:
-            batch: the answers and everything known of them.
-            known: what terms have given (or how they failed) while the attention was read (``TermVisitor.values``).
-            update: take the batch into the running moments first (training); False leaves them as they are and
-                exchanges nothing between processes (evaluation). Before the first update every term counts 0.
+        ``known`` is what terms have given (or how they failed) while the attention was read (``TermVisitor.values``).
+        ``update`` takes the batch into the running moments first (training); False leaves them as they are and exchanges
+        nothing between processes (evaluation). Before the first update every term counts 0.
 
-        Returns:
-            The reward. A term without variance contributes 0; where a term does not apply to an answer its raw value
-            is NaN and it contributes 0. Rows of ``per_token`` sum to ``total``, except that an answer without tokens
-            is paid nothing on tokens. Of several turns each answer is judged among the answers of that turn to its prompt; one
-            that came there alone is neither better nor worse.
+        A term without variance contributes 0; where a term does not apply to an answer its raw value is NaN and it
+        contributes 0. Rows of ``per_token`` sum to ``total``, except that an answer without tokens is paid nothing on
+        tokens. Of several turns each answer is judged among the answers of that turn to its prompt; one that came there
+        alone is neither better nor worse.
 
-        Raises:
-            RewardError: a term fails or gives a number that is not finite (the moments are then unchanged).
-            ConfigError: ``within_prompt`` and no prompt has two answers.
+        Raises RewardError: a term fails or gives a number that is not finite (the moments are then unchanged); ConfigError:
+        ``within_prompt`` and no prompt has two answers.
         """
         exchanges = Exchanges.of(batch)
         mask, group = exchanges.batch.episodes.sampled, exchanges.group

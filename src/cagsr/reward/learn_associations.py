@@ -36,23 +36,14 @@ def associations_of(
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
 ) -> Associations:
-    """Read the associations that ``config.path`` names, or learn them from the model's answers to these prompts.
+    """Read the associations that ``config.path`` names, or learn them from the starting model's answers to these prompts.
 
-    ``config.answers`` answers are sampled as in training, to as many different prompts as there are. The same seed, model and
-    prompts give the same associations; the global random generators are left as they were.
+    ``config.answers`` answers are sampled as in training (``num_generations`` is not used), to as many different prompts as
+    there are, ``batch_size`` at once. The same seed, model and prompts give the same associations; the global random
+    generators are left as they were. The processes of ``accelerator`` divide the prompts, all call this and get the same.
 
-    Args:
-        loaded: the starting model.
-        prompts: unlabelled prompts.
-        sampling: how answers are sampled; ``num_generations`` is not used.
-        config: where they are, or how they are learned.
-        seed: of the run.
-        batch_size: answers in memory at once.
-        accelerator: divides the prompts among its processes, which all call this and get the same.
-
-    Raises:
-        ConfigError: fewer than ``FEWEST_PROMPTS`` prompts, or greedy sampling.
-        DataError: the file can't be read or is something else.
+    Raises ConfigError: fewer than ``FEWEST_PROMPTS`` prompts, or greedy sampling; DataError: the file can't be read or is
+    something else.
     """
     if config.path is not None:
         path = Path(config.path)

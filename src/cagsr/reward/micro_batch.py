@@ -21,13 +21,10 @@ Pooling = Literal["sum", "max"]
 
 
 class TermVisitor:
-    """Takes in the attention of micro-batches, as a scoring pass reads it, and gives what is kept of them all.
+    """Takes in the attention of micro-batches of ``episodes``, as a scoring pass reads it, and gives what is kept of them
+    all.
 
-    Args:
-        episodes: the whole batch.
-        terms: the reward's.
-        pooling: how the pieces of a word are put together.
-        keep_maps: keep the maps whatever the terms are.
+    ``pooling`` says how the pieces of a word are put together; ``keep_maps`` keeps the maps whatever the terms are.
     """
 
     def __init__(

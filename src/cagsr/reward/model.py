@@ -50,10 +50,8 @@ class RewardModel:
         """Return ``(answers,)`` float32 scores on the CPU, one prompt for each answer.
 
         Conversational prompts go through the reward model's chat template, plain prompts are joined with the answer.
-
-        Raises:
-            RewardError: a text is longer than the reward model can read.
-            ModelError: conversational prompts, and its tokenizer has no chat template.
+        RewardError: a text is longer than it can read; ModelError: conversational prompts, and its tokenizer has no chat
+        template.
         """
         ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         # Texts of like length together: less padding, and the scores do not depend on the order.
@@ -124,11 +122,8 @@ def join_answer(prompt: str, answer: str) -> str:
 def load_reward_model(path: str, device: torch.device | str, name: str | None = None) -> RewardModel:
     """Load a reward model and its tokenizer: a sequence-classification model with one output, safetensors weights.
 
-    ``name`` is the term's; None: the last part of the path.
-
-    Raises:
-        ModelError: the path does not exist, holds only pickled weights, is not a sequence classifier with one output,
-            lacks a trained head, or has no usable tokenizer.
+    ``name`` is the term's; None: the last part of the path. ModelError: no such path, only pickled weights, no sequence
+    classifier with one output, no trained head, or no usable tokenizer.
     """
     what = f"reward.models: {path}"
     check_files(path, what)

@@ -51,9 +51,8 @@ class Moments:
 def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Tensor, float]:
     """Deviation of each value ``(batch,)`` from the mean of its group, over the values that apply.
 
-    Returns:
-        ``(batch,)`` float64 on the CPU, 0 where the value does not apply, and the degrees of freedom: values that apply
-        less groups that have any.
+    ``(batch,)`` float64 on the CPU, 0 where the value does not apply; and the degrees of freedom: values that apply less
+    groups that have any.
     """
     known, own = applies.cpu(), torch.unique(group.cpu(), return_inverse=True)[1]
     x = torch.where(known, values.cpu().double(), 0.0)
@@ -67,15 +66,14 @@ def group_deviations(values: Tensor, applies: Tensor, group: Tensor) -> tuple[Te
 class Normalizer:
     """Brings each term of a reward to one scale.
 
-    Args:
-        names: the terms.
-        normalize: ``within_prompt`` centres a value on the mean over the answers to its prompt and divides it by the
-            term's standard deviation within prompts, so that weights compare what a policy gradient can follow. An
-            answer without another one to its prompt is centred on the mean of all answers seen and is not clipped:
-            between two answers to one prompt the difference is the same, however they come. ``running`` centres and
-            divides by mean and standard deviation over all answers; ``none`` takes raw values.
-        clip: normalised values are clipped to plus or minus this; 0 does not clip. Raw values are never clipped.
-        reduce: sums over processes, so that the moments are those of all processes; None for one process.
+    ``normalize``: ``within_prompt`` centres a value on the mean over the answers to its prompt and divides it by the term's
+    standard deviation within prompts, so that weights compare what a policy gradient can follow. An answer without another
+    one to its prompt is centred on the mean of all answers seen and is not clipped: between two answers to one prompt the
+    difference is the same, however they come. ``running`` centres and divides by mean and standard deviation over all
+    answers; ``none`` takes raw values.
+
+    Normalised values are clipped to plus or minus ``clip``; 0 does not clip. ``reduce`` sums over processes, so that the
+    moments are those of all of them; None for one process.
     """
 
     def __init__(
@@ -141,7 +139,8 @@ class Normalizer:
             deviations, _ = group_deviations(values.total, values.applies, group)
             among = deviations.to(amount.device, amount.dtype) * scale
             among = among.clamp(-self.clip, self.clip) if self.clip > 0 else among
-            clipped = torch.where(_alone(group), amount, among)
+            _, own, counts = torch.unique(group, return_inverse=True, return_counts=True)
+            clipped = torch.where(counts[own] == 1, amount, among)
         return torch.where(values.applies, clipped, 0.0)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -168,9 +167,3 @@ class Normalizer:
             kept = {key: float(x) for key, x in state[name].items()}
             self.moments[name] = Moments(kept["count"], kept["mean"], kept["m2"])
             self.within[name] = Moments(kept["within_count"], 0.0, kept["within_m2"])
-
-
-def _alone(group: Tensor) -> Tensor:
-    """``(batch,)`` bool: no other answer has the same number."""
-    _, own, counts = torch.unique(group, return_inverse=True, return_counts=True)
-    return counts[own] == 1

@@ -7,17 +7,12 @@ from torch import Tensor
 
 
 def pool_pieces(attention: Tensor, words: Tensor, num_words: int, how: Literal["sum", "max"] = "sum") -> Tensor:
-    """Pool the attention to the pieces of each salient word, ``(batch, response, words)`` float32.
+    """Pool attention probabilities ``(batch, response, prompt)`` to the pieces of each salient word, ``(batch, response,
+    words)`` float32.
 
-    Args:
-        attention: ``(batch, response, prompt)`` attention probabilities, >= 0.
-        words: ``(batch, prompt)`` int64, for each prompt token the index of its word; -1 (padding, template, sink,
-            unimportant) is left out.
-        num_words: how many words the result has; a word without a piece gets 0.
-        how: ``sum`` for the total over the pieces, ``max`` for the largest.
-
-    Raises:
-        ValueError: the shapes do not belong together, or a word index is not below ``num_words``.
+    ``words`` ``(batch, prompt)`` int64 is the word of each prompt token, -1 (padding, template, sink, unimportant) is left
+    out; a word without a piece gets 0. ``how``: the total over the pieces, or the largest. ValueError: the shapes do not
+    belong together, or a word index is not below ``num_words``.
     """
     batch, response, prompt = attention.shape
     if words.shape != (batch, prompt):

@@ -62,11 +62,7 @@ class Resources:
         return all(getattr(self, name) is not None for name in RESOURCES & set(needs))
 
     def given(self, needs: Iterable[str], term: str) -> dict[str, Any]:
-        """Those of them that a term needs, by name.
-
-        Raises:
-            ValueError: one of them is not there.
-        """
+        """Those of them that a term needs, by name; ValueError where one of them is not there."""
         for name in (found := sorted(RESOURCES & set(needs))):
             if getattr(self, name) is None:
                 raise ValueError(f"the reward term {term} needs {name}, and none were given")
@@ -90,26 +86,14 @@ class TermClass:
     """``(its settings, the whole reward's) -> sentences``: what is known to go wrong with them."""
 
     def term(self, settings: Any, resources: Resources) -> RewardTerm:
-        """The term with these settings.
-
-        Raises:
-            ValueError: a resource that it needs is not there.
-        """
+        """The term with these settings; ValueError where a resource that it needs is not there."""
         return self.build(settings, **resources.given(self.needs, self.name))
 
 
-RESERVED = frozenset(
-    (
-        "associations",
-        "functions",
-        "function_weights",
-        "function_settings",
-        "models",
-        "model_weights",
-        "normalize",
-        "clip",
-    )
-) | frozenset(("weights", "needs", "conflicts", "total"))
+RESERVED = frozenset((
+    "associations", "functions", "function_weights", "function_settings", "models", "model_weights", "normalize", "clip",
+    "weights", "needs", "conflicts", "total",
+))  # fmt: skip
 """What else the settings and the metrics of the reward have under these names."""
 _TERMS: dict[str, TermClass] = {}
 
@@ -117,8 +101,7 @@ _TERMS: dict[str, TermClass] = {}
 def register(cls: _ClassT) -> _ClassT:
     """Make a class of terms known by its name.
 
-    Raises:
-        ConfigError: the name is another term's or can't be one, or its settings have no weight.
+    ConfigError: the name is another term's or can't be one, or its settings have no weight.
     """
     name, config = cls.name, settings_class(cls)
     if not (isinstance(name, str) and name.isidentifier() and not iskeyword(name)) or name in RESERVED:
@@ -151,8 +134,7 @@ def settings_class(cls: type[Any]) -> Any:
 def registered_terms() -> tuple[TermClass, ...]:
     """All terms with a section in the settings: ours in their places, then those of other packages by name.
 
-    Raises:
-        ConfigError: a package's entry point can't be loaded.
+    ConfigError: a package's entry point can't be loaded.
     """
     from cagsr.reward import terms
 

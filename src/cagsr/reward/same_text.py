@@ -20,16 +20,13 @@ def same_text(texts: TokenTexts, episodes: EpisodeBatch) -> Tensor:
 def says(texts: TokenTexts, response_ids: Tensor, mask: Tensor, prompt_ids: Tensor, words: Tensor) -> Tensor:
     """Which response tokens say what a salient prompt token says, ``(batch, response, prompt)`` bool.
 
-    Either the two tokens have the same text; or the response token is part of a run of tokens that together say the whole word
-    which the prompt token is a piece of, however the two are split. Such a run begins and ends where words do: ``2``, ``0`` of
-    ``120`` do not say ``20``. White space and punctuation inside it say nothing (``family-friendly``, ``family friendly``).
+    Either the two tokens have the same text; or the response token is part of a run of tokens that together say the whole
+    word which the prompt token is a piece of, however the two are split. Such a run begins and ends where words do: ``2``,
+    ``0`` of ``120`` do not say ``20``. White space and punctuation inside it say nothing (``family-friendly``, ``family
+    friendly``).
 
-    Args:
-        texts: what each token says.
-        response_ids: ``(batch, response)`` int64.
-        mask: ``(batch, response)`` bool, real response tokens.
-        prompt_ids: ``(batch, prompt)`` int64.
-        words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
+    Ids are ``(batch, response)`` and ``(batch, prompt)`` int64, ``mask`` marks real response tokens, ``words`` is the
+    salient word of each prompt token, -1 for none.
     """
     salient = words >= 0
     same = texts.ids[response_ids][:, :, None] == texts.ids[prompt_ids][:, None, :]

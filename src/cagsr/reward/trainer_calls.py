@@ -11,10 +11,8 @@ TRAINER_ARGUMENTS = frozenset({"trainer_state", "log_metric", "log_extra"})
 
 
 class TrainerCalls:
-    """The trainer as a reward function sees it, for a run or for one call.
-
-    Args:
-        state: where training stands; ``global_step`` counts the steps that are done, as in TRL.
+    """The trainer as a reward function sees it, for a run or for one call; ``state.global_step`` counts finished steps, as
+    in TRL.
     """
 
     def __init__(self, state: TrainerState) -> None:

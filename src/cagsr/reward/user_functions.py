@@ -29,21 +29,15 @@ def load_function(
     settings: Mapping[str, Any] | None = None,
     resources: Resources = Resources(),  # noqa: B008  (frozen)
 ) -> RewardTerm:
-    """Turn a dotted path into a reward term.
+    """Turn a dotted path, ``package.module.name``, into a reward term.
 
     Taken as they are: a :class:`RewardTerm` object or a class of them that needs no argument, a function of one
     RewardBatch, and TRL's ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, known by its
     argument names. It may ask for ``trainer_state``, ``log_metric`` and ``log_extra`` too, and be a coroutine function.
 
-    Args:
-        path: ``package.module.name``.
-        name: name of a plain function's term; None: the last part of the path. Terms keep their own name.
-        settings: for a class of terms whose ``settings`` are a dataclass: the values of its fields.
-        resources: for a class of terms that names some of them in its ``needs``.
-
-    Raises:
-        ConfigError: it can't be imported, is not callable, takes neither form of arguments, or is a coroutine function of
-            a RewardBatch.
+    ``name`` is that of a plain function's term (None: the last part of the path); terms keep their own. A class of terms
+    gets ``settings``, the fields of its dataclass, and what its ``needs`` name of ``resources``. ConfigError: the path
+    can't be imported, is not callable, takes neither form of arguments, or is a coroutine function of a RewardBatch.
     """
     found = import_dotted(path)
     name = name or path.rpartition(".")[2]

@@ -41,17 +41,14 @@ def weigh(
     group: Tensor,
     scales: Scales | None = None,
 ) -> Weighed:
-    """Weigh the raw terms of a set of answers as training does (:class:`~cagsr.reward.normalize.Normalizer`).
+    """Weigh the raw terms ``(answers,)`` of a set of answers as training does
+    (:class:`~cagsr.reward.normalize.Normalizer`).
 
-    With a run's scales an answer's reward depends on the other answers to its prompt and on nothing else. Without them
-    the scales come from all the answers given here; a single answer has none and is weighed raw.
+    With a run's scales an answer's reward depends on the other answers to its prompt and on nothing else. Without them the
+    scales come from all the answers given here; a single answer has none and is weighed raw.
 
-    Args:
-        raw: name -> ``(answers,)``, NaN where a term does not apply.
-        weights: name -> weight; terms of weight 0 are left out.
-        config: how to normalise and clip.
-        group: ``(answers,)`` int64, equal for answers to one prompt.
-        scales: those of a run; RunError where they are those of other terms.
+    ``raw`` is NaN where a term does not apply, terms of weight 0 are left out, ``group`` is equal for answers to one
+    prompt. RunError where the scales are those of other terms.
     """
     active = {name: weight for name, weight in weights.items() if weight != 0}
     if config.normalize == "none":

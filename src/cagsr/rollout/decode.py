@@ -49,8 +49,7 @@ def decode(
     forward gathers weights that are sharded over processes). ``drawn`` is given the log-probability of each token drawn, under
     the distribution it was drawn from, ``(rows,)`` float32 a step; 0 for rows that have left. Without ``do_sample`` none is.
 
-    Returns:
-        ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
+    Gives ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     pad = generation_config._pad_token_tensor.to(input_ids.device)

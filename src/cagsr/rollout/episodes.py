@@ -34,18 +34,10 @@ class EpisodePlayer:
             )
 
     def __call__(self, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch) -> EpisodeBatch:
-        """Play an episode for each row.
+        """Play an episode for each row with the engine ``sample``; ``batch`` holds the rows' prompts, padded.
 
-        Args:
-            sample: the engine.
-            prompts: the prompt of each row.
-            batch: the same, padded.
-
-        Returns:
-            The episodes in the order of the rows; where none had a second turn they are as those of one turn.
-
-        Raises:
-            RolloutError: the task fails, or a chat template can't go on.
+        The episodes are in the order of the rows; where none had a second turn they are as those of one turn. RolloutError:
+        the task fails, or a chat template can't go on.
         """
         logprobs: list[list[list[float] | None]] = [[] for _ in prompts]  # of each answer's tokens
         episodes = [Episode(prompt, (), True) for prompt in prompts]

@@ -88,17 +88,11 @@ def cut_responses(
     stop_ids: Sequence[int],
     stop_strings: Sequence[str] = (),
 ) -> EpisodeBatch:
-    """Cut raw continuations at their first stop token (kept) or at the token that completes a stop string (kept).
+    """Cut continuations ``(batch, length)`` int64 at their first stop token or the token that completes a stop string (both
+    kept).
 
-    Args:
-        ids: ``(batch, length)`` int64, whatever follows a stop is ignored.
-        prompts: the prompts, ``(batch, prompt)``.
-        loaded: turns the answers into text.
-        stop_ids: token ids that end an answer.
-        stop_strings: texts that end an answer; the text itself is left out of ``completions``, as stop tokens are.
-
-    Returns:
-        The rollout, cut to the longest answer, at least one position wide.
+    Stop strings are left out of ``completions``, as stop tokens are. The rollout is cut to the longest answer, at least one
+    position wide.
     """
     batch, length = ids.shape
     lengths = torch.full((batch,), length, dtype=torch.long, device=ids.device)

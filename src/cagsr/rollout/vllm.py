@@ -4,7 +4,6 @@ The server has its own copy of the weights. It gets the policy's before the firs
 after every update.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -80,7 +79,7 @@ class VLLMSampler:
 
     def _ask(self, questions: Sequence[Question], sampling: SamplingConfig) -> list[EngineAnswer]:
         stop_ids, stop_strings = self._loaded.stops(sampling)
-        sampling = dataclasses.replace(sampling, stop_strings=list(stop_strings))
+        sampling = replace(sampling, stop_strings=list(stop_strings))
         check_room(questions, sampling, self._served.context, self._server.url)
         reply = self._server.post(
             "/v1/completions", completion_request(self._served.name, questions, sampling, stop_ids)

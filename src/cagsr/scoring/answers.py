@@ -37,15 +37,11 @@ def encode_response(
 
     They are those that ``sft`` and ``dpo`` train on (``models/continuation.py``): what can be written behind the prompt's
     own. The answer of an encoder-decoder is a text of its own. No special tokens are put in but the one that ends an
-    answer: EOS, in a conversation the one that the chat template writes behind the assistant's turn.
+    answer: EOS, in a conversation the one that the chat template writes behind the assistant's turn; none where it has not
+    ``ended``.
 
-    Args:
-        loaded: the model's tokenizer and stop tokens.
-        prompt: what is answered.
-        text: the answer.
-        ended: the answer is complete; False appends no stop token.
-        limit: cut the answer to this many tokens (it is then unfinished); None: never.
-        ids: the tokens it was sampled as, taken as they are; None: tokenise the text.
+    An answer of more than ``limit`` tokens is cut to them and then unfinished. ``ids`` it was sampled as are taken as they
+    are.
     """
     tokens = _tokens(loaded, prompt, text, ended) if ids is None else [int(token) for token in ids]
     if limit is not None and len(tokens) > limit:

@@ -33,19 +33,11 @@ def compare_with_plain(
 ) -> tuple[dict[str, float], str | None]:
     """Measure how far the scoring pass is from the plain one; where that is too far, share no prompts from now on.
 
-    Every process calls it and all decide alike.
+    Every process calls it and all decide alike; the policy's weights are whole. Readings, temperature (> 0) and
+    micro-batches are the scoring pass's; ``gather`` puts the tensors of all processes, ``(n,)`` each, behind each other.
 
-    Args:
-        readings: of the scoring pass, as is what follows.
-        loaded: the policy, its weights whole.
-        episodes: prompts and sampled answers.
-        temperature: > 0.
-        micro_batch_size: sequences.
-        gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
-
-    Returns:
-        The difference as a metric, none where no prompt was shared; and what to say where it is too large: the readings are
-        wrong then and must be made again.
+    Gives the difference as a metric, none where no prompt was shared; and what to say where it is too large: the readings
+    are wrong then and must be made again.
     """
     own = _plain_difference(loaded, episodes, readings.logprobs, temperature, micro_batch_size)
     # A process that has nothing to compare takes part with -1.

@@ -27,17 +27,12 @@ OWN_LIMIT = {torch.float32: 0.05, torch.bfloat16: 0.5}
 def account_for_engine(
     readings: Readings, episodes: EpisodeBatch, config: RolloutConfig, gather: Callable[[Tensor], Tensor]
 ) -> tuple[Readings, dict[str, float]]:
-    """Fold what an engine says about its answers into the readings, and measure how far it is from them.
+    """Fold what an engine says about its answers into the scoring pass's readings, and measure how far it is from them.
 
-    Args:
-        readings: of the scoring pass, ``(batch, response)``.
-        episodes: with ``sampler_logprobs`` where an engine sampled.
-        config: whether to correct, the cap, and the largest mean difference borne (above it: RolloutError).
-        gather: puts the tensors of all processes, ``(n,)`` each, behind each other.
-
-    Returns:
-        The readings (``sampling_correction`` replaced if asked for) and metrics of all processes together by TRL's names;
-        without an engine the readings as they were, and no metrics.
+    ``config`` has whether to correct, the cap, and the largest mean difference borne (above it: RolloutError); ``gather``
+    puts the tensors of all processes, ``(n,)`` each, behind each other. Gives the readings (``sampling_correction``
+    replaced if asked for) and metrics of all processes together by TRL's names; without an engine the readings as they
+    were, and no metrics.
     """
     engine = episodes.sampler_logprobs
     if engine is None:
@@ -70,10 +65,8 @@ def decoding_metrics(
 ) -> dict[str, float]:
     """Measure how far our own decoding is from the scoring pass; arguments as :func:`account_for_engine`.
 
-    ``limit`` is the largest mean difference borne, nats a token (above it: RolloutError); 0: any.
-
-    Returns:
-        Mean and largest difference, nats a token, under the names that an engine's have; empty where an engine sampled.
+    ``limit`` is the largest mean difference borne, nats a token (above it: RolloutError); 0: any. Gives mean and largest
+    difference under the names that an engine's have; nothing where an engine sampled.
     """
     if episodes.decoded_logprobs is None:
         return {}

@@ -41,30 +41,19 @@ class Visitor(Protocol):
     """Is handed the attention of each micro-batch while it is there."""
 
     def visit(self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor) -> None:
-        """Take in a micro-batch.
+        """Take in a micro-batch: the sequences ``index`` ``(n,)`` int64 of the batch, cut to their own length in ``part``.
 
-        Args:
-            index: which sequences of the batch it holds, ``(n,)`` int64.
-            part: those sequences, cut to their own length.
-            readings: the policy's, of them.
-            attention: ``(n, response, context)`` float32, as wide as ``part``.
+        ``readings`` are the policy's, of them; ``attention`` is ``(n, response, context)`` float32, as wide as ``part``.
         """
 
 
 class Scorer:
-    """Reads the policy's and the reference's view of finished answers.
+    """Reads the policy's and the reference's view of finished answers, ``micro_batch_size`` at once.
 
-    Args:
-        loaded: the policy.
-        attention: which layers and heads, and whose attention (without a reference the policy's).
-        sampling: temperature (0 counts as 1) and filters, as the answers were sampled.
-        micro_batch_size: answers in memory at once.
-        actor_critic: the policy with what estimates values; None: the policy alone.
-        reference: the frozen model; None: the policy is its own reference, and its attention is read.
-
-    Raises:
-        ConfigError: a choice of layers or heads that can't be used.
-        AttentionError: the model's attention can't be read.
+    ``attention`` says which layers and heads are read, and whose (without a ``reference``, the frozen model, the policy's);
+    ``sampling`` the temperature (0 counts as 1) and filters of the answers; ``actor_critic`` is the policy with what
+    estimates values, None: the policy alone. ConfigError: layers or heads that can't be used; AttentionError: attention
+    that can't be read.
     """
 
     def __init__(
@@ -89,9 +78,8 @@ class Scorer:
     def read(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> tuple[Readings, Tensor]:
         """The policy's pass, then the reference's; the visitor gets the attention of the configured model.
 
-        Returns:
-            The policy's readings, and the reference's log-probabilities ``(batch, response)`` (the policy's own without a
-            reference).
+        Gives the policy's readings and the reference's log-probabilities ``(batch, response)`` (without one the policy's
+        own).
         """
         readings = self.policy(episodes, visitor if self.reads_policy else None)
         return readings, self.reference_logprobs(episodes, readings, None if self.reads_policy else visitor)

@@ -17,15 +17,12 @@ BLOCK_NUMBERS = 2**22
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each token under the softmax of ``logits / temperature``, ``(batch, response)`` float32, differentiable.
+    """Log-probability of each token under the softmax of ``logits / temperature``, ``(batch, response)`` float32,
+    differentiable.
 
-    Of large vocabularies a few positions are done at a time, and again in the backward pass: beside the logits themselves
-    nothing of the size of the vocabulary is kept.
-
-    Args:
-        logits: ``(batch, response, vocabulary)``, any float dtype.
-        ids: ``(batch, response)`` int64.
-        temperature: > 0; the one the answers were sampled at.
+    ``logits`` are ``(batch, response, vocabulary)``, any float dtype, ``ids`` ``(batch, response)`` int64; the temperature,
+    > 0, is the sampling's. Of large vocabularies a few positions are done at a time, and again in the backward pass: beside
+    the logits themselves nothing of the size of the vocabulary is kept.
     """
 
     def logprobs(block: Tensor, own: Tensor) -> Tensor:
@@ -83,21 +80,15 @@ def sampling_correction(
     stop_ids: tuple[int, ...],
     generation: GenerationRules = GenerationRules(),  # noqa: B008  (frozen)
 ) -> Tensor:
-    """Log-ratio between the scored policy and the distribution the token was really drawn from.
+    """Log-ratio between the scored policy and the distribution the token was really drawn from: ``(batch, response)``
+    float32, <= 0.
 
-    Top-p, top-k, a minimum length and the model's generation config forbid tokens, so the sampler is ``policy / mass of the
-    allowed tokens``. The ratio ``policy / sampler`` of an allowed token is that mass, at most 1; the loss weighs each token
-    by it (importance sampling), so that the gradient is the scored policy's.
+    Top-p, top-k, a minimum length (no ``stop_ids`` in the first ``min_new_tokens`` positions) and the model's generation
+    config forbid tokens, so the sampler is ``policy / mass of the allowed tokens``. The ratio ``policy / sampler`` of an
+    allowed token is that mass, at most 1; the loss weighs each token by it (importance sampling), so that the gradient is
+    the scored policy's.
 
-    Args:
-        logits: ``(batch, response, vocabulary)``.
-        ids: ``(batch, response)`` int64, the sampled tokens.
-        sampling: the filters.
-        stop_ids: tokens forbidden in the first ``min_new_tokens`` positions.
-        generation: tokens that are forbidden everywhere, or as the first.
-
-    Returns:
-        ``(batch, response)`` float32, <= 0; 0 everywhere without filters.
+    ``logits`` are ``(batch, response, vocabulary)``, ``ids`` ``(batch, response)`` int64, the sampled tokens.
     """
     never, never_first = (
         torch.tensor([one for one in banned if one < logits.shape[-1]], dtype=torch.long, device=ids.device)

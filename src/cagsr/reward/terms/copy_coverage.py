@@ -40,17 +40,15 @@ class CopyCoverage:
 
 
 def copy_coverage(word_attention: Tensor, salience: Tensor, same: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-    """Copy coverage: share of salience whose word is said by the token that looks at it hardest, ``(batch,)`` float32 in [0, 1].
+    """Copy coverage: share of salience whose word is said by the token that looks at it hardest, ``(batch,)`` float32 in
+    [0, 1].
 
-    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says; not one that no token
-    looks at. An answer without tokens gets 0.
+    Word w counts when the token generated at ``argmax_t A[t, w]`` says what one of the word's pieces says; not one that no
+    token looks at. An answer without tokens gets 0.
 
-    Args:
-        word_attention: ``(batch, response, words)``.
-        salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
-        same: ``(batch, response, prompt)`` bool of :func:`cagsr.reward.same_text.says`; False on padding.
-        mask: ``(batch, response)`` bool, real response tokens.
-        words: ``(batch, prompt)`` int64, the word of each prompt token, -1 for none.
+    ``word_attention`` is ``(batch, response, words)``, ``salience`` ``(batch, words)`` >= 0, normalised here, ``same``
+    ``(batch, response, prompt)`` as of :func:`cagsr.reward.same_text.says`, ``mask`` marks real response tokens, ``words``
+    ``(batch, prompt)`` int64 is the word of each prompt token, -1 for none.
     """
     num_words = word_attention.shape[2]
     if word_attention.shape[1] == 0 or num_words == 0:

@@ -48,16 +48,14 @@ class Coverage:
 
 
 def coverage_gains(word_attention: Tensor, salience: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """How much each response token adds to the saturating coverage, ``(batch, response)`` float32 in [0, 1], 0 on masked tokens.
+    """How much each response token adds to the saturating coverage, ``(batch, response)`` float32 in [0, 1], 0 on masked
+    tokens.
 
-    ``C_t = sum_w s_w min(1, max_{u <= t} A[u, w] / tau)`` only grows with t; the gain of token t is ``C_t - C_{t-1}``,
-    so that the gains of an answer sum to its coverage.
+    ``C_t = sum_w s_w min(1, max_{u <= t} A[u, w] / tau)`` only grows with t; the gain of token t is ``C_t - C_{t-1}``, so
+    that the gains of an answer sum to its coverage.
 
-    Args:
-        word_attention: ``(batch, response, words)``.
-        salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
-        mask: ``(batch, response)`` bool, real response tokens.
-        threshold: tau > 0, the attention at which a word counts as covered.
+    ``word_attention`` is ``(batch, response, words)``, ``salience`` ``(batch, words)`` >= 0, normalised here, ``mask``
+    ``(batch, response)`` bool marks real tokens, ``threshold`` is tau > 0.
     """
     looked = torch.where(mask[:, :, None], word_attention.float(), 0.0)
     if looked.shape[1] == 0:

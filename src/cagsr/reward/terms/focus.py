@@ -58,16 +58,12 @@ class Focus:
 def focus(word_attention: Tensor, salience: Tensor, mask: Tensor, entropy_floor: float = 0.0) -> Tensor:
     """Focus ``F = mean_t (1 - max(floor, H(A[t, S] renormalised) / log |S|))``, ``(batch,)`` float32 in [0, 1 - floor].
 
-    S are the words with salience > 0. The normalised entropy is 0 where a token looks at one word only and 1 where it
-    looks at all alike; clamping it from below keeps attention from being paid for collapse (arXiv 2506.11108). A token
-    that looks at no word of S has entropy 1, as it prefers none. With a single word there is nothing to choose, and
-    the focus is 0, as it is of an answer without tokens.
+    S are the words with ``salience`` ``(batch, words)`` > 0, which weighs nothing here. The normalised entropy is 0 where a
+    token looks at one word only and 1 where it looks at all alike; clamping it from below, to ``entropy_floor`` in [0, 1),
+    keeps attention from being paid for collapse (arXiv 2506.11108). A token that looks at no word of S has entropy 1, as it
+    prefers none. With a single word there is nothing to choose, and the focus is 0, as it is of an answer without tokens.
 
-    Args:
-        word_attention: ``(batch, response, words)``.
-        salience: ``(batch, words)``, > 0 on the words of S; the weights themselves do not enter.
-        mask: ``(batch, response)`` bool, real response tokens.
-        entropy_floor: smallest normalised entropy that is told apart, in [0, 1).
+    ``word_attention`` is ``(batch, response, words)``, ``mask`` ``(batch, response)`` bool marks real tokens.
     """
     salient = salience > 0
     looked = torch.where(salient[:, None, :], word_attention.float(), 0.0)

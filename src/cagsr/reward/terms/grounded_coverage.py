@@ -3,9 +3,6 @@
 Plain coverage pays for looking at a word, whatever is said meanwhile: an answer that looks at a name and misspells it is
 paid in full. Here only attention from a response token to a prompt token of the same text counts, so that the answer's
 text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
-
-Measure it on your model and prompts with `cagsr diagnose --checker ...`; on E2E NLG its within-prompt correlation with the
-facts really said is higher than plain coverage's, and that with invented facts is negative (docs/e2e.md).
 """
 
 from dataclasses import dataclass
@@ -57,18 +54,16 @@ class GroundedCoverage:
 def grounded_coverage_gains(
     attention: Tensor, same: Tensor, words: Tensor, salience: Tensor, threshold: float
 ) -> Tensor:
-    """How much each response token adds to the grounded coverage, ``(batch, response)`` float32 in [0, 1], 0 on masked tokens.
+    """How much each response token adds to the grounded coverage, ``(batch, response)`` float32 in [0, 1], 0 on masked
+    tokens.
 
-    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u says x_j] / tau)``: saturating coverage in which token u
-    counts for prompt token j only if it says the same; the pieces of a word count alike. It grows with t only, so the gains
-    ``G_t - G_{t-1}`` sum to the coverage.
+    ``G_t = sum_w s_w mean_{j in w} min(1, max_{u <= t} A[u, j] [y_u says x_j] / tau)``: saturating coverage in which token
+    u counts for prompt token j only if it says the same; the pieces of a word count alike. It grows with t only, so the
+    gains ``G_t - G_{t-1}`` sum to the coverage.
 
-    Args:
-        attention: ``(batch, response, prompt)`` attention probabilities.
-        same: ``(batch, response, prompt)`` bool of :func:`cagsr.reward.same_text.says`; False on padding.
-        words: ``(batch, prompt)`` int64, the salient word of each prompt token, -1 for none.
-        salience: ``(batch, words)`` weights >= 0, 0 on padding; normalised here.
-        threshold: tau > 0, the attention at which a token counts as covered.
+    ``attention`` and ``same`` (:func:`cagsr.reward.same_text.says`) are ``(batch, response, prompt)``, ``words`` ``(batch,
+    prompt)`` int64 is the salient word of each prompt token, -1 for none, ``salience`` ``(batch, words)`` >= 0, normalised
+    here, ``threshold`` tau > 0.
     """
     if attention.shape[1] == 0 or salience.shape[1] == 0:
         return torch.zeros(attention.shape[:2], dtype=torch.float32, device=attention.device)

@@ -70,15 +70,11 @@ def without_stop_token(mask: Tensor, ended: Tensor) -> Tensor:
 
 
 def repeated_ngrams(ids: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Price each token: a repeated n-gram costs ``1 / (number of n-grams)`` at its last token, ``(batch, response)`` float32 >= 0.
+    """Price each token: a repeated n-gram costs ``1 / (number of n-grams)`` at its last token, ``(batch, response)``
+    float32 >= 0.
 
-    An n-gram is repeated where the same n tokens occur earlier in the same answer; the prices of an answer sum to
-    ``P = 1 - distinct n-grams / n-grams``. Answers shorter than n tokens cost nothing.
-
-    Args:
-        ids: ``(batch, response)`` int64.
-        mask: ``(batch, response)`` bool, the tokens that count.
-        n: length of the n-grams, >= 1.
+    An n-gram is repeated where the same n >= 1 tokens occur earlier in the same answer, of those that ``mask`` marks; the
+    prices of an answer sum to ``P = 1 - distinct n-grams / n-grams``. Answers shorter than n tokens cost nothing.
     """
     prices = torch.zeros(ids.shape, dtype=torch.float32)
     if ids.shape[1] < n:
