@@ -29,7 +29,7 @@ from transformers import (
 import tiny
 from cagsr.attention import PromptAttentionReader
 from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
-from cagsr.diagnosis.signals import attention_by_layer
+from cagsr.diagnosis.signals import read_separately
 from cagsr.errors import ModelError
 from cagsr.flow import EpisodeBatch
 from cagsr.models import decoder_only, sharing
@@ -248,7 +248,7 @@ def test_attention_across_the_border_is_eager_s(kind: str, share: bool, folders:
             maps = model(input_ids=before, output_attentions=True, use_cache=False).attentions
         expected[row, column, -len(prompt) :] = torch.stack(maps).mean(dim=(0, 2))[0, -1, : len(prompt)]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    by_layer = attention_by_layer(loaded, rollout, {n: PromptAttentionReader(loaded.model, [n]) for n in (0, 1)})
+    by_layer = read_separately(loaded, rollout, {n: PromptAttentionReader(loaded.model, [n]).read for n in (0, 1)})
     torch.testing.assert_close((by_layer[0] + by_layer[1]) / 2, expected, atol=1e-5, rtol=1e-4)
 
 

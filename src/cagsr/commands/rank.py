@@ -6,15 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import (
-    OptionalDataConfig,
-    about_idf,
-    data_or_prompt,
-    groups_of,
-    prompt_as_given,
-    read_prompts,
-    write_rows,
-)
+from cagsr.commands import inputs
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import OutputFile, PositiveInt, Seed
 from cagsr.errors import ConfigError, DataError
@@ -32,7 +24,7 @@ class Config:
     """Sample N answers to each prompt (or take those of the file), and put the best by the reward first."""
 
     model: ModelConfig
-    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    data: inputs.OptionalDataConfig = field(default_factory=inputs.OptionalDataConfig)
     prompt: str | None = None
     """One prompt, instead of --data; the ranking is then printed."""
     output: OutputFile | None = None
@@ -53,7 +45,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from data_or_prompt(self.data, self.prompt)
+        yield from inputs.data_or_prompt(self.data, self.prompt)
         if self.candidates_column is None and self.sampling.num_generations < 2:
             yield "--sampling.num_generations 1: ranking needs 2 answers or more."
         if self.candidates_column is not None and self.prompt is not None:
@@ -83,19 +75,19 @@ def run(config: Config) -> None:
     frequency = None if learned is None else learned.frequency
     room = 0 if given else config.sampling.max_new_tokens
     columns = [] if config.candidates_column is None else [config.candidates_column]
-    prompts, notes = read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
+    prompts, notes = inputs.read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
     associations = None
     if config.reward.needs("associations"):
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
     say(*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes)
-    say(*about_idf(config.salience, config.reward_from))
+    say(*inputs.about_idf(config.salience, config.reward_from))
     candidates = _given if given else _sampled
     answers = list(candidates(config, loaded, scorer, prompts))
     if not given:
         say(*endless([answer["ended"] for _, answer in answers], config.sampling.max_new_tokens))
-    own_group = groups_of(prompts)
+    own_group = inputs.groups_of(prompts)
     group = torch.tensor([own_group[number] for number, _ in answers])
     raw = {name: torch.tensor([answer["terms"][name] for _, answer in answers]) for name in scorer.weights}
     weighed = weigh(raw, scorer.weights, config.reward, group, None if learned is None else learned.scales)
@@ -105,7 +97,7 @@ def run(config: Config) -> None:
         own[number].append({"completion": answer["completion"], "reward": value, **answer})
     rows = [_ranking(encoded, candidates) for encoded, candidates in zip(prompts, own, strict=True)]
     if config.output is not None or config.prompt is None:
-        write_rows(rows, config.output)
+        inputs.write_rows(rows, config.output)
         gap = sum(
             row["reward"] - sum(one["reward"] for one in row["candidates"]) / len(row["candidates"]) for row in rows
         )
@@ -186,7 +178,7 @@ def _ranking(encoded: EncodedPrompt, candidates: Sequence[dict[str, Any]]) -> di
     """One prompt's candidates with their rewards, the best first; equal ones in their order."""
     own = sorted(candidates, key=lambda one: -one["reward"])
     best = {"completion": own[0]["completion"], "reward": own[0]["reward"], "candidates": own}
-    return {"row": encoded.prompt.row, "prompt": prompt_as_given(encoded), **best}
+    return {"row": encoded.prompt.row, "prompt": inputs.prompt_as_given(encoded), **best}
 
 
 def _print(row: dict[str, Any], weights: dict[str, float]) -> None:

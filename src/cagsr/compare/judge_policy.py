@@ -45,9 +45,7 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_generations=1))
     start = load_start(plan, job.seed, config)
     prompts = test_prompts(plan, config, start)
-    named = {
-        name: None if value is None else plan.fill(value) for name, value in dataclasses.asdict(plan.judges).items()
-    }
+    named = {name: plan.fill(value) for name, value in vars(plan.judges).items() if value is not None}
     judge = AnswerJudge(Judges(**named), start.device)
     seed = job.seed + SAMPLING_SEED
 

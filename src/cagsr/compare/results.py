@@ -7,14 +7,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cagsr.compare.jobs import MATCHED, SAMPLED, Job
 from cagsr.compare.plan import START, Plan
+from cagsr.evaluation.intervals import Floats
 from cagsr.run_page.read_run import step_seconds
 from cagsr.runs.lines import read_lines
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cagsr.compare.jobs import Job, write_file
 from cagsr.compare.judge_policy import load_start, prompts_and_scorer
@@ -15,9 +14,8 @@ from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.diagnosis.diagnose import load_checker, with_truth
 from cagsr.diagnosis.recommend import weighted_reward, within_z, z_sums
 from cagsr.diagnosis.signals import Signals, collect_signals
+from cagsr.evaluation.intervals import Floats
 from cagsr.support.progress import working
-
-Floats = NDArray[np.float64]
 
 SUMS: tuple[tuple[str, ...], ...] = (
     ("coverage", "self_certainty"),

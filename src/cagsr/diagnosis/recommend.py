@@ -11,17 +11,9 @@ from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
 from cagsr.config import AttentionConfig, RewardConfig
+from cagsr.diagnosis import cross_fit
 from cagsr.diagnosis.best_of_n import correlation
-from cagsr.diagnosis.cross_fit import (
-    FoldComparison,
-    Index,
-    Products,
-    SettingChoice,
-    choose_setting,
-    compare,
-    cross_fitted,
-    held_fixed,
-)
+from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, SettingChoice
 from cagsr.diagnosis.signals import Setting, Signals, prompts_of
 from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
@@ -30,15 +22,8 @@ from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import contributions, weigh
 
 WEIGHED = (
-    *(
-        "coverage",
-        "copy_coverage",
-        "grounded_coverage",
-        "associated_coverage",
-        "focus",
-        "self_certainty",
-        "unsupported",
-    ),
+    *("coverage", "copy_coverage", "grounded_coverage", "associated_coverage"),
+    *("focus", "self_certainty", "unsupported"),
 )
 """Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
 PENALTIES = frozenset({"unsupported"})
@@ -157,11 +142,11 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
     """
     if signals.truth is None:
         return _without_truth(signals)
-    choice = choose_setting(signals, signals.truth)
+    choice = cross_fit.choose_setting(signals, signals.truth)
     setting, fitted = fit_reward(signals)
     reasons = [_about_setting(signals, choice, signals.truth_name)]
-    compared = compare(
-        cross_fitted(signals.length.shape, lambda others, part: _fitted_elsewhere(signals, others, part)),
+    compared = cross_fit.compare(
+        cross_fit.cross_fitted(signals.length.shape, lambda others, part: _fitted_elsewhere(signals, others, part)),
         configured,
         signals.truth,
         signals.length,
@@ -191,13 +176,13 @@ def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
     """
     assert signals.truth is not None
     found: list[tuple[float, Setting, dict[str, float]]] = []
-    for setting in dict.fromkeys((choose_setting(signals, signals.truth).setting, signals.configured)):
+    for setting in dict.fromkeys((cross_fit.choose_setting(signals, signals.truth).setting, signals.configured)):
         columns = term_columns(signals, setting)
         weighed = {name: columns[name] for name in WEIGHED if name in columns}
         weights = training_weights(fit_weights(weighed, signals.truth, length=signals.length), columns)
         if weights:
             weights = {**weights, "repetition": GUARD}
-        seen = held_fixed(weighted_reward(columns, weights), signals.truth, signals.length)
+        seen = cross_fit.held_fixed(weighted_reward(columns, weights), signals.truth, signals.length)
         found.append((seen, setting, weights))
     _, setting, weights = max(found, key=lambda one: one[0])  # of equals the chosen setting, which comes first
     return setting, weights
@@ -229,7 +214,7 @@ def _no_worse(reward: Floats, configured: Floats, signals: Signals) -> bool:
 
 def _without_truth(signals: Signals) -> Recommendation:
     target = agreement_target(signals)
-    choice = choose_setting(signals, target)
+    choice = cross_fit.choose_setting(signals, target)
     columns = term_columns(signals, choice.setting)
     weights = _agreeing(columns, signals.length)
     reasons = [

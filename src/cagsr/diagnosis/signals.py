@@ -6,14 +6,14 @@ Each layer is read alone, all of them in one forward; the attention of several l
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cagsr.attention import PromptAttentionReader
+from cagsr.attention import AttentionRegion, PromptAttentionReader, Reading
 from cagsr.attention.select import parse_layers
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.evaluation.intervals import Floats
@@ -29,6 +29,7 @@ from cagsr.reward.values import term_values
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.support.progress import working
 
+_Key = TypeVar("_Key")
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Attention at which a word counts as covered, as tried by the diagnosis."""
 POOLINGS: tuple[Literal["sum", "max"], ...] = ("sum", "max")
@@ -153,18 +154,18 @@ def collect_signals(
     return Signals(**found, configured=configured, repetition=repeated, prompts=tuple(prompts), completions=rows)
 
 
-def attention_by_layer(
-    loaded: LoadedModel, rollout: EpisodeBatch, readers: Mapping[int, PromptAttentionReader]
-) -> dict[int, Tensor]:
-    """Read several layers, each alone, in one forward: layer -> ``(batch, response, prompt)`` float32."""
+def read_separately(
+    loaded: LoadedModel, rollout: EpisodeBatch, readers: Mapping[_Key, Callable[[AttentionRegion], Reading]]
+) -> dict[_Key, Tensor]:
+    """Read several layers or heads, each alone, in one forward: key -> ``(batch, response, prompt)`` float32."""
     inputs = PassInputs.of(rollout)
     (region,) = loaded.architecture.regions(loaded.model, inputs)
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
-        readings = {number: stack.enter_context(reader.read(region)) for number, reader in readers.items()}
+        readings = {key: stack.enter_context(reader(region)) for key, reader in readers.items()}
         loaded.teacher_forced(inputs)
     return {
-        number: loaded.architecture.attention(loaded.model, inputs, [reading.attention])
-        for number, reading in readings.items()
+        key: loaded.architecture.attention(loaded.model, inputs, [reading.attention])
+        for key, reading in readings.items()
     }
 
 
@@ -179,7 +180,7 @@ def _measure(
     configured: Setting,
 ) -> dict[str, Any]:
     """All that is ``MEASURED`` but the repetition, of one chunk, flat: ``(sequences,)`` each."""
-    layers = attention_by_layer(loaded, rollout, readers)
+    layers = read_separately(loaded, rollout, {number: reader.read for number, reader in readers.items()})
     salience, mask = rollout.salience, rollout.sampled
     terms: dict[str, Tensor] = {}
     coverage: dict[Setting, Tensor] = {}

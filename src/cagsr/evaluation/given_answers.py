@@ -48,10 +48,8 @@ def read_answers(path: str, data: DataConfig | None = None, text_columns: Sequen
     """Read a file of answers: rows of ``prompt`` and ``completion``, several rows of one prompt being its samples.
 
     ``data`` is the prompts' own file, for their references and other columns; None: the columns beside the answers.
-    ``text_columns`` are text beside the usual ones (``load_rows``).
-
-    Raises:
-        DataError: a row without prompt or completion, or whose prompt is not in ``data``; file and row are named.
+    ``text_columns`` are text beside the usual ones (``load_rows``). Raises DataError, with file and row, for
+    a row without prompt or completion, or whose prompt is not in ``data``.
     """
     asked = {}
     if data is not None:

@@ -6,15 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cagsr.evaluation.intervals import (
-    Floats,
-    Interval,
-    holm,
-    mean_interval,
-    paired_difference,
-    paired_p_value,
-    win_rates,
-)
+from cagsr.evaluation import intervals
+from cagsr.evaluation.intervals import Floats, Interval, mean_interval
 from cagsr.evaluation.judge_answers import AnswerJudge
 from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
 from cagsr.flow import EncodedPrompt
@@ -117,22 +110,22 @@ def compare(name: str, mine: Evaluated, theirs: Evaluated) -> PolicyComparison:
         measure: (mine.values[measure], theirs.values[measure]) for measure in mine.values if measure in theirs.values
     }
     if mine.scores is not None and theirs.scores is not None:
-        won = win_rates(mine.scores, theirs.scores)
+        won = intervals.win_rates(mine.scores, theirs.scores)
         pairs["win_rate"] = (won, 1.0 - won)
     found = []
     for measure, (first, second) in pairs.items():
         known = np.isfinite(first) & np.isfinite(second)
         if known.any():
             one, other = first[known], second[known]
-            intervals = (mean_interval(one), mean_interval(other), paired_difference(one, other))
-            p = None if measure in DESCRIPTIVE else paired_p_value(one, other)
-            found.append(Difference(measure, first - second, *intervals, p))
+            means = (mean_interval(one), mean_interval(other), intervals.paired_difference(one, other))
+            p = None if measure in DESCRIPTIVE else intervals.paired_p_value(one, other)
+            found.append(Difference(measure, first - second, *means, p))
     return PolicyComparison(name, mine.name, theirs.name, tuple(found))
 
 
 def corrected(comparisons: Sequence[PolicyComparison]) -> list[PolicyComparison]:
     """The same comparisons with ``p_holm``: Holm's correction over all their tests together."""
-    adjusted = iter(holm([one.p for found in comparisons for one in found.differences if one.p is not None]))
+    adjusted = iter(intervals.holm([one.p for found in comparisons for one in found.differences if one.p is not None]))
 
     def with_holm(one: Difference) -> Difference:
         return one if one.p is None else dataclasses.replace(one, p_holm=next(adjusted))

@@ -131,15 +131,14 @@ def matching_temperature(
     """
     if not target_entropy > 0:
         raise ModelError(f"{loaded.path}: no temperature above 0 gives an entropy of {target_entropy:g} nats.")
-    found = {at: math.log(max(entropy, 1e-12) / target_entropy) for at, entropy in (known or {}).items()}
+    found = dict(known or {})
 
     def error(temperature: float) -> float:
         """Logarithm of the samples' entropy over the target."""
         if temperature not in found:
             at = dataclasses.replace(sampling, temperature=temperature)
-            entropy = float(answers_at(loaded, prompts, at, seed, batch_size).entropy.mean())
-            found[temperature] = math.log(max(entropy, 1e-12) / target_entropy)
-        return found[temperature]
+            found[temperature] = float(answers_at(loaded, prompts, at, seed, batch_size).entropy.mean())
+        return math.log(max(found[temperature], 1e-12) / target_entropy)
 
     before = min(max(1.0, low), high)
     here = min(max(before * math.exp(-error(before) / _FIRST_SLOPE), low), high)

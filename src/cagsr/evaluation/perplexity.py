@@ -103,9 +103,8 @@ def _batch_nll(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Float
         judged[number, len(context) : end] = True
     ids, attended, judged = (tensor.to(model.device) for tensor in (ids, attended, judged))
     counted = judged[:, 1:]
-    logits = (
-        model(input_ids=ids, attention_mask=attended).logits[:, :-1][counted].float()
-    )  # (judged tokens, vocabulary)
+    # (judged tokens, vocabulary)
+    logits = model(input_ids=ids, attention_mask=attended).logits[:, :-1][counted].float()
     nll = torch.zeros(counted.shape, device=model.device)
     nll[counted] = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none")
     mean = nll.sum(1) / counted.sum(1)  # 0 / 0 is NaN, as promised

@@ -60,10 +60,8 @@ class FrozenConfig:
 class FrozenScorer:
     """A frozen model, the prompts that its words are counted in, and the reward.
 
-    Raises:
-        ConfigError: without a run ``reward.normalize`` is not ``none`` or there is nothing to count words in; a setting of the
-            data that has no effect here.
-        ModelError, DataError, RunError: the model, the prompts or the run can't be read.
+    Raises ConfigError where without a run ``reward.normalize`` is not ``none`` or there is nothing to count words in, and for a
+    setting of the data that has no effect here; ModelError, DataError, RunError where one of these can't be read.
     """
 
     def __init__(self, config: FrozenConfig) -> None:

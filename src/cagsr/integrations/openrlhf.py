@@ -23,13 +23,10 @@ def reward_func(
 
     ``config`` among the ``kwargs`` is the path of the YAML file; else the environment variable ``CAGSR_REWARD_CONFIG``.
 
-    Returns:
-        ``rewards`` ``(answers,)`` float32, the weighted sums of the terms (raw, or on a run's scales); ``scores``, the same
-        (no shares between 0 and 1: leave dynamic filtering off); ``extra_logs``, each term by its name, ``(answers,)``.
-
-    Raises:
-        DataError: a query that does not begin with its prompt, a prompt that is not in the data, or one that can't be used.
-        ConfigError, ModelError, RunError: the settings, the model or the run can't be used.
+    Returns ``rewards`` ``(answers,)`` float32, the weighted sums of the terms (raw, or on a run's scales); ``scores``, the same
+    (no shares between 0 and 1: leave dynamic filtering off); ``extra_logs``, each term by its name, ``(answers,)``. Raises
+    DataError for a query that does not begin with its prompt, or a prompt that is not in the data or can't be used;
+    ConfigError, ModelError, RunError where the settings, the model or the run can't be used.
     """
     scorer = frozen_scorer(kwargs.get("config"))
     loaded, encoded, responses = scorer.loaded, [], []

@@ -84,13 +84,9 @@ class AttentionReward:
         """Take policy, tokenizer and prompts from a ``GRPOTrainer`` or ``RLOOTrainer``; call it once, before ``train()``.
 
         The model may be wrapped by peft and accelerate. The moments of the running scale are kept in the trainer's
-        checkpoints and taken up again on resuming.
-
-        Raises:
-            ConfigError: weights sharded over processes, tools or environments, training that has begun, or a streamed
-                training set without ``prompts``.
-            DataError: a prompt of the training set that can't be used, by its row.
-            ModelError: the model's attention can't be read, or the tokenizer has no offsets.
+        checkpoints and taken up again on resuming. Raises ConfigError for weights sharded over processes, tools or
+        environments, training that has begun, or a streamed training set without ``prompts``; DataError, by its row, for a
+        prompt that can't be used; ModelError where the model's attention can't be read, or the tokenizer has no offsets.
         """
         _refuse(trainer)
         tokenizer = trainer.processing_class
@@ -131,10 +127,8 @@ class AttentionReward:
         """Score answers, with TRL's own signature: one number for each, None for an answer without a token.
 
         The sampled tokens are scored, not the texts; ``kwargs`` are the data's columns as lists and what else TRL gives.
-
-        Raises:
-            ConfigError: ``bind`` was not called.
-            RewardError, DataError: a term fails, or a prompt can't be used; on every process, if it fails on one.
+        Raises ConfigError where ``bind`` was not called; RewardError or DataError, on every process if on one, where a term fails
+        or a prompt can't be used.
         """
         if self._trainer is None:
             raise ConfigError("AttentionReward has no policy yet: call reward.bind(trainer) before trainer.train().")

@@ -24,13 +24,9 @@ def compute_score(
     ``reward.custom_reward_function.reward_kwargs``: ``config``, the path of the YAML file (else the environment variable
     ``CAGSR_REWARD_CONFIG``), and ``prompt_key``, the prompt's name in ``extra_info`` (``prompt``).
 
-    Returns:
-        ``score``, the weighted sum of the terms (raw, or on the scales of the run that ``reward_from`` names), and each raw
-        term by its name, which verl logs.
-
-    Raises:
-        DataError: no prompt in ``extra_info``, or one that can't be used.
-        ConfigError, ModelError, RunError: the settings, the model or the run can't be used.
+    Returns ``score``, the weighted sum of the terms (raw, or on the scales of the run that ``reward_from`` names), and each raw
+    term by its name, which verl logs. Raises DataError for no prompt in ``extra_info``, or one that can't be used; ConfigError,
+    ModelError, RunError where the settings, the model or the run can't be used.
     """
     key = str(kwargs.get("prompt_key", "prompt"))
     prompt = None if extra_info is None else extra_info.get(key)

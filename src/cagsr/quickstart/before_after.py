@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from cagsr.config import SamplingConfig
+from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
 from cagsr.evaluation.metrics import length_in_words, repetition, rouge_l
 from cagsr.evaluation.perplexity import perplexity
@@ -20,8 +20,6 @@ from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
 from cagsr.quickstart.task import facts_covered, facts_said_again, wrong_facts
 from cagsr.support.progress import working
-
-Floats = NDArray[np.float64]
 
 BATCH = 128
 """Answers written at once."""

@@ -13,17 +13,8 @@ from cagsr.flow import EncodedPrompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command, to_yaml
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.quickstart import quickstart_report as report
 from cagsr.quickstart.before_after import BeforeAfter, compare
-from cagsr.quickstart.quickstart_report import (
-    as_markdown,
-    next_steps,
-    print_examples,
-    print_table,
-    stage,
-    table_rows,
-    verdict,
-    welcome,
-)
 from cagsr.quickstart.settings import QuickstartConfig
 from cagsr.quickstart.start_model import Recipe, as_jsonl
 from cagsr.quickstart.task import make_prompts
@@ -46,12 +37,12 @@ def run_stages(config: QuickstartConfig, console: Console | None = None) -> Befo
     validate(config)
     folder = Path(config.output_dir)
     note = _open(config, folder)
-    welcome(console, folder)
+    report.welcome(console, folder)
     if note:
         console.print(note, soft_wrap=True)
 
     for number, name in enumerate(("start", "judge")):
-        stage(console, number + 1, pairs=config.pairs)
+        report.stage(console, number + 1, pairs=config.pairs)
         recipe = Recipe(folder, name, config.seed, config.seed + number, config.pairs, config.sft_steps)
         if not config.overwrite and recipe.is_made():
             console.print(f"{folder / name}/ is there already, made with these settings: used again.")
@@ -59,20 +50,20 @@ def run_stages(config: QuickstartConfig, console: Console | None = None) -> Befo
         began = time.monotonic()
         console.print(f"Made {recipe.make()}/ in {time.monotonic() - began:.0f} seconds.")
 
-    stage(console, 3, prompts=config.prompts)
+    report.stage(console, 3, prompts=config.prompts)
     write_text_atomically(folder / "prompts.jsonl", as_jsonl(make_prompts(config.prompts, config.seed)))
     held_out = make_prompts(config.held_out, config.seed, "held_out")
     write_text_atomically(folder / "held_out.jsonl", as_jsonl(held_out))
     train(train_config(config, folder), console=Console(file=console.file, soft_wrap=True, highlight=False))
 
-    stage(console, 4, held_out=config.held_out)
+    report.stage(console, 4, held_out=config.held_out)
     prompts, found = _compare(config, folder)
     _write(config, folder, prompts, found)
-    print_table(console, found)
-    for sentence in verdict(found):
+    report.print_table(console, found)
+    for sentence in report.verdict(found):
         console.print(sentence, style="bold", markup=False, highlight=False)
-    print_examples(console, prompts, found)
-    next_steps(console, folder, time.monotonic() - started)
+    report.print_examples(console, prompts, found)
+    report.next_steps(console, folder, time.monotonic() - started)
     return found
 
 
@@ -127,11 +118,11 @@ def _compare(config: QuickstartConfig, folder: Path) -> tuple[Sequence[EncodedPr
 
 def _write(config: QuickstartConfig, folder: Path, prompts: Sequence[EncodedPrompt], found: BeforeAfter) -> None:
     """Write the report, the numbers and all answers."""
-    write_text_atomically(folder / "report.md", as_markdown(prompts, found, config))
+    write_text_atomically(folder / "report.md", report.as_markdown(prompts, found, config))
     numbers = {
         "columns": {name: answered.temperature for name, answered in found.columns().items()},
-        "rows": {measure.key: means for measure, means in table_rows(found)},
-        "verdict": verdict(found),
+        "rows": {measure.key: means for measure, means in report.table_rows(found)},
+        "verdict": report.verdict(found),
     }
     write_text_atomically(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     rows = [

@@ -9,13 +9,10 @@ from typing import Literal
 
 import krippendorff
 import numpy as np
-from numpy.typing import NDArray
 
-from cagsr.evaluation.intervals import Interval, mean_interval, paired_difference
+from cagsr.evaluation.intervals import Floats, Interval, mean_interval, paired_difference
 from cagsr.html_page import fill
 from cagsr.rating.store import Choice, Judgement, Settings
-
-Floats = NDArray[np.float64]
 
 FEW = 20
 """With fewer prompts the bootstrap's interval is known to be too narrow, and the summary says so."""

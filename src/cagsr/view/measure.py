@@ -1,7 +1,6 @@
 """What the answers to one prompt looked at and what the reward made of it: everything the page shows, as numbers."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cagsr.attention import Reading
+from cagsr.attention import AttentionRegion, Reading
 from cagsr.attention.probe import AttentionLayers, find_attention_layers
 from cagsr.config import RewardConfig
+from cagsr.diagnosis.signals import read_separately
 from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
-from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.salience import explain_salience
 from cagsr.reward.answers import AnswerScorer
@@ -109,12 +108,8 @@ def measure(
     """Score answers to one prompt, each of a token or more, and read what they looked at.
 
     ``scales`` are those of a run; None: those of these answers (see :func:`cagsr.reward.weigh.weigh`).
-
-    Raises:
-        DataError: an answer of zero tokens.
-        AttentionError: the model's attention can't be read.
-        RewardError: a term fails.
-        RunError: the run's scales are those of other terms.
+    Raises DataError for an answer of zero tokens, AttentionError where the model's attention can't be read, RewardError where
+    a term fails, RunError where the run's scales are those of other terms.
     """
     found = find_attention_layers(loaded.model)
     elements = len(prompt.ids) * sum(len(response.ids) for response in responses)
@@ -207,24 +202,15 @@ def read_planes(
     loaded: LoadedModel, rollout: EpisodeBatch, found: AttentionLayers, planes: Sequence[Plane]
 ) -> dict[Plane, Tensor]:
     """Read single layers and heads in one forward: plane -> ``(batch, response, prompt)`` float32 on the CPU."""
-    if not planes:
-        return {}
-    inputs = PassInputs.of(rollout)
-    (region,) = loaded.architecture.regions(loaded.model, inputs)
     layers = {layer.number: layer for layer in found.layers}
-    with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
-        readings = {}
-        for plane in planes:
-            assert plane.layer is not None
-            layer = layers[plane.layer]
-            heads: dict[int, tuple[int, ...] | None] = {layer.number: None if plane.head is None else (plane.head,)}
-            reading = Reading({layer.module: layer}, heads, region, False, found.model_type)
-            readings[plane] = stack.enter_context(reading)
-        loaded.teacher_forced(inputs)
-    return {
-        plane: loaded.architecture.attention(loaded.model, inputs, [reading.attention]).cpu()
-        for plane, reading in readings.items()
-    }
+
+    def reader(plane: Plane) -> Callable[[AttentionRegion], Reading]:
+        assert plane.layer is not None
+        layer, heads = layers[plane.layer], None if plane.head is None else (plane.head,)
+        return lambda region: Reading({layer.module: layer}, {layer.number: heads}, region, False, found.model_type)
+
+    readers = {plane: reader(plane) for plane in planes}
+    return {plane: one.cpu() for plane, one in read_separately(loaded, rollout, readers).items()} if planes else {}
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
