@@ -426,3 +426,12 @@ def test_a_class_gets_what_it_needs(
     assert term.held == (texts, associations)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"needy_terms\.Needy needs associations, and none were given"):
         build_reward(config, device="cpu")
+
+
+def test_a_need_that_nobody_has_is_a_slip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slipping_terms.py").write_text(
+        'class Slip:\n    name, needs = "slip", frozenset({"text"})\n    def __call__(self, batch):\n        return None\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"slipping_terms\.Slip needs 'text', which there is not; .*'texts'"):
+        build_reward(RewardConfig(functions=["slipping_terms.Slip"]), device="cpu")

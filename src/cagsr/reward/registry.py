@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from cagsr.errors import ConfigError
+from cagsr.reward.term import UNKNOWN
 
 if TYPE_CHECKING:
     from cagsr.models.texts import TokenTexts
@@ -62,7 +63,12 @@ class Resources:
         return all(getattr(self, name) is not None for name in RESOURCES & set(needs))
 
     def given(self, needs: Iterable[str], term: str) -> dict[str, Any]:
-        """Those of them that a term needs, by name; ValueError where one of them is not there."""
+        """Those of them that a term needs, by name; ValueError where one is not there, ConfigError for what nobody has."""
+        known = RESOURCES | UNKNOWN
+        if strange := sorted(set(needs) - known):
+            raise ConfigError(
+                f"the reward term {term} needs {strange[0]!r}, which there is not; it may name {sorted(known)}"
+            )
         for name in (found := sorted(RESOURCES & set(needs))):
             if getattr(self, name) is None:
                 raise ValueError(f"the reward term {term} needs {name}, and none were given")
