@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from cagsr.commands.main import main
-from cagsr.evaluation.metrics import length_in_words
+from cagsr.evaluation import metrics
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_model_alone(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {len(own) for own in warm["answers"]} == {2}
     assert {len(own) for own in greedy["answers"]} == {1}
     words = warm["measures"]["words"]
-    expected = [np.mean([length_in_words(text) for text in own]) for own in warm["answers"]]
+    expected = [np.mean([len(metrics.words(text)) for text in own]) for own in warm["answers"]]
     assert words["per_prompt"] == pytest.approx(expected)
     assert words["mean"] == pytest.approx(np.mean(expected))
     assert words["low"] <= words["mean"] <= words["high"]

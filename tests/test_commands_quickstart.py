@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from cagsr.commands.main import main
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.evaluation import metrics
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
-from cagsr.evaluation.metrics import length_in_words
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.quickstart.before_after import BATCH, DRAWS, MEASURES, Answered, BeforeAfter
@@ -119,7 +119,7 @@ def test_every_number_of_the_table_can_be_recomputed_from_the_answers(finished: 
         "facts_covered": facts_covered,
         "wrong_facts": wrong_facts,
         "said_again": facts_said_again,
-        "words": lambda prompt, answer: length_in_words(answer),
+        "words": lambda prompt, answer: len(metrics.words(answer)),
     }
     for key, check in checks.items():
         for column in columns:

@@ -52,7 +52,7 @@ def test_words_keep_hyphens_and_accents_together() -> None:
         "café",
         "sicilia",
     ]
-    assert metrics.length_in_words("£20-25, please") == 2
+    assert len(metrics.words("£20-25, please")) == 2
 
 
 def test_words_of_every_script() -> None:

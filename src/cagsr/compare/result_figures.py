@@ -109,15 +109,9 @@ def training_figure(results: Results, methods: Sequence[str]) -> str | None:
 
 
 def over_optimisation_figure(results: Results, methods: Sequence[str]) -> str | None:
-    """The reward that is optimised against the held-out truth, along training: where they part, the reward is being gamed.
-
-    Of seven methods at most.
-    """
-    shown = [
-        name
-        for name in methods
-        if any("reward" in row and "held_out" in row for run in results.training(name) for row in run)
-    ]
+    """The reward that is optimised against the held-out truth: where they part, it is being gamed (seven methods at most)."""
+    rows = {name: [row for run in results.training(name) for row in run] for name in methods}
+    shown = [name for name in methods if any("reward" in row and "held_out" in row for row in rows[name])]
     if not shown:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")

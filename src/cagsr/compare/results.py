@@ -83,9 +83,8 @@ class Results:
     def costs(self, method: str) -> dict[str, float]:
         """Mean seconds, peak memory and labels of a method's jobs."""
         rows = [self.raw(method, seed)["costs"] | self._trained(method, seed) for seed in self.seeds(method)]
-        found = {
-            name: float(np.mean([row[name] for row in rows])) for name in rows[0] if all(name in row for row in rows)
-        }
+        shared = [name for name in rows[0] if all(name in row for row in rows)]
+        found = {name: float(np.mean([row[name] for row in rows])) for name in shared}
         found["peak_memory_bytes"] = self._mean_fact("method", method, "peak_memory_bytes")
         reward_model = None if method == START else self.plan.methods[method].reward_model
         trained = reward_model is not None and self.plan.methods[method].kind != "dpo"

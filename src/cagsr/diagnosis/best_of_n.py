@@ -1,7 +1,4 @@
-"""Statistics of candidates: what a signal sees within the answers to one prompt, and what picking by it gains.
-
-Everything here is a pure function of ``(prompts, candidates)`` float64 arrays, one row a prompt.
-"""
+"""What a signal sees within the answers to one prompt, and what picking by it gains: of ``(prompts, candidates)`` arrays."""
 
 import numpy as np
 import torch

@@ -1,11 +1,8 @@
 """Which layers and threshold are the best of a hundred, and what a choice is worth: made on some prompts, judged on others.
 
-The best of a hundred settings looks good on the prompts it was chosen on, if only by luck. So the choice is made again and
-again without a tenth of the prompts, and what it gives on that tenth is put together to one signal that owes nothing to luck
-(cross-fitting). Everything here is a pure function of ``(prompts, candidates)`` float64 arrays, one row a prompt.
-
-The statistic is the correlation with the truth within the answers to one prompt, *with length held fixed*: longer answers say
-more, so whatever grows with length seems to see the truth, and paid as a reward it would only make answers longer.
+The choice is made again and again without a tenth of the prompts, and what it gives on that tenth is put together to one signal
+that owes nothing to luck (cross-fitting). All arrays are ``(prompts, candidates)`` float64. The statistic is the correlation with
+the truth within the answers to one prompt, *with length held fixed*: whatever grows with length seems to see the truth.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The diagnosis: is this reward worth a training run for this model and these prompts, and what would go wrong with it?
-
-Pure functions from :class:`~cagsr.diagnosis.signals.Signals` to numbers, ready for a table or a JSON file.
-"""
+"""The diagnosis: is this reward worth a training run for this model and these prompts, and what would go wrong with it?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -250,10 +250,9 @@ def _about_length(reward: Floats, length: Floats) -> list[str]:
     bias = correlation(reward, length)
     if abs(bias) <= 0.3:
         return []
-    return [
-        f"It pays for {'long' if bias > 0 else 'short'} answers too (correlation {bias:+.2f} with length within a "
-        "prompt): watch the length in training."
-    ]
+    which = "long" if bias > 0 else "short"
+    seen = f"correlation {bias:+.2f} with length within a prompt"
+    return [f"It pays for {which} answers too ({seen}): watch the length in training."]
 
 
 def _agreeing(columns: Mapping[str, Floats], length: Floats) -> dict[str, float]:

@@ -42,7 +42,7 @@ def tables(report: EvalReport) -> list[Titled]:
 
 def headline(report: EvalReport) -> str:
     """What the numbers are means of."""
-    answers = sum(len(own) for own in report.mine[0].answers)
+    answers = sum(map(len, report.mine[0].answers))
     each = f"{answers / len(report.prompts):g} answers each" if answers > len(report.prompts) else "one answer each"
     text = f"{len(report.prompts):,} prompts, {each}; 95 % bootstrap intervals over prompts in brackets."
     if report.comparisons:

@@ -65,9 +65,7 @@ def paired_p_value(after: ArrayLike, before: ArrayLike, resamples: int = 9999) -
 
     Two dimensions, ``(seeds, prompts)``: the bootstrap of ``mean_interval``, turned round: twice the smaller share of
     resampled means on either side of 0. A handful of seeds holds little information about their spread, and the bootstrap
-    then gives intervals and p-values that are somewhat too small.
-
-    Raises ValueError for differing shapes and as ``mean_interval``.
+    then gives intervals and p-values that are somewhat too small. Raises ValueError for differing shapes and as ``mean_interval``.
     """
     differences = _differences(after, before)
     table = _table(differences)
@@ -92,9 +90,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) step-down adjustment: p-values that hold for the whole family, whatever the dependence.
 
     The smallest of m p-values is multiplied by m, the next by m - 1, and so on; none is smaller than the one before it, none
-    above 1. The order of the input is kept.
-
-    Raises ValueError for a p-value outside [0, 1].
+    above 1. The order of the input is kept. Raises ValueError for a p-value outside [0, 1].
     """
     if not all(0 <= value <= 1 for value in p_values):  # NaN too
         raise ValueError("a p-value lies outside [0, 1]")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from cagsr.errors import ConfigError, ModelError
 from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.intervals import Floats
-from cagsr.evaluation.metrics import length_in_words, lexical_relevance, repetition, rouge_l, word_weights
+from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights, words
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.flow import EncodedPrompt, Prompt
@@ -98,7 +98,7 @@ class AnswerJudge:
         if self._reward_model is not None:
             found["reward_model"] = self._reward_model.score(rows, completions).double().numpy()
         found["repetition"] = np.array([repetition(text) for text in completions])
-        found["words"] = np.array([float(length_in_words(text)) for text in completions])
+        found["words"] = np.array([float(len(words(text))) for text in completions])
         return found
 
     def left_out(self, prompts: Sequence[EncodedPrompt]) -> list[str]:

@@ -1,9 +1,7 @@
 """The sharpening control: another model sampled at the temperature at which it is as peaked as this one.
 
 A policy that only became more peaked looks better at temperature 1 for that reason alone. So a trained model is compared
-with its start at *matched entropy*: the temperature at which the start's own samples have the trained model's entropy. The
-entropy is the mean over answers of each answer's mean token entropy: every answer counts alike, as it does in the measures
-that are compared, whatever its length. ``quickstart``, ``eval`` and ``compare`` all take it from here.
+with its start at the temperature of *matched entropy*, the mean over answers of each one's mean token entropy: all count alike.
 """
 
 import dataclasses
@@ -61,9 +59,9 @@ def answers_at(
 
     The same seed, prompts and batch size give the same random numbers at every temperature (the sampler draws one
     exponential variate for each token of the vocabulary and takes the largest ratio), so that two temperatures, or two
-    models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in
-    the entropy. The global random generators are left as they were. ``batch_size`` answers are sampled at once, at least
-    one prompt's. The result is in the order of ``prompts``, ``num_generations`` answers to each in a row.
+    models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in the
+    entropy. The global random generators are left as they were. ``batch_size`` answers are sampled at once, at least one
+    prompt's. The result is in the order of ``prompts``, ``num_generations`` answers to each in a row.
     """
     many = sampling.num_generations
     # Prompts of like length together: little padding. The order is the same at every temperature.
@@ -121,13 +119,13 @@ def matching_temperature(
 ) -> float:
     """Find the temperature at which a model's own samples have a given entropy.
 
-    Entropy is the mean over answers of each answer's mean token entropy, as ``answers_at(...).entropy.mean()`` gives it:
-    hand in the prompts, the sampling (its temperature is ignored), the seed and the batch size that the target was
-    measured with. All temperatures see the same random numbers, so entropy is a smooth function of temperature, close to
-    a power of it: the secant method on the logarithms, from temperature 1, is there after three or four rounds of
-    sampling. Where it isn't, Brent's method between ``low`` and ``high`` takes over, until the temperature is right to
-    ``tolerance``. ``known`` are entropies already measured under the same conditions, by temperature; one at 1.0 saves a
-    round. Raises ModelError for a target (nats per token) outside what temperatures between ``low`` and ``high`` give.
+    Hand in the prompts, the sampling (its temperature is ignored), the seed and the batch size that the target,
+    ``answers_at(...).entropy.mean()``, was measured with. All temperatures see the same random numbers, so entropy is a
+    smooth function of temperature, close to a power of it: the secant method on the logarithms, from temperature 1, is
+    there after three or four rounds of sampling. Where it isn't, Brent's method between ``low`` and ``high`` takes over,
+    until the temperature is right to ``tolerance``. ``known`` are entropies already measured under the same conditions, by
+    temperature; one at 1.0 saves a round. Raises ModelError for a target (nats per token) outside what temperatures between
+    ``low`` and ``high`` give.
     """
     if not target_entropy > 0:
         raise ModelError(f"{loaded.path}: no temperature above 0 gives an entropy of {target_entropy:g} nats.")

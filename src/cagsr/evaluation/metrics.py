@@ -29,9 +29,8 @@ def words(text: str) -> list[str]:
 def rouge_l(text: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 (Lin, 2004), the best over the references, with Porter stemming; between 0 and 1.
 
-    Of English text the words are those of rouge-score; its own tokenizer drops all other letters.
-
-    Raises ValueError without references.
+    Of English text the words are those of rouge-score; its own tokenizer drops all other letters. Raises ValueError without
+    references.
     """
     if not references:
         raise ValueError("rouge_l needs at least one reference")
@@ -73,8 +72,8 @@ def distinct_of_draws(texts: Sequence[str], samples: int, n: int) -> float:
     """distinct-n of one answer to each prompt, averaged over the ``samples`` draws, so that their number changes nothing.
 
     ``texts`` holds ``samples`` answers to each prompt in a row. It is a property of the set: it falls as the set grows, so
-    that only sets of the same prompts can be compared, and resampling prompts with replacement would repeat their words
-    and put the whole bootstrap interval below the value itself. So it comes without an interval.
+    that only sets of the same prompts can be compared, and resampling prompts with replacement would repeat their words and
+    put the whole bootstrap interval below the value itself. So it comes without an interval.
     """
     return float(np.mean([distinct(texts[draw::samples], n) for draw in range(samples)]))
 
@@ -102,11 +101,6 @@ def self_bleu(texts: Sequence[str], n: int = 4) -> float:
 
 def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-
-
-def length_in_words(text: str) -> int:
-    """Words of a text."""
-    return len(words(text))
 
 
 def word_weights(prompts: Sequence[str], floor: float = 0.1) -> dict[str, float]:

@@ -1,7 +1,4 @@
-"""How surprised a fixed judge is by a text after another text: an answer after its prompt, the follow-up after both.
-
-The judge's weights never change and have no part in the reward.
-"""
+"""How surprised a fixed judge is by a text after another text: an answer after its prompt, the follow-up after both."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,12 +30,10 @@ def perplexity(
 ) -> Floats:
     """Perplexity of each answer given its prompt under a fixed judge, ``exp`` of the mean NLL per answer token.
 
-    ``model`` is a decoder-only transformers model, used as it is but for the evaluation mode (restored afterwards).
-    Returns ``(answers,)`` float64; NaN for an answer without tokens. Prompts and answers are put together as
-    tokens (``models/continuation.py``), so that answers of any kind share the prompt's tokens.
-
-    Raises ModelError for an encoder-decoder judge, a tokenizer that puts nothing before an empty prompt, or a text
-    longer than the model's context.
+    ``model`` is a decoder-only transformers model, used as it is but for the evaluation mode (restored afterwards). Returns
+    ``(answers,)`` float64; NaN for an answer without tokens. Prompts and answers are put together as tokens
+    (``models/continuation.py``), so that answers of any kind share the prompt's tokens. Raises ModelError for an
+    encoder-decoder judge, a tokenizer that puts nothing before an empty prompt, or a text longer than the model's context.
     """
     return np.exp(mean_nll(model, tokenizer, prompts, answers, batch_size))
 

@@ -14,7 +14,7 @@ import yaml
 from cagsr.config import SamplingConfig
 from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.matched_entropy import answers_at, matching_temperature
-from cagsr.evaluation.metrics import length_in_words, repetition, rouge_l
+from cagsr.evaluation.metrics import repetition, rouge_l, words
 from cagsr.evaluation.perplexity import perplexity
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
@@ -121,7 +121,7 @@ def measure(judge: LoadedModel, prompts: Sequence[EncodedPrompt], answers: Seque
         "said_again": [facts_said_again(prompt.text, answer) for prompt, answer in pairs],
         "rouge_l": [rouge_l(answer, [str(prompt.columns["reference"])]) for prompt, answer in pairs],
         "repetition": [repetition(answer) for answer in answers],
-        "words": [length_in_words(answer) for answer in answers],
+        "words": [len(words(answer)) for answer in answers],
         "perplexity": perplexity(judge.model, judge.tokenizer, [prompt.text for prompt, _ in pairs], answers),
     }
     return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}

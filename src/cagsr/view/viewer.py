@@ -79,12 +79,9 @@ def view(
     ``answers`` are how many to sample (as ``sampling`` says, with ``seed``), or the answers themselves. Settings that are None
     are the defaults. Words are counted in ``frequency``, that of a run or a prompt set; None: in this prompt alone, so that all
     words weigh alike. Without ``associations`` the terms that read them are left out; without a run's ``scales`` those of
-    these answers are used. The temperature of ``sampling`` also divides the logits for self-certainty.
-
-    Raises:
-        ConfigError: no answers, or settings that can't be used.
-        DataError: a prompt that can't be used, an answer of zero tokens, or one too long for the model's context.
-        ModelError: the model can't be loaded or its attention can't be read.
+    these answers are used. The temperature of ``sampling`` also divides the logits for self-certainty. Raises ConfigError for
+    no answers, or settings that can't be used; DataError for a prompt that can't be used, an answer of zero tokens, or one too
+    long for the model's context; ModelError where the model can't be loaded or its attention can't be read.
     """
     reward = reward or RewardConfig()
     validate(reward, "reward.")
