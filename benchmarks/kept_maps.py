@@ -21,9 +21,8 @@ from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.term import RewardTerm
 from cagsr.reward.terms.coverage import Coverage, CoverageConfig
 from cagsr.reward.terms.grounded_coverage import GroundedCoverage, GroundedCoverageConfig
-from cagsr.reward.values import RawValues, checked_values, term_values
-from cagsr.rollout.rows import episode_rows
-from cagsr.scoring.scorer import readings_of
+from cagsr.reward.values import term_values
+from cagsr.rollout.rows import episode_rows, take_rows
 
 LENGTHS = (256, 1024, 4096, 16384)
 ANSWERS, RESPONSE, MICRO_BATCH = 16, 128, 2
@@ -46,15 +45,11 @@ def measure(prompt: int) -> dict[str, float]:
         visitor = TermVisitor(episodes, TERMS, "sum", keep_maps=keep)
         for index in torch.arange(ANSWERS).split(MICRO_BATCH):
             maps = torch.rand(len(index), RESPONSE, prompt) / prompt
-            visitor.visit(index, episode_rows(episodes, index), readings_of(readings, index, RESPONSE), maps)
+            visitor.visit(index, episode_rows(episodes, index), take_rows(readings, index), maps)
             del maps
         batch = RewardBatch(episodes, readings, None, visitor.attention())
         for term in TERMS:
-            known = visitor.values.get(term.name)
-            if isinstance(known, RawValues):
-                checked_values(term, known, batch)
-            else:
-                term_values(term, batch)
+            term_values(term, batch, visitor.values.get(term.name))
 
     run(False)  # libraries allocate their own buffers at the first call
     return {name: peak_of(lambda keep=keep: run(keep)) for name, keep in (("worked out", False), ("kept", True))}  # type: ignore[misc]

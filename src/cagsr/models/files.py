@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,10 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        try:
+        # A pointer or a broken index names no files: whoever opens it says so.
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
             parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / name for name in sorted(set(parts))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # a pointer or a broken index: whoever opens it says so
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -21,7 +21,7 @@ from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.registry import Resources
 from cagsr.reward.settings import TERMS
 from cagsr.reward.term import RewardTerm
-from cagsr.reward.values import RawValues, checked_values, term_values
+from cagsr.reward.values import RawValues, term_values
 from cagsr.scoring.answers import Response, answered
 from cagsr.scoring.scorer import FrozenModel, Scorer, evaluating
 
@@ -67,9 +67,9 @@ class AnswerScorer:
         self.terms: tuple[RewardTerm, ...] = tuple(term for term, _ in found)
         self.weights: dict[str, float] = {term.name: float(weight) for term, weight in found}
 
-    def batch(self, episodes: EpisodeBatch, trainer: Trainer | None = None) -> RewardBatch:
+    def batch(self, episodes: EpisodeBatch) -> RewardBatch:
         """Everything that terms look at, attention maps included."""
-        return self._read(episodes, trainer, keep_maps=True)[0]
+        return self._read(episodes, None, keep_maps=True)[0]
 
     def values(self, batch: RewardBatch) -> dict[str, Tensor]:
         """Give every term's raw values, name -> ``(batch,)`` float32 on the CPU, NaN where a term does not apply.
@@ -99,11 +99,7 @@ class AnswerScorer:
             part = slice(start, start + self.micro_batch_size)
             batch, known = self._read(answered(self.loaded, prompts[part], responses[part]), trainer)
             for term in self.terms:
-                value = known.get(term.name)
-                if isinstance(value, CagsrError):
-                    raise value
-                values = term_values(term, batch) if value is None else checked_values(term, value, batch)
-                found[term.name].append(values.raw.cpu())
+                found[term.name].append(term_values(term, batch, known.get(term.name)).raw.cpu())
         return {name: torch.cat(values) if values else torch.zeros(0) for name, values in found.items()}
 
     def _read(

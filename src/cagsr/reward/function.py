@@ -12,7 +12,7 @@ from cagsr.reward.normalize import Normalization, Normalizer, Reduce
 from cagsr.reward.pooling import add_at_last_token
 from cagsr.reward.term import RewardTerm
 from cagsr.reward.turns import Exchanges
-from cagsr.reward.values import RawValues, TermValues, ask, checked_values
+from cagsr.reward.values import RawValues, TermValues, term_values
 
 
 class RewardFunction:
@@ -94,11 +94,7 @@ class RewardFunction:
         values: dict[str, TermValues] = {}
         try:
             for term in self.terms:
-                found = known.get(term.name)
-                if isinstance(found, CagsrError):
-                    raise found
-                batch = exchanges.seen_by(term)
-                values[term.name] = checked_values(term, ask(term, batch) if found is None else found, batch)
+                values[term.name] = term_values(term, exchanges.seen_by(term), known.get(term.name))
         except CagsrError as error:
             failure = error
         # All processes learn of a failure together: one that raised alone would leave the others waiting for ever.

@@ -115,6 +115,11 @@ def checked_values(term: RewardTerm, found: RawValues, batch: RewardBatch) -> Te
     return TermValues(total=total, tokens=values if found.dense else None, applies=applies)
 
 
-def term_values(term: RewardTerm, batch: RewardBatch) -> TermValues:
-    """Call a term and check what it returns (:func:`ask`, :func:`checked_values`)."""
-    return checked_values(term, ask(term, batch), batch)
+def term_values(term: RewardTerm, batch: RewardBatch, known: RawValues | CagsrError | None = None) -> TermValues:
+    """Call a term and check what it returns (:func:`ask`, :func:`checked_values`).
+
+    ``known``: what it has given, or how it failed, while the attention was read; it is not called again.
+    """
+    if isinstance(known, CagsrError):
+        raise known
+    return checked_values(term, ask(term, batch) if known is None else known, batch)

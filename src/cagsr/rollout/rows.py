@@ -1,6 +1,6 @@
-"""Some sequences of a rollout, cut to their own longest prompt and answer: a micro-batch without padding waste."""
+"""Rows of what flows: of its dataclasses as they are, of episodes cut to their own longest prompt and answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -14,16 +14,21 @@ from cagsr.prompts.batch import collate_prompts
 RowsT = TypeVar("RowsT")
 
 
-def take_rows(given: RowsT, index: Tensor) -> RowsT:
-    """Some rows, ``(n,)`` int64, of a dataclass of ``flow.py``: of its tensors, its tuples and the dataclasses in it."""
+def take_rows(given: RowsT, index: Tensor, width: int | None = None) -> RowsT:
+    """Some rows, ``(n,)`` int64, of a dataclass of ``flow.py``: of its tensors, tuples, mappings and the dataclasses in it.
+
+    ``width``: of their first columns alone, where all tensors in it are ``(batch, response)``.
+    """
     numbers = index.tolist()
 
     def taken(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[index]
+            return value[index] if width is None else value[index, :width]
         if isinstance(value, tuple):
             return tuple(value[number] for number in numbers)
-        return take_rows(value, index) if is_dataclass(value) else value
+        if isinstance(value, Mapping):
+            return {name: taken(one) for name, one in value.items()}
+        return take_rows(value, index, width) if is_dataclass(value) else value
 
     found: Any = given
     return cast(RowsT, replace(found, **{name: taken(value) for name, value in vars(found).items()}))

@@ -20,7 +20,7 @@ from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
-from cagsr.rollout.rows import episode_rows
+from cagsr.rollout.rows import episode_rows, take_rows
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.statistics import certainty_of, entropy_of, logprobs_and, sampling_correction, token_logprobs
 from cagsr.support.progress import each
@@ -76,16 +76,20 @@ class Scorer:
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
 
     def read(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> tuple[Readings, Tensor]:
-        """The policy's pass, then the reference's; the visitor gets the attention of the configured model.
+        """The policy's pass, then the reference's; the visitor gets the attention of the one that is configured.
 
         Gives the policy's readings and the reference's log-probabilities ``(batch, response)`` (without one the policy's
         own).
         """
-        readings = self.policy(episodes, visitor if self.reads_policy else None)
-        return readings, self.reference_logprobs(episodes, readings, None if self.reads_policy else visitor)
+        readings = self.policy(episodes, visitor)
+        return readings, self.reference_logprobs(episodes, readings, visitor)
 
     def policy(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> Readings:
-        """Read everything the reward and the update need from one pass over the policy; zero where nothing was sampled."""
+        """Read everything the reward and the update need from one pass over the policy; zero where nothing was sampled.
+
+        The visitor gets the policy's attention, where it is the policy's that is configured.
+        """
+        visitor = visitor if self.reads_policy else None
         loaded, temperature = self.loaded, self.sampling.temperature or 1.0
         stops = loaded.stops(self.sampling)[0]
         names = [field.name for field in fields(Readings)]
@@ -115,8 +119,9 @@ class Scorer:
     def reference_logprobs(self, episodes: EpisodeBatch, readings: Readings, visitor: Visitor | None = None) -> Tensor:
         """Log-probabilities of the answers under the frozen model, ``(batch, response)`` float32, zero where nothing was sampled.
 
-        ``readings`` are the policy's, for the visitor, which gets the frozen model's attention.
+        ``readings`` are the policy's, for the visitor, which gets the frozen model's attention, where that is configured.
         """
+        visitor = None if self.reads_policy else visitor
         loaded = self.loaded
         if self.reference is None:
             return readings.logprobs
@@ -136,7 +141,7 @@ class Scorer:
                 with self._reading(visitor, model, inputs) as read:
                     logits, _ = loaded.teacher_forced(inputs, model)
                 if visitor is not None:
-                    own = readings_of(readings, index, part.ids.shape[1])
+                    own = take_rows(readings, index, part.ids.shape[1])
                     visitor.visit(index, part, own, self._attention(model, inputs, read))
                 found = token_logprobs(logits, part.ids, self.sampling.temperature or 1.0)
                 logprobs[index, : found.shape[1]] = found.masked_fill(~part.sampled, 0.0)
@@ -152,12 +157,6 @@ class Scorer:
 
     def _attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Reading]) -> Tensor:
         return self.loaded.architecture.attention(model, inputs, [one.attention for one in read])
-
-
-def readings_of(readings: Readings, index: Tensor, width: int) -> Readings:
-    """Readings of some rows, ``(n, width)`` each."""
-    picked = {name: value[index, :width] for name, value in vars(readings).items() if value is not None}
-    return Readings(**picked)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
 from cagsr.config import PPOConfig, TrainConfig
 from cagsr.errors import CagsrError
-from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Targets, Trainer
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Trainer
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
@@ -32,12 +32,12 @@ from cagsr.objectives.policy import PolicyObjective
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.episodes import EpisodePlayer, played
-from cagsr.rollout.rows import episode_rows, prompt_batch
+from cagsr.rollout.rows import episode_rows, prompt_batch, take_rows
 from cagsr.rollout.sampler import build_sampler
 from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.scorer import Scorer, readings_of
+from cagsr.scoring.scorer import Scorer
 from cagsr.scoring.statistics import entropy_of, logprobs_and, token_logprobs
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
@@ -109,8 +109,7 @@ class PPO:
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
         readings, engine_metrics = account_for_engine(readings, episodes, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"):
-            # Whose attention is read is one of the two models': the other pass has no visitor.
-            visiting = None if self.scorer.reads_policy or not visitor.wants_attention else visitor
+            visiting = visitor if visitor.wants_attention else None
             reference_logprobs = self.scorer.reference_logprobs(episodes, readings, visiting)
         with self.clock.part("reward"), working("computing the reward"):
             known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
@@ -203,9 +202,8 @@ class PPO:
 
         def scored() -> tuple[TermVisitor, Readings]:
             visitor = TermVisitor(episodes, self.reward.terms, config.salience.pooling)
-            visits = self.scorer.reads_policy and visitor.wants_attention
             with self.clock.part("scoring"):
-                return visitor, self.scorer.policy(episodes, visitor if visits else None)
+                return visitor, self.scorer.policy(episodes, visitor if visitor.wants_attention else None)
 
         visitor, readings = scored()
         with self.clock.part("comparison"):
@@ -271,19 +269,15 @@ class PPO:
             logprobs, entropy = logprobs_and(entropy_of, logits=logits, ids=part.ids, temperature=temperature)
         else:
             logprobs = token_logprobs(logits, part.ids, temperature)
-        width, targets = part.ids.shape[1], experience.targets
+        width = part.ids.shape[1]
         return UpdateBatch(
             episodes=part,
             logprobs=logprobs,
             entropy=entropy,
             values=values,
-            readings=readings_of(experience.readings, index, width),
+            readings=take_rows(experience.readings, index, width),
             reference_logprobs=experience.reference_logprobs[index, :width],
-            targets=Targets(
-                targets.advantages[index, :width],
-                targets.returns[index, :width],
-                {kind: weight[index, :width] for kind, weight in targets.weights.items()},
-            ),
+            targets=take_rows(experience.targets, index, width),
             totals=totals,
         )
 
@@ -350,7 +344,7 @@ def _asked(objective: Objective, batch: UpdateBatch) -> ObjectiveLoss:
         found = objective(batch)
     except CagsrError:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's code can raise anything; the cause stays attached
         raise CagsrError(
             f"The objective {objective.name!r} failed with {type(error).__name__}: {error}; mend it."
         ) from error
