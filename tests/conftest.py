@@ -31,6 +31,15 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
+def _precision_stays_in_its_test() -> Iterator[None]:
+    """A trainer in bfloat16 sets accelerate's precision for the whole process: it must not follow into the next test."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
 def _pictures_are_laid_out_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendering a run's curves takes longer than a tiny training: matplotlib does it for tests marked ``renders`` only.
 

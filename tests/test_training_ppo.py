@@ -177,11 +177,9 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
         attention=AttentionConfig(source="reference"),
         sampling=SamplingConfig(num_generations=2, max_new_tokens=5, temperature=1.0),
     )
-    read_of_policy: list[object] = []
-    plain = ppo.scorer.policy
-    monkeypatch.setattr(
-        ppo.scorer, "policy", lambda episodes, visitor: read_of_policy.append(visitor) or plain(episodes, visitor)
-    )
+    read: list[object] = []
+    plain = ppo.scorer._attention
+    monkeypatch.setattr(ppo.scorer, "_attention", lambda model, *rest: read.append(model) or plain(model, *rest))
     torch.manual_seed(0)
     first = ppo.collect(prompts.prompts[:2])
     with torch.no_grad():
@@ -194,7 +192,7 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
     )
     if same:
         torch.testing.assert_close(first.returns.terms["coverage"], second.returns.terms["coverage"])
-    assert read_of_policy == [None, None]
+    assert read and all(model is not ppo.loaded.model for model in read)
 
 
 def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
