@@ -16,6 +16,8 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout import decode as decode_module
 from cagsr.rollout import sample
 from cagsr.rollout.sample import cut_responses, sample_responses
+from rows_sampled import rows_sampled_at_once
+from scored import scored
 
 
 def batch_of(loaded: LoadedModel, texts: list[str]) -> PromptBatch:
@@ -156,6 +158,28 @@ def test_a_prompt_is_read_once_for_all_its_answers_and_finished_rows_are_not_fed
         assert width == 1
         assert going <= rows <= max(going / decode_module.LEAVE_WHEN, going), step
     assert fed[-1][0] < 16
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_answers_sampled_in_parts_are_those_sampled_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"))
+    prompts = _several(loaded, ["a cat", "tell me about the small red bird", "the dog"], 3)
+    rows = rows_sampled_at_once(monkeypatch)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=9)
+    together = sample_responses(loaded, prompts, greedy)
+    parts = sample_responses(loaded, prompts, greedy, batch_size=7)
+    assert rows == [9, 6, 3], "whole prompts, as many as fit"
+    assert parts.ids.tolist() == together.ids.tolist()
+    assert parts.completions == together.completions
+    # Parts differ in length, and each answer's log-probabilities stay beside it.
+    torch.manual_seed(0)
+    drawn = sample_responses(loaded, prompts, SamplingConfig(max_new_tokens=9), batch_size=1)
+    assert rows[3:] == [3, 3, 3], "a prompt's answers at least"
+    readings = scored(loaded, drawn)
+    assert drawn.decoded_logprobs is not None
+    torch.testing.assert_close(
+        drawn.decoded_logprobs, readings.logprobs.masked_fill(~drawn.sampled, 0.0), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_groups_of_different_sizes_are_sampled_row_by_row(llama: LoadedModel):

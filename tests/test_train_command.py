@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import apart
 import tiny
 from cagsr.commands.main import main
+from rows_sampled import rows_sampled_at_once
 
 SMALL = [
     "--run.batch_size",
@@ -63,6 +64,20 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     assert len(errors) == 1, said
     assert "Traceback" not in said
     return errors[0]
+
+
+def test_answers_are_sampled_as_many_as_rollout_batch_size_at_once(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"tell me about {'the cat ' * n}"}) + "\n" for n in range(1, 26)))
+    rows = rows_sampled_at_once(monkeypatch)
+    own = ["--ppo.micro_batch_size", "1", "--rollout.batch_size", "4", "--reward.associated_coverage.weight", "1"]
+    run = arguments(start, prompts, tmp_path / "run", *own, "--reward.associations.answers", "23", "--steps", "1")
+    assert main(run) == 0
+    held_out = [2, 2]  # sampled and greedy
+    of_run = rows[:-1]  # the last are a test of the saved model
+    assert of_run == [*[4] * 5, 3, *held_out, 4, 2, *held_out], "associations, held out, the step, held out again"
 
 
 @pytest.mark.renders

@@ -188,7 +188,7 @@ def _associations(
         config.sampling,
         settings,
         seed=config.run.seed,
-        batch_size=config.ppo.micro_batch_size,
+        batch_size=config.rollout.batch_size,
         accelerator=accelerator,
     )
     if accelerator.is_main_process:

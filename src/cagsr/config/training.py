@@ -19,6 +19,9 @@ from cagsr.config.ranges import (
     ShareBelowOne,
 )
 
+ANSWERS_AT_ONCE = 128
+"""Answers that are sampled together unless somebody says otherwise (docs/rollouts.md has what more and fewer cost)."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -115,6 +118,9 @@ class RolloutConfig:
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the policy itself, in this process; vllm: a vLLM server that gets the new weights after every update."""
+    batch_size: PositiveInt = ANSWERS_AT_ONCE
+    """transformers: answers sampled at once, all those to a prompt at least: of a step, of learning associations and of the
+    held-out evaluation. A token costs little more for many answers than for one; the price is memory for their cache."""
     url: str = "http://127.0.0.1:8000"
     """vllm: address of the server."""
     wait: NonNegativeFloat = 240.0

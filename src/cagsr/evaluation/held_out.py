@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from cagsr.config import SamplingConfig
+from cagsr.config import ANSWERS_AT_ONCE, SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
@@ -79,22 +79,23 @@ def answer(
     metric: HeldOutMetric,
     *,
     seed: int,
+    batch_size: int = ANSWERS_AT_ONCE,
     accelerator: Accelerator | None = None,
     player: EpisodePlayer | None = None,
 ) -> JudgedAnswers:
     """Answer each prompt once and judge the answers; every random generator is left as it was. Raises as ``judge``.
 
-    The same ``seed`` gives the same random numbers, so that two policies are compared under them. ``accelerator`` divides the
-    prompts among its processes, which all call this and get the same; the metric is computed by the main one. ``player``
-    plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
+    The same ``seed`` gives the same random numbers, so that two policies are compared under them, ``batch_size`` answers at
+    once. ``accelerator`` divides the prompts among its processes, which all call this and get the same; the metric is computed
+    by the main one. ``player`` plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
     """
     mine = split_between_processes(prompts, accelerator)
     found: list[tuple[str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
-        for start in each("answering held-out prompts", range(0, len(mine), 64), "batches"):
-            some = mine[start : start + 64]
+        for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
+            some = mine[start : start + batch_size]
             sample = partial(sample_responses, loaded, sampling=sampling)
             episodes = played(player, sample, some, prompt_batch(loaded, some))
             lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()

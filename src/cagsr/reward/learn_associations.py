@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cagsr.config import AssociationsConfig, RewardConfig, SamplingConfig
+from cagsr.config import ANSWERS_AT_ONCE, AssociationsConfig, RewardConfig, SamplingConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
@@ -33,7 +33,7 @@ def associations_of(
     config: AssociationsConfig,
     *,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int = ANSWERS_AT_ONCE,
     accelerator: Accelerator | None = None,
 ) -> Associations:
     """Read the associations that ``config.path`` names, or learn them from the starting model's answers to these prompts.

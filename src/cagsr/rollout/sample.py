@@ -17,35 +17,48 @@ from cagsr.models.load import LoadedModel
 from cagsr.rollout.decode import decode
 
 
-def sample_responses(loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
+def sample_responses(
+    loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig, batch_size: int | None = None
+) -> EpisodeBatch:
     """Sample one answer for each row of a prompt batch, padded on the right to the longest.
 
     The model's own generation defaults (a repetition penalty, say) are switched off, so that the sampled policy is the
     softmax at ``temperature`` (0 is greedy); what top-p, top-k, the minimum length and forbidden tokens change is corrected in
     the scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
+    ``batch_size`` answers are in memory at once, all those to a prompt at least; None: all.
     """
     many = _answers_per_prompt(prompts)
     start = loaded.architecture.answer_start(loaded.model, prompts.ids.shape[1])
     stop_ids, stop_strings = loaded.stops(sampling)
     settings = _only_these_settings(loaded.model, sampled_with(loaded, sampling))
-    drawn: list[Tensor] = []
+    says_stop = [SaysStopString(loaded.text_of, stop_strings, start)] if stop_strings else []
+    ids, logprobs = [], []
+    per_batch = len(prompts.ids) if batch_size is None else max(1, batch_size // many) * many
     with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
-        ids = loaded.model.generate(
-            input_ids=prompts.ids[::many],
-            attention_mask=prompts.real[::many].long(),
-            custom_generate=decode,
-            answers_per_prompt=many,
-            drawn=drawn,
-            stopping_criteria=StoppingCriteriaList(
-                [SaysStopString(loaded.text_of, stop_strings, start)] if stop_strings else []
-            ),
-        )
-    rollout = cut_responses(ids[:, start:], prompts, loaded, stop_ids, stop_strings)
-    if not drawn:
+        for some in zip(prompts.ids.split(per_batch), prompts.real.split(per_batch), strict=True):
+            drawn: list[Tensor] = []
+            found = loaded.model.generate(
+                input_ids=some[0][::many],
+                attention_mask=some[1][::many].long(),
+                custom_generate=decode,
+                answers_per_prompt=many,
+                drawn=drawn,
+                stopping_criteria=StoppingCriteriaList(says_stop),
+            )
+            ids.append(found[:, start:])
+            logprobs += [torch.stack(drawn, dim=1)] if drawn else []
+    rollout = cut_responses(_stacked(ids, loaded.pad_token_id), prompts, loaded, stop_ids, stop_strings)
+    if not logprobs:
         return rollout
     mask, forced = rollout.sampled, len(loaded.generation.forced)  # a forced token is drawn, but is no answer's
-    logprobs = torch.stack(drawn[forced:], dim=1)[:, : mask.shape[1]]
-    return replace(rollout, decoded_logprobs=logprobs.masked_fill(~mask, 0.0))
+    decoded = _stacked(logprobs, 0.0)[:, forced : forced + mask.shape[1]]
+    return replace(rollout, decoded_logprobs=decoded.masked_fill(~mask, 0.0))
+
+
+def _stacked(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """Rows of several batches below each other, ``(rows, longest)``."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
 
 
 class SaysStopString(StoppingCriteria):

@@ -42,15 +42,16 @@ class Sampler(Protocol):
 
 
 class TransformersSampler:
-    """The policy itself, through transformers' ``generate`` in this process."""
+    """The policy itself, through transformers' ``generate`` in this process, ``batch_size`` answers at once."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
         self._loaded = loaded
+        self._batch_size = batch_size
         self.notes: tuple[str, ...] = ()
 
     def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
         """As the protocol; every process samples for itself."""
-        return sample_responses(self._loaded, prompts, sampling)
+        return sample_responses(self._loaded, prompts, sampling, self._batch_size)
 
     def policy_changed(self) -> None:
         """Nothing to do: the sampler is the policy."""
@@ -66,7 +67,7 @@ def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Acceler
     """
     rollout = config.rollout
     if rollout.engine == "transformers":
-        return TransformersSampler(loaded)
+        return TransformersSampler(loaded, rollout.batch_size)
     if not loaded.architecture.one_sequence:
         raise ConfigError(
             f"--rollout.engine vllm: {loaded.path} is an encoder-decoder model, which vLLM doesn't serve; use transformers."

@@ -118,9 +118,15 @@ class Steps:
 
         def answers(temperature: float) -> JudgedAnswers:
             sampling = dataclasses.replace(config.sampling, temperature=temperature)
-            seed, accelerator, player = config.run.seed, self.ppo.accelerator, self.ppo.player
             return answer(
-                self.loaded, prompts, sampling, self.metric, seed=seed, accelerator=accelerator, player=player
+                self.loaded,
+                prompts,
+                sampling,
+                self.metric,
+                seed=config.run.seed,
+                batch_size=config.rollout.batch_size,
+                accelerator=self.ppo.accelerator,
+                player=self.ppo.player,
             )
 
         with gathered(self.loaded.model):
