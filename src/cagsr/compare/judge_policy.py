@@ -30,7 +30,6 @@ from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
 from cagsr.support.progress import say, working
 
-KEPT_TEXTS = 40
 BATCH = 256
 MATCHED_ON = 160
 """Prompts that settle the temperature of matched entropy, every second one where there are fewer than twice as many: well
@@ -50,9 +49,7 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
         write_file(plan.result_file(job.target, result["seed"]), json.dumps(result))
 
 
-def _judged(
-    plan: Plan, job: Job, model: Path | None, kept: KeptAnswers, costs: Mapping[str, float]
-) -> dict[str, Any]:
+def _judged(plan: Plan, job: Job, model: Path | None, kept: KeptAnswers, costs: Mapping[str, float]) -> dict[str, Any]:
     assert job.seed is not None
     began = time.perf_counter()
     config = _base_config(plan, job.target, job.seed)
@@ -98,7 +95,7 @@ def _judged(
         "prompts": [encoded.prompt.text for encoded in prompts],
         "temperature": temperature,
         "values": values,
-        "texts": {name: list(answers.texts[:KEPT_TEXTS]) for name, answers in found.items()},
+        "texts": {name: list(answers.texts) for name, answers in found.items()},
         "training": [] if model is None else _training_curve(model.parent),
         "costs": {**costs, "judge_seconds": time.perf_counter() - began},
     }
