@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from cagsr.compare.jobs import Job
 from cagsr.compare.kept_answers import kept_answers
@@ -22,28 +21,32 @@ def test_a_stopped_judgement_keeps_its_answers(tmp_path: Path):
     job = Job("method", "ours", 0, (), "a", judged_on=(str(test),))
     sampled: list[str] = []
 
-    def sample(name: str) -> tuple[SampledAnswers, float]:
-        sampled.append(name)
-        return SampledAnswers(("yes", "no"), np.array([np.nan, 0.5]), np.array([3.0, 4.0]), np.array([1.0, 0.0])), 0.7
+    def ask(name: str, job: Job, *, stopped: bool) -> tuple[SampledAnswers, float]:
+        def sample() -> tuple[SampledAnswers, float]:
+            sampled.append(name)
+            return SampledAnswers(
+                ("yes", "no"), np.array([np.nan, 0.5]), np.array([3.0, 4.0]), np.array([1.0, 0.0])
+            ), 0.7
 
-    with pytest.raises(KeyboardInterrupt), kept_answers(plan, job) as kept:
-        kept.get("greedy", lambda: sample("greedy"))
-        raise KeyboardInterrupt
-    with kept_answers(plan, job) as kept:
-        answers, temperature = kept.get("greedy", lambda: sample("again"))
-    assert sampled == ["greedy"]
+        try:
+            with kept_answers(plan, job) as kept:
+                found = kept.get("greedy", sample)
+                if stopped:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert list(tmp_path.rglob("greedy.json"))
+        return found
+
+    ask("first", job, stopped=True)
+    answers, temperature = ask("again", job, stopped=False)
+    assert sampled == ["first"]
     assert (answers.texts, temperature) == (("yes", "no"), 0.7)
     assert np.isnan(answers.entropy[0])
     assert (answers.entropy[1], answers.tokens.tolist(), answers.ended.tolist()) == (0.5, [3.0, 4.0], [1.0, 0.0])
     assert not list(tmp_path.rglob("greedy.json"))  # finished: nothing is left
-    for change in ("another fingerprint", "another file"):
-        with pytest.raises(KeyboardInterrupt), kept_answers(plan, job) as kept:
-            kept.get("greedy", lambda: sample(change))
-            raise KeyboardInterrupt
-        if change == "another fingerprint":
-            job = replace(job, fingerprint="b")
-        else:
-            test.write_text("two")
-        with kept_answers(plan, job) as kept:
-            kept.get("greedy", lambda: sample("anew"))
-        assert sampled[-2:] == [change, "anew"]
+    ask("before the plan changed", job, stopped=True)
+    changed = replace(job, fingerprint="b")
+    ask("after", changed, stopped=True)
+    test.write_text("two")
+    ask("after the file changed", changed, stopped=False)
+    assert sampled[1:] == ["before the plan changed", "after", "after the file changed"]

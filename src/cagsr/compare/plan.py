@@ -207,7 +207,8 @@ class Plan(_Strict):
 def read_plan(path: Path, *, fast: bool = False, variables: Sequence[str] = ()) -> Plan:
     """Read a plan; ``fast`` puts the values of its ``fast`` section in place, and ``-fast`` at the work folder's end.
 
-    ``variables`` are values for the plan's, as ``NAME=VALUE``. Raises ConfigError: no such file, malformed YAML, an unknown key, a wrong value, a name that the plan lacks.
+    ``variables`` are values for the plan's, as ``NAME=VALUE``. Raises ConfigError: no such file, malformed YAML, an unknown key,
+    a wrong value, a name that the plan lacks.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

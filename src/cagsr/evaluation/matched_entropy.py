@@ -63,7 +63,8 @@ def answers_at(
     exponential variate for each token of the vocabulary and takes the largest ratio), so that two temperatures, or two
     models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in the
     entropy. The global random generators are left as they were. ``batch_size`` answers are sampled at once, at least one
-    prompt's. Without ``entropies`` they are NaN and the pass is saved. The result is in the order of ``prompts``, ``num_generations`` answers to each in a row.
+    prompt's. Without ``entropies`` they are NaN and their pass is saved. The result is in the
+    order of ``prompts``, ``num_generations`` answers to each in a row.
     """
     many = sampling.num_generations
     # Prompts of like length together: little padding. The order is the same at every temperature.
