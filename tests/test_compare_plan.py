@@ -179,3 +179,32 @@ def test_files_that_are_no_plans(tmp_path: Path):
     content["fast"] = {"methods": ["our"]}
     with pytest.raises(ConfigError, match="unknown method 'our'; did you mean 'ours'"):
         read_plan(written(tmp_path, content), fast=True)
+
+
+def test_variables_are_filled_in_everywhere(tmp_path: Path):
+    content = tree(tmp_path)
+    content["variables"] = {"model": None, "judge": None}
+    content["start"] = "make {model} {output}"
+    content["judges"] = {"embedding_model": "{judge}"}
+    content["methods"]["ours"] = {"set": {"reward.models": ["{model}/reward"]}}
+    file = written(tmp_path, content)
+    plan = read_plan(file, variables=["model=a=b"])
+    assert plan.start == "make a=b {output}"
+    assert plan.methods["ours"].set == {"reward.models": ["a=b/reward"]}
+    assert plan.judges.embedding_model is None  # nothing but a variable that nobody gave
+    assert read_plan(file, variables=["model=m", "judge=j"]).judges.embedding_model == "j"
+    # another model is another start, and so are the policies
+    one, other = (
+        {job.name: job.training for job in plan_jobs(read_plan(file, variables=[f"model={name}"]))} for name in "mn"
+    )
+    assert not set(one.values()) & set(other.values())
+    for given, sentence in (
+        ([], "needs a value for 'model'; give it as --variables model=VALUE"),
+        (["model"], "write NAME=VALUE"),
+        (["modle=m"], "has no variable 'modle'; did you mean 'model'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            read_plan(file, variables=given)
+    content["variables"] = {"seed": "1"}
+    with pytest.raises(ConfigError, match="commands are filled in with that name"):
+        read_plan(written(tmp_path, content))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples.e2e import augment, facts, prepare, pretrain, pretrained, rewards
+from examples.e2e import augment, facts, prepare, pretrain, pretrained, rewards, slot_errors
 from examples.e2e.slots import check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -316,6 +316,16 @@ def test_rewards_by_hand() -> None:
     assert rewards.hits([prompt] * 3, texts, references=None) == pytest.approx([1.0, 0.5, 1.0])
 
 
+def test_slot_error_rate_is_that_of_the_set() -> None:
+    # 2 slots, one missed, and one said besides; 3 slots, one of them wrong: 3 errors in 5 slots, not the mean of 1 and 1/3.
+    prompts = ["name: Cotto | eatType: pub =>", "name: Cotto | area: riverside | food: Chinese =>"]
+    found = slot_errors.report(prompts, ["Cotto by the river.", "Cotto: Italian food by the river."])
+    assert np.mean([one["slot_error_rate"] for one in found]) == pytest.approx(60.0)
+    assert [one["missed"] for one in found] == pytest.approx([1 / 2, 1 / 3])
+    assert [one["wrong"] for one in found] == pytest.approx([0, 1 / 3])
+    assert [one["added"] for one in found] == pytest.approx([1 / 2, 0])
+
+
 def test_random_reward_is_uniform_and_repeats_itself() -> None:
     texts = [f"answer {number}" for number in range(2000)]
     values = rewards.random_reward(["p"] * 2000, texts, [[1]] * 2000)
@@ -339,17 +349,39 @@ def test_prepare_on_a_slice_of_the_real_data(tmp_path: Path) -> None:
     assert (tmp_path / "init" / "model.safetensors").is_file()
 
 
-def test_a_pretrained_model_s_pairs_and_prompts_share_no_meaning(tmp_path: Path) -> None:
-    rows = [{"prompt": f"name[The {n}], area[riverside]", "completion": f"The {n}  is by the river."} for n in "ABCDEF"]
-    rows += [{"prompt": "name[The A], area[riverside]", "completion": "By the river: The A."}]
-    for name in ("train", "test"):
-        prepare.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+def test_a_pretrained_model_s_files_share_no_meaning(tmp_path: Path) -> None:
+    rows, test = ([{"prompt": f"name[The {n}], area[riverside]"} for n in letters] for letters in ("ABCDEFG", "HI"))
+    train = [{**row, "completion": f"{row['prompt'][5:10]}  is by the river, in a nice pub."} for row in rows]
+    train += [{**rows[0], "completion": "By the river: The A."}]
+    prepare.write_jsonl(tmp_path / "train.jsonl", train)
+    prepare.write_jsonl(tmp_path / "test.jsonl", [{**row, "references": ["By  the river."]} for row in test])
     work = tmp_path / "work"
-    pretrained.main(pretrained.Options(work, data=tmp_path, pairs=4, prompts=2))
-    pairs, prompts = (prepare.read_jsonl(work / f"{name}.jsonl") for name in ("sft", "prompts"))
-    assert len({row["prompt"] for row in [*pairs, *prompts]}) == len(pairs) + len(prompts) == 6
-    for row in pairs:
+    options = pretrained.Options(work, data=tmp_path, pairs=4, held_out=1, noise=0.5)
+    pretrained.main(options)
+    files = {
+        name: prepare.read_jsonl(work / f"{name}.jsonl") for name in ("sft", "noisy", "held_out", "prompts", "test")
+    }
+    assert {name: len(some) for name, some in files.items()} == {
+        "sft": 4,
+        "noisy": 4,
+        "held_out": 1,
+        "prompts": 2,
+        "test": 2,
+    }
+    prompts = [row["prompt"] for name, some in files.items() if name != "noisy" for row in some]
+    assert len(set(prompts)) == len(prompts)
+    for row in files["sft"]:
         assert row["prompt"].endswith("]\nDescription:")
         assert row["completion"].startswith(" ")
         assert "  " not in row["completion"]
         assert check(row["prompt"], row["completion"]).facts == 2
+    assert files["test"][0]["references"] == ["By the river."]
+    assert not any("completion" in row for name in ("held_out", "prompts", "test") for row in files[name])
+    # Half of the noisy sentences are others, in their places, and still begin with a space.
+    changed = [a != b for a, b in zip(files["sft"], files["noisy"], strict=True)]
+    assert sum(changed) == 2
+    assert [row["prompt"] for row in files["sft"]] == [row["prompt"] for row in files["noisy"]]
+    assert all(row["completion"].startswith(" ") for row in files["noisy"])
+    prepare.write_jsonl(tmp_path / "test.jsonl", [{**rows[0], "references": ["The A."]}])
+    with pytest.raises(prepare.DataError, match="1 prompts of train are also in test"):
+        pretrained.main(options)

@@ -7,28 +7,55 @@ import random
 from pathlib import Path
 
 import pytest
+import yaml
 from examples.e2e import elsewhere, rewards
 from examples.e2e.facts import as_prompt, parse
 
 from cagsr.compare.jobs import plan_jobs
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import read_plan
+from cagsr.reward.settings import TERMS
 
 ROOT = Path(__file__).parent.parent
-PLANS = sorted(
-    path for path in (ROOT / "examples" / "e2e").rglob("*.yaml") if "\nmethods:" in path.read_text(encoding="utf-8")
-)
+PLANS = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if "\nmethods:" in path.read_text(encoding="utf-8"))
 PROMPT = "name: Tefos | eatType: hotel | food: Korean | area: riverside | familyFriendly: yes =>"
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plans_read(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    plan = read_plan(path)
-    assert len(plan_jobs(plan)) > len(plan.methods)
-    for name, method in plan.methods.items():
-        if method.kind != "dpo":
-            reward_settings(plan, name, plan.seeds[0])  # every setting of every method exists and has the right type
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    variables = [f"{name}=x" for name, value in tree.get("variables", {}).items() if value is None]
+    for fast in (False, True) if "fast" in tree else (False,):
+        plan = read_plan(path, fast=fast, variables=variables)
+        assert len(plan_jobs(plan)) > len(plan.methods)
+        for name, method in plan.methods.items():
+            if method.kind != "dpo":
+                # Every setting of every method exists and has the right type; what is trained on is never judged on.
+                reward_settings(plan, name, plan.seeds[0])
+        assert len({plan.files.train, plan.files.held_out, plan.files.test}) == 3
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PLANS if "variables:" in path.read_text()], ids=lambda path: path.stem
+)
+def test_controls_of_a_pretrained_model_have_their_reward_alone(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What CAGSR's reward weighs must not leak into the ceiling, the floor and the attention's or the certainty's own."""
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(path, variables=["model=x"])
+    alone = {
+        "oracle": set(),
+        "random": set(),
+        "certainty": {"self_certainty"},
+        "attention": {"coverage", "grounded_coverage", "repetition"},
+    }
+    for name in plan.methods:
+        reward = reward_settings(plan, name, 0).reward
+        weighed = {term.name for term in TERMS if getattr(reward, term.name).weight}
+        assert bool(reward.functions) == (name in ("oracle", "random"))
+        if name in alone:
+            assert weighed == alone[name]
+        assert reward_settings(plan, name, 0).lora.r == 16
 
 
 def test_the_ceiling_judges_what_the_paper_trains(monkeypatch: pytest.MonkeyPatch):

@@ -405,7 +405,7 @@ def test_a_comparison_says_what_its_jobs_do(
     monkeypatch.setattr(Job, "is_done", lambda self, plan: self.target == "done")
     jobs = [Job("method", name, 0, (), "") for name in ("done", "one", "two")]
     with shown("cagsr compare"):
-        assert scheduler.run_jobs(Plan(), tmp_path / "plan.yaml", jobs, fast=False, parallel=2) == []  # type: ignore[arg-type]
+        assert scheduler.run_jobs(Plan(), jobs, ["plan.yaml"], parallel=2) == []  # type: ignore[arg-type]
     said += capfd.readouterr().err.splitlines()
     assert said[0] == "1 of 3 jobs are done already; 2 at a time."
     assert any(

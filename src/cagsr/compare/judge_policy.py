@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cagsr.compare.jobs import GREEDY, MATCHED, SAMPLED, Job, write_file
+from cagsr.compare.kept_answers import KeptAnswers, kept_answers
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
+from cagsr.errors import ModelError
 from cagsr.evaluation.judge_answers import AnswerJudge, Judges
 from cagsr.evaluation.matched_entropy import SampledAnswers, answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
@@ -24,10 +28,12 @@ from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.weigh import weigh
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
-from cagsr.support.progress import working
+from cagsr.support.progress import say, working
 
-KEPT_TEXTS = 40
 BATCH = 256
+MATCHED_ON = 160
+"""Prompts that settle the temperature of matched entropy, every second one where there are fewer than twice as many: well
+enough, at a part of the cost."""
 SAMPLING_SEED = 7
 """Added to the seed: test answers are not drawn with the seed of training."""
 
@@ -38,6 +44,12 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
 
     ``model`` is the policy's folder; None for the start and for best of N, which have no policy of their own.
     """
+    with kept_answers(plan, job) as kept:
+        result = _judged(plan, job, model, kept, costs)
+        write_file(plan.result_file(job.target, result["seed"]), json.dumps(result))
+
+
+def _judged(plan: Plan, job: Job, model: Path | None, kept: KeptAnswers, costs: Mapping[str, float]) -> dict[str, Any]:
     assert job.seed is not None
     began = time.perf_counter()
     config = _base_config(plan, job.target, job.seed)
@@ -49,9 +61,14 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     judge = AnswerJudge(Judges(**named), start.device)
     seed = job.seed + SAMPLING_SEED
 
-    def at(loaded: LoadedModel, temperature: float) -> SampledAnswers:
+    def at(loaded: LoadedModel, temperature: float) -> tuple[SampledAnswers, float]:
         sampling = dataclasses.replace(config.sampling, temperature=temperature)
-        return answers_at(loaded, prompts, sampling, seed, BATCH)
+        return answers_at(loaded, prompts, sampling, seed, BATCH, entropies=temperature > 0), temperature
+
+    def matched() -> tuple[SampledAnswers, float]:
+        some = slice(None, None, max(2, math.ceil(len(prompts) / MATCHED_ON)))
+        target = float(np.mean(found[SAMPLED].entropy[some]))
+        return at(start, matching_temperature(start, prompts[some], config.sampling, target, seed, BATCH))
 
     found: dict[str, SampledAnswers] = {}
     temperature = None
@@ -60,28 +77,28 @@ def judge_method(plan: Plan, job: Job, model: Path | None, costs: Mapping[str, f
     else:
         policy = ModelConfig(path=str(model), device=config.model.device)
         loaded = start if model is None else load_model(policy, for_training=False)
-        found[SAMPLED], found[GREEDY] = at(loaded, config.sampling.temperature), at(loaded, 0.0)
+        found[SAMPLED], _ = kept.get(SAMPLED, lambda: at(loaded, config.sampling.temperature))
+        found[GREEDY], _ = kept.get(GREEDY, lambda: at(loaded, 0.0))
         if model is not None:
-            # Half of the prompts settle the temperature well enough, at half the cost.
-            target = float(np.mean(found[SAMPLED].entropy[::2]))
-            temperature = matching_temperature(start, prompts[::2], config.sampling, target, seed, BATCH)
-            found[MATCHED] = at(start, temperature)
+            try:
+                found[MATCHED], temperature = kept.get(MATCHED, matched)
+            except ModelError as error:  # a collapsed policy: as peaked as it the start never is
+                say(f"Left out, the start at matched entropy: {error}")
     values: dict[str, dict[str, list[float]]] = {}
     for name, answers in found.items():
         measured = judge.measure(prompts, answers.texts) | {"tokens": answers.tokens, "entropy": answers.entropy}
         # Measures that no row has are left out.
         values[name] = {measure: column.tolist() for measure, column in measured.items() if np.isfinite(column).any()}
-    result = {
+    return {
         "method": job.target,
         "seed": job.seed,
         "prompts": [encoded.prompt.text for encoded in prompts],
         "temperature": temperature,
         "values": values,
-        "texts": {name: list(answers.texts[:KEPT_TEXTS]) for name, answers in found.items()},
+        "texts": {name: list(answers.texts) for name, answers in found.items()},
         "training": [] if model is None else _training_curve(model.parent),
         "costs": {**costs, "judge_seconds": time.perf_counter() - began},
     }
-    write_file(plan.result_file(job.target, job.seed), json.dumps(result))
 
 
 def load_start(plan: Plan, seed: int, config: TrainConfig) -> LoadedModel:

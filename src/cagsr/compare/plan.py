@@ -1,7 +1,7 @@
 """The plan of a comparison: a YAML file as typed dataclasses, with every mistake in one sentence."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cagsr.compare.plan_variables import with_variables
 from cagsr.errors import ConfigError
 from cagsr.evaluation.judge_answers import Judges
 from cagsr.parse import suggestion
@@ -115,6 +116,9 @@ class Plan(_Strict):
     configs: list[str]
     """Config files of ``cagsr train`` that all methods share."""
     methods: dict[str, Method]
+    variables: dict[str, str | None] = field(default_factory=dict)
+    """Names of your own for {name} in all other values, as {model: null}; --variables model=DIR gives one its value. null: a
+    value that is nothing but the name is left out, and any other use must be given one."""
     prepare: list[str] = field(default_factory=list)
     """Commands that are run once, before everything."""
     prepare_judges: list[str] = field(default_factory=list)
@@ -200,10 +204,11 @@ class Plan(_Strict):
         return "no RL (start)" if name == START else self.methods[name].label or name
 
 
-def read_plan(path: Path, *, fast: bool = False) -> Plan:
+def read_plan(path: Path, *, fast: bool = False, variables: Sequence[str] = ()) -> Plan:
     """Read a plan; ``fast`` puts the values of its ``fast`` section in place, and ``-fast`` at the work folder's end.
 
-    Raises ConfigError: no such file, malformed YAML, an unknown key, a wrong value, a name that the plan lacks.
+    ``variables`` are values for the plan's, as ``NAME=VALUE``. Raises ConfigError: no such file, malformed YAML, an unknown key,
+    a wrong value, a name that the plan lacks.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -220,6 +225,7 @@ def read_plan(path: Path, *, fast: bool = False) -> Plan:
         if not tree.get("fast"):
             raise ConfigError(f"{path}: has no section 'fast', so --fast has nothing to put in place.")
         tree = _fast(path, tree)
+    tree = with_variables(path, tree, variables)
     try:
         plan = TypeAdapter(Plan).validate_python(tree)
     except ValidationError as error:

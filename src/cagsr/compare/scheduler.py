@@ -27,11 +27,14 @@ class Failure:
     reason: str
 
 
-def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, parallel: int) -> list[Failure]:
+def run_jobs(
+    plan: Plan, jobs: Sequence[Job], read_again: Sequence[str], *, parallel: int, threads: int | None = None
+) -> list[Failure]:
     """Run every job that is not done, those it needs first, and return what failed; a failure takes those that need it along.
 
-    The jobs read ``plan_file`` again; ``parallel`` of them run at a time and share the cores. Raises RunError where another
-    process works on the same folder.
+    ``read_again`` is what a job's process reads the plan with: its file, ``--fast``, values of its variables. ``parallel``
+    jobs run at a time, with ``threads`` each (None: they share the cores). Raises RunError where another process works on the
+    same folder.
     """
     work = plan.folder
     with disk_errors(work):
@@ -42,7 +45,8 @@ def run_jobs(plan: Plan, plan_file: Path, jobs: Sequence[Job], *, fast: bool, pa
         done = len(jobs) - len(open_jobs)
         say(f"{done} of {len(jobs)} jobs are done already; {parallel} at a time.")
         with working("jobs", len(jobs), done=done) as task:
-            return _Run(plan, plan_file, fast, parallel, task, {}).all(open_jobs)
+            threads = threads or max(1, (os.cpu_count() or 1) // parallel)
+            return _Run(plan, tuple(read_again), parallel, threads, task, {}).all(open_jobs)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class _Running:
 @dataclass
 class _Run:
     plan: Plan
-    plan_file: Path
-    fast: bool
+    read_again: tuple[str, ...]
     parallel: int
+    threads: int
     task: Task
     running: dict[str, _Running]
 
@@ -108,11 +112,10 @@ class _Run:
 
     def _start(self, job: Job) -> _Running:
         log = self.plan.folder / "logs" / f"{job.name}.log"
-        command = [sys.executable, "-m", "cagsr.compare.worker", str(self.plan_file), job.name]
-        command += ["--fast"] if self.fast else []
+        file, *more = self.read_again
+        command = [sys.executable, "-m", "cagsr.compare.worker", file, job.name, *more]
         # Threads that wait for one another on cores shared with another job slow a run down tenfold.
-        threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the log tells of the work; its last line is shown
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)

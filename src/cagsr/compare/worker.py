@@ -1,4 +1,4 @@
-"""Do one job of a plan in this process: ``python -m cagsr.compare.worker PLAN JOB [--fast]``."""
+"""Do one job of a plan in this process: ``python -m cagsr.compare.worker PLAN JOB [--fast] [NAME=VALUE ...]``."""
 
 import dataclasses
 import json
@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     _die_with(os.getppid())
     path, name, *rest = argv
     try:
-        plan = read_plan(Path(path), fast="--fast" in rest)
+        variables = [word for word in rest if word != "--fast"]
+        plan = read_plan(Path(path), fast="--fast" in rest, variables=variables)
         jobs = {job.name: job for job in plan_jobs(plan)}
         if name not in jobs:
             raise ConfigError(f"{path}: there is no job {name}.")

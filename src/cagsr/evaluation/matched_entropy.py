@@ -54,6 +54,8 @@ def answers_at(
     sampling: SamplingConfig,
     seed: int,
     batch_size: int = 256,
+    *,
+    entropies: bool = True,
 ) -> SampledAnswers:
     """Answer every prompt ``sampling.num_generations`` times and read the entropies in one teacher-forced pass.
 
@@ -61,7 +63,8 @@ def answers_at(
     exponential variate for each token of the vocabulary and takes the largest ratio), so that two temperatures, or two
     models of one vocabulary, are compared under the same luck. What top-p, top-k and a minimum length forbid is not in the
     entropy. The global random generators are left as they were. ``batch_size`` answers are sampled at once, at least one
-    prompt's. The result is in the order of ``prompts``, ``num_generations`` answers to each in a row.
+    prompt's. Without ``entropies`` they are NaN and their pass is saved. The result is in the
+    order of ``prompts``, ``num_generations`` answers to each in a row.
     """
     many = sampling.num_generations
     # Prompts of like length together: little padding. The order is the same at every temperature.
@@ -76,7 +79,7 @@ def answers_at(
         start += len(some)
         for place, text in zip(places, rollout.completions, strict=True):
             texts[place] = text
-        entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0)
+        entropy[places] = mean_entropy(loaded, rollout, sampling.temperature or 1.0) if entropies else np.nan
         tokens[places] = rollout.sampled.sum(dim=1).cpu().numpy()
         ended[places] = rollout.ended.cpu().numpy()
     return SampledAnswers(tuple(texts), entropy, tokens, ended)
