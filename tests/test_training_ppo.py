@@ -192,7 +192,8 @@ def test_attention_of_the_reference_does_not_move_with_the_policy(tmp_path: Path
     )
     if same:
         torch.testing.assert_close(first.returns.terms["coverage"], second.returns.terms["coverage"])
-    assert read and all(model is not ppo.loaded.model for model in read)
+    assert read
+    assert all(model is not ppo.loaded.model for model in read)
 
 
 def test_a_wrong_ratio_before_the_first_update_stops_the_run(tmp_path: Path):
