@@ -26,7 +26,7 @@ from cagsr.diagnosis.recommend import (
     within_z,
     yaml_of,
 )
-from cagsr.diagnosis.signals import Setting, Signals, collect_signals, layer_choices
+from cagsr.diagnosis.signals import Setting, SignalReader, Signals, collect_signals, layer_choices
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.load import load_model
 from cagsr.parse import parse_command
@@ -247,7 +247,7 @@ def test_the_sweep_gives_what_the_scorer_gives(kind: str, tmp_path: Path):
     sampling, attention = SamplingConfig(num_generations=2, max_new_tokens=5), AttentionConfig(layers="last-2")
     scorer = AnswerScorer(loaded, RewardConfig(), attention, SalienceConfig())
     before = torch.random.get_rng_state()
-    signals = collect_signals(loaded, prompts, sampling, scorer, attention, seed=3, chunk=2)
+    signals = collect_signals(SignalReader(loaded, scorer, attention), prompts, sampling, seed=3, chunk=2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert signals.length.shape == (3, 2)
     np.testing.assert_allclose(signals.coverage[signals.configured], signals.terms["coverage"], atol=1e-6)

@@ -66,7 +66,7 @@ def scored(model: Path, data: Path, *more: str) -> list[dict]:
 def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]):
     rows = scored(model, pairs)
     assert set(rows[0]["terms"]) == {
-        "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "repetition", "self_certainty", "length",
+        "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "echo", "repetition", "self_certainty", "length",
     }  # fmt: skip
     assert set(rows[0]["contributions"]) == {"coverage", "repetition"}
     # Seven words and the stop token; no stop token where the row says that the answer was cut.

@@ -318,7 +318,7 @@ ZERO = RewardConfig(coverage=CoverageConfig(weight=0.0), repetition=RepetitionCo
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (ZERO, "every weight is 0"),
+        (ZERO, "every weight is 0 but"),
         (replace(ZERO, functions=["m.f"], function_weights=[0.0]), "every weight is 0"),
         (RewardConfig(functions=["m.f"], function_weights=[1.0, 2.0]), "2 values for 1 functions"),
         (RewardConfig(models=["a", "b"], model_weights=[1.0]), "1 values for 2 models"),
@@ -376,10 +376,14 @@ def test_builtin_terms_are_terms() -> None:
     terms = weighted_terms(RewardConfig(), "cpu", RESOURCES, every=True)
     assert [(term.name, weight) for term, weight in terms] == [
         ("coverage", 1.0), ("copy_coverage", 0.0), ("grounded_coverage", 0.0), ("mean_mass", 0.0), ("focus", 0.0),
-        ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
+        ("echo", -3.0), ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
-    assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == ["coverage", "repetition"]
+    assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == [
+        "coverage",
+        "echo",
+        "repetition",
+    ]
 
 
 def test_a_term_with_a_weight_gets_what_it_needs_or_says_what_is_missing() -> None:

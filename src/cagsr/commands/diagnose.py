@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from cagsr.commands.inputs import read_prompts, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.config.ranges import OutputFile, PositiveInt, Seed
+from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.support.progress import say, working
 
 
@@ -26,6 +26,9 @@ class Config:
     None: ROUGE-L where the rows have a reference (completion, reference or references), else no truth."""
     num_prompts: Annotated[int, Ge(2)] = 96
     """Prompts, drawn from the file by the seed."""
+    attacked_prompts: NonNegativeInt = 48
+    """For so many of the prompts, answers made to fool the reward are measured too (the prompt itself, a list of its words,
+    another prompt's answer, ...); 0: none."""
     output: OutputFile | None = None
     """JSON file for all numbers; beside it, with the ending .yaml, the recommendation for cagsr train --config."""
     markdown: OutputFile | None = None
@@ -58,9 +61,10 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, print the report and write what was asked for."""
+    from cagsr.diagnosis.attacks import attack
     from cagsr.diagnosis.diagnose import diagnose, load_checker, with_truth
     from cagsr.diagnosis.diagnosis_report import as_json, as_markdown, as_yaml, finding, print_report
-    from cagsr.diagnosis.signals import collect_signals
+    from cagsr.diagnosis.signals import SignalReader, collect_signals
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
@@ -83,13 +87,16 @@ def run(config: Config) -> None:
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
     say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes)
-    signals = collect_signals(
-        loaded, prompts, config.sampling, scorer, config.attention, seed=config.seed, chunk=config.batch_size
-    )
+    reader = SignalReader(loaded, scorer, config.attention)
+    signals = collect_signals(reader, prompts, config.sampling, seed=config.seed, chunk=config.batch_size)
+    attacked = None
+    if config.attacked_prompts:
+        with working("measuring answers made to fool the reward"):
+            attacked = attack(reader, signals, most=config.attacked_prompts, chunk=scorer.micro_batch_size)
     if config.checker is not None or metric.name.startswith("ROUGE-L"):
         signals = with_truth(signals, metric)
     with working("weighing the terms"):
-        found = diagnose(signals, scorer.weights, config.reward)
+        found = diagnose(signals, scorer.weights, config.reward, attacked)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
     print_report(found, signals.configured, table_console())
     say(finding(found))

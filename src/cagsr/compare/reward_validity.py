@@ -13,7 +13,7 @@ from cagsr.compare.plan import Plan
 from cagsr.diagnosis.best_of_n import correlation, oracle_share
 from cagsr.diagnosis.diagnose import load_checker, with_truth
 from cagsr.diagnosis.recommend import weighted_reward, within_z, z_sums
-from cagsr.diagnosis.signals import Signals, collect_signals
+from cagsr.diagnosis.signals import SignalReader, Signals, collect_signals
 from cagsr.evaluation.intervals import Floats
 from cagsr.support.progress import working
 
@@ -41,7 +41,9 @@ def measure_validity(plan: Plan, job: Job) -> None:
     data = dataclasses.replace(config.data, path=path, limit=plan.validity.prompts)
     prompts, scorer, associations = prompts_and_scorer(config, loaded, data, job.seed, associated=True)
     sampling = dataclasses.replace(config.sampling, num_generations=8)
-    signals = collect_signals(loaded, prompts, sampling, scorer, config.attention, seed=job.seed, chunk=16)
+    signals = collect_signals(
+        SignalReader(loaded, scorer, config.attention), prompts, sampling, seed=job.seed, chunk=16
+    )
     truths: dict[str, Floats] = {}
     for label, checker in plan.validity.checkers.items():
         judged = with_truth(signals, load_checker(checker))

@@ -1,12 +1,13 @@
 """The diagnosis: is this reward worth a training run for this model and these prompts, and what would go wrong with it?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cagsr.config import RewardConfig
+from cagsr.diagnosis.attacks import ENOUGH, Attacked, AttackReport, judge_attacks, lost
 from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.diagnosis.cross_fit import held_fixed
 from cagsr.diagnosis.recommend import (
@@ -25,6 +26,7 @@ from cagsr.models.stops import HARDLY_ANY, hardly_any_end
 from cagsr.reward.metrics import variance_share
 from cagsr.support.dotted_path import import_function
 
+CONFIGURED, RECOMMENDED = "configured reward", "recommended reward"
 COMBINATIONS = (
     ("coverage", "self_certainty"),
     ("coverage", "copy_coverage"),
@@ -88,20 +90,41 @@ class Diagnosis:
     settings: tuple[SettingReport, ...]
     recommendation: Recommendation
     warnings: tuple[str, ...]
+    attacks: tuple[AttackReport, ...] = ()
+    good_answers: str = ""
+    """What the attacks were held against."""
 
 
-def diagnose(signals: Signals, weights: Mapping[str, float], config: RewardConfig | None = None) -> Diagnosis:
-    """Analyse measured signals; ``weights`` are those of the configured reward, term -> weight."""
+def diagnose(
+    signals: Signals,
+    weights: Mapping[str, float],
+    config: RewardConfig | None = None,
+    attacked: Attacked | None = None,
+) -> Diagnosis:
+    """Analyse measured signals; ``weights`` are those of the configured reward, term -> weight.
+
+    ``attacked``: answers made to fool the reward, measured in the same way; None: none were.
+    """
     config = config or RewardConfig()
     truth = signals.truth
     named = {**signals.terms, **z_sums(signals.terms, COMBINATIONS)}
     configured = weighted_reward(signals.terms, weights, config)
     recommendation = recommend(signals, configured, weights)
     columns, within = term_columns(signals, recommendation.setting), replace(config, normalize="within_prompt")
-    named["configured reward"] = configured
-    named["recommended reward"] = (
+    named[CONFIGURED] = configured
+    named[RECOMMENDED] = (
         configured if recommendation.configured else weighted_reward(columns, recommendation.weights, within)
     )
+    attacks: tuple[AttackReport, ...] = ()
+    if attacked is not None:
+        recommended = (columns, term_columns(attacked.signals, recommendation.setting, recommendation.echo_allowed))
+        rewards = {
+            CONFIGURED: (signals.terms, attacked.signals.terms, weights),
+            RECOMMENDED: (*recommended, recommendation.weights),
+        }
+        if recommendation.configured:
+            rewards[RECOMMENDED] = rewards[CONFIGURED]
+        attacks = judge_attacks(attacked, rewards)
     return Diagnosis(
         prompts=signals.length.shape[0],
         candidates=signals.length.shape[1],
@@ -123,8 +146,23 @@ def diagnose(signals: Signals, weights: Mapping[str, float], config: RewardConfi
             for setting, values in signals.coverage.items()
         ),
         recommendation=recommendation,
-        warnings=tuple(warnings_for(signals, weights, config)),
+        warnings=(*warnings_for(signals, weights, config), *_about_attacks(attacks, recommendation)),
+        attacks=attacks,
+        good_answers="" if attacked is None else attacked.good,
     )
+
+
+def _about_attacks(attacks: Sequence[AttackReport], recommendation: Recommendation) -> list[str]:
+    found = []
+    for reward in (CONFIGURED, RECOMMENDED):
+        if reward == RECOMMENDED and (recommendation.configured or not recommendation.weights):
+            continue
+        if attacks and (better := lost(attacks, reward)):
+            found.append(
+                f"The {reward} can be fooled: a good answer is worth more than an attack on fewer than {ENOUGH:.0%} of the "
+                f"prompts for {', '.join(better)}."
+            )
+    return found
 
 
 def load_checker(dotted_path: str) -> HeldOutMetric:

@@ -50,6 +50,15 @@ def setting_table(found: Diagnosis, pooling: str) -> tuple[list[str], Rows]:
     return ["layers", *(f"tau {threshold:g}" for threshold in thresholds)], rows
 
 
+def attack_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """One row a term: the share of prompts on which the good answer is worth more than each attack."""
+    terms = found.attacks[0].beaten
+    return (
+        ["term", *(one.name for one in found.attacks)],
+        [[term, *(f"{one.beaten[term]:.0%}" for one in found.attacks)] for term in terms],
+    )
+
+
 def headline(found: Diagnosis) -> list[str]:
     """What was sampled, in one or two sentences."""
     truth = "No truth: neither --checker nor a reference in the rows."
@@ -85,6 +94,8 @@ def recommendation_lines(found: Diagnosis) -> list[str]:
     setting, weights = found.recommendation.setting, found.recommendation.weights
     flags = [f"--attention.layers {setting.layers}", f"--reward.coverage.threshold {setting.threshold:g}"]
     flags += [f"--reward.{name}.weight {weights.get(name, 0.0):g}" for name in ALL_WEIGHTS]
+    if found.recommendation.echo_allowed is not None:
+        flags.append(f"--reward.echo.allowed {found.recommendation.echo_allowed:g}")
     return [
         *lines,
         "  The weights are for --reward.normalize within_prompt (the default) and scaled so that the reward's standard "
@@ -140,8 +151,12 @@ def _tables(found: Diagnosis, pooling: str) -> list[tuple[str, list[str], Rows]]
     settings = (
         f"Coverage by layers and threshold: correlation with {against} (mean coverage), pieces pooled by {pooling}"
     )
-    return [
+    tables = [
         ("Within the answers to one prompt", *signal_table(found)),
         ("Terms with each other", *agreement_table(found)),
         (settings, *setting_table(found, pooling)),
     ]
+    if found.attacks:
+        against = f"Answers made to fool the reward: how often {found.good_answers} are worth more"
+        tables.append((against, *attack_table(found)))
+    return tables

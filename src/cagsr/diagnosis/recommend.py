@@ -18,6 +18,7 @@ from cagsr.diagnosis.signals import Setting, Signals, prompts_of
 from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
 from cagsr.reward.normalize import Normalizer
+from cagsr.reward.terms.echo import EchoConfig, copied_share, echo
 from cagsr.reward.values import TermValues
 from cagsr.reward.weigh import contributions, weigh
 
@@ -28,9 +29,13 @@ WEIGHED = (
 """Terms whose weights are fitted; repetition stays a guard, length and mean mass measure length."""
 PENALTIES = frozenset({"unsupported"})
 """Those of them whose weight is negative."""
-ALL_WEIGHTS = (*WEIGHED, "repetition")
+ALL_WEIGHTS = (*WEIGHED, "echo", "repetition")
 GUARD = -0.3
 """Weight of repetition in a recommendation whose other terms together have the standard deviation 1 within a prompt."""
+ECHO = EchoConfig().weight
+"""Weight of echo in a recommendation, on its own scale."""
+USUAL = 0.95
+"""Quantile of the sampled answers' copied share up to which a recommendation lets answers copy."""
 SMALL = 0.2
 """A weight below this share of the largest is left out."""
 
@@ -46,6 +51,8 @@ class Recommendation:
     """What it rests on, one sentence each."""
     configured: bool = False
     """The configured reward as it is, ``reward.normalize``, functions and models included: nothing better was found."""
+    echo_allowed: float | None = None
+    """``reward.echo.allowed`` where echo has a weight."""
     compared: FoldComparison | None = None
     """Fitting weights, judged on prompts that they were not fitted on, against the configured reward; None: no truth."""
 
@@ -56,13 +63,13 @@ def within_z(values: ArrayLike) -> Floats:
     ``(prompts, candidates)`` in and out; zeros where the values do not vary within any row.
     """
     x = np.asarray(values, dtype=np.float64)
-    given, group = TermValues.of(torch.from_numpy(x.ravel().copy())), _prompt_of_each(x)
+    given, group = TermValues.of(torch.from_numpy(x.ravel().copy())), prompt_of_each(x)
     normalizer = Normalizer(["x"], "within_prompt", clip=0.0)
     normalizer.update({"x": given}, group)
     return normalizer("x", given, group).numpy().reshape(x.shape)
 
 
-def _prompt_of_each(values: Floats) -> torch.Tensor:
+def prompt_of_each(values: Floats) -> torch.Tensor:
     """``(prompts * candidates,)`` int64, the number of each value's prompt."""
     return torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
 
@@ -127,9 +134,31 @@ def training_weights(weights: Mapping[str, float], columns: Mapping[str, ArrayLi
     return {name: float(f"{weight / spread:.2g}") for name, weight in weights.items()} if spread > 0 else {}
 
 
-def term_columns(signals: Signals, setting: Setting) -> dict[str, Floats]:
-    """All terms as they would be under ``setting``: the attention terms at its layers, the coverage at its threshold."""
-    return {**signals.terms, **signals.by_layers[setting.layers], "coverage": signals.coverage[setting]}
+def term_columns(signals: Signals, setting: Setting, allowed: float | None = None) -> dict[str, Floats]:
+    """All terms as they would be under ``setting``: the attention terms at its layers, the coverage at its threshold.
+
+    Echo is that with ``allowed``; None: what these answers usually copy.
+    """
+    columns = {**signals.terms, **signals.by_layers[setting.layers], "coverage": signals.coverage[setting]}
+    if signals.prompts:
+        allowed = usual_copying(signals) if allowed is None else allowed
+        asked = zip(signals.prompts, signals.completions, strict=True)
+        columns["echo"] = np.array(
+            [[echo(one.prompt.text, text, one.prompt.template, allowed) for text in texts] for one, texts in asked]
+        )
+    return columns
+
+
+def usual_copying(signals: Signals) -> float:
+    """The share of an answer's words that is the prompt's in all but the most copying of these answers; at most 0.98."""
+    asked = zip(signals.prompts, signals.completions, strict=True)
+    shares = [copied_share(one.prompt.text, text, one.prompt.template)[0] for one, texts in asked for text in texts]
+    return min(0.98, round(float(np.quantile(shares, USUAL)), 2))
+
+
+def guards(signals: Signals) -> dict[str, float]:
+    """The weights that every recommendation has besides those that are fitted."""
+    return {"repetition": GUARD} | ({"echo": ECHO} if signals.prompts else {})
 
 
 def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]) -> Recommendation:
@@ -158,7 +187,8 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
     reward = weighted_reward(term_columns(signals, setting), fitted)
     if fitted and compared.difference.low > 0 and _no_worse(reward, configured, signals):
         reasons += _about_length(reward, signals.length)
-        return Recommendation(setting, fitted, tuple(reasons), compared=compared)
+        allowed = _allowed(signals, fitted)
+        return Recommendation(setting, fitted, tuple(reasons), echo_allowed=allowed, compared=compared)
     if not fitted and compared.old.low <= 0:
         return Recommendation(signals.configured, {}, tuple(reasons), compared=compared)
     reasons.append(
@@ -166,7 +196,7 @@ def recommend(signals: Signals, configured: Floats, weights: Mapping[str, float]
         + (": more prompts (--num_prompts) tell smaller differences apart." if compared.difference.high > 0 else ".")
     )
     kept = {name: weight for name, weight in weights.items() if weight != 0}
-    return Recommendation(signals.configured, kept, tuple(reasons), True, compared)
+    return Recommendation(signals.configured, kept, tuple(reasons), True, compared=compared)
 
 
 def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
@@ -181,11 +211,15 @@ def fit_reward(signals: Signals) -> tuple[Setting, dict[str, float]]:
         weighed = {name: columns[name] for name in WEIGHED if name in columns}
         weights = training_weights(fit_weights(weighed, signals.truth, length=signals.length), columns)
         if weights:
-            weights = {**weights, "repetition": GUARD}
+            weights |= guards(signals)
         seen = cross_fit.held_fixed(weighted_reward(columns, weights), signals.truth, signals.length)
         found.append((seen, setting, weights))
     _, setting, weights = max(found, key=lambda one: one[0])  # of equals the chosen setting, which comes first
     return setting, weights
+
+
+def _allowed(signals: Signals, weights: Mapping[str, float]) -> float | None:
+    return usual_copying(signals) if "echo" in weights else None
 
 
 def _fitted_elsewhere(signals: Signals, others: Index, part: Index) -> Floats:
@@ -194,12 +228,12 @@ def _fitted_elsewhere(signals: Signals, others: Index, part: Index) -> Floats:
     reward = np.zeros((len(part), signals.length.shape[1]))
     if not weights:
         return reward
-    columns = term_columns(signals, setting)
+    columns = term_columns(signals, setting, _allowed(prompts_of(signals, others), weights))
     normalizer = Normalizer(list(weights), "within_prompt")
     learned = {name: TermValues.of(torch.from_numpy(columns[name][others].ravel())) for name in weights}
-    normalizer.update(learned, _prompt_of_each(signals.length[others]))
+    normalizer.update(learned, prompt_of_each(signals.length[others]))
     raw = {name: torch.from_numpy(columns[name][part].ravel()) for name in weights}
-    parts = contributions(raw, weights, normalizer, _prompt_of_each(reward))
+    parts = contributions(raw, weights, normalizer, prompt_of_each(reward))
     return np.sum([values.numpy().reshape(reward.shape) for values in parts.values()], axis=0)
 
 
@@ -225,7 +259,8 @@ def _without_truth(signals: Signals) -> Recommendation:
     paid = sum((weight * within_z(columns[name]) for name, weight in weights.items()), np.zeros_like(signals.length))
     scaled = training_weights(weights, columns)
     reasons += _about_length(paid, signals.length)
-    return Recommendation(choice.setting, {**scaled, "repetition": GUARD} if scaled else {}, tuple(reasons))
+    weights = scaled | guards(signals) if scaled else {}
+    return Recommendation(choice.setting, weights, tuple(reasons), echo_allowed=_allowed(signals, weights))
 
 
 def _about_setting(signals: Signals, choice: SettingChoice, judged: str) -> str:
@@ -280,7 +315,7 @@ def weighted_parts(
         return {}
     raw = {name: torch.from_numpy(np.asarray(terms[name], dtype=np.float64).ravel().copy()) for name in active}
     shape = terms[next(iter(active))].shape
-    found = weigh(raw, active, config or RewardConfig(), _prompt_of_each(terms[next(iter(active))]))
+    found = weigh(raw, active, config or RewardConfig(), prompt_of_each(terms[next(iter(active))]))
     return {name: part.numpy().reshape(shape) for name, part in found.contributions.items()}
 
 
@@ -315,8 +350,10 @@ def yaml_of(
         return {"attention": _set(attention, AttentionConfig()), "reward": given}
     sections: dict[str, object] = {"normalize": "within_prompt"}
     for name in ALL_WEIGHTS:
-        threshold = {"threshold": chosen.threshold} if name == "coverage" else {}
-        sections[name] = {**given.get(name, {}), "weight": recommendation.weights.get(name, 0.0), **threshold}
+        chosen_too = {"threshold": chosen.threshold} if name == "coverage" else {}
+        if name == "echo" and recommendation.echo_allowed is not None:
+            chosen_too = {"allowed": recommendation.echo_allowed}
+        sections[name] = {**given.get(name, {}), "weight": recommendation.weights.get(name, 0.0), **chosen_too}
     sections |= {name: given[name] for name in ("associations", "clip") if name in given}
     return {"attention": _set(attention, AttentionConfig()) | {"layers": chosen.layers}, "reward": sections}
 

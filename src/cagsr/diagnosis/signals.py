@@ -3,7 +3,7 @@
 Each layer is read alone, all of them in one forward; the attention of several layers is the mean of theirs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -115,43 +115,52 @@ def layer_choices(available: Sequence[int], configured: str) -> dict[str, tuple[
     return {name: layers for layers, name in found.items() if len(layers) > 1 or layers[0] in spread or name in always}
 
 
+class SignalReader:
+    """Measures all signals of finished answers: reads every layer that is compared, each alone.
+
+    ``attention`` has the configured layers and heads.
+    """
+
+    def __init__(self, loaded: LoadedModel, scorer: AnswerScorer, attention: AttentionConfig) -> None:
+        everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
+        self.loaded, self.scorer = loaded, scorer
+        self.choices = layer_choices(everything.layers, attention.layers)
+        numbers = sorted({number for layers in self.choices.values() for number in layers})
+        self.readers = {
+            number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
+        }
+        self.configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
+
+    def read(self, batches: Iterable[EpisodeBatch], candidates: int) -> Signals:
+        """Measure answers, ``candidates`` to each prompt, in the order of the prompts; ``prompts`` are left to the caller."""
+        parts: list[dict[str, Any]] = []
+        texts: list[str] = []
+        for episodes in batches:
+            scores = self.scorer.scorer.policy(episodes)
+            parts.append(
+                _measure(self.loaded, episodes, scores, self.readers, self.choices, self.scorer, self.configured)
+            )
+            texts += episodes.completions
+
+        def table(values: Sequence[Tensor]) -> Floats:
+            return torch.cat([value.cpu().double() for value in values]).view(-1, candidates).numpy()
+
+        rows = tuple(tuple(texts[start : start + candidates]) for start in range(0, len(texts), candidates))
+        repeated = np.array([[repetition(text) for text in row] for row in rows])
+        return Signals(**_merged(parts, table), configured=self.configured, repetition=repeated, completions=rows)
+
+
 @working("measuring the terms")
 def collect_signals(
-    loaded: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    sampling: SamplingConfig,
-    scorer: AnswerScorer,
-    attention: AttentionConfig,
-    *,
-    seed: int,
-    chunk: int = 8,
+    reader: SignalReader, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, *, seed: int, chunk: int = 8
 ) -> Signals:
     """Sample ``sampling.num_generations`` answers to each prompt, ``chunk`` prompts at once, and measure all about them.
 
-    ``attention`` has the configured layers and heads. The global random generators are left as they were.
+    The global random generators are left as they were.
     """
-    everything = PromptAttentionReader(loaded.model, layers="all", heads=attention.heads)
-    choices = layer_choices(everything.layers, attention.layers)
-    numbers = sorted({number for layers in choices.values() for number in layers})
-    readers = {
-        number: PromptAttentionReader(loaded.model, layers=[number], heads=attention.heads) for number in numbers
-    }
-    configured = Setting(attention.layers, scorer.salience.pooling, scorer.config.coverage.threshold)
-    parts: list[dict[str, Any]] = []
-    texts: list[str] = []
-    for _, rollout in sample_in_batches(loaded, prompts, sampling, seed, chunk):
-        scores = scorer.scorer.policy(rollout)
-        parts.append(_measure(loaded, rollout, scores, readers, choices, scorer, configured))
-        texts += rollout.completions
-
-    def table(values: Sequence[Tensor]) -> Floats:
-        return torch.cat([value.cpu().double() for value in values]).view(-1, sampling.num_generations).numpy()
-
-    starts = range(0, len(texts), sampling.num_generations)
-    rows = tuple(tuple(texts[start : start + sampling.num_generations]) for start in starts)
-    repeated = np.array([[repetition(text) for text in row] for row in rows])
-    found = _merged(parts, table)
-    return Signals(**found, configured=configured, repetition=repeated, prompts=tuple(prompts), completions=rows)
+    sampled = sample_in_batches(reader.loaded, prompts, sampling, seed, chunk)
+    found = reader.read((episodes for _, episodes in sampled), sampling.num_generations)
+    return replace(found, prompts=tuple(prompts))
 
 
 def read_separately(

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from cagsr.errors import RunError
+from cagsr.reward.settings import TERMS
 from cagsr.reward.values import TermValues
 
 Normalization = Literal["within_prompt", "running", "none"]
 Reduce = Callable[[Tensor], Tensor]
 """Sums a small tensor, on the batch's device, over all processes: ``lambda x: accelerator.reduce(x, "sum")``."""
+FIXED = {term.name: term.scale for term in TERMS if term.scale is not None}
+"""The terms that have a scale of their own."""
 
 
 @dataclass
@@ -117,9 +120,11 @@ class Normalizer:
         return self._reduce(tensor.to(device, torch.float32 if device.type == "mps" else torch.float64)).double().cpu()
 
     def scale(self, name: str) -> float:
-        """Return the factor that brings a term to the common scale; 0 for a term that does not vary."""
+        """Return the factor that brings a term to the common scale, or the term's own; 0 for a term that does not vary."""
         if self.normalize == "none":
             return 1.0
+        if name in FIXED:
+            return FIXED[name]
         # Where no prompt had two answers the deviation over all of them is all there is.
         whole = self.normalize == "running" or self.within[name].count == 0
         std = (self.moments if whole else self.within)[name].std

@@ -11,6 +11,9 @@ A term is one file: the formula, its settings and what it needs. ``@register`` m
 
         def __call__(self, batch: RewardBatch) -> Tensor: ...
 
+A guard against what hardly any usual answer does has a ``scale`` of its own, by which its values are multiplied: brought to
+the scale of the others, the first answer that does it would be magnified without bound.
+
 ``settings`` is annotated with the term's dataclass of settings, which has a ``weight`` (:class:`TermConfig`). A package offers
 such terms by entry points of the group ``cagsr.reward_terms`` that name their classes or modules.
 """
@@ -88,6 +91,8 @@ class TermClass:
     """Its settings, a dataclass with a ``weight``."""
     needs: frozenset[str]
     place: int
+    scale: float | None
+    """What its values are multiplied with instead of being brought to one scale; None: they are brought to it."""
     advice: Callable[[Any, Any], Iterable[str]]
     """``(its settings, the whole reward's) -> sentences``: what is known to go wrong with them."""
 
@@ -123,6 +128,7 @@ def register(cls: _ClassT) -> _ClassT:
         config=config,
         needs=frozenset(cls.needs),
         place=getattr(cls, "place", LAST),
+        scale=getattr(cls, "scale", None),
         advice=getattr(cls, "advice", lambda settings, reward: ()),
     )
     return cls

@@ -103,9 +103,11 @@ class RewardConfig(_Sections):
             *weights_of(self.functions, self.function_weights),
             *weights_of(self.models, self.model_weights),
         ]
-        if not any([*self.weights().values(), *own]):
+        rewards = [weight for term, weight in zip(TERMS, self.weights().values(), strict=True) if term.scale is None]
+        if not any([*rewards, *own]):
             yield (
-                "the reward is empty: every weight is 0; give at least one term a weight, as --reward.coverage.weight 1"
+                "the reward is empty: every weight is 0 but those of guards (echo); give at least one term a weight, as "
+                "--reward.coverage.weight 1"
             )
 
 

@@ -22,6 +22,8 @@ from cagsr.runs.lines import append_lines, truncate_lines
 from cagsr.support.atomic import clean_leftovers, disk_errors, remove_folder, sync, write_text_atomically
 
 CONFIG = "config.yaml"
+BEFORE = {"reward.echo.weight": 0.0}
+"""Settings whose default is not what versions without them did, and what that was."""
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
 FREQUENCY = "frequency.json"
@@ -48,12 +50,13 @@ def flat_tree(value: Any, prefix: str = "") -> dict[str, Any]:
 def differing_keys(old_yaml: str, new_yaml: str, kind: Any = TrainConfig) -> list[str]:
     """Dotted keys whose values differ between two configs of a ``kind``, leaving out those that may (may_differ.yaml); sorted.
 
-    A setting that the old one lacks, because it was written by an older version, is taken at its default.
+    A setting that the old one lacks, because it was written by an older version, is taken as :func:`lacking` says, else at its
+    default.
     """
     old, new = flat_tree(yaml.safe_load(old_yaml)), flat_tree(yaml.safe_load(new_yaml))
     absent = object()
     defaults = flat_tree(yaml.safe_load(to_yaml(kind(ModelConfig(""), DataConfig(""), output_dir=""))))
-    old = {key: value for key, value in defaults.items() if key in new} | old
+    old = {key: value for key, value in (defaults | lacking(old)).items() if key in new} | old
     may_differ = MAY_DIFFER["run" if kind is TrainConfig else "trainer"]
     return sorted(
         key
@@ -61,6 +64,11 @@ def differing_keys(old_yaml: str, new_yaml: str, kind: Any = TrainConfig) -> lis
         if old.get(key, absent) != new.get(key, absent)
         and not any(key == allowed or key.startswith(allowed + ".") for allowed in may_differ)
     )
+
+
+def lacking(old: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was trained with whose settings (dotted keys) are older than a setting that changes it by default."""
+    return {key: value for key, value in BEFORE.items() if key not in old}
 
 
 def check_settings(stored: Path, config_yaml: str, what: str, kind: Any = TrainConfig) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from cagsr.config import AttentionConfig, RewardConfig, SalienceConfig, TrainConfig
 from cagsr.config.validation import flatten
 from cagsr.errors import ConfigError, RunError
@@ -15,7 +17,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint, load_tree
-from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES
+from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES, flat_tree, lacking
 from cagsr.support.atomic import write_text_atomically
 
 JudgingT = TypeVar("JudgingT")
@@ -43,7 +45,7 @@ def read_run_reward(run: str) -> RunReward:
     folder = Path(run)
     if not (folder / CONFIG).is_file():
         raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
-    config: TrainConfig = parse_command(TrainConfig, ["--config", str(folder / CONFIG)], prog=CONFIG)
+    config: TrainConfig = parse_command(TrainConfig, ["--config", str(folder / CONFIG), *_older(folder)], prog=CONFIG)
     reward = config.reward
     if reward.needs("associations") and reward.associations.path is None:
         path = str(folder / ASSOCIATIONS)
@@ -56,6 +58,15 @@ def read_run_reward(run: str) -> RunReward:
         ) from error
     scales = None if reward.normalize == "none" else _scales(run, reward)
     return RunReward(reward, config.attention, config.salience, config.sampling.temperature, frequency, scales)
+
+
+def _older(folder: Path) -> list[str]:
+    """Flags for what an older run did where its settings say nothing of it."""
+    try:
+        given = flat_tree(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []  # whoever reads the settings says what is wrong with the file
+    return [part for key, value in lacking(given).items() for part in (f"--{key}", str(value))]
 
 
 def _scales(run: str, reward: RewardConfig) -> Scales:

@@ -28,7 +28,7 @@ class SelfCertainty:
 
     name: ClassVar[str] = "self_certainty"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 9
+    place: ClassVar[int] = 10
     settings: SelfCertaintyConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -38,7 +38,7 @@ class SelfCertainty:
     @staticmethod
     def advice(settings: SelfCertaintyConfig, reward: RewardConfig) -> Iterator[str]:
         """Alone it collapses."""
-        guards = ("self_certainty", "repetition", "unsupported")
+        guards = ("self_certainty", "repetition", "unsupported", "echo")
         others = [weight for name, weight in reward.weights().items() if name not in guards]
         if settings.weight > 0 and not any([*others, *reward.functions, *reward.models]):
             yield (
