@@ -45,6 +45,7 @@ def test_controls_of_a_pretrained_model_have_their_reward_alone(path: Path, monk
     plan = read_plan(path, variables=["model=x"])
     alone = {
         "oracle": set(),
+        "reference": set(),
         "random": set(),
         "certainty": {"self_certainty"},
         "attention": {"coverage", "grounded_coverage", "repetition"},
@@ -52,7 +53,7 @@ def test_controls_of_a_pretrained_model_have_their_reward_alone(path: Path, monk
     for name in plan.methods:
         reward = reward_settings(plan, name, 0).reward
         weighed = {term.name for term in TERMS if getattr(reward, term.name).weight}
-        assert bool(reward.functions) == (name in ("oracle", "random"))
+        assert bool(reward.functions) == (name in ("oracle", "reference", "random"))
         if name in alone:
             assert weighed == alone[name]
         assert reward_settings(plan, name, 0).lora.r == 16

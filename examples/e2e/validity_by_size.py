@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Measured:
     """Term -> correlation with each of ``TRUTHS``, and the share of the oracle's best-of-n gain."""
     rows: dict[str, Row]
     """The same with intervals, but the partial correlation."""
-    heads: list[dict[str, float]]
+    heads: list[dict[str, Any]]
     """For each head, and (head -1) the mean of a layer's: correlation of its coverages with facts said, and its copying."""
 
 
