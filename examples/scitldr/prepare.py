@@ -2,7 +2,7 @@
 
     python -m examples.scitldr.prepare --work runs/scitldr
 
-writes ``sft.jsonl`` (pairs), ``prompts.jsonl`` and ``held_out.jsonl`` (the other abstracts of the training file alone), ``test.jsonl``
+writes ``sft.jsonl`` (pairs), ``prompts.jsonl`` and ``held_out.jsonl`` (the training file's other abstracts alone), ``test.jsonl``
 (the abstracts of ``dev.jsonl`` with all their summaries), and ``labelled.jsonl``: the prompts *with* their summaries, for the
 ceiling (``examples.scitldr.rewards.RougeToReference``) and for nothing else.
 """
