@@ -46,8 +46,8 @@ def invented(prompt: str, text: str) -> tuple[set[str], set[str]]:
     An abbreviation in capitals is held by words that begin with its letters, ``CNNs`` by ``convolutional neural networks``.
 
     A number is written in digits; ``2`` is held by ``two``. A name is a word with a capital or a digit in it (``GAN``,
-    ``ImageNet``, ``L2``), at the start of a sentence only one with a capital or digit behind its first letter. Capitals and a plural's ``s`` make
-    no difference to what is held.
+    ``ImageNet``, ``L2``), at the start of a sentence only one with a capital or digit behind its first letter. Capitals and a
+    plural's ``s`` make no difference to what is held.
     """
     held = {_plain(word) for word in _WORD.findall(prompt)}
     held |= {str(number) for number, word in enumerate(_NUMBERS) if word in held}
