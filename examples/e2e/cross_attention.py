@@ -28,12 +28,11 @@ class Options:
     """Width of the model."""
     heads: int = 4
     """Attention heads of a layer."""
-    feed_forward: int = 256
+    feed_forward: int = 168
     """Width of the feed-forward layers."""
-    encoder_layers: int = 2
-    """Layers that read the prompt."""
-    decoder_layers: int = 3
-    """Layers that say the answer; each has a cross-attention."""
+    layers: int = 3
+    """Layers of the encoder and of the decoder; each of the decoder's has a cross-attention. As many in both: transformers'
+    cache takes the encoder's number for the decoder's."""
     seed: int = 0
     """Seeds the weights."""
 
@@ -51,8 +50,8 @@ def main(options: Options) -> None:
         d_model=options.hidden_size,
         d_kv=options.hidden_size // options.heads,
         d_ff=options.feed_forward,
-        num_layers=options.encoder_layers,
-        num_decoder_layers=options.decoder_layers,
+        num_layers=options.layers,
+        num_decoder_layers=options.layers,
         num_heads=options.heads,
         dropout_rate=0.0,
         pad_token_id=tokenizer.pad_token_id,
