@@ -112,7 +112,6 @@ def read_pairs(folder: Path, limit: int | None = None) -> list[Pair]:
     return pairs
 
 
-@working("scoring the pairs")
 def score(options: Options, pairs: Sequence[Pair]) -> dict[str, Floats]:
     """Every signal of the better and the worse answer, ``(pairs, 2)``, more is better."""
     flags = ["--model", str(options.model), "--data", "-"]
@@ -126,11 +125,14 @@ def score(options: Options, pairs: Sequence[Pair]) -> dict[str, Floats]:
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     said: list[torch.Tensor] = []
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids) + len(responses[place].ids))
-    for batch, values in scorer.score_texts([prompts[place] for place in order], [responses[place] for place in order]):
-        for name, value in values.items():
-            raw[name].append(value)
-        tokens = batch.episodes.sampled
-        said.append(((batch.readings.logprobs * tokens).sum(dim=1) / tokens.sum(dim=1)).cpu())
+    ordered = [prompts[place] for place in order], [responses[place] for place in order]
+    with working("scoring", len(prompts), "answers") as task:
+        for batch, values in scorer.score_texts(*ordered):
+            for name, value in values.items():
+                raw[name].append(value)
+            tokens = batch.episodes.sampled
+            said.append(((batch.readings.logprobs * tokens).sum(dim=1) / tokens.sum(dim=1)).cpu())
+            task.advance(len(tokens))
     back = torch.argsort(torch.tensor(order))
     terms = {name: torch.cat(values)[back] for name, values in raw.items()}
     group = torch.arange(len(pairs)).repeat_interleave(2)

@@ -28,6 +28,10 @@ def test_rouge_l_takes_the_best_reference_whatever_their_order() -> None:
     assert metrics.rouge_l("The cat sat.", references[::-1]) == 1.0
     with pytest.raises(ValueError, match="reference"):
         metrics.rouge_l("x", [])
+    # the cat | cat sat against the black | black cat | cat ran, and against itself
+    assert metrics.rouge("the cat sat", ["the black cat ran", "the cat sat"], "rouge2") == [0.0, 1.0]
+    assert metrics.rouge("cat the", ["the black cat ran"], "rouge1") == pytest.approx([2 * 2 / 6])
+    assert metrics.rouge("cat the", ["the black cat ran"], "rougeL") == pytest.approx([2 * 1 / 6])
 
 
 def test_repetition_by_hand() -> None:
@@ -73,7 +77,7 @@ def test_rouge_l_of_every_script() -> None:
 def test_rouge_words_of_english_are_those_of_rouge_score(text: str) -> None:
     from rouge_score.tokenizers import DefaultTokenizer
 
-    ours = metrics._rouge_scorer()._tokenizer
+    ours = metrics._rouge_scorer("rougeL")._tokenizer
     assert ours.tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
 
 

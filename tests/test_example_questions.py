@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from examples.e2e import elsewhere, rewards
+from examples.e2e import cross_attention, elsewhere, rewards
 from examples.e2e.facts import as_prompt, parse
+from transformers import AutoModelForSeq2SeqLM
 
+import tiny
 from cagsr.compare.jobs import plan_jobs
 from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import read_plan
+from cagsr.errors import DataError
 from cagsr.reward.settings import TERMS
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,7 @@ def test_controls_of_a_pretrained_model_have_their_reward_alone(path: Path, monk
     plan = read_plan(path, variables=["model=x"])
     alone = {
         "oracle": set(),
+        "reference": set(),
         "random": set(),
         "certainty": {"self_certainty"},
         "attention": {"coverage", "grounded_coverage", "repetition"},
@@ -52,7 +56,7 @@ def test_controls_of_a_pretrained_model_have_their_reward_alone(path: Path, monk
     for name in plan.methods:
         reward = reward_settings(plan, name, 0).reward
         weighed = {term.name for term in TERMS if getattr(reward, term.name).weight}
-        assert bool(reward.functions) == (name in ("oracle", "random"))
+        assert bool(reward.functions) == (name in ("oracle", "reference", "random"))
         if name in alone:
             assert weighed == alone[name]
         assert reward_settings(plan, name, 0).lora.r == 16
@@ -118,3 +122,14 @@ def test_the_checker_as_a_report():
     found = rewards.report([prompt], [" Tefos is a cheap Chinese place by the riverside."])
     assert found == [{"missed": pytest.approx(1 / 3), "wrong": pytest.approx(1 / 3), "added": pytest.approx(1 / 3)}]
     assert rewards.added([prompt], [" Tefos serves Italian food by the riverside."]) == [0.0]
+
+
+def test_the_encoder_decoder_has_the_llama_s_size(tmp_path: Path):
+    with pytest.raises(DataError, match="holds no tokenizer; run python -m examples"):
+        cross_attention.main(cross_attention.Options(tmp_path))
+    tiny.tokenizer().save_pretrained(tmp_path / "init")
+    cross_attention.main(cross_attention.Options(tmp_path))
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "init-cross")
+    vocabulary = tiny.tokenizer().vocab_size  # the example's has 1,024 pieces, and its Llama 984,192 parameters
+    assert model.num_parameters() + (1024 - vocabulary) * 128 == pytest.approx(984_192, rel=0.01)
+    assert model.config.decoder_start_token_id == tiny.tokenizer().bos_token_id

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,7 +70,7 @@ def make_reward_model(plan: Plan, job: Job) -> None:
     assert job.seed is not None
     spec = plan.reward_models[job.target]
     folder = plan.reward_model_folder(job.target, job.seed)
-    settings = _pair_settings(plan, spec, job.seed, folder) | spec.set
+    settings = _pair_settings(plan, spec, job.seed, folder) | _filled(plan, spec.set)
     if spec.held_out is not None:
         settings["eval_data"] = plan.fill(spec.held_out)
     train_reward_model(_config(RewardModelConfig, [], settings, plan.folder / "configs" / f"{job.name}.yaml"))
@@ -87,7 +88,7 @@ def make_policy(plan: Plan, job: Job) -> Path:
 
         settings = _pair_settings(plan, plan.reward_models[str(method.reward_model)], job.seed, run)
         settings["model.path"] = str(plan.model_folder(method.after or START, job.seed))
-        pairs: DpoConfig = _config(DpoConfig, method.configs, settings | method.set, file)
+        pairs: DpoConfig = _config(DpoConfig, method.configs, settings | _filled(plan, method.set), file)
         if not same:
             _begin_anew(plan, job, run)
         return train_dpo(pairs)
@@ -141,8 +142,8 @@ def reward_settings(plan: Plan, name: str, seed: int, keep: Path | None = None) 
     """The settings that a method trains with, or would if it only scores (best of N, validity); written to ``keep``."""
     method = plan.methods[name]
     settings: dict[str, Any] = {
-        **plan.set,
-        **method.set,
+        **_filled(plan, plan.set),
+        **_filled(plan, method.set),
         "model.path": str(plan.model_folder(method.after or START, seed)),
         "data.path": plan.fill(plan.files.train),
         "evaluation.path": plan.fill(plan.files.held_out),
@@ -154,6 +155,17 @@ def reward_settings(plan: Plan, name: str, seed: int, keep: Path | None = None) 
         settings["reward.model_weights"] = [method.reward_model_weight]
     config: TrainConfig = _config(TrainConfig, [*plan.configs, *method.configs], settings, keep)
     return config
+
+
+def _filled(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the plan with {work} filled in, in texts and lists of texts."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fill(one) for one in value]
+        return plan.fill(value) if isinstance(value, str) else value
+
+    return {key: fill(value) for key, value in settings.items()}
 
 
 def _pair_settings(plan: Plan, spec: RewardModelPlan, seed: int, folder: Path) -> dict[str, Any]:

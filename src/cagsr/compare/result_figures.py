@@ -48,7 +48,7 @@ def gains_figure(results: Results, methods: Sequence[str], measure: str) -> str 
     axes.set_xlabel(f"difference in {measure}, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def label_figure(results: Results, measure: str) -> str | None:
@@ -76,7 +76,7 @@ def label_figure(results: Results, measure: str) -> str | None:
     if not drawn:
         return None
     panels[0].legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def training_figure(results: Results, methods: Sequence[str]) -> str | None:
@@ -105,7 +105,7 @@ def training_figure(results: Results, methods: Sequence[str]) -> str | None:
     handles, labels = panels[0].get_legend_handles_labels()
     panels[-1].axis("off")
     panels[-1].legend(handles, labels, loc="center", frameon=False, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def over_optimisation_figure(results: Results, methods: Sequence[str]) -> str | None:
@@ -124,7 +124,7 @@ def over_optimisation_figure(results: Results, methods: Sequence[str]) -> str | 
     axes.set_ylabel("held-out metric, sampled")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _at_evaluations(run: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -148,7 +148,8 @@ def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[l
     return steps, [float(np.mean(found[step])) for step in steps]
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """A figure as SVG text that needs nothing else."""
     stream = io.StringIO()
     # Neither date nor random ids: the same results give the same file. Text stays text: smaller, and it can be searched.
     with rc_context({"svg.hashsalt": "cagsr", "svg.fonttype": "none"}):

@@ -5,7 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import regex
@@ -32,14 +32,19 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
     Of English text the words are those of rouge-score; its own tokenizer drops all other letters. Raises ValueError without
     references.
     """
+    return max(rouge(text, references, "rougeL"))
+
+
+def rouge(text: str, references: Sequence[str], kind: Literal["rouge1", "rouge2", "rougeL"]) -> list[float]:
+    """ROUGE F1 against each of the references, as :func:`rouge_l` counts words. Raises ValueError without references."""
     if not references:
-        raise ValueError("rouge_l needs at least one reference")
-    scorer = _rouge_scorer()
-    return max(scorer.score(reference, text)["rougeL"].fmeasure for reference in references)
+        raise ValueError("ROUGE needs at least one reference")
+    scorer = _rouge_scorer(kind)
+    return [scorer.score(reference, text)[kind].fmeasure for reference in references]
 
 
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(kind: str) -> Any:
     from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
@@ -48,12 +53,12 @@ def _rouge_scorer() -> Any:
 
     class AllLetters(Tokenizer):
         # The same references are met again and again, at every temperature and for every model.
-        @lru_cache(maxsize=2**16)  # noqa: B019 (there is one, for ever)
+        @lru_cache(maxsize=2**16)  # noqa: B019 (there is one a kind, for ever)
         def tokenize(self, text: str) -> list[str]:
             found = _ROUGE_WORD.findall(unicodedata.normalize("NFC", text).lower())
             return [stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in found]
 
-    return RougeScorer(["rougeL"], tokenizer=AllLetters())
+    return RougeScorer([kind], tokenizer=AllLetters())
 
 
 def repetition(text: str, n: int = 3) -> float:
