@@ -15,6 +15,7 @@ from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
+from cagsr.models.gguf import find_source
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.pairs import IGNORED, encode_pairs, unending
 from cagsr.runs.saved import TEXTS, answers_probe
@@ -79,15 +80,16 @@ def _load(config: SftConfig) -> LoadedModel:
 @contextmanager
 def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     """Yield a temporary folder with a random model of ``config``'s architecture and its tokenizer."""
-    check_files(config.path, f"--model {config.path}", weights=False)
+    what = f"--model {config.path}"
+    check_files(config.path, what, weights=False)
+    source = find_source(config.path, what)
+    options = {"trust_remote_code": config.trust_remote_code, **source.options}
     try:
-        model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(source.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {config.path}: --from_scratch needs a config.json and a tokenizer there ({reason})"
-        ) from error
+        raise ModelError(f"{what}: --from_scratch needs a config.json and a tokenizer there ({reason})") from error
     torch.manual_seed(seed)
     if not architecture_of(model_config).one_sequence:
         raise ModelError(f"--model {config.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones.")
