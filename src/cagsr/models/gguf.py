@@ -18,7 +18,7 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 """How every such file begins."""
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""torch's names of the precisions of tensors that are no blocks, by those in GGUF."""
+"""torch's names of the precisions of matrices that are no blocks, by those in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,16 @@ class Quantisation:
 
 
 def read_quantisation(file: Path) -> Quantisation:
-    """Look how the tensors of a file are stored."""
+    """What a file says of how its matrices are stored."""
     import torch
-    from gguf import GGUFReader, LlamaFileType
+    from gguf import LlamaFileType
+    from transformers.integrations.gguf.reader import read_gguf_metadata  # gguf's own takes seconds for the vocabulary
 
-    reader = GGUFReader(file)
-    size = dict[str, int]()
-    for tensor in reader.tensors:
-        size[tensor.tensor_type.name] = size.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    most = max(size, key=lambda name: size[name], default="F32")
-    declared = reader.get_field("general.file_type")
+    metadata, _ = read_gguf_metadata(str(file))
     # A file may say nothing of itself, or something that no version of the package knows.
     known = {int(kind): kind.name.partition("_")[2] for kind in LlamaFileType}
-    name = most if declared is None else known.get(int(declared.contents()), most)
-    return Quantisation(name, getattr(torch, _FLOATS[most]) if size.keys() <= _FLOATS.keys() else torch.float32)
+    name = known.get(metadata.get("general.file_type", -1), "quantisation unknown")
+    return Quantisation(name, getattr(torch, _FLOATS.get(name, "float32")))
 
 
 def make_plain(model: PreTrainedModel, file: Path) -> None:
