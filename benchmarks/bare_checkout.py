@@ -25,6 +25,10 @@ class _Stands:
     def __class_getitem__(cls, _: Any) -> type:
         return cls
 
+    def validate_python(self, value: Any, **_: Any) -> Any:
+        """As a setting's adapter would, but for looking at it."""
+        return value
+
 
 def is_there(module: str) -> bool:
     """Whether a module could be imported; it is not."""
@@ -38,7 +42,8 @@ def prepare() -> list[str]:
     for folder in (str(ROOT), str(ROOT / "src")):
         if folder not in sys.path:
             sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    before = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT / "src"), str(ROOT), *before]))
     missing = [name for name in CHECKS_SETTINGS if not is_there(name)]
     if not missing:
         return []

@@ -52,7 +52,7 @@ class Work:
     ``prompt``. Else all prompts and answers have the full length."""
     layers: str = "last-4"
     """Layers whose attention is read (ours)."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def precision(self) -> Literal["float32", "bfloat16"]:

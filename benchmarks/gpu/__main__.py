@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     began = time.monotonic()
     notes = prepare()
-    from benchmarks.gpu.parts import PARTS, Result, rows_of, run_apart, run_here
+    from benchmarks.gpu.parts import PARTS, Result, command_of, rows_of, run_apart, run_here
     from benchmarks.gpu.setting import Setting
 
     if unknown := set(given.only or ()) - {part.name for part in PARTS}:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif given.dry_run:
                 run_here(part, setting, file)
             else:
-                result.state, result.reason = run_apart(part, setting, file, min(part.seconds, left))
+                result.state, result.reason = run_apart(command_of(part, setting, file), min(part.seconds, left))
             result.seconds, result.rows = time.monotonic() - started, rows_of(file)
             results.append(result)
             _write(given.json, notes, results, torch)

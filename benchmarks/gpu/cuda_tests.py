@@ -24,7 +24,7 @@ def measure(setting: Setting, keep: Keep) -> None:
     """Run them; what failed is named."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "tests.xml"
-        options = ["-m", "cuda", "-o", "addopts=-q", "-p", "no:cacheprovider", f"--junitxml={written}"]
+        options = ["-m", "cuda", "-o", "addopts=-q", "-p", "no:cacheprovider", "--noconftest", f"--junitxml={written}"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *files()], cwd=ROOT, capture_output=True, text=True, check=False
         )

@@ -1,4 +1,4 @@
-"""Reading the prompt attention at 1.5B in bfloat16: our kernel, its reference in PyTorch, and eager maps, beside a plain forward."""
+"""Reading the prompt attention at 1.5B in bfloat16: our kernel, its reference and eager maps, beside a plain forward."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,13 @@ def run_here(part: Part, setting: Setting, file: Path) -> None:
     importlib.import_module(f"benchmarks.gpu.{part.module}").measure(setting, keep)
 
 
-def run_apart(part: Part, setting: Setting, file: Path, seconds: float) -> tuple[str, str]:
-    """The same in a process of its own, which may fail and gives all memory back; its state and why."""
-    command = [sys.executable, "-m", "benchmarks.gpu.parts", part.name, str(file), json.dumps(asdict(setting))]
+def command_of(part: Part, setting: Setting, file: Path) -> list[str]:
+    """The command that does the same in a process of its own, which may fail and gives all memory back."""
+    return [sys.executable, "-m", "benchmarks.gpu.parts", part.name, str(file), json.dumps(asdict(setting))]
+
+
+def run_apart(command: Sequence[str], seconds: float) -> tuple[str, str]:
+    """Run a part's command for so long at the most; its state and why."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:

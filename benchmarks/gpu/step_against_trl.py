@@ -24,7 +24,7 @@ def measure(setting: Setting, keep: Keep) -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         save_start(work, folder)
-        threads = os.cpu_count() or 1
+        threads = setting.pick(os.cpu_count() or 1, 1)
         ours = stack.enter_context(System("cagsr_ppo", work, folder, threads, estimator="grpo"))
         systems = {"cagsr GRPO": ours}
         if is_there("trl") and is_there("datasets"):
