@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import bare_checkout
 from benchmarks.gpu import parts
 from benchmarks.gpu.__main__ import main
@@ -62,6 +63,13 @@ def test_what_is_missing_or_comes_too_late_is_left_out_by_name(
     ]
     assert "| Needs more | **left out** | no_such_module not installed |" in table
     assert "left out: no_such_module not installed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", str(tmp_path / "gpu.json")]) == 2
+    assert "There is no CUDA GPU here; --dry_run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_fails_or_hangs_says_so_and_ends() -> None:

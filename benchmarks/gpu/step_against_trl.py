@@ -34,7 +34,7 @@ def measure(setting: Setting, keep: Keep) -> None:
         for system in systems.values():
             system.step()  # warm up
         steps: dict[str, list[Step]] = {label: [] for label in systems}
-        for number in range(setting.pick(5, 1)):
+        for number in range(setting.pick(3, 1)):
             for label in list(systems) if number % 2 == 0 else list(reversed(systems)):
                 steps[label].append(systems[label].step())
         memory = {label: system.step(measure_memory=True) for label, system in systems.items()}
