@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory
+from benchmarks import bare_checkout, memory
 from benchmarks.workload import Work
 
 
@@ -38,7 +38,7 @@ class Step:
     stages: dict[str, float]
     """Seconds of rollout, scoring and update."""
     idle_mebibytes: float
-    """Resident size with nothing but the policy loaded and run once."""
+    """Resident size (on a GPU allocated memory) with nothing but the policy loaded and run once."""
     peak_mebibytes: float | None
     """Highest resident size during the step; only of a step that measures memory."""
 
@@ -50,8 +50,9 @@ class Finished(Exception):
 class Turns:
     """A system's side: it calls ``begin`` before each step and ``end`` after it."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: Any, device: str = "cpu") -> None:
         self._out = out
+        self._cuda = device == "cuda"
         self._idle = 0.0
         self._stages: dict[str, float] = {}
         self._memory = False
@@ -61,7 +62,10 @@ class Turns:
         """Note the resident size of the idle model, after ``run`` (a short forward) has touched all of it."""
         run()
         memory.give_back()
-        self._idle = memory.resident() if memory.can_measure() else 0.0
+        if self._cuda:
+            self._idle = torch.cuda.memory_allocated() / 2**20
+        else:
+            self._idle = memory.resident() if memory.can_measure() else 0.0
 
     def begin(self) -> None:
         """Wait to be told to step.
@@ -76,25 +80,32 @@ class Turns:
             raise Finished
         self._memory = command == "memory"
         self._stages = {}
-        if self._memory:
+        if self._memory and self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif self._memory:
             memory.give_back_at_once()
             memory.reset_peak()
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def end(self, tokens: int) -> None:
         """Report the step that ``begin`` started."""
+        self._wait()
         seconds, cpu_seconds = time.perf_counter() - self._started, time.process_time() - self._cpu_started
-        peak = memory.peak() if self._memory else None
+        peak = None
+        if self._memory:
+            peak = torch.cuda.max_memory_allocated() / 2**20 if self._cuda else memory.peak()
         self._out.write(json.dumps(asdict(Step(seconds, cpu_seconds, tokens, self._stages, self._idle, peak))) + "\n")
         self._out.flush()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to a stage of this step."""
+        self._wait()
         started = time.perf_counter()
         try:
             yield
         finally:
+            self._wait()
             self.add(name, time.perf_counter() - started)
 
     def seconds(self, name: str) -> float:
@@ -103,11 +114,17 @@ class Turns:
 
     def elapsed(self) -> float:
         """Seconds since the step began."""
+        self._wait()
         return time.perf_counter() - self._started
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to a stage of this step."""
         self._stages[name] = self._stages.get(name, 0.0) + seconds
+
+    def _wait(self) -> None:
+        """Until the GPU, if there is one, has done what it was asked for."""
+        if self._cuda:
+            torch.cuda.synchronize()
 
 
 class System:
@@ -194,12 +211,15 @@ def _main(module: str, work: Work, folder: Path, options: dict[str, str]) -> Non
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         try:
-            importlib.import_module(f"benchmarks.systems.{module}").run(work, folder, Turns(out), **options)
+            importlib.import_module(f"benchmarks.systems.{module}").run(
+                work, folder, Turns(out, work.device), **options
+            )
         except Finished:
             return
 
 
 if __name__ == "__main__":
+    bare_checkout.prepare()
     # Through its import name, so that there is one ``Finished`` and not two.
     from benchmarks.turns import _main as run_system
 

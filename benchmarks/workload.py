@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,6 +52,12 @@ class Work:
     ``prompt``. Else all prompts and answers have the full length."""
     layers: str = "last-4"
     """Layers whose attention is read (ours)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """What both sides compute in; trained weights are float32."""
+        return "bfloat16" if self.device == "cuda" else "float32"
 
     @property
     def sequences(self) -> int:

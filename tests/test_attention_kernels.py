@@ -11,6 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("The Triton kernel needs a CUDA GPU (or TRITON_INTERPRET=1).", allow_module_level=True)
 kernels = pytest.importorskip("cagsr.attention.kernels", reason="triton is not installed")
+pytestmark = pytest.mark.cuda
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 

@@ -100,9 +100,7 @@ def test_pairs_are_encoded_as_sft_encodes_them(config: DpoConfig, monkeypatch: p
     for column in ("chosen", "rejected"):
         sft = SftConfig(config.model, config.data, "", completion_column=column)
         pairs, _ = encode_pairs(sft, tokenizer, None)
-        expected += [
-            (tuple(pair["input_ids"]), tuple(label for label in pair["labels"] if label != -100)) for pair in pairs
-        ]
+        expected += [((*pair.prompt, *pair.answer), tuple(pair.answer)) for pair in pairs]
     assert sorted(fed) == sorted(expected)
     assert all(answer[-1] == tokenizer.eos_token_id for _, answer in fed)
 

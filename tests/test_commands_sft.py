@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from cagsr.commands.main import main
 from cagsr.config import DataConfig, LoraConfig, ModelConfig, SftConfig
@@ -72,14 +72,14 @@ def test_only_the_completion_and_its_end_are_learnt(config: SftConfig) -> None:
     [pair], dropped = encode_pairs(config, tokenizer, None)
     prompt = tokenizer.convert_tokens_to_ids(["▁name", ":", "▁Mara", "."])
     answer = tokenizer.convert_tokens_to_ids(["▁Mara", "▁is", "▁a", "▁baker", ".", "</s>"])
-    assert pair == {"input_ids": prompt + answer, "labels": [IGNORED] * 4 + answer}
+    assert pair.one_sequence() == {"input_ids": prompt + answer, "labels": [IGNORED] * 4 + answer}
     assert dropped == 0
 
 
 def test_a_completion_that_has_its_end_token_gets_no_second_one(config: SftConfig) -> None:
     with_rows(config, [{"prompt": "name: Mara.", "completion": " Mara.</s>"}])
     [pair], _ = encode_pairs(config, build_tokenizer(), None)
-    assert pair["labels"].count(build_tokenizer().eos_token_id) == 1
+    assert pair.answer.count(build_tokenizer().eos_token_id) == 1
 
 
 def test_a_conversation_is_learnt_from_where_the_generation_prompt_ends(config: SftConfig) -> None:
@@ -90,11 +90,8 @@ def test_a_conversation_is_learnt_from_where_the_generation_prompt_ends(config: 
         "completion": [{"role": "assistant", "content": "Mara is a baker."}],
     }
     [pair], _ = encode_pairs(with_rows(config, [row]), tokenizer, None)
-    learnt = [token for token in pair["labels"] if token != IGNORED]
-    assert tokenizer.decode(learnt) == "Mara is a baker.</s>"
-    assert tokenizer.decode([i for i, label in zip(*pair.values(), strict=True) if label == IGNORED]) == (
-        "Introduce Mara. Describe"
-    )
+    assert tokenizer.decode(pair.answer) == "Mara is a baker.</s>"
+    assert tokenizer.decode(pair.prompt) == "Introduce Mara. Describe"
 
 
 def test_long_pairs_are_refused_with_their_row_or_dropped(config: SftConfig) -> None:
@@ -123,7 +120,13 @@ def test_the_folder_holds_a_model_that_has_learnt(config: SftConfig, blank: Path
     def loss(path: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(path).eval()
         with torch.no_grad():
-            return sum(float(model(**{k: torch.tensor([v]) for k, v in pair.items()}).loss) for pair in pairs) / 24
+            return (
+                sum(
+                    float(model(**{k: torch.tensor([v]) for k, v in pair.one_sequence().items()}).loss)
+                    for pair in pairs
+                )
+                / 24
+            )
 
     assert loss(folder) < loss(blank) - 1.0
     assert AutoModelForCausalLM.from_pretrained(folder).config.use_cache is True
@@ -232,13 +235,10 @@ def test_models_that_can_not_be_used(config: SftConfig, blank: Path, tmp_path: P
         return str(caught.value)
 
     assert "no such folder" in refusal(tmp_path / "nowhere")
-    for name, settings in {"pickle": GPT2Config(n_layer=1), "t5": T5Config(num_layers=1)}.items():
-        folder = tmp_path / name
-        build_tokenizer().save_pretrained(folder)
-        settings.save_pretrained(folder)
-        (folder / "pytorch_model.bin").write_bytes(b"")
+    build_tokenizer().save_pretrained(tmp_path / "pickle")
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "pickle")
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")
     assert "pickled weights" in refusal(tmp_path / "pickle")
-    assert "encoder-decoder" in refusal(tmp_path / "t5", from_scratch=True)
     assert str(tmp_path / "nothing") in refusal(tmp_path / "nothing", from_scratch=True)
     same = tmp_path / "same"
     save_blank(same, seed=0)

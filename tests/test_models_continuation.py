@@ -217,8 +217,8 @@ def test_a_file_of_pairs_gives_these_tokens(models: dict[str, LoadedModel], tmp_
     loaded, data = models["llama2"], DataConfig(str(tmp_path / "rows.jsonl"))
     config = SftConfig(ModelConfig("x"), data, "out")
     (pair,), _ = encode_pairs(config, loaded.tokenizer, None)
-    assert loaded.tokenizer.decode(pair["input_ids"], skip_special_tokens=True) == "Description: The cat"
-    assert loaded.tokenizer.convert_ids_to_tokens(pair["input_ids"])[-3:] == ["▁The", "▁cat", "</s>"]
+    assert loaded.tokenizer.decode(pair.prompt + pair.answer, skip_special_tokens=True) == "Description: The cat"
+    assert loaded.tokenizer.convert_ids_to_tokens(pair.answer)[-3:] == ["▁The", "▁cat", "</s>"]
 
 
 def test_the_judge_reads_an_answer_behind_its_prompt(models: dict[str, LoadedModel]) -> None:

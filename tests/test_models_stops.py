@@ -281,7 +281,7 @@ def test_pairs_of_a_conversation_end_with_the_marker_and_nothing_behind_it(base:
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = DataConfig(str(chats(tmp_path / "chats.jsonl")))
     pairs, _ = encode_pairs(SftConfig(ModelConfig(str(base)), data, "out"), tokenizer, None)
-    words = tokenizer.convert_ids_to_tokens([i for i in pairs[0]["labels"] if i >= 0])
+    words = tokenizer.convert_ids_to_tokens(pairs[0].answer)
     assert words == ["red", "cat", "<|im_end|>"]
 
 

@@ -45,7 +45,7 @@ def config_of(work: Work, folder: Path, estimator: str = "gae", critic: str = "h
         kl_estimator="k3" if grpo else "k1",
     )
     return TrainConfig(
-        model=ModelConfig(str(folder), device="cpu", dtype="float32"),
+        model=ModelConfig(str(folder), device=work.device, dtype=work.precision),
         data=DataConfig(str(folder / "prompts.jsonl")),
         output_dir=str(folder / "run"),
         sampling=SamplingConfig(
@@ -62,11 +62,11 @@ def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: 
     config = config_of(work, folder, estimator, critic)
     loaded = load_model(config.model)
     with torch.no_grad():
-        turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5)))
+        turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5, device=loaded.device)))
     room = loaded.room_for_prompts(work.response)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room).prompts
     reward = build_reward(config.reward, device=loaded.device, resources=Resources(loaded.texts))
-    ppo = PPO(config, loaded, reward, Accelerator(cpu=True))
+    ppo = PPO(config, loaded, reward, Accelerator(cpu=work.device == "cpu"))
     scoring_begins = _moment_of(ppo.scorer, "policy")
     torch.manual_seed(2)
     while True:

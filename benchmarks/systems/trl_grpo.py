@@ -22,9 +22,9 @@ MANY = 1_000_000
 def run(work: Work, folder: Path, turns: Turns) -> None:
     """Step whenever it is our turn; a step is one generation and all optimizer steps on it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(work.device)
     with torch.no_grad():
-        turns.policy_is_loaded(lambda: model(input_ids=torch.full((1, 8), 5)))
+        turns.policy_is_loaded(lambda: model(input_ids=torch.full((1, 8), 5, device=work.device)))
     accumulation = work.sequences // work.micro_batch
     reward = AttentionReward(micro_batch_size=work.micro_batch)
     counted = _Counted(reward)
@@ -45,8 +45,8 @@ def run(work: Work, folder: Path, turns: Turns) -> None:
             lr_scheduler_type="constant",
             max_steps=MANY,
             gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
+            bf16=work.precision == "bfloat16",
+            use_cpu=work.device == "cpu",
             logging_steps=MANY,
             save_strategy="no",
             report_to="none",

@@ -1,12 +1,14 @@
 """Prompt-completion pairs as token ids and labels, exactly as a rollout will see the prompts."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cagsr.config import SalienceConfig, SftConfig
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
+from cagsr.models.architecture import Architecture
 from cagsr.models.continuation import encode_continuation
+from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.stops import turn_end
 from cagsr.prompts.answer_text import text_after
 from cagsr.prompts.encode import TextEncoder, encode_prompt
@@ -19,23 +21,40 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 
 
+class Pair(NamedTuple):
+    """Token ids of a prompt as a rollout reads it, and of what shall follow."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def one_sequence(self) -> dict[str, list[int]]:
+        """As a decoder-only model learns it: prompt tokens have the label ``IGNORED``."""
+        return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.answer}
+
+
 @working("reading the pairs")
 def encode_pairs(
-    config: SftConfig, tokenizer: Any, max_length: int | None, notes: list[str] | None = None
-) -> tuple[list[dict[str, list[int]]], int]:
-    """Read the pairs and encode each as ``{"input_ids", "labels"}``; prompt tokens have the label ``IGNORED``.
+    config: SftConfig,
+    tokenizer: Any,
+    max_length: int | None,
+    notes: list[str] | None = None,
+    architecture: Architecture | None = None,
+) -> tuple[list[Pair], int]:
+    """Read the pairs and encode each.
 
-    The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``). A plain one gets
-    the end token; a conversation's gets what its chat template writes, up to the token that ends the answer.
+    The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``), an encoder-decoder's
+    as a text of its own. A plain one gets the end token; a conversation's gets what its chat template writes, up to the token
+    that ends the answer.
 
     What is worth saying about the rows is added to ``notes``. Gives the encoded pairs, and how many were dropped because they
-    are longer than ``max_length`` tokens (None: no limit).
+    are longer than ``max_length`` tokens (None: no limit): prompt and answer together, of an encoder-decoder each of them.
 
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long
             (unless ``long_pairs`` drops it), a chat template that can't render a conversation, no pair left.
     """
-    encoder, encoded, dropped = TextEncoder(tokenizer), list[dict[str, list[int]]](), 0
+    architecture = architecture or DecoderOnly()
+    encoder, encoded, dropped = TextEncoder(tokenizer), list[Pair](), 0
     prompts: list[Prompt] = []
     from_messages = False
     for row in load_rows(config.data, [config.completion_column]):
@@ -43,18 +62,21 @@ def encode_pairs(
         prompt = render_prompt(row, config.data, SalienceConfig(), tokenizer)
         prompts.append(prompt)
         from_messages |= row.from_messages
-        prompt_ids = list(encode_prompt(prompt, encoder).ids)
-        answer_ids = encode_answer(prompt, config.completion_column, encoder, where)
-        length = len(prompt_ids) + len(answer_ids)
-        if max_length is not None and length > max_length:
+        answer = encode_answer(prompt, config.completion_column, encoder, where, architecture)
+        pair = Pair(list(encode_prompt(prompt, encoder).ids), answer)
+        lengths = {"prompt": len(pair.prompt), "answer": len(pair.answer)}
+        if architecture.one_sequence:
+            lengths = {"pair": sum(lengths.values())}
+        part = max(lengths, key=lambda name: lengths[name])
+        if max_length is not None and lengths[part] > max_length:
             if config.long_pairs == "error":
                 raise DataError(
-                    f"{where}: the pair is {length} tokens long, the limit is {max_length}; shorten it, raise "
+                    f"{where}: the {part} is {lengths[part]} tokens long, the limit is {max_length}; shorten it, raise "
                     "--max_length up to the model's context, or set --long_pairs drop."
                 )
             dropped += 1
             continue
-        encoded.append({"input_ids": prompt_ids + answer_ids, "labels": [IGNORED] * len(prompt_ids) + answer_ids})
+        encoded.append(pair)
     if not encoded:
         raise DataError(
             f"{config.data.path}: all {dropped} pairs are longer than {max_length} tokens and were dropped."
@@ -64,8 +86,12 @@ def encode_pairs(
     return encoded, dropped
 
 
-def encode_answer(prompt: Prompt, column: str, encoder: TextEncoder, where: str) -> list[int]:
+def encode_answer(
+    prompt: Prompt, column: str, encoder: TextEncoder, where: str, architecture: Architecture | None = None
+) -> list[int]:
     """The tokens that follow the prompt's when it is answered with its column ``column``, the end token included.
+
+    ``architecture`` None: a decoder-only model's.
 
     DataError for no such column, an empty answer, one that the chat template can't render.
     """
@@ -74,7 +100,7 @@ def encode_answer(prompt: Prompt, column: str, encoder: TextEncoder, where: str)
     end = turn_end(tokenizer)
     if prompt.messages is not None and end is not None:
         text = end.cut(text)
-    ids = encode_continuation(tokenizer, prompt.text, text)
+    ids = encode_continuation(tokenizer, (architecture or DecoderOnly()).text_before(prompt.text), text)
     # A conversation that is written out as text may end with the template's own token.
     ends = (tokenizer.eos_token_id, None if end is None else end.stop)
     if prompt.messages is None and (not ids or ids[-1] not in ends):

@@ -1,22 +1,30 @@
-"""Supervised fine-tuning on TRL's SFTTrainer: the start for reinforcement learning, where there are pairs."""
+"""Supervised fine-tuning on pairs: the start for reinforcement learning. Decoder-only models by TRL's SFTTrainer,
+encoder-decoders by transformers' Seq2SeqTrainer.
+"""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
+from cagsr.models.generation import decoder_prefix
+from cagsr.models.gguf import find_source
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.pairs import IGNORED, encode_pairs, unending
+from cagsr.pairs import IGNORED, Pair, encode_pairs, unending
 from cagsr.runs.saved import TEXTS, answers_probe
 from cagsr.runs.trainer_folder import settings_file
 from cagsr.runs.trl_training import Outcome, Training, train_with_trl
@@ -26,42 +34,94 @@ SETTINGS = settings_file(COMMAND)
 
 
 def sft(config: SftConfig, *, quiet: bool = False) -> Path:
-    """Fine-tune a decoder-only model on prompt-completion pairs and save it in Hugging Face layout.
+    """Fine-tune a model on prompt-completion pairs and save it in Hugging Face layout.
 
     The loss is on the completions only, each ended by the end token (a conversation's by what its chat template ends the
-    assistant's turn with); nothing is packed. With LoRA the saved model is the merged one and ``adapter/`` holds the adapter
-    alone. The rest as ``train_with_trl``.
+    assistant's turn with); nothing is packed. An encoder-decoder's encoder reads the prompt, its decoder says the completion.
+    With LoRA the saved model is the merged one and ``adapter/`` holds the adapter alone. The rest as ``train_with_trl``.
     """
     return train_with_trl(config, COMMAND, _load, _prepare, quiet=quiet)
 
 
 def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Training:
     read: list[str] = []
-    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read)
-    firsts = [(pair["input_ids"], sum(label == IGNORED for label in pair["labels"])) for pair in pairs[:TEXTS]]
+    if limit is not None:
+        limit -= len(loaded.generation.forced)  # which the decoder has positions for too
+    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read, loaded.architecture)
     fact = (
         f"Data: {len(pairs):,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only."
     )
+    make = _one_sequence if loaded.architecture.one_sequence else _two_sequences
+    trainer, arguments, rows = make(loaded, pairs, limit)
     return Training(
-        trainer=partial(SFTTrainer, loaded.model),
-        arguments=partial(
-            SFTConfig,
-            max_length=limit,
-            packing=False,
-            completion_only_loss=True,
-            dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
-        ),
-        rows=pairs,
+        trainer=trainer,
+        arguments=arguments,
+        rows=rows,
         dropped=dropped,
-        notes=[*read, *unending([pair["input_ids"] for pair in pairs], loaded.stop_ids)],
-        probe=answers_probe(loaded, [(ids[:prompt], ids[prompt:]) for ids, prompt in firsts]),
+        notes=[*read, *unending([pair.answer for pair in pairs], loaded.stop_ids)],
+        probe=answers_probe(loaded, pairs[:TEXTS]),
         describe=lambda trainer, saved: Outcome([fact]),
         what=f"Supervised fine-tuning from {'random weights' if config.from_scratch else f'`{config.model.path}`'}",
-        trl="SFTTrainer",
+        library="TRL's SFTTrainer" if loaded.architecture.one_sequence else "transformers' Seq2SeqTrainer",
+        task=loaded.architecture.pipeline_tag,
         limits="The model imitates its training answers, their mistakes included. It was not evaluated here: see "
         "`cagsr diagnose`.",
         adapter=not config.from_scratch,  # an adapter on random weights is of no use without them
     )
+
+
+_Made = tuple[partial[Any], partial[Any], Sequence[Mapping[str, Any]]]
+"""What makes a trainer and its arguments, and the rows that it trains on."""
+
+
+def _one_sequence(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None) -> _Made:
+    arguments = partial(
+        SFTConfig,
+        max_length=limit,
+        packing=False,
+        completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True},  # encode_pairs has done it
+    )
+    return partial(SFTTrainer, loaded.model), arguments, [pair.one_sequence() for pair in pairs]
+
+
+def _two_sequences(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None) -> _Made:
+    # Read here: while it trains the model has another generation config.
+    prefix = list(decoder_prefix(loaded.model))
+    trainer = partial(
+        Seq2SeqTrainer,
+        loaded.model,
+        data_collator=partial(_collate, pad=loaded.pad_token_id),
+        compute_loss_func=_mean_of_tokens,
+    )
+    rows = [
+        {
+            "input_ids": prompt,
+            # As a rollout's decoder reads them; by themselves these models would shift the labels, mBART in a way of its own.
+            "decoder_input_ids": prefix + answer[:-1],
+            "labels": [IGNORED] * (len(prefix) - 1) + answer,
+        }
+        for prompt, answer in pairs
+    ]
+    return trainer, partial(Seq2SeqTrainingArguments, remove_unused_columns=False), rows
+
+
+def _collate(rows: Sequence[Mapping[str, Sequence[int]]], pad: int) -> dict[str, Tensor]:
+    """Pad a batch on the right; labels with ``IGNORED``."""
+    fillings = {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORED}
+    found = {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=filling)
+        for name, filling in fillings.items()
+    }
+    real = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+    return {**found, "attention_mask": pad_sequence(real, batch_first=True)}
+
+
+def _mean_of_tokens(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The mean over all learnt tokens of a step, whatever its micro-batches: T5 and BART would take each one's own."""
+    logits = outputs["logits"].float()
+    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum())
 
 
 def _load(config: SftConfig) -> LoadedModel:
@@ -79,19 +139,20 @@ def _load(config: SftConfig) -> LoadedModel:
 @contextmanager
 def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     """Yield a temporary folder with a random model of ``config``'s architecture and its tokenizer."""
-    check_files(config.path, f"--model {config.path}", weights=False)
+    what = f"--model {config.path}"
+    check_files(config.path, what, weights=False)
+    source = find_source(config.path, what)
+    options = {"trust_remote_code": config.trust_remote_code, **source.options}
     try:
-        model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(source.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {config.path}: --from_scratch needs a config.json and a tokenizer there ({reason})"
-        ) from error
+        raise ModelError(f"{what}: --from_scratch needs a config.json and a tokenizer there ({reason})") from error
     torch.manual_seed(seed)
-    if not architecture_of(model_config).one_sequence:
-        raise ModelError(f"--model {config.path} is an encoder-decoder model, and sft (TRL) trains decoder-only ones.")
-    model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    model = architecture_of(model_config).auto_class.from_config(
+        model_config, trust_remote_code=config.trust_remote_code
+    )
     with tempfile.TemporaryDirectory(prefix="cagsr-scratch-") as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -86,12 +86,15 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class SftConfig(TrainerConfig):
-    """Supervised fine-tuning on prompt-completion pairs (TRL's SFTTrainer): a start for ``train``."""
+    """Supervised fine-tuning on prompt-completion pairs (TRL's SFTTrainer, for encoder-decoder models transformers'
+    Seq2SeqTrainer): a start for ``train``.
+    """
 
     learning_rate: PositiveFloat | None = None
     """Peak learning rate; None: 1e-3 from scratch, 2e-4 with LoRA, 2e-5 else."""
     max_length: PositiveInt | None = None
-    """Longest pair in tokens, end token included; None: the model's context."""
+    """Longest pair in tokens, end token included (of an encoder-decoder its prompt and its answer, each); None: the model's
+    context."""
     seed: Seed = 0
     """Seeds the order of the pairs and random weights."""
     overwrite: bool = False

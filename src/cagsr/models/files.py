@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from cagsr.errors import ModelError
+from cagsr.models.gguf import SUFFIX, check_gguf, find_source
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS left in place of the real one."""
@@ -33,13 +34,18 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def check_files(path: str, what: str, *, weights: bool = True) -> None:
-    """Refuse a local folder that is not there or whose files are no whole files. Of a Hub id nothing is known here.
+    """Refuse a local folder or GGUF file that is not there or whose files are no whole files. Of a Hub id nothing is known here.
 
-    ``what`` opens the message: the flag and the folder. ModelError: no folder, a Git LFS pointer in place of a file, ``weights``
-    that were cut short, or a part of them missing.
+    ``what`` opens the message: the flag and the path. ModelError: no folder, a Git LFS pointer in place of a file, ``weights``
+    that were cut short, or a part of them missing. ConfigError: no package that reads GGUF files.
     """
     folder = Path(path)
+    if (gguf := find_source(path, what).gguf) is not None:
+        _check_no_pointer(gguf, what)
+        return check_gguf(gguf, what)
     if not folder.is_dir():
+        if path.lower().endswith(SUFFIX):
+            raise ModelError(f"{what}: no such file.")
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise ModelError(f"{what}: no such folder; give a folder in Hugging Face layout or a Hub id.")
         return
@@ -48,11 +54,7 @@ def check_files(path: str, what: str, *, weights: bool = True) -> None:
             if file.suffix == ".safetensors":
                 raise ModelError(f"{what}: {file.name} is missing, a part of the weights; copy the whole folder.")
             continue
-        if is_lfs_pointer(file):
-            raise ModelError(
-                f"{what}: {file.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in that folder, or "
-                "download the file."
-            )
+        _check_no_pointer(file, what)
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, framework="np"):  # checks the header against the file's size
@@ -64,9 +66,19 @@ def check_files(path: str, what: str, *, weights: bool = True) -> None:
                 ) from error
 
 
+def _check_no_pointer(file: Path, what: str) -> None:
+    if is_lfs_pointer(file):
+        raise ModelError(
+            f"{what}: {file.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in that folder, or "
+            "download the file."
+        )
+
+
 def check_safetensors(path: str, what: str) -> None:
     """Refuse a local folder without safetensors (ModelError): a pickle can run any code when it is opened."""
     folder = Path(path)
+    if find_source(path, what).gguf is not None:
+        raise ModelError(f"{what}: a GGUF file is read as a language model only; give a folder with safetensors.")
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES):
@@ -143,9 +155,13 @@ def fingerprint_model(path: str) -> str | None:
 
     Small files are read whole. Of each tensor its name, type and shape count, and ``BLOCK`` bytes at its start, in its
     middle and at its end: a training or a merge changes every number of the matrices it touches, and reading all of a large
-    model would take minutes. An adapter counts together with its base, a Hub id by the commit that is cached here.
+    model would take minutes. An adapter counts together with its base, a Hub id by the commit that is cached here, a GGUF file
+    whole.
     """
     folder = Path(path)
+    if (gguf := find_source(path, f"--model.path {path}").gguf) is not None:
+        with open(gguf, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     if not folder.is_dir():
         cached = try_to_load_from_cache(path, "config.json")
         return Path(cached).parent.name if isinstance(cached, str) else None

@@ -11,6 +11,7 @@ from cagsr.config import ModelConfig
 from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
+from cagsr.models.gguf import Source, drop_foreign_tokens, find_source, make_plain, read_quantisation
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Precisions that weights are saved in, by their names in safetensors."""
@@ -21,23 +22,32 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
     """The model in precision ``dtype``, its tokenizer, its files' precision, and whether a matrix that it uses twice was
     made two.
 
-    Of a PEFT adapter it is the base with the adapter merged into it. Sentences for the user are added to ``notes``. Raises
-    ModelError, in one sentence.
+    Of a PEFT adapter it is the base with the adapter merged into it; of a GGUF file its weights dequantised, as any model's.
+    Sentences for the user are added to ``notes``. Raises ModelError, in one sentence; ConfigError where a package is missing.
     """
     path, what = config.path, f"--model.path {config.path}"
     check_files(path, what)
     if is_adapter(path):
         return _load_adapter(config, dtype, notes)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    source = find_source(path, what)
+    if source.gguf is None and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{what}: the folder has no config.json, so it is not a transformers model.")
-    with loading(f"{what}: can't be loaded from this folder or the Hub"):
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    check_safetensors(path, what)
-    tokenizer = _load_tokenizer(config)
-    stored_dtype = _stored_dtype(path, model_config)
+    model_config = stored_config(config)
+    if source.gguf is None:
+        check_safetensors(path, what)
+    tokenizer = _load_tokenizer(config, source)
+    if source.gguf is None:
+        stored_dtype = _stored_dtype(path, model_config)
+    else:
+        drop_foreign_tokens(tokenizer, model_config.get_text_config().vocab_size)
+        found = read_quantisation(source.gguf)
+        stored_dtype = found.dtype
+        notes.append(
+            f"GGUF: {source.gguf} ({found.name}), its weights dequantised to {str(dtype).removeprefix('torch.')}."
+        )
     with loading(f"{what}: the {model_config.model_type} model can't be loaded as a language model"):
         model, info = architecture_of(model_config).auto_class.from_pretrained(
-            path,
+            source.path,
             config=model_config,
             dtype=dtype,
             use_safetensors=True,
@@ -45,6 +55,7 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
+            **source.weight_options,
         )
     if (problem := weights_problem(info)) is not None:
         raise ModelError(f"{what}: {problem}.")
@@ -52,7 +63,18 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
         notes.append(
             f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
         )
+    if source.gguf is not None:
+        make_plain(model, source.gguf)
     return model, tokenizer, stored_dtype, False
+
+
+def stored_config(config: ModelConfig) -> PretrainedConfig:
+    """The transformers config of a model as it is stored, of an adapter its base's; ModelError."""
+    path = adapter_base(config.path) if is_adapter(config.path) else config.path
+    what = f"--model.path {path}"
+    source = find_source(path, what)
+    with loading(f"{what}: can't be loaded from this {'folder or the Hub' if source.gguf is None else 'GGUF file'}"):
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, **source.options)
 
 
 def _load_adapter(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
@@ -67,7 +89,7 @@ def _load_adapter(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> 
     except ModelError as error:
         raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
     if (Path(config.path) / "tokenizer_config.json").is_file():
-        tokenizer = _load_tokenizer(config)
+        tokenizer = _load_tokenizer(config, Source(config.path))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
     merged, made_two = merge_adapter(model, config.path, what)
@@ -87,9 +109,11 @@ def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
     return declared if declared in _STORED.values() else torch.float32
 
 
-def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(config: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
     with loading(f"--model.path {config.path}: its tokenizer can't be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=config.trust_remote_code, **source.options
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"--model.path {config.path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "

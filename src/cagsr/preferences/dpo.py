@@ -62,7 +62,7 @@ def _prepare(config: DpoConfig, loaded: LoadedModel, limit: int | None) -> Train
         probe=answers_probe(loaded, [(row["prompt_ids"], row["chosen_ids"]) for row in rows[:TEXTS]]),
         describe=describe,
         what=f"Direct preference optimisation from `{config.model.path}`",
-        trl="DPOTrainer",
+        library="TRL's DPOTrainer",
         limits="The model was not evaluated here: see `cagsr diagnose`.",
     )
 

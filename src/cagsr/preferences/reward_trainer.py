@@ -109,7 +109,7 @@ def _prepare(config: RewardModelConfig, loaded: LoadedModel, limit: int | None) 
         probe=scores_probe(loaded, [row[side] for row in rows[:TEXTS] for side in ("chosen_ids", "rejected_ids")]),
         describe=describe,
         what=f"A reward model from `{config.model.path}`",
-        trl="RewardTrainer",
+        library="TRL's RewardTrainer",
         limits="It knows the preferences of its pairs and nothing else: answers unlike those pairs get scores that mean "
         "little, and a policy\ntrained against it will find them.",
         task="text-classification",

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cagsr.config import ModelConfig, RolloutConfig
 from cagsr.errors import ConfigError, RolloutError
-from cagsr.models.files import adapter_base, is_adapter
 from cagsr.models.load import LoadedModel
+from cagsr.models.parts import stored_config
 from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
 
 PROBED_TOKENS = 200
@@ -86,8 +86,7 @@ def _check_tokenizer(server: VLLMServer, served: ServedModel, tokenizer: PreTrai
 
 
 def _check_vocabulary(model: ModelConfig, loaded: LoadedModel) -> None:
-    path = adapter_base(model.path) if is_adapter(model.path) else model.path
-    stored = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
+    stored = stored_config(model).get_text_config()
     rows = vocabulary_size(loaded)
     if rows != stored.vocab_size:
         raise ConfigError(

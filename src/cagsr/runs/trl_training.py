@@ -18,7 +18,7 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cagsr import __version__
-from cagsr.config import RewardModelConfig, TrainerConfig
+from cagsr.config import RewardModelConfig, SftConfig, TrainerConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.generation import ending_as
 from cagsr.models.load import LoadedModel
@@ -49,7 +49,7 @@ class Training:
     """What one of the commands trains, with what, and what it tells of it."""
 
     trainer: Callable[..., Any]
-    """Makes one of TRL's trainers of what all have: ``args``, ``train_dataset``, ``processing_class``."""
+    """Makes one of TRL's or transformers' trainers of what all have: ``args``, ``train_dataset``, ``processing_class``."""
     arguments: Callable[..., Any]
     """Makes its arguments of what all set."""
     rows: Sequence[Mapping[str, Any]]
@@ -61,9 +61,9 @@ class Training:
     describe: Callable[[Any, Saved], Outcome]
     """From the trainer and what was saved, what is told of them. Called before the folder is complete: an interrupted
     training must not look finished."""
-    # For the card: how it begins, TRL's trainer, what the model is not good for, and the Hub's name of what it is used for.
+    # For the card: how it begins, the library's trainer, what the model is not good for, and the Hub's name of what it is used for.
     what: str
-    trl: str
+    library: str
     limits: str
     task: str = "text-generation"
     adapter: bool = True
@@ -147,15 +147,19 @@ def train_with_trl(
 
 
 def _check_start(config: TrainerConfig, loaded: LoadedModel, command: str) -> None:
-    """Refuse what TRL can't train: encoder-decoder models, those whose answers could never end, adapters on the output head."""
-    if not loaded.architecture.one_sequence:
+    """Refuse what can't be trained: by TRL encoder-decoder models and adapters on the output head; answers that never end."""
+    if not loaded.architecture.one_sequence and not isinstance(config, SftConfig):
         raise ModelError(
-            f"--model {config.model.path} is an encoder-decoder model, and {command} (TRL) trains decoder-only ones; fine-tune "
-            "it with transformers' Seq2SeqTrainer, then go on with cagsr train."
+            f"--model {config.model.path} is an encoder-decoder model, and {command} (TRL) trains decoder-only ones; start with "
+            "cagsr sft, then go on with cagsr train."
         )
     if loaded.tokenizer.eos_token_id is None and not isinstance(config, RewardModelConfig):
         raise ModelError(f"--model {config.model.path}: the tokenizer names no EOS token, so no answer could ever end.")
-    if loaded.lora and isinstance(loaded.model.get_output_embeddings(), BaseTunerLayer):
+    if (
+        loaded.lora
+        and loaded.architecture.one_sequence
+        and isinstance(loaded.model.get_output_embeddings(), BaseTunerLayer)
+    ):
         raise ConfigError(
             # TRL reads the head's weight directly.
             f"--lora.target_modules {config.lora.target_modules}: {command} (TRL) can't train an adapter on the output head "

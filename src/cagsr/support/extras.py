@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "compare": ("matplotlib",),
     "trl": ("trl",),
     "nltk": ("nltk", "rouge_score"),
+    "gguf": ("gguf",),
     "embeddings": ("sentence_transformers",),
 }
 """Extra -> the modules it brings (of ``compare`` those beyond ``trl`` and ``nltk``, which it brings too)."""
