@@ -194,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found.append((work, measured))
         for name, pair in pairs.items():
             ratios.append(compare(work.name, name, measured[pair.ours.name], measured[pair.theirs.name]))
-        console.print(_table(work, measured, options.threads))
-    console.print(_ratio_table(ratios, pairs, rounds))
+        console.print(steps_table(work, measured, options.threads))
+    console.print(ratio_table(ratios, pairs, rounds))
     console.print(f"Load of the machine: {before} before, {report.load()} after (this benchmark included).")
     judged = [ratio for ratio in ratios if ratio.pair == "ppo"] if chosen != "tiny" else []
     kept = _verdict(judged, console)
@@ -207,14 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "load": {"before": before, "after": report.load()},
             "bars": {"speed": SPEED_BAR, "memory": MEMORY_BAR},
             "ratios": [asdict(ratio) for ratio in ratios],
-            "cases": [_as_json(work, measured) for work, measured in found],
+            "cases": [as_json(work, measured) for work, measured in found],
         },
     )
     console.print(f"Written to {options.json}.")
     return 0 if kept else 1
 
 
-def _table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
+def steps_table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
+    """Seconds by stage, tokens and memory of each system."""
     table = Table(
         title=f"{work.name}: one step ({threads} CPU threads, float32, {work.epochs} epochs)",
         caption="medians over the rounds; tokens: response tokens; MiB: peak above the idle model",
@@ -236,7 +237,8 @@ def _table(work: Work, measured: dict[str, Measured], threads: int) -> Table:
     return table
 
 
-def _ratio_table(ratios: list[Ratio], pairs: dict[str, Pair], rounds: int) -> Table:
+def ratio_table(ratios: list[Ratio], pairs: dict[str, Pair], rounds: int) -> Table:
+    """Ours over theirs, case by case."""
     table = Table(title=f"Ours over TRL's, median of {rounds} rounds (smallest to largest)")
     for column in ("case", "pair", "steps per second", "per CPU second", "memory"):
         table.add_column(column, no_wrap=True)
@@ -266,7 +268,8 @@ def _verdict(judged: list[Ratio], console: Console) -> bool:
     return kept
 
 
-def _as_json(work: Work, measured: dict[str, Measured]) -> dict[str, Any]:
+def as_json(work: Work, measured: dict[str, Measured]) -> dict[str, Any]:
+    """A case with all its steps."""
     return {"work": asdict(work), "systems": {name: asdict(one) for name, one in measured.items()}}
 
 

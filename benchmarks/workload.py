@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 8192
 PAD, STOP, FIRST_WORD = 0, 1, 3
-TEMPERATURE, LEARNING_RATE, KL = 1.0, 1e-6, 0.05
+TEMPERATURE, LEARNING_RATE, KL, LORA_ALPHA = 1.0, 1e-6, 0.05, 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Work:
     layers: str = "last-4"
     """Layers whose attention is read (ours)."""
     device: Literal["cpu", "cuda"] = "cpu"
+    start: str = ""
+    """Folder of a pretrained model to start from, instead of ``model``; its answers are kept from ending before ``response``."""
+    data: str = ""
+    """With ``start``: JSONL file whose first rows are the prompts."""
+    lora: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 trains all weights."""
 
     @property
     def precision(self) -> Literal["float32", "bfloat16"]:
@@ -66,7 +72,16 @@ class Work:
 
 
 def save_start(work: Work, folder: Path) -> int:
-    """Write the model every system starts from, its tokenizer, and ``prompts.jsonl``; returns its parameters' number."""
+    """Write the model every system starts from, its tokenizer, and ``prompts.jsonl``; returns its parameters' number.
+
+    A pretrained model is linked to, and its number of parameters not counted: 0.
+    """
+    if work.start:
+        for file in Path(work.start).resolve().iterdir():
+            (folder / file.name).symlink_to(file)
+        rows = Path(work.data).read_text(encoding="utf-8").splitlines()[: work.prompts]
+        (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return 0
     torch.manual_seed(0)
     sizes = MODELS[work.model]
     config = LlamaConfig(

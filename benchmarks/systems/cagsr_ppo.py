@@ -12,8 +12,17 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.turns import Turns
-from benchmarks.workload import KL, LEARNING_RATE, TEMPERATURE, Work
-from cagsr.config import AttentionConfig, DataConfig, ModelConfig, PPOConfig, RunConfig, SamplingConfig, TrainConfig
+from benchmarks.workload import KL, LEARNING_RATE, LORA_ALPHA, TEMPERATURE, Work
+from cagsr.config import (
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.build import build_reward
@@ -49,8 +58,12 @@ def config_of(work: Work, folder: Path, estimator: str = "gae", critic: str = "h
         data=DataConfig(str(folder / "prompts.jsonl")),
         output_dir=str(folder / "run"),
         sampling=SamplingConfig(
-            num_generations=work.generations, max_new_tokens=work.response, temperature=TEMPERATURE
+            num_generations=work.generations,
+            max_new_tokens=work.response,
+            min_new_tokens=work.response if work.start else 0,
+            temperature=TEMPERATURE,
         ),
+        lora=LoraConfig(r=work.lora, alpha=LORA_ALPHA),
         attention=AttentionConfig(layers=work.layers),
         ppo=ppo,
         run=RunConfig(batch_size=work.prompts),
@@ -60,7 +73,7 @@ def config_of(work: Work, folder: Path, estimator: str = "gae", critic: str = "h
 def run(work: Work, folder: Path, turns: Turns, estimator: str = "gae", critic: str = "head") -> None:
     """Step whenever it is our turn."""
     config = config_of(work, folder, estimator, critic)
-    loaded = load_model(config.model)
+    loaded = load_model(config.model, config.lora)
     with torch.no_grad():
         turns.policy_is_loaded(lambda: loaded.model(input_ids=torch.full((1, 8), 5, device=loaded.device)))
     room = loaded.room_for_prompts(work.response)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.turns import Turns
-from benchmarks.workload import KL, LEARNING_RATE, TEMPERATURE, Work, read_prompts
+from benchmarks.workload import KL, LEARNING_RATE, LORA_ALPHA, TEMPERATURE, Work, read_prompts
 from cagsr.integrations.trl import AttentionReward
 
 MANY = 1_000_000
@@ -52,7 +53,13 @@ def run(work: Work, folder: Path, turns: Turns) -> None:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            generation_kwargs={"min_new_tokens": work.response} if work.start else None,
         ),
+        peft_config=LoraConfig(
+            r=work.lora, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        if work.lora
+        else None,
         train_dataset=Dataset.from_dict({"prompt": read_prompts(folder)}),
         processing_class=tokenizer,
     )

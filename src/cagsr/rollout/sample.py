@@ -14,6 +14,7 @@ from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel
+from cagsr.models.merged import merged_adapters
 from cagsr.rollout.decode import decode
 
 
@@ -34,7 +35,13 @@ def sample_responses(
     says_stop = [SaysStopString(loaded.text_of, stop_strings, start)] if stop_strings else []
     ids, logprobs = [], []
     per_batch = len(prompts.ids) if batch_size is None else max(1, batch_size // many) * many
-    with torch.no_grad(), loaded.autocast(), without_checkpointing(loaded.model), settings:
+    with (
+        torch.no_grad(),
+        loaded.autocast(),
+        without_checkpointing(loaded.model),
+        merged_adapters(loaded.model),
+        settings,
+    ):
         for some in zip(prompts.ids.split(per_batch), prompts.real.split(per_batch), strict=True):
             drawn: list[Tensor] = []
             found = loaded.model.generate(
