@@ -113,7 +113,7 @@ def main(options: Options) -> None:
             output = str(options.output)
             write_text_atomically(Path(f"{output}.json"), json.dumps(told, indent=1) + "\n")
             write_text_atomically(Path(f"{output}.md"), as_markdown(found) + "\n")
-            write_text_atomically(Path(f"{output}.svg"), as_svg(heat_maps(found)))
+    write_text_atomically(Path(f"{options.output}.svg"), as_svg(heat_maps(found)))
     print(as_markdown(found))
 
 
