@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", type=Path, default=report.RESULTS / "pretrained_step.json", help="where the numbers go"
     )
     options = parser.parse_args(arguments)
+    if options.prompts * options.generations % options.micro_batch:
+        parser.error(
+            f"--micro_batch {options.micro_batch} must divide --prompts times --generations: TRL takes no part of one."
+        )
     work = Work(
         f"{Path(options.model).name} {options.prompts}x{options.generations}x{options.response}, LoRA {options.lora}",
         prompts=options.prompts,

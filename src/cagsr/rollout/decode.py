@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from cagsr.errors import ModelError
 from cagsr.models.lengths import length_borders, read_as_long_as
 from cagsr.models.sharing import rows_can_be_picked
+from cagsr.rollout.variates import exponential_variates
 from cagsr.support.progress import working
 
 LEAVE_WHEN = 7 / 8
@@ -76,8 +77,8 @@ def decode(
                 if generation_config.do_sample:
                     probabilities = torch.softmax(scores, dim=-1)
                     # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
-                    variates = torch.empty(total, probabilities.shape[1], device=probabilities.device).exponential_()
-                    tokens = (probabilities / variates[held]).argmax(dim=-1)
+                    variates = exponential_variates(total, held, probabilities.shape[1])
+                    tokens = torch.div(probabilities, variates, out=variates).argmax(dim=-1)
                     if drawn is not None:
                         chosen = probabilities.gather(1, tokens[:, None])[:, 0].log()
                         drawn.append(chosen.new_zeros(total).index_copy(0, held, chosen))
