@@ -38,7 +38,7 @@ from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer
-from cagsr.scoring.statistics import entropy_of, logprobs_and, token_logprobs
+from cagsr.scoring.statistics import entropy_of, logprobs_and
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
@@ -261,23 +261,23 @@ class PPO:
         self, experience: Experience, index: Tensor, part: EpisodeBatch, totals: Mapping[str, Tensor], share: bool
     ) -> UpdateBatch:
         """The update's pass over a micro-batch, with what was fixed of it before."""
-        inputs = PassInputs.of(part, share=share)
+        inputs, width = PassInputs.of(part, share=share), part.ids.shape[1]
+        targets = take_rows(experience.targets, index, width)
+        # Those that a task or a user's code has marked for imitation need not be sampled.
+        at = torch.stack([part.sampled, *(weight != 0 for weight in targets.weights.values())]).any(dim=0)
+        with_entropy = any(getattr(objective, "needs_entropy", False) for objective in self.objectives)
+        others = [entropy_of] if with_entropy else []
         with self.clock.part("forward"), self.loaded.autocast():
-            logits, values = self.module(inputs)
-        temperature, entropy = self.config.sampling.temperature, None
-        if any(getattr(objective, "needs_entropy", False) for objective in self.objectives):
-            logprobs, entropy = logprobs_and(entropy_of, logits=logits, ids=part.ids, temperature=temperature)
-        else:
-            logprobs = token_logprobs(logits, part.ids, temperature)
-        width = part.ids.shape[1]
+            statistics = logprobs_and(*others, temperature=self.config.sampling.temperature)
+            found, values = self.module(inputs, statistics, at)
         return UpdateBatch(
             episodes=part,
-            logprobs=logprobs,
-            entropy=entropy,
+            logprobs=found[..., 0],
+            entropy=found[..., 1] if with_entropy else None,
             values=values,
             readings=take_rows(experience.readings, index, width),
             reference_logprobs=experience.reference_logprobs[index, :width],
-            targets=take_rows(experience.targets, index, width),
+            targets=targets,
             totals=totals,
         )
 
@@ -310,7 +310,8 @@ class PPO:
             return self.accelerator.prepare_model(self.actor_critic)
         shard(self.accelerator, self.actor_critic, self.optimizer)
         with first_pass(self.actor_critic), self.loaded.autocast():
-            self.actor_critic(PassInputs.tiny(self.loaded.device))
+            tiny = PassInputs.tiny(self.loaded.device)
+            self.actor_critic(tiny, logprobs_and(temperature=1.0), tiny.response_real)
         self.reference.shard(self.accelerator)
         return self.actor_critic
 
