@@ -6,13 +6,14 @@ Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
@@ -42,7 +43,9 @@ from cagsr.scoring.statistics import entropy_of, logprobs_and
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
+from cagsr.training.micro_batch_size import MicroBatchSize
 
+T = TypeVar("T")
 FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
@@ -70,11 +73,12 @@ class PPO:
         self.actor_critic = ActorCritic.build(loaded, config.ppo)
         self.kl_controller = KLController.build(config.ppo)
         self.objectives = build_objectives(config.ppo, self.kl_controller)
+        self.micro_batch_size = MicroBatchSize(config.ppo.micro_batch_size)
         self.scorer = Scorer(
             loaded,
             config.attention,
             config.sampling,
-            config.ppo.micro_batch_size,
+            self.micro_batch_size.size,
             actor_critic=self.actor_critic,
             reference=self.reference,
         )
@@ -104,13 +108,14 @@ class PPO:
             with self.clock.part("rollout"):
                 repeated = [one for one in prompts for _ in range(many)]
                 episodes = played(self.player, partial(self.sampler.sample, sampling=config.sampling), repeated, batch)
+            self.micro_batch_size.choose(self.actor_critic, loaded, episodes, self.accelerator.gather)
             visitor, readings, pass_metrics = self._score(episodes)
         limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
         readings, engine_metrics = account_for_engine(readings, episodes, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"):
             visiting = visitor if visitor.wants_attention else None
-            reference_logprobs = self.scorer.reference_logprobs(episodes, readings, visiting)
+            reference_logprobs = self._fitting(lambda: self.scorer.reference_logprobs(episodes, readings, visiting))
         with self.clock.part("reward"), working("computing the reward"):
             known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
             returns = self.reward(known, visitor.values)
@@ -132,7 +137,7 @@ class PPO:
             for _ in range(ppo.num_ppo_epochs):
                 # Not chunk(): it makes fewer parts than asked for, the last one small.
                 for index in torch.randperm(count).tensor_split(mini_batches):
-                    found = self._gradient_step(experience, index.to(self.loaded.device))
+                    found = self._fitting_step(experience, index.to(self.loaded.device))
                     if first_ratio_error is None:
                         first_ratio_error = found["ratio_error"]
                     for name, value in found.items():
@@ -205,20 +210,44 @@ class PPO:
             with self.clock.part("scoring"):
                 return visitor, self.scorer.policy(episodes, visitor if visitor.wants_attention else None)
 
-        visitor, readings = scored()
+        visitor, readings = self._fitting(scored)
         with self.clock.part("comparison"):
-            temperature, rows = config.sampling.temperature, config.ppo.micro_batch_size
+            temperature, rows = config.sampling.temperature, self.micro_batch_size.size
             metrics, warning = compare_with_plain(
                 readings, loaded, episodes, temperature, rows, self.accelerator.gather
             )
         if warning is not None:
             self._warnings.append(warning)
-            visitor, readings = scored()
+            visitor, readings = self._fitting(scored)
         return visitor, readings, metrics
+
+    def _fitting(self, work: Callable[[], T]) -> T:
+        """A scoring pass of as many sequences at once as fit; its passes wait for no other process."""
+
+        def with_size() -> T:
+            self.scorer.micro_batch_size = self.micro_batch_size.size
+            return work()
+
+        return self.micro_batch_size.fitting(with_size)
+
+    def _fitting_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
+        """A gradient step, from its beginning again where memory ran out; of several processes the others can't be called back."""
+        if self.accelerator.num_processes == 1:
+            return self.micro_batch_size.fitting(lambda: self._gradient_step(experience, index))
+        try:
+            return self._gradient_step(experience, index)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise CagsrError(
+                f"Memory ran out in the update with {self.micro_batch_size.size} sequences at once; set --ppo.micro_batch_size to "
+                "a smaller number (with several processes it can't be tried again)."
+            ) from error
 
     def _gradient_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
         """One optimizer step on the sequences ``index``, in micro-batches."""
         ppo, episodes, processes = self.config.ppo, experience.episodes, self.accelerator.num_processes
+        self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         # Normalised by the weights of the whole mini-batch over all processes; DDP averages gradients over
         # processes, hence the factor.
         kinds = experience.targets.weights
@@ -228,7 +257,7 @@ class PPO:
         ratio_error = torch.zeros((), device=self.loaded.device)
         # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
         share = not self.accelerator.is_fsdp2 and shares_prompts(self.loaded, episodes)
-        chunks = micro_batches(episodes, ppo.micro_batch_size, index, share=share)
+        chunks = micro_batches(episodes, self.micro_batch_size.size, index, share=share)
         for number, chunk in enumerate(each("forward and backward", chunks, "batches")):
             part = episode_rows(episodes, chunk)
             last = number == len(chunks) - 1
