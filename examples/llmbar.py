@@ -106,7 +106,9 @@ def read_pairs(folder: Path, limit: int | None = None) -> list[Pair]:
                     better = int(row["label"]) - 1
                     pairs.append(Pair(row["input"], answers[better], answers[1 - better], subset))
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                raise DataError(f"{file}: not a file of LLMBar ({error}); give --data the folder that holds it.") from error
+                raise DataError(
+                    f"{file}: not a file of LLMBar ({error}); give --data the folder that holds it."
+                ) from error
     return pairs
 
 
@@ -178,7 +180,9 @@ def shares(values: Floats, subsets: np.ndarray, length: Floats) -> dict[str, Int
     parts = [won[longer == side] for side in (1, -1)]
     if all(len(part) for part in parts):
         draw = np.random.default_rng(0)
-        drawn = [np.mean([part[draw.integers(len(part), size=len(part))].mean() for part in parts]) for _ in range(2000)]
+        drawn = [
+            np.mean([part[draw.integers(len(part), size=len(part))].mean() for part in parts]) for _ in range(2000)
+        ]
         found["balanced"] = Interval.of(float(np.mean([part.mean() for part in parts])), np.array(drawn))
     return found
 

@@ -3,14 +3,12 @@
 What it is changes memory and speed, never the result: gradients of micro-batches are accumulated. So it may change on the way.
 """
 
-import gc
 import math
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
-from accelerate.utils import clear_device_cache
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from cagsr.flow import EpisodeBatch
@@ -39,6 +37,7 @@ class MicroBatchSize:
         self.size = 1 if setting == "auto" else setting
         self._room = 0.0
         self._per_token = 0.0
+        self._longest = 0
 
     def choose(
         self, actor_critic: ActorCritic, loaded: LoadedModel, episodes: EpisodeBatch, gather: Callable[[Tensor], Tensor]
@@ -58,14 +57,19 @@ class MicroBatchSize:
                 _kept_bytes(actor_critic, loaded, episode_rows(episodes, lengths.argmax()[None])) / longest
             )
             self._room = SHARE * (free - _still_to_come(actor_critic, loaded.device))
-        fits = min(len(lengths), max(1, math.floor(self._room / (self._per_token * longest))))
-        # Sharded models run equally often in all processes.
-        self.size = int(gather(torch.tensor([fits], device=loaded.device)).min())
+        self._longest = longest
+        self.size = min(len(lengths), max(1, math.floor(self._room / (self._per_token * longest))))
+        self.agree(gather, loaded.device)  # sharded models run equally often in all processes
         if first:
             say(
                 f"Micro-batches (auto): {self.size} sequences of up to {longest} tokens at once; {free / 2**30:.1f} GiB are free, "
                 f"and a token takes {self._per_token / 2**20:.2f} MiB."
             )
+
+    def agree(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Have all processes go on with the smallest of their sizes: one of them may have halved its own in scoring."""
+        if self.auto:
+            self.size = int(gather(torch.tensor([self.size], device=device)).min())
 
     def fitting(self, work: Callable[[], T]) -> T:
         """``work()``, again with half as many sequences at once where memory ran out; ``work`` reads ``size`` anew."""
@@ -76,10 +80,9 @@ class MicroBatchSize:
                 if not (self.auto and self.size > 1 and should_reduce_batch_size(error)):
                     raise
             # Not inside except: there the error still holds the pass that failed.
-            gc.collect()
-            clear_device_cache()
+            clear_device_cache(garbage_collection=True)
             self.size //= 2
-            self._room /= 2
+            self._room = self.size * self._per_token * self._longest
             say(f"Memory ran out with {2 * self.size} sequences at once: {self.size} from now on.")
 
 

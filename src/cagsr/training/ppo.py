@@ -128,6 +128,7 @@ class PPO:
     def update(self, experience: Experience) -> dict[str, float]:
         """Train on what ``collect`` gave; gives metrics by their TRL names, averaged over processes."""
         ppo = self.config.ppo
+        self.micro_batch_size.agree(self.accelerator.gather, self.loaded.device)
         count = experience.episodes.ids.shape[0]
         mini_batches = min(ppo.num_mini_batches, count)
         totals: dict[str, float] = {}
