@@ -111,14 +111,16 @@ class Ratio:
     """Peaks above the idle model."""
 
 
-def cases(size: str) -> list[Work]:
-    """The cases of a run: ``tiny`` (seconds, for the test), ``fast`` or ``full``."""
+def cases(size: str, vocabulary: int | None = None) -> list[Work]:
+    """The cases of a run: ``tiny`` (seconds, for the test), ``fast`` or ``full``; ``vocabulary`` pieces, one case."""
     base = {
         "tiny": Work("", "tiny", prompt=24, response=10, prompts=2, generations=4, micro_batch=4, epochs=2),
         "fast": Work("", "30M", prompt=64, response=32, prompts=2, generations=4, micro_batch=4, epochs=2),
         "full": Work("", "30M"),
     }[size]
     sizes = f"{base.model} {base.prompts}x{base.generations}x({base.prompt}+{base.response})"
+    if vocabulary is not None:
+        return [replace(base, name=f"{sizes} vocabulary {vocabulary:,}", vocabulary=vocabulary)]
     full = replace(base, name=f"{sizes} all full length")
     return [full, replace(full, name=f"{sizes} varied lengths", varied=True)]
 
@@ -171,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size.add_argument("--fast", action="store_true", help="30M, short prompts and answers, fewer rounds")
     parser.add_argument("--rounds", type=int, help="rounds that count (default: 3; 2 if tiny)")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=["ppo", "grpo"], help="what to compare")
+    parser.add_argument("--vocabulary", type=int, help="pieces in the vocabulary, as 150016 (Qwen) or 262144 (Gemma)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, default=report.RESULTS / "ppo_step.json", help="where the numbers go")
     options = parser.parse_args(arguments)
@@ -188,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = report.load()
     found: list[tuple[Work, dict[str, Measured]]] = []
     ratios: list[Ratio] = []
-    for work in cases(chosen):
+    for work in cases(chosen, options.vocabulary):
         with console.status(f"{work.name}: {rounds} rounds of {len(contestants)} systems"):
             measured = measure(work, contestants, rounds, options.threads)
         found.append((work, measured))

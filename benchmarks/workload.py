@@ -50,6 +50,8 @@ class Work:
     varied: bool = False
     """Answers stop at random, after half of ``response`` on average if they could go on; prompts have half to all of
     ``prompt``. Else all prompts and answers have the full length."""
+    vocabulary: int = VOCABULARY
+    """Pieces; real models have 32,000 to 262,144."""
     layers: str = "last-4"
     """Layers whose attention is read (ours)."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -85,7 +87,7 @@ def save_start(work: Work, folder: Path) -> int:
     torch.manual_seed(0)
     sizes = MODELS[work.model]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=work.vocabulary,
         num_key_value_heads=sizes["num_attention_heads"] // 2,
         max_position_embeddings=max(64, work.prompt + work.response),
         pad_token_id=PAD,
@@ -98,10 +100,10 @@ def save_start(work: Work, folder: Path) -> int:
     generator = torch.Generator().manual_seed(1)
     shortest = work.prompt // 2 if work.varied else work.prompt
     lengths = torch.linspace(shortest, work.prompt, work.prompts).long().tolist()
-    prompts = [torch.randint(FIRST_WORD, VOCABULARY, (n,), generator=generator) for n in lengths]
+    prompts = [torch.randint(FIRST_WORD, work.vocabulary, (n,), generator=generator) for n in lengths]
     _set_logits(model, prompts[0][None], stop=2.0 / work.response if work.varied else None)
     model.save_pretrained(folder)
-    words = {"<pad>": PAD, "<stop>": STOP, "<unk>": 2} | {f"w{i}": i for i in range(FIRST_WORD, VOCABULARY)}
+    words = {"<pad>": PAD, "<stop>": STOP, "<unk>": 2} | {f"w{i}": i for i in range(FIRST_WORD, work.vocabulary)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -134,7 +134,7 @@ def loop(loaded: LoadedModel, texts: list[str], steps: int, seed: int) -> list[f
 
 def logprobs(loaded: LoadedModel, episodes: EpisodeBatch) -> torch.Tensor:
     """Log-probabilities of the sampled tokens, ``(batch, response)``, with gradients; logits come aligned with the tokens."""
-    logits, _ = loaded.teacher_forced(PassInputs.of(episodes))
+    logits = loaded.teacher_forced(PassInputs.of(episodes))
     return token_logprobs(logits, episodes.ids, temperature=1.0)
 
 

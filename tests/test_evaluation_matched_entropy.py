@@ -45,7 +45,7 @@ def entropy_by_hand(loaded: LoadedModel, prompt: EncodedPrompt, text: str, token
     prompt_ids, response = torch.tensor([prompt.ids]), torch.tensor([ids])
     inputs = PassInputs(prompt_ids, torch.ones_like(prompt_ids).bool(), response, torch.ones_like(response).bool())
     with torch.no_grad():
-        logits, _ = loaded.teacher_forced(inputs)
+        logits = loaded.teacher_forced(inputs)
     total = 0.0
     for row in logits[0].double() / temperature:
         p = row.softmax(-1)

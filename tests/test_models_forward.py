@@ -101,16 +101,17 @@ def test_not_under_gradient_checkpointing_and_not_without_a_cache_of_rows(tmp_pa
 
 def test_not_where_the_logits_come_out_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
-    forward = type(loaded.model).forward
+    body = type(loaded.model.model)
+    forward = body.forward
 
     def forgetful(self: torch.nn.Module, *args: object, past_key_values: object = None, **options: object) -> object:
         output = forward(self, *args, past_key_values=past_key_values, **options)
         if past_key_values is not None:
-            output.logits = output.logits * 1.01
+            output.last_hidden_state = output.last_hidden_state * 1.01
         return output
 
     forgetful.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(loaded.model), "forward", forgetful)
+    monkeypatch.setattr(body, "forward", forgetful)
     assert not shares_prompts(loaded, made_up(loaded, [2, 3], [3], [0, 0]))
 
 

@@ -154,9 +154,9 @@ def test_forbidden_tokens_are_not_sampled_and_the_correction_is_the_mass_that_is
     assert not torch.isin(sampled, torch.tensor([8, 11])).any()
     assert not (rollout.ids[:, 0] == 9).any()
     assert (sampled == 9).any()
-    logits = torch.tensor([[[0.0] * 28, [0.0] * 28]])
-    found = sampling_correction(logits, torch.tensor([[5, 5]]), SamplingConfig(), (2,), loaded.generation)
-    assert found[0].tolist() == pytest.approx([math.log(25 / 28), math.log(26 / 28)], abs=1e-6)
+    correction = sampling_correction(SamplingConfig(), (2,), loaded.generation)
+    mass = correction(torch.zeros(2, 28), torch.tensor([0, 1]))
+    assert mass.tolist() == pytest.approx([math.log(25 / 28), math.log(26 / 28)], abs=1e-6)
     readings = scored(loaded, rollout, micro_batch_size=64)
     assert (readings.sampling_correction[rollout.sampled] < 0).all()
 

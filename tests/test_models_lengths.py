@@ -39,6 +39,7 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.sample import sample_responses
+from cagsr.scoring.statistics import logprobs_and
 from conversations import conversations, token_by_token
 from scored import scored, scored_with_maps
 from test_models_forward import made_up
@@ -185,8 +186,8 @@ def test_the_update_has_the_gradient_of_what_is_scored(value: str, rank: int, fo
     seen = []
     for share in (False, True):
         actor_critic.zero_grad()
-        logits, values = actor_critic(PassInputs.of(rollout, share=share))
-        logprobs = logits.log_softmax(-1).gather(-1, rollout.ids[..., None])[..., 0]
+        found, values = actor_critic(PassInputs.of(rollout, share=share), logprobs_and(temperature=1.0), mask)
+        logprobs = found[..., 0]
         (logprobs[mask].sum() + values[mask].square().sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in actor_critic.parameters() if p.grad is not None])
         seen.append((logprobs[mask].detach(), values[mask].detach(), gradient))
@@ -338,13 +339,14 @@ def test_full_experts_are_refused(tmp_path: Path):
 def test_the_probe_asks_at_the_lengths_of_the_batch(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     """A cache that forgets beyond some length is found out by the first batch that reaches it, and by no shorter one."""
     loaded = loaded_from(folders["mistral-window"])
-    genuine = decoder_only._prefix_pass
+    genuine = decoder_only.DecoderOnly.hidden
 
-    def forgetful(model: Any, inputs: PassInputs, *rest: Any) -> Tensor:
-        logits = genuine(model, inputs, *rest)
-        return logits if inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] < 20 else logits * 1.01
+    def forgetful(self: Any, seen: Any, fed: PassInputs) -> Tensor:
+        hidden = genuine(self, seen, fed)
+        forgets = fed.shared is not None and fed.prompt_ids.shape[1] + fed.response_ids.shape[1] >= 20
+        return hidden * 1.01 if forgets else hidden
 
-    monkeypatch.setattr(decoder_only, "_prefix_pass", forgetful)
+    monkeypatch.setattr(decoder_only.DecoderOnly, "hidden", forgetful)
     asked: list[int] = []
     agrees = sharing._agrees
     monkeypatch.setattr(sharing, "_agrees", lambda *args: asked.append(1) or agrees(*args))

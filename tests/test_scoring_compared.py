@@ -25,6 +25,7 @@ from cagsr.config import (
 )
 from cagsr.errors import RolloutError
 from cagsr.models import decoder_only, sharing
+from cagsr.models.inputs import PassInputs
 from cagsr.scoring.engine_mismatch import decoding_metrics
 from cagsr.train import train
 from test_scoring_engine_mismatch import OURS, made
@@ -72,12 +73,12 @@ def test_a_prompt_that_is_shared_wrongly_is_noticed_said_and_read_plainly(
     with monkeypatch.context() as patch:
         patch.setattr(sharing, "_agrees", lambda *args: False)
         train(plain)
-    genuine = decoder_only._prefix_pass
+    genuine = decoder_only.DecoderOnly.hidden
 
-    def wrong(*args: Any) -> Tensor:
-        return genuine(*args) * 1.05
+    def wrong(self: Any, seen: Any, fed: PassInputs) -> Tensor:
+        return genuine(self, seen, fed) * (1.0 if fed.shared is None else 1.05)
 
-    monkeypatch.setattr(decoder_only, "_prefix_pass", wrong)
+    monkeypatch.setattr(decoder_only.DecoderOnly, "hidden", wrong)
     monkeypatch.setattr(sharing, "_agrees", lambda *args: True)
     broken = config(tmp_path, "broken", save_every=2)
     train(broken)

@@ -21,6 +21,7 @@ from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.sample import sample_responses
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer
+from cagsr.scoring.statistics import entropy_of, logprobs_and
 from conversations import conversations, token_by_token
 from scored import scored, scored_with_maps
 
@@ -106,18 +107,19 @@ def test_a_critic_of_its_own_computes_no_logits(kind: str, tmp_path: Path):
     head.register_forward_hook(lambda _, args, output: positions.append(output.shape[1]))
     for share in (False, True):
         inputs = PassInputs.of(rollout, share=share)
+        mask, statistics = rollout.sampled, logprobs_and(entropy_of, temperature=1.0)
         with torch.no_grad():
-            (logits, expected), (same_logits, values) = shared(inputs), apart(inputs)
-        mask = rollout.sampled
+            (found, expected), (same, values) = shared(inputs, statistics, mask), apart(inputs, statistics, mask)
         torch.testing.assert_close(values[mask], expected[mask], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(same_logits[mask], logits[mask], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(same, found, atol=1e-5, rtol=1e-5)
     assert set(positions) == {0}
 
 
 def test_value_head_starts_at_zero(tmp_path: Path):
     loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
     for value in ("head", "model"):
-        _, values = ActorCritic(loaded, value=value)(PassInputs.of(rolled_out(loaded)))
+        rollout, statistics = rolled_out(loaded), logprobs_and(temperature=1.0)
+        _, values = ActorCritic(loaded, value=value)(PassInputs.of(rollout), statistics, rollout.sampled)
         assert values is not None
         assert (values == 0).all()
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.turns import Turns
-from benchmarks.workload import KL, LEARNING_RATE, STOP, TEMPERATURE, VOCABULARY, Work, read_prompts
+from benchmarks.workload import KL, LEARNING_RATE, STOP, TEMPERATURE, Work, read_prompts
 
 VERSION = "1.12.0"
 FOLDER = Path(__file__).parent.parent / ".trl"
@@ -72,7 +72,7 @@ def run(work: Work, folder: Path, turns: Turns, value: str = "shared") -> None:
         processing_class=tokenizer,
         model=policy,
         ref_model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False),
-        reward_model=_TableReward(),
+        reward_model=_TableReward(work.vocabulary),
         value_model=_HeadOnPolicy(policy) if value == "shared" else _separate(folder),
         # Every step sees all rows, in an order of its own.
         train_dataset=Dataset.from_dict({"input_ids": rows}),
@@ -145,16 +145,16 @@ class _TableReward(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.backbone = _Table()
+        self.backbone = _Table(vocabulary)
         self.score = nn.Identity()
 
 
 class _Table(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(VOCABULARY, 1)
+        self.table = nn.Embedding(vocabulary, 1)
 
     def forward(self, input_ids: Tensor, **_: Any) -> BaseModelOutput:
         return BaseModelOutput(hidden_states=(self.table(input_ids),))

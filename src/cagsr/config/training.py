@@ -197,8 +197,9 @@ class PPOConfig:
     """Passes over each batch of experience."""
     num_mini_batches: PositiveInt = 1
     """Gradient steps per pass."""
-    micro_batch_size: PositiveInt = 64
-    """Sequences in a process's memory at once, in scoring and update; changes memory and speed, not the result."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 64
+    """Sequences in a process's memory at once, in scoring and update; changes memory and speed, not the result. auto: as many
+    as fit into the memory at hand, fewer where it runs out."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of the policy."""
     value_learning_rate: NonNegativeFloat = 1e-3

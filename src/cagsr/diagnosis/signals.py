@@ -171,7 +171,7 @@ def read_separately(
     (region,) = loaded.architecture.regions(loaded.model, inputs)
     with torch.no_grad(), loaded.autocast(), ExitStack() as stack:
         readings = {key: stack.enter_context(reader(region)) for key, reader in readers.items()}
-        loaded.teacher_forced(inputs)
+        loaded.hidden_states(inputs)
     return {
         key: loaded.architecture.attention(loaded.model, inputs, [reading.attention])
         for key, reading in readings.items()

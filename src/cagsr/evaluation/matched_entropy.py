@@ -23,15 +23,15 @@ from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import episode_rows
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.statistics import token_entropy
+from cagsr.scoring.statistics import entropy_of, logprobs_and
 from cagsr.support.progress import each, working
 
 _FIRST_SLOPE = 2.5
 """First guess of d log(entropy) / d log(temperature), as a small model of E2E NLG has it."""
 _SECANTS = 8
 """Rounds of the secant method before Brent's takes over."""
-_LOGITS_AT_ONCE = 2**25
-"""Numbers in one micro-batch's logits (128 MiB as float32), so that a large vocabulary does not fill the memory."""
+_AT_ONCE = 64
+"""Answers in one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,13 @@ def mean_entropy(loaded: LoadedModel, rollout: EpisodeBatch, temperature: float)
 
     One teacher-forced pass over prompt + answer, in micro-batches of answers of like length.
     """
-    width = rollout.ids.shape[1]
-    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
-    size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
     result = np.zeros(len(rollout.completions))
     with loaded.autocast():
         share = shares_prompts(loaded, rollout)
-        for index in each("reading entropies", micro_batches(rollout, size, share=share), "batches"):
+        for index in each("reading entropies", micro_batches(rollout, _AT_ONCE, share=share), "batches"):
             inputs = PassInputs.of(episode_rows(rollout, index), share=share)
-            logits, _ = loaded.teacher_forced(inputs)
-            found = token_entropy(logits, temperature).masked_fill(~inputs.response_real, 0.0)
+            statistics = logprobs_and(entropy_of, temperature=temperature)
+            found = loaded.token_statistics(inputs, statistics, inputs.response_real)[..., 1]
             mean = found.double().sum(dim=1) / inputs.response_real.sum(dim=1)
             result[index.cpu().numpy()] = mean.cpu().numpy()
     return result

@@ -6,7 +6,6 @@ The module is what accelerate wraps, so that every parameter is used through one
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from cagsr.errors import ModelError
 from cagsr.models.architecture import teacher_forced
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
+from cagsr.models.output_layer import Statistics
+from cagsr.models.token_pass import token_statistics
 
 
 class ActorCritic(nn.Module):
@@ -31,6 +32,7 @@ class ActorCritic(nn.Module):
         self.policy = loaded.model
         self.architecture = loaded.architecture
         self.pad_token_id = loaded.pad_token_id
+        self.logit_rule = loaded.logit_rule
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if value != "none":
@@ -52,23 +54,33 @@ class ActorCritic(nn.Module):
         """The module that ``config.estimator`` and ``config.critic`` ask for."""
         return cls(loaded, value=config.critic if config.estimator == "gae" else "none")
 
-    def forward(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, inputs: PassInputs, statistics: Statistics, at: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run prompt + response through the model with the sampled tokens as input (teacher forcing).
 
-        Gives logits ``(batch, response, vocabulary)`` at the positions that predict each response token, and the values
-        ``(batch, response)`` float32 there, None without a value head.
+        Gives ``statistics`` of the next-token distributions of the tokens ``at`` ``(batch, response)`` bool, as
+        :func:`token_statistics`, and the values ``(batch, response)`` float32 there, None without a value head.
         """
-        run = partial(teacher_forced, architecture=self.architecture, inputs=inputs, pad_token_id=self.pad_token_id)
-        logits, hidden = run(self.policy, with_hidden=self.value_head is not None and self.critic is None)
+        found, hidden = token_statistics(
+            self.policy,
+            self.architecture,
+            inputs,
+            self.pad_token_id,
+            self.logit_rule,
+            statistics,
+            at,
+            with_hidden=self.value_head is not None and self.critic is None,
+        )
         if self.value_head is None:
-            return logits, None
+            return found, None
         if self.critic is not None:
-            _, hidden = run(self.critic, with_hidden=True, with_logits=False)
+            _, hidden = teacher_forced(
+                self.critic, self.architecture, inputs, self.pad_token_id, with_hidden=True, with_logits=False
+            )
         assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.value_head  # float32 also where FSDP gathers weights in bfloat16
             values = functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
-        return logits, values
+        return found, values
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Parameters trained at the value learning rate."""

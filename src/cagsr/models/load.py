@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,12 @@ from cagsr.models.checkpointing import checkpoint_without_dropout
 from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
+from cagsr.models.logit_rule import LogitRule, find_logit_rule
+from cagsr.models.output_layer import Statistics
 from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.texts import TokenTexts, token_texts
+from cagsr.models.token_pass import token_statistics
 from cagsr.support.progress import working
 
 if TYPE_CHECKING:
@@ -58,6 +61,15 @@ class LoadedModel:
     untied: bool = False
     """Whether matrices that the stored model shares were made apart for the adapters."""
 
+    @cached_property
+    def logit_rule(self) -> LogitRule | None:
+        """What the model makes of its output layer's numbers, asked of it once, with its weights whole.
+
+        None: not known, so its logits are made all at once.
+        """
+        with self.autocast():
+            return find_logit_rule(self.model, self.architecture, self.device, self.compute_dtype)
+
     @property
     def pad_token_id(self) -> int:
         """The id used to fill up batches; masks, never this id, tell what is padding."""
@@ -81,9 +93,32 @@ class LoadedModel:
         """An answer's tokens as text, special tokens left out; behind a prompt the first token's space is part of it."""
         return self.architecture.text_of(self.tokenizer, ids)
 
-    def teacher_forced(self, inputs: PassInputs, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
-        """One pass over prompts and answers, of this model or of another of its kind (:func:`teacher_forced`)."""
-        return teacher_forced(self.model if model is None else model, self.architecture, inputs, self.pad_token_id)
+    def teacher_forced(self, inputs: PassInputs, model: nn.Module | None = None) -> Tensor:
+        """Logits ``(batch, response, vocabulary)`` of one pass over prompts and answers, by this model or another of its kind.
+
+        Of a few short answers: they are held whole. Else :meth:`token_statistics`.
+        """
+        return teacher_forced(self.model if model is None else model, self.architecture, inputs, self.pad_token_id)[0]
+
+    def hidden_states(self, inputs: PassInputs, model: nn.Module | None = None) -> Tensor:
+        """Last hidden states ``(batch, response, width)`` of one pass; no logits are made.
+
+        The logits where the output layer can't be run by itself.
+        """
+        policy, known = self.model if model is None else model, self.logit_rule is not None
+        logits, hidden = teacher_forced(
+            policy, self.architecture, inputs, self.pad_token_id, with_hidden=known, with_logits=not known
+        )
+        return logits if hidden is None else hidden
+
+    def token_statistics(
+        self, inputs: PassInputs, statistics: Statistics, at: Tensor, model: nn.Module | None = None
+    ) -> Tensor:
+        """One pass over prompts and answers, of this model or of another of its kind (:func:`token_statistics`)."""
+        policy = self.model if model is None else model
+        return token_statistics(policy, self.architecture, inputs, self.pad_token_id, self.logit_rule, statistics, at)[
+            0
+        ]
 
     def pair_context(self) -> int | None:
         """The longest prompt + answer; None where they do not share the model's positions, or it states no limit."""
@@ -171,7 +206,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     length_borders(policy)
     if config.gradient_checkpointing and for_training:
         checkpoint_without_dropout(policy)
-    return LoadedModel(
+    loaded = LoadedModel(
         model=policy,
         tokenizer=tokenizer,
         path=config.path,
@@ -186,6 +221,13 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         grown=grown,
         untied=untied,
     )
+    if loaded.logit_rule is not None:
+        return loaded
+    own = (
+        f"Logits: this {model.config.model_type} model makes them in a way of its own, so those of a whole micro-batch are held "
+        "at once; with a large vocabulary take a small --ppo.micro_batch_size."
+    )
+    return replace(loaded, notes=(*notes, own))
 
 
 def _choose_device(name: str, notes: list[str]) -> torch.device:

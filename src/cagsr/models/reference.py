@@ -42,7 +42,7 @@ class Reference:
         self._copy.to(loaded.compute_dtype)  # weights that are divided together must be of one kind
         shard_frozen(accelerator, self._copy)
         with first_pass(self._copy), loaded.autocast():
-            loaded.teacher_forced(PassInputs.tiny(loaded.device), self._copy)
+            loaded.hidden_states(PassInputs.tiny(loaded.device), self._copy)
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:

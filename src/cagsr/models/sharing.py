@@ -87,9 +87,9 @@ def _agrees_on_tiny_batch(loaded: LoadedModel) -> bool:
 
 @torch.no_grad()
 def _agrees(loaded: LoadedModel, plain: PassInputs, group: Tensor) -> bool:
-    """The logits of both passes, side by side; ``group`` says which rows have the same prompt."""
+    """The last hidden states of both passes, side by side; ``group`` says which rows have the same prompt."""
     shared = replace(plain, shared=SharedPrompts.of(group))
     with loaded.autocast():
-        found = [loaded.teacher_forced(inputs)[0].float()[plain.response_real] for inputs in (plain, shared)]
+        found = [loaded.hidden_states(inputs).float()[plain.response_real] for inputs in (plain, shared)]
     largest = float(found[0].abs().max())
     return float((found[0] - found[1]).abs().max()) <= _TOLERANCE[loaded.compute_dtype] * max(1.0, largest)

@@ -28,8 +28,8 @@ class UpdateBatch:
     """One micro-batch of an update: what the pass gave now, and what was fixed before the first gradient step."""
 
     episodes: EpisodeBatch
-    logprobs: Tensor  # (batch, response) under the policy being trained, differentiable
-    entropy: Tensor | None  # (batch, response) differentiable; None: no objective needs it
+    logprobs: Tensor  # (batch, response) under the policy being trained, differentiable; 0 where no weight is
+    entropy: Tensor | None  # (batch, response) likewise; None: no objective needs it
     values: Tensor | None  # (batch, response) differentiable; None: no value head
     readings: Readings  # when the answers were sampled
     reference_logprobs: Tensor  # (batch, response) under the frozen starting model

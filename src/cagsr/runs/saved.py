@@ -68,7 +68,7 @@ def answers_probe(loaded: LoadedModel, texts: Sequence[tuple[Sequence[int], Sequ
         ids, mask = _padded([prompt for prompt, _ in texts], loaded, loaded.architecture.padding_side, model)
         answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
-            logits, _ = loaded.teacher_forced(PassInputs(ids, mask, answers, answer_mask), model)
+            logits = loaded.teacher_forced(PassInputs(ids, mask, answers, answer_mask), model)
         found = logits[answer_mask].float().cpu()
         logprobs = found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0]
         return Outputs(found, logprobs, "log-probabilities")

@@ -17,7 +17,7 @@ from cagsr.models.sharing import shares_prompts, stop_sharing
 from cagsr.rollout.rows import episode_rows
 from cagsr.scoring.engine_mismatch import beyond_rounding
 from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.statistics import token_logprobs
+from cagsr.scoring.statistics import logprobs_and
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 """Nats by which a token's log-probability may differ between the two passes."""
@@ -77,6 +77,6 @@ def _plain_difference(
         lengths = episodes.prompts.real.sum(dim=1) + episodes.real.sum(dim=1)
         row = rows[lengths[rows].argmax()][None]
         part = episode_rows(episodes, row)
-        logits, _ = loaded.teacher_forced(PassInputs.of(part))
-        found = token_logprobs(logits, part.ids, temperature)
+        statistics = logprobs_and(temperature=temperature)
+        found = loaded.token_statistics(PassInputs.of(part), statistics, part.sampled)[..., 0]
         return float((found - logprobs[row, : found.shape[1]]).abs()[part.sampled].max())

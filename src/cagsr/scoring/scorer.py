@@ -22,7 +22,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import episode_rows, take_rows
 from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.statistics import certainty_of, entropy_of, logprobs_and, sampling_correction, token_logprobs
+from cagsr.scoring.statistics import logprobs_and, readings_of
 from cagsr.support.progress import each
 
 
@@ -90,8 +90,8 @@ class Scorer:
         The visitor gets the policy's attention, where it is the policy's that is configured.
         """
         visitor = visitor if self.reads_policy else None
-        loaded, temperature = self.loaded, self.sampling.temperature or 1.0
-        stops = loaded.stops(self.sampling)[0]
+        loaded = self.loaded
+        statistics = readings_of(self.sampling, loaded.stops(self.sampling)[0], loaded.generation)
         names = [field.name for field in fields(Readings)]
         parts = {name: torch.zeros(episodes.ids.shape, device=episodes.ids.device) for name in names}
         with torch.no_grad(), loaded.autocast(), without_checkpointing(self.actor_critic):
@@ -100,12 +100,8 @@ class Scorer:
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
                 with self._reading(visitor, loaded.model, inputs) as read:
-                    logits, values = self.actor_critic(inputs)
-                logprobs, entropy, certainty = logprobs_and(
-                    entropy_of, certainty_of, logits=logits, ids=part.ids, temperature=temperature
-                )
-                correction = sampling_correction(logits, part.ids, self.sampling, stops, loaded.generation)
-                del logits
+                    numbers, values = self.actor_critic(inputs, statistics, part.sampled)
+                logprobs, entropy, certainty, correction = numbers.unbind(dim=-1)
                 found = Readings(logprobs, entropy, certainty, correction, values)
                 for name in names:
                     if (value := getattr(found, name)) is not None:
@@ -122,7 +118,7 @@ class Scorer:
         ``readings`` are the policy's, for the visitor, which gets the frozen model's attention, where that is configured.
         """
         visitor = None if self.reads_policy else visitor
-        loaded = self.loaded
+        loaded, temperature = self.loaded, self.sampling.temperature or 1.0
         if self.reference is None:
             return readings.logprobs
         logprobs = torch.zeros(episodes.ids.shape, device=episodes.ids.device)
@@ -139,12 +135,11 @@ class Scorer:
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
                 with self._reading(visitor, model, inputs) as read:
-                    logits, _ = loaded.teacher_forced(inputs, model)
+                    found = loaded.token_statistics(inputs, logprobs_and(temperature=temperature), part.sampled, model)
                 if visitor is not None:
                     own = take_rows(readings, index, part.ids.shape[1])
                     visitor.visit(index, part, own, self._attention(model, inputs, read))
-                found = token_logprobs(logits, part.ids, self.sampling.temperature or 1.0)
-                logprobs[index, : found.shape[1]] = found.masked_fill(~part.sampled, 0.0)
+                logprobs[index, : part.ids.shape[1]] = found[..., 0]
         return logprobs
 
     def _reading(

@@ -6,13 +6,14 @@ Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
@@ -38,11 +39,13 @@ from cagsr.scoring.compared import compare_with_plain
 from cagsr.scoring.engine_mismatch import OWN_LIMIT, account_for_engine, decoding_metrics
 from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer
-from cagsr.scoring.statistics import entropy_of, logprobs_and, token_logprobs
+from cagsr.scoring.statistics import entropy_of, logprobs_and
 from cagsr.support.clock import Clock
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
+from cagsr.training.micro_batch_size import MicroBatchSize
 
+T = TypeVar("T")
 FIRST_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
@@ -70,11 +73,12 @@ class PPO:
         self.actor_critic = ActorCritic.build(loaded, config.ppo)
         self.kl_controller = KLController.build(config.ppo)
         self.objectives = build_objectives(config.ppo, self.kl_controller)
+        self.micro_batch_size = MicroBatchSize(config.ppo.micro_batch_size)
         self.scorer = Scorer(
             loaded,
             config.attention,
             config.sampling,
-            config.ppo.micro_batch_size,
+            self.micro_batch_size.size,
             actor_critic=self.actor_critic,
             reference=self.reference,
         )
@@ -104,13 +108,14 @@ class PPO:
             with self.clock.part("rollout"):
                 repeated = [one for one in prompts for _ in range(many)]
                 episodes = played(self.player, partial(self.sampler.sample, sampling=config.sampling), repeated, batch)
+            self.micro_batch_size.choose(self.actor_critic, loaded, episodes, self.accelerator.gather)
             visitor, readings, pass_metrics = self._score(episodes)
         limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
         readings, engine_metrics = account_for_engine(readings, episodes, config.rollout, self.accelerator.gather)
         with self.clock.part("reference"):
             visiting = visitor if visitor.wants_attention else None
-            reference_logprobs = self.scorer.reference_logprobs(episodes, readings, visiting)
+            reference_logprobs = self._fitting(lambda: self.scorer.reference_logprobs(episodes, readings, visiting))
         with self.clock.part("reward"), working("computing the reward"):
             known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
             returns = self.reward(known, visitor.values)
@@ -123,6 +128,7 @@ class PPO:
     def update(self, experience: Experience) -> dict[str, float]:
         """Train on what ``collect`` gave; gives metrics by their TRL names, averaged over processes."""
         ppo = self.config.ppo
+        self.micro_batch_size.agree(self.accelerator.gather, self.loaded.device)
         count = experience.episodes.ids.shape[0]
         mini_batches = min(ppo.num_mini_batches, count)
         totals: dict[str, float] = {}
@@ -132,7 +138,7 @@ class PPO:
             for _ in range(ppo.num_ppo_epochs):
                 # Not chunk(): it makes fewer parts than asked for, the last one small.
                 for index in torch.randperm(count).tensor_split(mini_batches):
-                    found = self._gradient_step(experience, index.to(self.loaded.device))
+                    found = self._fitting_step(experience, index.to(self.loaded.device))
                     if first_ratio_error is None:
                         first_ratio_error = found["ratio_error"]
                     for name, value in found.items():
@@ -205,20 +211,44 @@ class PPO:
             with self.clock.part("scoring"):
                 return visitor, self.scorer.policy(episodes, visitor if visitor.wants_attention else None)
 
-        visitor, readings = scored()
+        visitor, readings = self._fitting(scored)
         with self.clock.part("comparison"):
-            temperature, rows = config.sampling.temperature, config.ppo.micro_batch_size
+            temperature, rows = config.sampling.temperature, self.micro_batch_size.size
             metrics, warning = compare_with_plain(
                 readings, loaded, episodes, temperature, rows, self.accelerator.gather
             )
         if warning is not None:
             self._warnings.append(warning)
-            visitor, readings = scored()
+            visitor, readings = self._fitting(scored)
         return visitor, readings, metrics
+
+    def _fitting(self, work: Callable[[], T]) -> T:
+        """A scoring pass of as many sequences at once as fit; its passes wait for no other process."""
+
+        def with_size() -> T:
+            self.scorer.micro_batch_size = self.micro_batch_size.size
+            return work()
+
+        return self.micro_batch_size.fitting(with_size)
+
+    def _fitting_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
+        """A gradient step, from its beginning again where memory ran out; of several processes the others can't be called back."""
+        if self.accelerator.num_processes == 1:
+            return self.micro_batch_size.fitting(lambda: self._gradient_step(experience, index))
+        try:
+            return self._gradient_step(experience, index)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise CagsrError(
+                f"Memory ran out in the update with {self.micro_batch_size.size} sequences at once; set --ppo.micro_batch_size to "
+                "a smaller number (with several processes it can't be tried again)."
+            ) from error
 
     def _gradient_step(self, experience: Experience, index: Tensor) -> dict[str, float]:
         """One optimizer step on the sequences ``index``, in micro-batches."""
         ppo, episodes, processes = self.config.ppo, experience.episodes, self.accelerator.num_processes
+        self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         # Normalised by the weights of the whole mini-batch over all processes; DDP averages gradients over
         # processes, hence the factor.
         kinds = experience.targets.weights
@@ -228,7 +258,7 @@ class PPO:
         ratio_error = torch.zeros((), device=self.loaded.device)
         # Sharded weights are gathered by all processes together, so all must run the model equally often: once a chunk.
         share = not self.accelerator.is_fsdp2 and shares_prompts(self.loaded, episodes)
-        chunks = micro_batches(episodes, ppo.micro_batch_size, index, share=share)
+        chunks = micro_batches(episodes, self.micro_batch_size.size, index, share=share)
         for number, chunk in enumerate(each("forward and backward", chunks, "batches")):
             part = episode_rows(episodes, chunk)
             last = number == len(chunks) - 1
@@ -261,23 +291,23 @@ class PPO:
         self, experience: Experience, index: Tensor, part: EpisodeBatch, totals: Mapping[str, Tensor], share: bool
     ) -> UpdateBatch:
         """The update's pass over a micro-batch, with what was fixed of it before."""
-        inputs = PassInputs.of(part, share=share)
+        inputs, width = PassInputs.of(part, share=share), part.ids.shape[1]
+        targets = take_rows(experience.targets, index, width)
+        # Those that a task or a user's code has marked for imitation need not be sampled.
+        at = torch.stack([part.sampled, *(weight != 0 for weight in targets.weights.values())]).any(dim=0)
+        with_entropy = any(getattr(objective, "needs_entropy", False) for objective in self.objectives)
+        others = [entropy_of] if with_entropy else []
         with self.clock.part("forward"), self.loaded.autocast():
-            logits, values = self.module(inputs)
-        temperature, entropy = self.config.sampling.temperature, None
-        if any(getattr(objective, "needs_entropy", False) for objective in self.objectives):
-            logprobs, entropy = logprobs_and(entropy_of, logits=logits, ids=part.ids, temperature=temperature)
-        else:
-            logprobs = token_logprobs(logits, part.ids, temperature)
-        width = part.ids.shape[1]
+            statistics = logprobs_and(*others, temperature=self.config.sampling.temperature)
+            found, values = self.module(inputs, statistics, at)
         return UpdateBatch(
             episodes=part,
-            logprobs=logprobs,
-            entropy=entropy,
+            logprobs=found[..., 0],
+            entropy=found[..., 1] if with_entropy else None,
             values=values,
             readings=take_rows(experience.readings, index, width),
             reference_logprobs=experience.reference_logprobs[index, :width],
-            targets=take_rows(experience.targets, index, width),
+            targets=targets,
             totals=totals,
         )
 
@@ -310,7 +340,8 @@ class PPO:
             return self.accelerator.prepare_model(self.actor_critic)
         shard(self.accelerator, self.actor_critic, self.optimizer)
         with first_pass(self.actor_critic), self.loaded.autocast():
-            self.actor_critic(PassInputs.tiny(self.loaded.device))
+            tiny = PassInputs.tiny(self.loaded.device)
+            self.actor_critic(tiny, logprobs_and(temperature=1.0), tiny.response_real)
         self.reference.shard(self.accelerator)
         return self.actor_critic
 
