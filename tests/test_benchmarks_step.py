@@ -86,7 +86,7 @@ def check_steps(found: dict[str, Any], work: Work, systems: int) -> None:
 
 @pytest.mark.parametrize("pair", [pytest.param("ppo", marks=HAS_PPO), "grpo"])
 def test_steps_in_turn_and_writes_what_was_timed(pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ppo_step, "cases", lambda size: [TINY])
+    monkeypatch.setattr(ppo_step, "cases", lambda size, vocabulary: [TINY])
     out = tmp_path / "step.json"
     assert ppo_step.main(["--tiny", "--rounds", "1", "--threads", "1", "--pairs", pair, "--json", str(out)]) == 0
     written = json.loads(out.read_text())

@@ -68,7 +68,7 @@ def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.Captur
     assert set(rows[0]["terms"]) == {
         "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "echo", "repetition", "self_certainty", "length",
     }  # fmt: skip
-    assert set(rows[0]["contributions"]) == {"coverage", "repetition"}
+    assert set(rows[0]["contributions"]) == {"coverage", "echo", "repetition"}
     # Seven words and the stop token; no stop token where the row says that the answer was cut.
     assert [row["tokens"] for row in rows] == [8, 3, 9]
     assert [row["ended"] for row in rows] == [True, True, False]

@@ -98,4 +98,4 @@ def test_diagnose_reports_them(tmp_path: Path, referenced: bool, capsys: pytest.
     assert "Answers made to fool the reward" in capsys.readouterr().out
     recommended = out.with_suffix(".yaml")
     if recommended.exists() and not found["recommendation"]["configured"]:
-        assert yaml.safe_load(recommended.read_text(encoding="utf-8"))["reward"]["echo"]["weight"] == -3.0
+        assert yaml.safe_load(recommended.read_text(encoding="utf-8"))["reward"]["echo"]["weight"] == -5.0

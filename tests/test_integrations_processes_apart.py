@@ -78,12 +78,10 @@ def expected(folder: Path, name: str, ids: list[list[int]] | None = None) -> dic
     prompts = list(found.prompts[: len(tokens)])
     if name == "plain" and ids is not None:  # OpenRLHF puts no BOS before a text
         prompts = [replace(one, ids=one.ids[1:], words=one.words[1:]) for one in prompts]
-    responses = [Response("", tuple(one), one[-1] == 2) for one in tokens]
+    responses = [Response(text, tuple(one), one[-1] == 2) for text, one in zip(ANSWERS, tokens, strict=True)]
     ((_, terms),) = scorer.score_texts(prompts, responses)
-    values = {name: terms[name].tolist() for name in ("coverage", "focus", "repetition")}
-    values["score"] = [
-        c + 0.5 * f - 0.3 * r for c, f, r in zip(values["coverage"], values["focus"], values["repetition"], strict=True)
-    ]
+    values = {name: terms[name].tolist() for name in ("coverage", "focus", "echo", "repetition")}
+    values["score"] = [c + 0.5 * f - 5.0 * e - 0.3 * r for c, f, e, r in zip(*values.values(), strict=True)]
     return values
 
 

@@ -1,4 +1,4 @@
-"""Runs recorded before the house was rebuilt (recorded_runs.py) come out the same, but for the rounding of machines."""
+"""Recorded runs (recorded_runs.py) come out the same, but for the rounding of machines."""
 
 from __future__ import annotations
 

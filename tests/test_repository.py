@@ -19,8 +19,8 @@ from tools.compact_svg import main as compact_files
 from links import dead_links
 
 ROOT = Path(__file__).parent.parent
-MOST_BYTES = 3_550_000
-"""Of all tracked files together; the aim is 3,000,000, of which the package and its tests alone are 2,600,000."""
+MOST_BYTES = 3_900_000
+"""Of all tracked files together, of which the package and its tests are 2,700,000: what grows it should be code, not copies."""
 
 
 def _tracked() -> list[Path]:

@@ -376,7 +376,7 @@ def test_builtin_terms_are_terms() -> None:
     terms = weighted_terms(RewardConfig(), "cpu", RESOURCES, every=True)
     assert [(term.name, weight) for term, weight in terms] == [
         ("coverage", 1.0), ("copy_coverage", 0.0), ("grounded_coverage", 0.0), ("mean_mass", 0.0), ("focus", 0.0),
-        ("echo", -3.0), ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
+        ("echo", -5.0), ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
     assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == [

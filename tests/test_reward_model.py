@@ -17,6 +17,7 @@ from cagsr.flow import Prompt, RewardBatch
 from cagsr.prompts.answer_text import answered_messages
 from cagsr.reward.build import build_reward
 from cagsr.reward.model import encode_answered, load_reward_model
+from cagsr.reward.terms.echo import EchoConfig
 
 MakeBatch = Callable[..., RewardBatch]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
@@ -112,6 +113,7 @@ def test_in_the_reward(tmp_path: Path, make_reward_batch: MakeBatch) -> None:
     config = RewardConfig(
         coverage=CoverageConfig(weight=0.0),
         repetition=RepetitionConfig(weight=0.0),
+        echo=EchoConfig(weight=0.0),
         models=[str(path)],
         normalize="running",
     )

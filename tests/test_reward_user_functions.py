@@ -21,6 +21,7 @@ from cagsr.reward.build import build_reward
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.registry import Resources
 from cagsr.reward.term import PartialValues
+from cagsr.reward.terms.echo import EchoConfig
 from cagsr.reward.user_functions import load_function
 from cagsr.support.dotted_path import import_dotted
 
@@ -270,6 +271,7 @@ def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> N
     config = RewardConfig(
         coverage=CoverageConfig(weight=0.0),
         repetition=RepetitionConfig(weight=0.0),
+        echo=EchoConfig(weight=0.0),
         functions=["user_rewards_for_test.trl_without_kwargs", "user_rewards_for_test.coverage"],
         function_weights=[2.0, 1.0],
         normalize="running",

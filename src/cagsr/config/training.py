@@ -159,7 +159,7 @@ class RolloutConfig:
 class AttentionConfig:
     """Which attention is read."""
 
-    layers: str = "last-4"
+    layers: str = "all"
     """last-N, all, or layer numbers separated by commas (0 is the first). Fewer than N layers: all of them."""
     heads: str = "all"
     """all, or head numbers separated by commas, the same in every layer."""

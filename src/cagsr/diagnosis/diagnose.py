@@ -24,6 +24,7 @@ from cagsr.evaluation.held_out import HeldOutMetric, judge
 from cagsr.evaluation.intervals import Floats, Interval
 from cagsr.models.stops import HARDLY_ANY, hardly_any_end
 from cagsr.reward.metrics import variance_share
+from cagsr.reward.normalize import FIXED
 from cagsr.support.dotted_path import import_function
 
 CONFIGURED, RECOMMENDED = "configured reward", "recommended reward"
@@ -210,7 +211,7 @@ def warnings_for(signals: Signals, weights: Mapping[str, float], config: RewardC
         )
     for name in parts:
         share = within_share(signals.terms[name])
-        if share < 0.1 and name != "repetition":
+        if share < 0.1 and name != "repetition" and name not in FIXED:
             found.append(
                 f"{name} hardly varies within a prompt ({share:.0%} of its variance lies there, the rest between prompts): "
                 + (

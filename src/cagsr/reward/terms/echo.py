@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class EchoConfig(TermConfig):
     """Echo: share of the answer's words that are the prompt's, as far as it is above what is allowed."""
 
-    weight: float = -3.0
+    weight: float = -5.0
     """Weight in the reward, negative for a penalty; 0 leaves the term out. The term is not brought to the scale of the others,
     because usual answers have none of it: this is what an answer costs that says the prompt's words alone."""
     allowed: ShareBelowOne = 0.8
