@@ -19,7 +19,9 @@ from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceCon
 from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.diagnosis.diagnose import diagnose, warnings_for
 from cagsr.diagnosis.recommend import (
+    LENGTH,
     Recommendation,
+    against_length,
     fit_weights,
     training_weights,
     weighted_parts,
@@ -353,3 +355,19 @@ def test_references_give_rouge_and_none_is_said(model: Path, tmp_path: Path, pro
 def test_bad_input_is_one_sentence(model: Path, prompts: Path, capsys, flags: list[str], sentence: str):
     assert run(model, prompts, *flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_recommended_weights_hold_the_correlation_with_length() -> None:
+    g = np.random.default_rng(0)
+    length = g.normal(size=(60, 8))
+    reward = 0.8 * length + 0.6 * g.normal(size=(60, 8))
+    weight = against_length(reward, length)
+    assert weight < 0
+    left = within_z(reward) + weight * within_z(length)
+    assert correlation(left, length) == pytest.approx(LENGTH, abs=1e-6)
+    # By hand: a correlation of 0.6 leaves 0.6 - 0.2 sqrt(0.64 / 0.96) = 0.4367.
+    a, b = np.array([[1.0, 1.0, -1.0, -1.0]]), np.array([[1.0, -1.0, 1.0, -1.0]])
+    assert against_length(0.6 * a + 0.8 * b, a) == pytest.approx(-0.4367, abs=1e-4)
+    assert against_length(b, a) == against_length(-a, a) == 0.0
+    scaled = training_weights({"x": 2.0}, {"x": 0.6 * a + 0.8 * b}, a)
+    assert scaled["length"] == pytest.approx(-0.44)

@@ -209,8 +209,8 @@ def test_the_configured_reward_stays_where_nothing_is_better():
     assert rows["recommended reward"].truth == rows["configured reward"].truth
     # What is written is what was measured, whole.
     measured = RewardConfig(coverage=CoverageConfig(weight=2.0), normalize="running", functions=["a.b"])
-    assert yaml_of(recommendation, AttentionConfig(layers="all"), measured) == {
-        "attention": {"layers": "all"},
+    assert yaml_of(recommendation, AttentionConfig(layers="last-4"), measured) == {
+        "attention": {"layers": "last-4"},
         "reward": {"coverage": {"weight": 2.0}, "normalize": "running", "functions": ["a.b"]},
     }
 
