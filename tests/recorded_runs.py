@@ -132,7 +132,8 @@ def run(folder: Path, name: str, steps: int) -> None:
         *(*launcher, "-m", "cagsr.commands.main", "train", "--model.device", "cpu", "--run.steps", str(steps)),
         *(str(part) for pair in files.items() for part in pair),
         *("--run.batch_size", "4", "--num_generations", "4", "--max_new_tokens", "10", "--ppo.micro_batch_size", "6"),
-        *("--reward.echo.weight", "0"),  # younger than the records
+        *("--reward.echo.weight", "0"),  # younger than the records, as are the defaults of the next three
+        *("--reward.coverage.weight", "1", "--reward.grounded_coverage.weight", "0", "--attention.layers", "all"),
         *("--ppo.num_mini_batches", "2", "--ppo.num_ppo_epochs", "2", "--ppo.learning_rate", "1e-3"),
         *("--evaluation.held_out", "8", "--evaluation.every", "2", "--run.save_every", "0", "--run.overwrite", "true"),
         *flags,

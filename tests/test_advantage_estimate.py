@@ -210,6 +210,24 @@ def test_rloo_of_two_turns_by_hand() -> None:
     assert (result.returns == 0).all()
 
 
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_a_later_turn_counts_what_the_discount_leaves_of_it(discount: float) -> None:
+    config = replace(PLAIN, estimator="rloo", turn_discount=discount)
+    result = estimate_targets(config, *conversations(), 0.0)
+    one, two, four = (
+        1 + 4 * discount,
+        2 + discount,
+        1 + 7 * discount,
+    )  # from the first answers on; the others' are 6 and 0
+    first = [one - (two + 6) / 2, two - (one + 6) / 2, 6 - (one + two) / 2, four, -four]
+    torch.testing.assert_close(result.advantages, on_answers(first, [3.0, -3.0, 0.0, 0.0, 0.0]))
+    given, episodes, readings, reference = conversations()
+    readings = replace(readings, values=torch.zeros(5, 5))
+    config = replace(PLAIN, gamma=1.0, lam=1.0, turn_discount=discount)
+    result = estimate_targets(config, given, episodes, readings, reference, 0.0)
+    torch.testing.assert_close(result.returns, on_answers([one, two, 6.0, four, 0.0], [4.0, 1.0, 0.0, 7.0, 0.0]))
+
+
 def test_grpo_of_two_turns_by_hand() -> None:
     result = estimate_targets(replace(PLAIN, estimator="grpo"), *conversations(), 0.0)
     std = (7 / 3) ** 0.5  # of 5, 3 and 6; that of 4 and 1 is sqrt(4.5), of 8 and 0 sqrt(32)

@@ -18,6 +18,8 @@ from cagsr.reward.function import RewardFunction
 from cagsr.reward.registry import Resources
 from cagsr.reward.weigh import weigh
 
+OFF = ["--reward.grounded_coverage.weight", "0", "--reward.repetition.weight", "0"]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,7 +56,7 @@ def test_the_best_comes_first_with_all_candidates(model: Path, prompts: Path, tm
 
 def test_the_order_is_that_of_the_term(model: Path, prompts: Path, tmp_path: Path):
     out = tmp_path / "best.jsonl"
-    flags = ["--reward.coverage.weight", "0", "--reward.repetition.weight", "0", "--reward.length.weight", "-1"]
+    flags = [*OFF, "--reward.length.weight", "-1"]
     assert rank(model, "--data", str(prompts), "--num_generations", "6", "--output", str(out), *flags) == 0
     for row in lines(out):
         lengths = [candidate["tokens"] for candidate in row["candidates"]]
@@ -86,7 +88,7 @@ def test_given_candidates_are_ranked(model: Path, tmp_path: Path):
     texts = ["the red cat", "a dog . a dog . a dog . a dog", "a bird"]
     rows = [{"prompt": "tell me about the red cat", "answers": texts}, {"prompt": "the dog", "answers": texts[:2]}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--candidates_column", "answers", "--reward.coverage.weight", "0"]
+    flags = ["--candidates_column", "answers", "--reward.grounded_coverage.weight", "0"]
     assert rank(model, "--data", str(data), "--output", str(out), *flags) == 0
     first, second = lines(out)
     assert sorted(one["completion"] for one in first["candidates"]) == sorted(texts)
@@ -97,7 +99,7 @@ def test_given_candidates_are_ranked(model: Path, tmp_path: Path):
 def test_one_prompt_is_shown_as_a_table(model: Path, capsys: pytest.CaptureFixture[str]):
     assert rank(model, "--prompt", "tell me about the red cat", "--num_generations", "3") == 0
     said = capsys.readouterr().out
-    assert "coverage" in said
+    assert "grounded_coverage" in said
     assert "answer" in said
     assert "{" not in said
 
@@ -110,10 +112,8 @@ def test_bad_input_is_one_sentence(model: Path, prompts: Path, tmp_path: Path, c
         "row 1: column 'answers' must hold a list": ["--data", str(prompts), "--candidates_column", "answers"],
         "row 1: candidate 2 is a response of zero tokens": ["--data", str(empty), "--candidates_column", "answers"],
         "can't be used with --prompt": ["--prompt", "the cat", "--candidates_column", "answers"],
-        "the reward is empty": [
-            "--prompt", "the cat", "--reward.coverage.weight", "0", "--reward.repetition.weight", "0",
-        ],
-    }  # fmt: skip
+        "the reward is empty": ["--prompt", "the cat", *OFF],
+    }
     for sentence, flags in cases.items():
         assert rank(model, *flags) == 2
         assert sentence in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_the_document_s_loop_runs_through(tmp_path: Path, monkeypatch: pytest.Mo
     logged = lines(Path("hybrid/metrics.jsonl"))
     rewards = [row for row in logged if "rewards/rm/mean" in row]
     assert len(rewards) == 2
-    assert all("rewards/coverage/mean" in row for row in rewards)  # hybrid: both
+    assert all("rewards/grounded_coverage/mean" in row for row in rewards)  # hybrid: both
     assert (Path("hybrid") / "final" / "model.safetensors").exists()
 
 

@@ -290,7 +290,7 @@ def test_train_uses_it(config: RewardModelConfig, start: Path, tmp_path: Path) -
     prompts = tiny.save_prompts(tmp_path / "prompts.jsonl")
     run = tmp_path / "run"
     words = f"train --model {start} --data {prompts} --output_dir {run} --steps 2 --model.device cpu"
-    words += f" --reward.coverage.weight 0 --reward.repetition.weight 0 --reward.models {folder}"
+    words += f" --reward.grounded_coverage.weight 0 --reward.repetition.weight 0 --reward.models {folder}"
     words += " --sampling.num_generations 4 --sampling.max_new_tokens 6 --ppo.num_ppo_epochs 1 --ppo.estimator rloo"
     assert main(words.split()) == 0
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tiny
 from cagsr.commands.main import main
-from cagsr.config import AttentionConfig, CoverageConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.config import AttentionConfig, GroundedCoverageConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.rows import split_at_space
@@ -67,8 +67,9 @@ def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.Captur
     rows = scored(model, pairs)
     assert set(rows[0]["terms"]) == {
         "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "echo", "repetition", "self_certainty", "length",
+        "history_repetition",
     }  # fmt: skip
-    assert set(rows[0]["contributions"]) == {"coverage", "echo", "repetition"}
+    assert set(rows[0]["contributions"]) == {"grounded_coverage", "echo", "repetition"}
     # Seven words and the stop token; no stop token where the row says that the answer was cut.
     assert [row["tokens"] for row in rows] == [8, 3, 9]
     assert [row["ended"] for row in rows] == [True, True, False]
@@ -76,7 +77,7 @@ def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.Captur
     for row in rows:
         assert row["reward"] == pytest.approx(sum(row["contributions"].values()))
     # Centred over the file.
-    assert sum(row["contributions"]["coverage"] for row in rows) == pytest.approx(0, abs=1e-6)
+    assert sum(row["contributions"]["grounded_coverage"] for row in rows) == pytest.approx(0, abs=1e-6)
     said = capsys.readouterr().err
     assert "self_certainty" in said
     assert "on the scales of these 3 answers as a whole" in said
@@ -106,8 +107,8 @@ def test_encoder_decoder_models_score_too(kind: str, tmp_path: Path, pairs: Path
 
 
 def test_raw_values_without_normalisation(model: Path, pairs: Path):
-    for row in scored(model, pairs, "--reward.normalize", "none", "--reward.coverage.weight", "2"):
-        expected = 2 * row["terms"]["coverage"] - 0.3 * row["terms"]["repetition"]
+    for row in scored(model, pairs, "--reward.normalize", "none", "--reward.grounded_coverage.weight", "2"):
+        expected = 2 * row["terms"]["grounded_coverage"] - 0.3 * row["terms"]["repetition"]
         assert row["reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -170,12 +171,12 @@ def test_an_own_function_is_scored_and_may_not_apply(model: Path, pairs: Path, m
 
 
 def test_weights_change_the_reward_not_the_terms(loaded: LoadedModel):
-    reward = RewardConfig(coverage=CoverageConfig(weight=0.0, threshold=0.2))
+    reward = RewardConfig(grounded_coverage=GroundedCoverageConfig(weight=0.0, threshold=0.2))
     scorer = AnswerScorer(loaded, reward, AttentionConfig(), SalienceConfig())
     prompts = encode_texts(["tell me about the red cat"], loaded.tokenizer, SalienceConfig(), 60)
     ((_, values),) = scorer.score_texts(prompts, [encode_response(loaded, prompts[0], "the cat")])
-    assert scorer.weights["coverage"] == 0.0
-    assert float(values["coverage"][0]) > 0
+    assert scorer.weights["grounded_coverage"] == 0.0
+    assert float(values["grounded_coverage"][0]) > 0
 
 
 def test_the_stop_token_is_never_doubled(loaded: LoadedModel):

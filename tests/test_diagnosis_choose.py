@@ -19,7 +19,7 @@ from cagsr.diagnosis.signals import Setting, Signals, layer_choices
 from cagsr.flow import EncodedPrompt, Prompt
 
 Floats = NDArray[np.float64]
-CONFIGURED = Setting("last-4", "sum", 0.3)
+CONFIGURED = Setting("all", "sum", 0.3)
 GOOD = Setting("3", "sum", 0.1)
 
 
@@ -209,8 +209,8 @@ def test_the_configured_reward_stays_where_nothing_is_better():
     assert rows["recommended reward"].truth == rows["configured reward"].truth
     # What is written is what was measured, whole.
     measured = RewardConfig(coverage=CoverageConfig(weight=2.0), normalize="running", functions=["a.b"])
-    assert yaml_of(recommendation, AttentionConfig(layers="last-4"), measured) == {
-        "attention": {"layers": "last-4"},
+    assert yaml_of(recommendation, AttentionConfig(layers="all"), measured) == {
+        "attention": {"layers": "all"},
         "reward": {"coverage": {"weight": 2.0}, "normalize": "running", "functions": ["a.b"]},
     }
 

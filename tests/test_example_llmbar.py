@@ -43,7 +43,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert [found["length"][name]["mean"] for name in llmbar.SETS] == [0.0, 1.0, 0.0, 1.0, 0.0]
     for row in found.values():
         assert row["natural"]["mean"] == row["GPTInst"]["mean"] == pytest.approx(1 - row["neighbour"]["mean"])
-    assert any(name.startswith("the sum (coverage 1") for name in found)
+    assert any(name.startswith("the sum (grounded_coverage 1") for name in found)
     assert "- repetition" in found
     (tmp_path / "LLMBar_Natural.json").write_text("[{}]")
     with pytest.raises(DataError, match=r"LLMBar_Natural\.json: not a file of LLMBar"):

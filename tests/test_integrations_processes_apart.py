@@ -80,8 +80,8 @@ def expected(folder: Path, name: str, ids: list[list[int]] | None = None) -> dic
         prompts = [replace(one, ids=one.ids[1:], words=one.words[1:]) for one in prompts]
     responses = [Response(text, tuple(one), one[-1] == 2) for text, one in zip(ANSWERS, tokens, strict=True)]
     ((_, terms),) = scorer.score_texts(prompts, responses)
-    values = {name: terms[name].tolist() for name in ("coverage", "focus", "echo", "repetition")}
-    values["score"] = [c + 0.5 * f - 5.0 * e - 0.3 * r for c, f, e, r in zip(*values.values(), strict=True)]
+    values = {name: terms[name].tolist() for name in ("grounded_coverage", "focus", "echo", "repetition")}
+    values["score"] = [g + 0.5 * f - 5.0 * e - 0.3 * r for g, f, e, r in zip(*values.values(), strict=True)]
     return values
 
 
@@ -165,7 +165,7 @@ def test_openrlhf_knows_the_templates_words(workplace: Path, monkeypatch: pytest
     found = {}
     for name in ("plain", "chat"):  # the same prompts
         monkeypatch.setenv(VARIABLE, str(workplace / f"{name}.yaml"))
-        found[name] = reward_func([query], [given], [None])["extra_logs"]["coverage"].item()
+        found[name] = reward_func([query], [given], [None])["extra_logs"]["grounded_coverage"].item()
         with pytest.raises(DataError, match=r"'another prompt' is none of data\.path"):
             reward_func(["another prompt a cat"], ["another prompt"], [None])
     assert found["plain"] == pytest.approx(found["chat"], abs=1e-6)

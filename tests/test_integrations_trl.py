@@ -140,7 +140,7 @@ def test_trl_trains_with_the_attention_reward(start: Path, tmp_path: Path, algor
     rows = [row for row in trainer.state.log_history if "reward" in row]
     assert len(rows) == 2
     for row in rows:
-        assert 0 < row["attention_reward/coverage"] < 1
+        assert 0 < row["attention_reward/grounded_coverage"] < 1
         assert row["rewards/attention_reward/mean"] == pytest.approx(0.0, abs=1e-5)  # centred within prompts
         assert row["rewards/attention_reward/std"] > 0.1
     assert trainer.model.training
@@ -176,10 +176,10 @@ def test_the_default_is_normalised_within_prompts_as_in_cagsr(start: Path, tmp_p
     assert first == pytest.approx(total.tolist(), abs=1e-4)
     assert torch.tensor(first).view(4, 4).mean(dim=1).abs().max() < 1e-5
     trainer.model.eval()  # evaluation: raw sums, and the scale stays
-    count = reward._normalizer.within["coverage"].count
+    count = reward._normalizer.within["grounded_coverage"].count
     raw_sum = sum(weights[name] * values for name, values in raw.items())
     assert reward(**given(trainer)) == pytest.approx(raw_sum.tolist(), abs=1e-5)
-    assert reward._normalizer.within["coverage"].count == count == 12
+    assert reward._normalizer.within["grounded_coverage"].count == count == 12
 
 
 def test_the_prompts_are_the_tokens_that_trl_feeds(start: Path, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_columns_reach_a_function_of_the_reward(start: Path, tmp_path: Path, mon
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = RewardConfig(
-        coverage=replace(RewardConfig().coverage, weight=0.0),
+        grounded_coverage=replace(RewardConfig().grounded_coverage, weight=0.0),
         repetition=replace(RewardConfig().repetition, weight=0.0),
         functions=["of_columns.bonus"],
         normalize="none",
@@ -311,15 +311,15 @@ def test_the_running_scale_is_kept_in_checkpoints(start: Path, tmp_path: Path) -
     again = AttentionReward()
     trainer = made(start, tmp_path, again, **{**settings, "max_steps": 3})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    count = reward._normalizer.within["coverage"].count
-    assert again._normalizer.within["coverage"].count == pytest.approx(count * 3 / 2)
+    count = reward._normalizer.within["grounded_coverage"].count
+    assert again._normalizer.within["grounded_coverage"].count == pytest.approx(count * 3 / 2)
 
 
 def test_evaluation_logs_raw_sums(start: Path, tmp_path: Path) -> None:
     trainer = made(start, tmp_path, AttentionReward(), per_device_eval_batch_size=4)
     found = trainer.evaluate()
     assert 0 < found["eval_rewards/attention_reward/mean"] < 1
-    assert found["eval_attention_reward/coverage"] > 0
+    assert found["eval_attention_reward/grounded_coverage"] > 0
 
 
 def test_what_can_not_work_is_refused(start: Path, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_what_can_not_work_is_refused(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="every weight is 0"):
         AttentionReward(
             RewardConfig(
-                coverage=replace(RewardConfig().coverage, weight=0.0),
+                grounded_coverage=replace(RewardConfig().grounded_coverage, weight=0.0),
                 repetition=replace(RewardConfig().repetition, weight=0.0),
             )
         )

@@ -13,7 +13,6 @@ from cagsr.config import RewardConfig
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.normalize import FIXED, Normalizer
-from cagsr.reward.terms.coverage import CoverageConfig
 from cagsr.reward.terms.echo import Echo, EchoConfig, copied_share, echo
 from cagsr.reward.values import TermValues
 from cagsr.runs.folder import differing_keys, lacking
@@ -81,7 +80,7 @@ def test_a_run_from_before_the_term_was_trained_without_it(tmp_path: Path) -> No
 
 
 def without_echo() -> RewardConfig:
-    return RewardConfig(coverage=CoverageConfig(weight=1.0), echo=EchoConfig(weight=0.0))
+    return RewardConfig(echo=EchoConfig(weight=0.0))
 
 
 def _without_section(text: str, name: str) -> str:

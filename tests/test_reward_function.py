@@ -46,6 +46,7 @@ build_reward = partial(build.build_reward, resources=RESOURCES)
 EVERYTHING = RewardConfig(
     coverage=CoverageConfig(weight=1.0, dense=True),
     copy_coverage=CopyCoverageConfig(weight=0.5),
+    grounded_coverage=GroundedCoverageConfig(weight=1.0),
     mean_mass=MeanMassConfig(weight=0.25),
     focus=FocusConfig(weight=-0.5, entropy_floor=0.1),
     repetition=RepetitionConfig(weight=-1.0, n=2, dense=True),
@@ -308,11 +309,11 @@ def test_wrong_returns_are_named(make_reward_batch: MakeBatch) -> None:
 
 
 def test_a_term_without_attention_says_so(make_reward_batch: MakeBatch) -> None:
-    with pytest.raises(RewardError, match="'coverage' reads the attention, but none was captured"):
+    with pytest.raises(RewardError, match="'grounded_coverage' reads the attention, but none was captured"):
         build_reward(RewardConfig(), device="cpu")(replace(make_reward_batch(), attention=None))
 
 
-ZERO = RewardConfig(coverage=CoverageConfig(weight=0.0), repetition=RepetitionConfig(weight=0.0))
+ZERO = RewardConfig(grounded_coverage=GroundedCoverageConfig(weight=0.0), repetition=RepetitionConfig(weight=0.0))
 
 
 @pytest.mark.parametrize(
@@ -375,12 +376,13 @@ def test_two_terms_of_one_name() -> None:
 def test_builtin_terms_are_terms() -> None:
     terms = weighted_terms(RewardConfig(), "cpu", RESOURCES, every=True)
     assert [(term.name, weight) for term, weight in terms] == [
-        ("coverage", 1.0), ("copy_coverage", 0.0), ("grounded_coverage", 0.0), ("mean_mass", 0.0), ("focus", 0.0),
-        ("echo", -5.0), ("repetition", -0.3), ("self_certainty", 0.0), ("length", 0.0),
+        ("coverage", 0.0), ("copy_coverage", 0.0), ("grounded_coverage", 1.0), ("mean_mass", 0.0), ("focus", 0.0),
+        ("echo", -5.0), ("repetition", -0.3), ("history_repetition", 0.0), ("self_certainty", 0.0),
+        ("length", 0.0),
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
     assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == [
-        "coverage",
+        "grounded_coverage",
         "echo",
         "repetition",
     ]
@@ -407,8 +409,8 @@ def test_which_attention_a_reward_needs(make_reward_batch: MakeBatch) -> None:
             visitor.attention() is not None,
         )
 
-    assert read(RewardConfig()) == (["coverage"], True, False)
-    assert read(EVERYTHING) == (["coverage", "copy_coverage", "mean_mass", "focus"], True, False)
+    assert read(RewardConfig()) == (["grounded_coverage"], True, False)
+    assert read(EVERYTHING) == (["coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus"], True, False)
     assert read(replace(ZERO, self_certainty=SelfCertaintyConfig(1.0))) == ([], False, False)
     # A term of the user's may look at the maps.
     own = TermVisitor(episodes, [*build_reward(EVERYTHING, device="cpu").terms, sequence([1.0])], "sum")

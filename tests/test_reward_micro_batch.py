@@ -139,8 +139,8 @@ def test_the_reward_is_that_of_the_maps(kind: str, source: str, pooling: str, tm
 
 
 def test_attention_that_no_term_looks_at_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    off = CoverageConfig(weight=0.0)
-    reward = RewardConfig(coverage=off, self_certainty=SelfCertaintyConfig(weight=1.0))
+    off = GroundedCoverageConfig(weight=0.0)
+    reward = RewardConfig(grounded_coverage=off, self_certainty=SelfCertaintyConfig(weight=1.0))
     sampling = SamplingConfig(num_generations=4, max_new_tokens=6)
     ppo, prompts = setting(tmp_path, "llama", sampling=sampling, reward=reward)
     opened = []

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
+from cagsr.config import GroundedCoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ModelError, RewardError
 from cagsr.flow import Prompt, RewardBatch
 from cagsr.prompts.answer_text import answered_messages
@@ -111,7 +111,7 @@ def test_a_begun_answer_is_gone_on_with(tmp_path: Path) -> None:
 def test_in_the_reward(tmp_path: Path, make_reward_batch: MakeBatch) -> None:
     path = save(tmp_path / "rm")
     config = RewardConfig(
-        coverage=CoverageConfig(weight=0.0),
+        grounded_coverage=GroundedCoverageConfig(weight=0.0),
         repetition=RepetitionConfig(weight=0.0),
         echo=EchoConfig(weight=0.0),
         models=[str(path)],

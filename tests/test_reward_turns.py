@@ -370,7 +370,9 @@ FORMS = [(term, False) for term in TERMS] + [
 @pytest.mark.parametrize(("term", "dense"), FORMS, ids=lambda one: getattr(one, "name", "dense" if one else "whole"))
 def test_a_term_says_of_each_answer_what_it_says_of_it_alone(term: TermClass, dense: bool):
     fields = term.config.__dataclass_fields__
-    settings = term.config(**({"dense": True} if dense else {}), **({"n": 1} if "n" in fields else {}))
+    # Alone, all that was said before is one plain prompt, in which nobody is named.
+    given = {"dense": dense, "n": 1, "of": "all"}
+    settings = term.config(**{name: value for name, value in given.items() if name in fields})
     made = term.term(settings, Resources(texts=token_texts(tiny.tokenizer()), associations=LEARNED))
     batch = Many.made().batch
     exchanges = Exchanges.of(batch)

@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from cagsr.commands.main import main
-from cagsr.config import CoverageConfig, RepetitionConfig, RewardConfig
+from cagsr.config import GroundedCoverageConfig, RepetitionConfig, RewardConfig
 from cagsr.errors import ConfigError, RewardError
 from cagsr.flow import RewardBatch
 from cagsr.reward.build import build_reward
@@ -26,6 +26,13 @@ from cagsr.reward.user_functions import load_function
 from cagsr.support.dotted_path import import_dotted
 
 MakeBatch = Callable[..., RewardBatch]
+
+OFF = {
+    "grounded_coverage": GroundedCoverageConfig(weight=0.0),
+    "repetition": RepetitionConfig(weight=0.0),
+    "normalize": "none",
+}
+"""Of the default reward only the guard is left."""
 
 MODULE = """
 from dataclasses import dataclass
@@ -269,7 +276,7 @@ def test_only_functions_of_the_batch_have_the_attention_maps_kept(
 
 def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> None:
     config = RewardConfig(
-        coverage=CoverageConfig(weight=0.0),
+        grounded_coverage=GroundedCoverageConfig(weight=0.0),
         repetition=RepetitionConfig(weight=0.0),
         echo=EchoConfig(weight=0.0),
         functions=["user_rewards_for_test.trl_without_kwargs", "user_rewards_for_test.coverage"],
@@ -286,23 +293,21 @@ def test_functions_in_the_reward(module: Any, make_reward_batch: MakeBatch) -> N
 def test_a_term_named_like_another_is_refused(module: Any) -> None:
     path = "user_rewards_for_test.NamedAsAnother"
     with pytest.raises(ConfigError, match=f"{path}: its term is named 'length', as another one"):
-        build_reward(RewardConfig(functions=[path]), device="cpu")
+        build_reward(RewardConfig(**OFF, functions=[path]), device="cpu")
     with pytest.raises(ConfigError, match="its term is named 'my_term', as another one"):
         build_reward(
-            RewardConfig(functions=["user_rewards_for_test.Term", "user_rewards_for_test.instance"]), device="cpu"
+            RewardConfig(**OFF, functions=["user_rewards_for_test.Term", "user_rewards_for_test.instance"]),
+            device="cpu",
         )
 
 
 def test_nan_of_a_function_is_an_error_and_none_is_not(module: Any, make_reward_batch: MakeBatch) -> None:
-    config = RewardConfig(functions=["user_rewards_for_test.nan"])
+    config = RewardConfig(**OFF, functions=["user_rewards_for_test.nan"])
     with pytest.raises(RewardError, match="'nan' gave nan for the prompt of row 1"):
         build_reward(config, device="cpu")(make_reward_batch())
 
 
 # --- settings of a user's own term
-
-
-OFF = {"coverage": CoverageConfig(weight=0.0), "repetition": RepetitionConfig(weight=0.0), "normalize": "none"}
 
 
 def valued(batch: RewardBatch, names: list[str], *settings: str) -> list[float]:
@@ -418,7 +423,7 @@ def test_a_class_gets_what_it_needs(
         "        return batch.episodes.ids.new_zeros(len(batch.episodes.ids)).float()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    config = RewardConfig(coverage=CoverageConfig(weight=0.0), functions=["needy_terms.Needy"])
+    config = RewardConfig(**OFF, functions=["needy_terms.Needy"])
     assert config.needs("associations")
     assert not RewardConfig().needs("associations")
     assert not RewardConfig(functions=["needy_terms.Needy"], function_weights=[0.0]).needs("associations")
@@ -436,4 +441,4 @@ def test_a_need_that_nobody_has_is_a_slip(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"slipping_terms\.Slip needs 'text', which there is not; .*'texts'"):
-        build_reward(RewardConfig(functions=["slipping_terms.Slip"]), device="cpu")
+        build_reward(RewardConfig(**OFF, functions=["slipping_terms.Slip"]), device="cpu")

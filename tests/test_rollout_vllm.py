@@ -30,9 +30,10 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.build import build_reward
+from cagsr.reward.registry import Resources
 from cagsr.rollout.sampler import Sampler, build_sampler
-from cagsr.rollout.vllm_http import HttpStatusError
 from cagsr.rollout.vllm_weights import policy_weights
+from cagsr.support.http_json import HttpStatusError
 from cagsr.training.ppo import PPO
 from scored import scored
 from vllm_server import Served, serving
@@ -69,7 +70,12 @@ def ppo_for(config: TrainConfig) -> tuple[PPO, list[EncodedPrompt]]:
     torch.manual_seed(0)
     loaded = load_model(config.model, config.lora)
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
-    ppo = PPO(config, loaded, build_reward(config.reward, device="cpu"), Accelerator(cpu=True))
+    ppo = PPO(
+        config,
+        loaded,
+        build_reward(config.reward, device="cpu", resources=Resources(loaded.texts)),
+        Accelerator(cpu=True),
+    )
     return ppo, list(prompts.prompts[:3])
 
 

@@ -20,8 +20,8 @@ from cagsr.config import LoraConfig, ModelConfig
 from cagsr.errors import ConfigError, RolloutError
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.rollout import vllm_weights
-from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_weights import DiskWeights, NcclWeights, PolicyWeight, policy_weights
+from cagsr.support.http_json import JsonServer
 from vllm_server import serving
 
 
@@ -65,7 +65,7 @@ def test_on_the_disk_they_are_a_checkpoint_that_transformers_loads(tmp_path: Pat
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "elsewhere")  # where the server runs it may be the folder itself
     with serving(tmp_path / "model") as engine:
-        DiskWeights(VLLMServer(engine.url, 10), loaded.model, tmp_path / "weights").send(policy_weights(loaded))
+        DiskWeights(JsonServer(engine.url, 10), loaded.model, tmp_path / "weights").send(policy_weights(loaded))
         (sent,) = [body for path, body in engine.asked if path == "/collective_rpc"]
     (folder,) = (tmp_path / "elsewhere").iterdir()
     assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == ["model.safetensors"]
@@ -84,7 +84,7 @@ def test_nccl_speaks_to_trls_client_as_it_wants_to_be_spoken_to(tmp_path: Path, 
     monkeypatch.setattr(vllm_weights, "trl_client", lambda url, port, timeout: client)
     loaded = adapted(tiny.save_model(tmp_path / "model"), 2)
     with serving(tmp_path / "model") as engine:
-        channel = NcclWeights(VLLMServer(engine.url, 10), torch.device("cuda:0"), 51216, 1.0)
+        channel = NcclWeights(JsonServer(engine.url, 10), torch.device("cuda:0"), 51216, 1.0)
         channel.prepare()
         monkeypatch.setattr(channel, "_device", torch.device("cpu"))
         for _ in range(2):
@@ -103,7 +103,7 @@ def test_nccl_speaks_to_trls_client_as_it_wants_to_be_spoken_to(tmp_path: Path, 
 
 
 def test_nccl_without_vllm_or_without_a_gpu_is_refused():
-    server = VLLMServer("http://127.0.0.1:9", 1)
+    server = JsonServer("http://127.0.0.1:9", 1)
     with pytest.raises(ConfigError, match="the policy is on cpu"):
         NcclWeights(server, torch.device("cpu"), 51216, 0.0)
     with pytest.raises(ConfigError, match=r"--rollout.weights nccl: .* is not installed.*use --rollout.weights disk"):

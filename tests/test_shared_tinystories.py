@@ -29,7 +29,7 @@ def test_train(tmp_path: Path):
     assert main(["train", *DATA, "--output_dir", str(run), *sizes]) == 0
     last = rows(run / "metrics.jsonl")[-1]
     assert last["step"] == 2
-    assert 0 < last["rewards/coverage/mean"] < 1
+    assert 0 < last["rewards/grounded_coverage/mean"] < 1
     assert last["val/ratio_first_error"] < 1e-3
     assert (run / "final" / "model.safetensors").exists()
 

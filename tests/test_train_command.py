@@ -88,7 +88,7 @@ def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_pat
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert "eval/metric" in metrics[0]
     assert "eval/metric_greedy" in metrics[3]
-    assert {"objective/kl", "policy/clipfrac_avg", "rewards/coverage/share", "val/ratio"} <= metrics[1].keys()
+    assert {"objective/kl", "policy/clipfrac_avg", "rewards/grounded_coverage/share", "val/ratio"} <= metrics[1].keys()
     sample = lines(run / "samples.jsonl")[0]
     assert sample["reward"] == pytest.approx(sum(sample["contributions"].values()), abs=1e-5)
     answers = lines(run / "held_out.jsonl")
@@ -277,7 +277,7 @@ def test_encoder_decoder_models_train_end_to_end(kind: str, prompts: Path, tmp_p
     assert main(arguments(start, prompts, run, "--steps", "2")) == 0
     rows = lines(run / "metrics.jsonl")
     assert rows[-1]["step"] == 2
-    assert rows[1]["rewards/coverage/std"] > 0
+    assert rows[1]["rewards/grounded_coverage/std"] > 0
 
 
 def test_unreadable_attention_is_refused(prompts: Path, tmp_path: Path, capsys):

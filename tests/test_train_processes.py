@@ -36,6 +36,7 @@ from cagsr.prompts.batch import collate_prompts
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
+from cagsr.reward.registry import Resources
 from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from cagsr.support.processes import check_fsdp, check_processes, start_accelerator
 from cagsr.train import train
@@ -128,7 +129,12 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
 def assert_restored_whole(config: TrainConfig, checkpoint: Path, again: Path) -> None:
     """One process that loads a checkpoint of two and saves it writes the same files."""
     loaded = load_model(config.model)
-    ppo = PPO(config, loaded, build_reward(config.reward, device="cpu"), start_accelerator(cpu=True))
+    ppo = PPO(
+        config,
+        loaded,
+        build_reward(config.reward, device="cpu", resources=Resources(loaded.texts)),
+        start_accelerator(cpu=True),
+    )
     state = CheckpointState(modules=ppo.modules(), optimizers={"adamw": ppo.optimizer})
     extra = load_checkpoint(checkpoint, state).extra
     ppo.load_state_dict(extra["ppo"])
@@ -265,7 +271,10 @@ def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50).prompts
     accelerator = start_accelerator(cpu=True)
     reward = build_reward(
-        config.reward, device="cpu", reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum")
+        config.reward,
+        device="cpu",
+        resources=Resources(loaded.texts),
+        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     ppo = PPO(config, loaded, reward, accelerator)
     if (head := ppo.actor_critic.value_head) is not None:  # with values of 0 a part's returns would be its advantages
@@ -325,7 +334,7 @@ def updated(folder: Path, case: str, micro: int, process: int = 0, processes: in
     prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
     accelerator = start_accelerator(cpu=True)
     assert accelerator.num_processes == processes
-    ppo = PPO(config, loaded, build_reward(config.reward, device="cpu"), accelerator)
+    ppo = PPO(config, loaded, build_reward(config.reward, device="cpu", resources=Resources(loaded.texts)), accelerator)
     assert is_sharded(ppo.module) == (processes > 1 and "fsdp2" in case)
     if (head := ppo.actor_critic.value_head) is not None:  # values of 0 would explain the same of every part
         with torch.no_grad():

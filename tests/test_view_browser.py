@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from cagsr.config import FocusConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.config import CoverageConfig, FocusConfig, GroundedCoverageConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel, load_model
@@ -35,7 +35,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def small(loaded: LoadedModel) -> View:
     answers = ["the red cat likes the red cat .", "a small dog", "the big house near the tree"]
     prompt = "tell me about the red cat near a big house ."
-    return view(loaded, prompt, answers, reward=RewardConfig(focus=FocusConfig(weight=0.5)), salience=UNIFORM)
+    reward = RewardConfig(
+        coverage=CoverageConfig(weight=1.0),
+        grounded_coverage=GroundedCoverageConfig(weight=0.0),
+        focus=FocusConfig(weight=0.5),
+    )
+    return view(loaded, prompt, answers, reward=reward, salience=UNIFORM)
 
 
 @pytest.fixture

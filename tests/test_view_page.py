@@ -104,7 +104,7 @@ def test_one_answer_is_weighed_raw(loaded: LoadedModel) -> None:
     found = view(loaded, PROMPT, "the red cat", salience=UNIFORM).measured
     (answer,) = found.answers
     assert "one answer alone has no scale" in found.scale
-    assert answer.contributions["coverage"] == pytest.approx(answer.terms["coverage"], abs=1e-9)
+    assert answer.contributions["grounded_coverage"] == pytest.approx(answer.terms["grounded_coverage"], abs=1e-9)
     assert answer.contributions["repetition"] == pytest.approx(-0.3 * answer.terms["repetition"], abs=1e-9)
 
 

@@ -15,7 +15,7 @@ def write_settings(folder: Path, model: Path, prompts: Path) -> Path:
         "model": {"path": str(model)},
         "data": {"path": str(prompts)},
         # One answer at a time: raw values, which the trainer's estimator scales.
-        "reward": {"normalize": "none", "coverage": {"weight": 1.0}, "repetition": {"weight": -0.3}},
+        "reward": {"normalize": "none", "grounded_coverage": {"weight": 1.0}, "repetition": {"weight": -0.3}},
     }
     file = folder / "reward.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

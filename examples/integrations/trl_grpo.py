@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> Any:
     trainer.train()
     for row in trainer.state.log_history:
         if "reward" in row:
-            spread, coverage = row["rewards/attention_reward/std"], row["attention_reward/coverage"]
-            print(f"step {row['step']}: reward's deviation {spread:.3f}, coverage {coverage:.3f}")
+            spread, coverage = row["rewards/attention_reward/std"], row["attention_reward/grounded_coverage"]
+            print(f"step {row['step']}: reward's deviation {spread:.3f}, grounded coverage {coverage:.3f}")
     return trainer
 
 

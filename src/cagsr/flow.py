@@ -11,10 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Spoken(NamedTuple):
+    """Where a chat message's content lies in a prompt's text."""
+
+    start: int
+    end: int
+    role: str
+    age: int
+    """Exchanges since: 0 for the last user's message and the answer before it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Prompt:
     """Character ranges of ``text`` that the user calls important; None: the user named none."""
     messages: tuple[Mapping[str, Any], ...] | None = None
     """The chat messages of a conversational prompt (role, content, and what else they hold), None for a plain one."""
+    spoken: tuple[Spoken, ...] = ()
+    """Where their contents lie in ``text``; without those that the template rewrote."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, handed to reward functions and metrics by name."""
 
@@ -109,6 +121,8 @@ class Context:
     word_turn: Tensor
     """(batch, words) int64: the first turn whose answer may look at it."""
     episodes: tuple[Episode, ...]
+    turn_decay: float = 1.0
+    """What a word's weight is multiplied with for each turn since (``salience.turn_decay``)."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.registry import Resources
 from cagsr.reward.trainer_calls import TrainerCalls
-from cagsr.rollout.episodes import EpisodePlayer
+from cagsr.rollout.episodes import EpisodePlayer, Player
+from cagsr.rollout.played_user import conversation_task
+from cagsr.rollout.step_player import StepPlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
@@ -45,6 +47,7 @@ from cagsr.support.processes import (
 )
 from cagsr.support.progress import shown, working
 from cagsr.tasks.segments import SegmentEncoder
+from cagsr.tasks.steps import splitter
 from cagsr.tasks.task import load_task
 from cagsr.training.monitors import Monitors
 from cagsr.training.ppo import PPO
@@ -93,11 +96,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         resources=Resources(loaded.texts, associations),
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
-    task = load_task(config.rollout.task)
-    player = None
-    if task is not None:
-        encoder = SegmentEncoder(loaded, config.salience, train_set.frequency)
-        player = EpisodePlayer(loaded, task, encoder, loaded.room_for_prompts(config.sampling.max_new_tokens))
+    player = _player(config, loaded, train_set, held_out)
     ppo = PPO(config, loaded, reward, accelerator, player)
     monitors = Monitors(config.monitors)
     stream = PromptStream(
@@ -168,6 +167,19 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if evaluations[-1]:
             console.print(f"Held out, {metric.name}: {', '.join(told)}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
+
+
+def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held_out: PromptSet) -> Player | None:
+    """Who makes episodes of several turns; None: one answer to each prompt is all."""
+    encoder = SegmentEncoder(loaded, config.salience, train_set.frequency)
+    split = splitter(config.steps)
+    if split is not None:
+        return StepPlayer(loaded, split, encoder)
+    everyone = [*train_set.prompts, *held_out.prompts]
+    task = load_task(config.rollout.task) or conversation_task(config.conversation, config.model, everyone)
+    if task is None:
+        return None
+    return EpisodePlayer(loaded, task, encoder, loaded.room_for_prompts(config.sampling.max_new_tokens))
 
 
 def _associations(

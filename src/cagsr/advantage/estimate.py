@@ -28,7 +28,8 @@ def estimate_targets(
        less ``kl_coef`` (the controller's) times the KL per token if ``kl_in`` is ``reward``.
     2. ``gae``: generalised advantages on the token rewards and the value estimates; tokens that were not sampled are
        skipped. ``rloo`` and ``grpo``: the sum of the token rewards from an answer on, against those of the other answers
-       in the same turn of the same prompt; the same on all of the answer's tokens.
+       in the same turn of the same prompt; the same on all of the answer's tokens. What a later turn earns counts
+       ``turn_discount`` for each turn between: ``G(t) = sum_{u >= t} turn_discount^(u - t) R(u)`` (arXiv 2506.11108).
     3. ``whiten_advantages``: gae to mean 0 and deviation 1 over sampled tokens; the group estimators, which are
        centred within each group, are only divided by their deviation.
 
@@ -56,7 +57,9 @@ def estimate_targets(
             )
         if config.whiten_rewards:
             tokens = whiten(tokens, mask, shift_mean=False, reduce=reduce)
-        advantages, targets = generalized_advantages(tokens, readings.values.detach(), mask, config.gamma, config.lam)
+        advantages, targets = generalized_advantages(
+            tokens, readings.values.detach(), mask, config.gamma, config.lam, episodes.turn, config.turn_discount
+        )
         if config.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=reduce)
         return Targets(advantages, targets, weights)
@@ -66,7 +69,9 @@ def estimate_targets(
         own = mask & (episodes.turn == turn)
         # Of later turns only episodes that came so far; an answer without tokens is compared all the same.
         there = own.any(dim=1) | (turn == 0)
-        ahead = torch.where(episodes.turn >= turn, tokens, 0.0).sum(dim=1)
+        since = episodes.turn - turn
+        discount = config.turn_discount ** since.clamp(min=0)
+        ahead = torch.where(since >= 0, tokens * discount, 0.0).sum(dim=1)
         # An answer without tokens has no place to be paid at, but the others are still compared with what it is worth.
         sums = torch.where(mask.any(dim=1), ahead, returns.total.detach().float() - penalty)
         if config.whiten_rewards and turn == 0:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cagsr.reward.terms.coverage import CoverageConfig as CoverageConfig
     from cagsr.reward.terms.focus import FocusConfig as FocusConfig
     from cagsr.reward.terms.grounded_coverage import GroundedCoverageConfig as GroundedCoverageConfig
+    from cagsr.reward.terms.history_repetition import HistoryRepetitionConfig as HistoryRepetitionConfig
     from cagsr.reward.terms.length import LengthConfig as LengthConfig
     from cagsr.reward.terms.mean_mass import MeanMassConfig as MeanMassConfig
     from cagsr.reward.terms.repetition import RepetitionConfig as RepetitionConfig

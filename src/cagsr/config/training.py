@@ -82,6 +82,10 @@ class DataConfig:
     """What to do with a longer prompt. drop and truncate say how many rows they touched."""
     system_prompt: str | None = None
     """System message put before conversational prompts."""
+    messages: Literal["last_turn", "first_turn"] = "last_turn"
+    """How rows of chat messages without a prompt are read. last_turn: the assistant's last turn is the completion, all before it
+    the prompt; first_turn (of a column turns too, a list of what the user says): the user's first message is the prompt, what
+    he says later the column user_turns, and what he was answered answers_by_turn."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,6 @@ class RolloutConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        if self.task is not None and self.engine == "vllm":
-            yield "--rollout.task: a task of several turns is sampled by transformers alone; leave --rollout.engine out."
         address = urlparse(self.url)
         if self.engine == "vllm" and (address.scheme not in ("http", "https") or not address.hostname):
             yield f"--rollout.url {self.url}: give the server's address as http://HOST:PORT."
@@ -159,12 +161,67 @@ class RolloutConfig:
 class AttentionConfig:
     """Which attention is read."""
 
-    layers: str = "all"
+    layers: str = "last-4"
     """last-N, all, or layer numbers separated by commas (0 is the first). Fewer than N layers: all of them."""
     heads: str = "all"
     """all, or head numbers separated by commas, the same in every layer."""
     source: Literal["policy", "reference"] = "policy"
     """Read from the moving policy (free) or from the frozen starting model (can't be gamed by moving attention)."""
+
+
+@dataclass(frozen=True)
+class ConversationConfig:
+    """Conversations: who speaks after an answer of the model's (docs/conversations.md)."""
+
+    user: str | None = None
+    """replay: the data, what its user says next (rows of messages or turns, or a column user_turns); the folder or Hub id of a
+    chat model, or the address of an OpenAI-compatible server (http://HOST:PORT/v1), which plays the user; None: nobody."""
+    turns: PositiveInt = 3
+    """Answers of the model in a conversation, at most; replay: the data may have fewer."""
+    instruction: str = (
+        "You play the user of an assistant. Write the user's next message, nothing else: ask for what is still open, and "
+        "stay with your subject. When nothing is open, write [END]."
+    )
+    """Who plays the user reads this first."""
+    end: str = "[END]"
+    """A message that holds this text ends the conversation, and is not said."""
+    max_new_tokens: PositiveInt = 64
+    """Longest message of a played user, in tokens."""
+    temperature: NonNegativeFloat = 1.0
+    """A played user's sampling temperature; 0 takes the likeliest tokens."""
+    model_name: str = "default"
+    """Which model of the server plays the user."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for each of the server's messages. Its key, if it wants one, is read from CAGSR_USER_API_KEY."""
+
+    @property
+    def server(self) -> str | None:
+        """The server's address, where one plays the user."""
+        return self.user if self.user is not None and self.user.startswith(("http://", "https://")) else None
+
+
+@dataclass(frozen=True)
+class StepsConfig:
+    """Chains of thought: the steps of an answer, each judged by the question and the steps before it (docs/steps.md)."""
+
+    by: Literal["none", "lines", "paragraphs", "sentences", "delimiter", "function"] = "none"
+    """Where a step ends; none: an answer is one piece. function: a function of your own says it."""
+    delimiter: str | None = None
+    """delimiter: the text between two steps."""
+    function: str | None = None
+    """function: dotted path of f(text) -> texts, the steps, which one behind the other are the answer."""
+    tag: str | None = None
+    """A tag around the reasoning, as think for <think>...</think>: what follows it is the answer, one step."""
+    most: PositiveInt = 16
+    """Steps of an answer, at most; what follows is part of the last one."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        for way, given in (("delimiter", self.delimiter), ("function", self.function)):
+            if self.by == way and not given:
+                yield f"--steps.by {way}: give --steps.{way}."
+            if self.by != way and given:
+                yield f"--steps.{way}: it counts with --steps.by {way} alone."
 
 
 @dataclass(frozen=True)
@@ -185,6 +242,24 @@ class SalienceConfig:
     """Leave out the prompt's first token, where attention parks (the attention sink)."""
     pooling: Literal["sum", "max"] = "sum"
     """How the pieces of a word make the attention to the word: their total, or the largest."""
+    turn_decay: Share = 1.0
+    """In a conversation: what a word's weight is multiplied with for each exchange since it was said. 1: all of the history
+    counts alike; 0: only the last user's message and the answer before it."""
+    user_weight: NonNegativeFloat = 1.0
+    """What the weights of words of the user's messages are multiplied with (also of a plain prompt)."""
+    assistant_weight: NonNegativeFloat = 1.0
+    """The same of earlier answers, the model's own or those in the data."""
+    other_weight: NonNegativeFloat = 1.0
+    """The same of messages of any other role: system, tool."""
+
+    def role_weight(self, role: str) -> float:
+        """What words that ``role`` said are multiplied with."""
+        return {"user": self.user_weight, "assistant": self.assistant_weight}.get(role, self.other_weight)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if not any((self.user_weight, self.assistant_weight, self.other_weight)):
+            yield "salience: every role's weight is 0, so no word matters; give --salience.user_weight one."
 
 
 @dataclass(frozen=True)
@@ -216,6 +291,9 @@ class PPOConfig:
     """Gradient norm clipping."""
     gamma: Share = 1.0
     """Discount."""
+    turn_discount: Share = 1.0
+    """In episodes of several turns: what a later turn's reward counts for an earlier answer, for each turn between them. 0: each
+    answer is trained on its own turn's reward alone."""
     lam: Share = 0.95
     """GAE lambda."""
     cliprange: NonNegativeFloat = 0.2

@@ -174,7 +174,7 @@ def load_checker(dotted_path: str) -> HeldOutMetric:
 def with_truth(signals: Signals, metric: HeldOutMetric) -> Signals:
     """Judge every answer by a metric; raises as ``held_out.judge``."""
     candidates = signals.length.shape[1]
-    repeated = [encoded for encoded in signals.prompts for _ in range(candidates)]
+    repeated = [encoded.prompt for encoded in signals.prompts for _ in range(candidates)]
     completions = [text for texts in signals.completions for text in texts]
     truth = np.array(judge(metric, repeated, completions), dtype=np.float64).reshape(signals.length.shape)
     return replace(signals, truth=truth, truth_name=metric.name)

@@ -1,7 +1,7 @@
 """Held-out prompts: answers sampled and greedy, judged by a metric that shares nothing with the reward."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +13,16 @@ from cagsr.config import ANSWERS_AT_ONCE, SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
 from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
-from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Prompt
 from cagsr.models.load import LoadedModel
-from cagsr.rollout.episodes import EpisodePlayer, played
+from cagsr.rollout.episodes import Player, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 from cagsr.support.dotted_path import import_dotted
 from cagsr.support.extras import has_extra, install_command
 from cagsr.support.processes import broadcast, gather_objects, split_between_processes
 from cagsr.support.progress import each, working
+from cagsr.tasks.history import prompt_before
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,21 @@ class HeldOutMetric:
     """``f(prompts, completions, **columns) -> numbers``, higher is better."""
     notes: tuple[str, ...] = ()
     """What the user should know of the choice."""
+    column: str | None = None
+    """The column that answers are held against: one whose row has nothing there (the data's user ended the conversation) is not
+    judged."""
+
+    def judges(self, prompt: Prompt) -> bool:
+        """Whether there is something to hold an answer against."""
+        return self.column is None or bool(texts_of(prompt.columns.get(self.column)))
 
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Answers to held-out prompts with what the metric says of each."""
+    """Answers to held-out prompts, each answer of a conversation on its own, with what the metric says of each."""
 
+    prompts: tuple[Prompt, ...]
+    """What each was an answer to; of a later turn, with all that was said before it."""
     completions: tuple[str, ...]
     metric: tuple[float, ...]
     lengths: tuple[int, ...]  # tokens
@@ -61,7 +71,7 @@ def choose_metric(dotted_path: str | None, prompts: Sequence[EncodedPrompt]) -> 
             references = [texts_of(value) for value in columns[column]]
             return [rouge_l(text, own) for text, own in zip(completions, references, strict=True)]
 
-        return HeldOutMetric(f"ROUGE-L against {column}", rouge)
+        return HeldOutMetric(f"ROUGE-L against {column}", rouge, column=column)
 
     weights = word_weights([encoded.prompt.text for encoded in prompts])
 
@@ -81,33 +91,46 @@ def answer(
     seed: int,
     batch_size: int = ANSWERS_AT_ONCE,
     accelerator: Accelerator | None = None,
-    player: EpisodePlayer | None = None,
+    player: Player | None = None,
 ) -> JudgedAnswers:
     """Answer each prompt once and judge the answers; every random generator is left as it was. Raises as ``judge``.
 
     The same ``seed`` gives the same random numbers, so that two policies are compared under them, ``batch_size`` answers at
     once. ``accelerator`` divides the prompts among its processes, which all call this and get the same; the metric is computed
-    by the main one. ``player`` plays a task of several turns, whose last answers are judged; None: one answer to each prompt.
+    by the main one. ``player`` plays a task of several turns, each of whose answers is judged; None: one answer to each prompt.
     """
     mine = split_between_processes(prompts, accelerator)
-    found: list[tuple[str, int, bool]] = []
+    found: list[tuple[Prompt, str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
         for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
             some = mine[start : start + batch_size]
             sample = partial(sample_responses, loaded, sampling=sampling)
-            episodes = played(player, sample, some, prompt_batch(loaded, some))
-            lengths, ended = episodes.lengths.tolist(), episodes.ended.tolist()
-            found += zip(episodes.completions, lengths, ended, strict=True)
+            said = _answers_of(played(player, sample, some, prompt_batch(loaded, some)))
+            found += [one for one in said if metric.judges(one[0])]
     everywhere = gather_objects(found, accelerator)
-    completions = tuple(text for text, *_ in everywhere)
-    values = broadcast(lambda: judge(metric, prompts, completions), accelerator)
-    return JudgedAnswers(completions, values, tuple(one[1] for one in everywhere), tuple(one[2] for one in everywhere))
+    asked, completions = tuple(one[0] for one in everywhere), tuple(one[1] for one in everywhere)
+    values = broadcast(lambda: judge(metric, asked, completions), accelerator)
+    lengths, ended = tuple(one[2] for one in everywhere), tuple(one[3] for one in everywhere)
+    return JudgedAnswers(asked, completions, values, lengths, ended)
+
+
+def _answers_of(episodes: EpisodeBatch) -> Iterator[tuple[Prompt, str, int, bool]]:
+    """Each answer, with what it was an answer to, its tokens, and whether it ended by itself."""
+    lengths, ended, prompts = episodes.lengths.tolist(), episodes.ended.tolist(), episodes.prompts.prompts
+    if episodes.context is None:
+        yield from zip(prompts, episodes.completions, lengths, ended, strict=True)
+        return
+    for prompt, episode in zip(prompts, episodes.context.episodes, strict=True):
+        said = [segment for segment in episode.segments if segment.sampled]
+        for turn, segment in enumerate(said):
+            last = turn == len(said) - 1  # an answer that was cut ends its episode
+            yield prompt_before(prompt, episode, turn), segment.text, len(segment.ids), episode.ended or not last
 
 
 @working("judging the answers")
-def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: Sequence[str]) -> tuple[float, ...]:
+def judge(metric: HeldOutMetric, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[float, ...]:
     """Apply a metric to one answer for each prompt, its row's columns at hand.
 
     Raises ConfigError: the metric fails, or gives something other than one finite number for each prompt.
@@ -116,11 +139,11 @@ def judge(metric: HeldOutMetric, prompts: Sequence[EncodedPrompt], completions: 
     def numbers(*texts: Sequence[str], **columns: Any) -> Iterable[float]:
         return map(float, metric.compute(*texts, **columns))
 
-    rows, name = [encoded.prompt for encoded in prompts], f"The metric {metric.name}"
-    values = call_checked(numbers, rows, completions, name, "one number for each", "prompts")
+    name = f"The metric {metric.name}"
+    values = call_checked(numbers, prompts, completions, name, "one number for each", "prompts")
     bad = next((row for row, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:
-        row = prompts[bad].prompt.row
+        row = prompts[bad].row
         raise ConfigError(f"{name} gave a value that is not a finite number for the prompt of row {row}; mend it.")
     return tuple(values)
 

@@ -9,6 +9,7 @@ import regex
 from jinja2 import TemplateError
 
 from cagsr.errors import DataError
+from cagsr.flow import Spoken
 from cagsr.prompts.character_ranges import Range
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -43,6 +44,18 @@ def render_chat(
         )
     text = apply_template(messages, tokenizer, columns, where, opened=True)
     return text, _by_placeholders(messages, tokenizer, columns, text) or _by_search(messages, text)
+
+
+def spoken_in(messages: Sequence[Mapping[str, Any]], places: Places) -> tuple[Spoken, ...]:
+    """Where the messages lie that were found, who said them, and how many exchanges ago."""
+    found, users = [], 0
+    for message, place in zip(reversed(messages), reversed(places), strict=True):
+        # An answer is as old as what the user says next, and a system message as what he says first.
+        age = users if message["role"] == "user" else users - 1
+        users += message["role"] == "user"
+        if place is not None:
+            found.append(Spoken(place.start, place.end, str(message["role"]), max(0, age)))
+    return tuple(reversed(found))
 
 
 def apply_template(

@@ -134,12 +134,14 @@ def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> t
     # A character that two tokens share (byte pieces) stays when one of them stays.
     alive = [tokens.offsets[index] for index in kept]
     cuts = [tokens.offsets[index] for index in sorted(gone) if not overlaps(*tokens.offsets[index], alive)]
-    text, (template, spans, offsets) = cut(prompt.text, cuts, prompt.template, prompt.spans or (), alive)
+    places = [(one.start, one.end) for one in prompt.spoken]
+    text, (template, spans, said, offsets) = cut(prompt.text, cuts, prompt.template, prompt.spans or (), places, alive)
     shorter = replace(
         prompt,
         text=text,
         template=not_empty(template),
         spans=None if prompt.spans is None else not_empty(spans),
+        spoken=tuple(one._replace(start=start, end=end) for one, (start, end) in zip(prompt.spoken, said, strict=True)),
     )
     return shorter, Tokens(
         ids=tuple(tokens.ids[index] for index in kept),

@@ -11,7 +11,7 @@ from typing import Any
 from cagsr.config import DataConfig
 from cagsr.errors import DataError
 from cagsr.models.files import is_lfs_pointer
-from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, number_as_text, with_text, without_messages
+from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, number_as_text, turn_by_turn, with_text, without_messages
 
 __all__ = ["Row", "Rows", "load_rows"]
 
@@ -37,19 +37,21 @@ def load_rows(config: DataConfig, text_columns: Collection[str] = ()) -> Rows:
 
     Text columns are text: a CSV's cells are taken as they are written (``042``, ``1.50``, nothing), numbers of other files
     become their digits. They are the prompt column, those named in ``TEXT_COLUMNS`` and ``text_columns``; all others keep
-    their types. A row of OpenAI's ``messages`` without a prompt becomes prompt and completion (``without_messages``).
+    their types. A row of OpenAI's ``messages`` without a prompt becomes prompt and completion (``without_messages``), or is read
+    from its first turn on (``turn_by_turn``), as ``config.messages`` says.
 
     Raises DataError: no such file or dataset, an unknown file type, a folder without data, a Git LFS pointer; while iterating
     an empty file, malformed content (with the row's number), a Hub dataset that can't be reached.
     """
     columns = frozenset((config.prompt_column, *TEXT_COLUMNS, *text_columns))
+    of_messages = turn_by_turn if config.messages == "first_turn" else without_messages
 
     def rows(readers: list[Callable[[], Iterator[Row]]], source: str) -> Rows:
         def opened() -> Iterator[Row]:
             empty = True
             for row in (row for reader in readers for row in reader()):
                 empty = False
-                yield without_messages(with_text(row, columns), config.prompt_column)
+                yield of_messages(with_text(row, columns), config.prompt_column)
             if empty:
                 raise DataError(f"{source}: the file holds no rows; give at least one prompt.")
 

@@ -10,7 +10,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
-from cagsr.prompts.chat import Places, render_chat, written_marks
+from cagsr.prompts.chat import Places, render_chat, spoken_in, written_marks
 from cagsr.prompts.rows import Row
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
@@ -140,6 +140,7 @@ def _conversation(
         template=outside(len(text), contents),
         spans=_move_spans(marked, places, where),
         messages=tuple(messages),
+        spoken=spoken_in(messages[int(added) :], places[int(added) :]),
         columns=columns,
     )
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from cagsr.config import DataConfig
 
-MESSAGES = "messages"
+MESSAGES, TURNS = "messages", "turns"
+USER_TURNS, ANSWERS = "user_turns", "answers_by_turn"
 TEXT_COLUMNS = ("completion", "chosen", "rejected", "response", "reference", "references", "follow_up")
 """Columns that hold text under their usual names: a number in them is read as its digits."""
 
@@ -75,6 +76,37 @@ def without_messages(row: Row, prompt_column: str) -> Row:
         end = next((n for n in range(end, 0, -1) if messages[n - 1].get("role") not in ("assistant", "tool")), 0)
         values["completion"] = list(messages[end:])
     return row._replace(values={"prompt": list(messages[:end]), **values}, from_messages=True)
+
+
+def turn_by_turn(row: Row, prompt_column: str) -> Row:
+    """Read ``messages``, or ``turns`` (a list of what the user says), from the user's first message on.
+
+    That message, with what stands before it, is the prompt; ``user_turns`` is a list of what the user says later,
+    ``answers_by_turn`` one of what the assistant said to each of his messages (None: nothing). A row with a prompt stays as it is.
+    """
+    values = row.values
+    if prompt_column != "prompt" or prompt_column in values:
+        return row
+    turns, messages = values.get(TURNS), values.get(MESSAGES)
+    if isinstance(turns, list | tuple) and turns and all(isinstance(text, str) and text.strip() for text in turns):
+        kept = {name: value for name, value in values.items() if name != TURNS}
+        asked = {"prompt": [{"role": "user", "content": turns[0]}], USER_TURNS: list(turns[1:])}
+        return row._replace(values={**kept, **asked}, from_messages=True)
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        return row
+    starts = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+    if not starts:
+        return row
+    said = [messages[start + 1 : end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
+    kept = {name: value for name, value in values.items() if name != MESSAGES}
+    asked = {
+        "prompt": list(messages[: starts[0] + 1]),
+        USER_TURNS: [messages[start].get("content") for start in starts[1:]],
+        ANSWERS: [
+            next((one.get("content") for one in reversed(own) if one.get("role") == "assistant"), None) for own in said
+        ],
+    }
+    return row._replace(values={**kept, **asked, "reference": asked[ANSWERS][0]}, from_messages=True)
 
 
 def split_texts(rows: Rows, config: DataConfig) -> Rows:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cagsr.config import SalienceConfig
 from cagsr.errors import DataError
-from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.flow import EncodedPrompt, Prompt, Spoken
 from cagsr.prompts.character_ranges import overlaps
 from cagsr.prompts.encode import Tokens
 from cagsr.prompts.find_words import Word, find_words
@@ -90,9 +90,35 @@ def salient_words(
     """Weigh the words of ``prompt`` that matter, in order of their occurrence, with their weights.
 
     ``idf``: the word's IDF to the power ``idf_power``, words below ``idf_floor`` times the largest left out;
-    ``uniform``: 1 for every word; ``spans``: 1 for every word that shares a character with a marked passage. DataError, which
-    ``where`` (file and row) opens, if no word matters: the prompt is all template, says boilerplate only, or marks nothing.
+    ``uniform``: 1 for every word; ``spans``: 1 for every word that shares a character with a marked passage. Each times the
+    weight of who said it (``user_weight`` and the like; a plain prompt is the user's), times ``turn_decay`` for every exchange
+    since. DataError, which ``where`` (file and row) opens, if no word matters: the prompt is all template, says boilerplate
+    only, or marks nothing.
     """
+    found = _weighed(prompt, config, frequency, where)
+    told = [
+        SalientWord(one.word, weight)
+        for one in found
+        if (weight := one.weight * _of_speaker(prompt.spoken, one.word, config)) > 0
+    ]
+    if not told:
+        raise DataError(
+            f"{where}: no word that matters is left under the weights of roles and turns (--salience.user_weight, "
+            "--salience.assistant_weight, --salience.other_weight, --salience.turn_decay); raise one, or remove the row."
+        )
+    return told
+
+
+def _of_speaker(spoken: Sequence[Spoken], word: Word, config: SalienceConfig) -> float:
+    """What a word's weight is multiplied with for who said it, and when; one that a template moved is the user's, and new."""
+    told = next((one for one in spoken if one.start < word.end and word.start < one.end), None)
+    if told is None:
+        return config.user_weight
+    return config.role_weight(told.role) * config.turn_decay**told.age
+
+
+def _weighed(prompt: Prompt, config: SalienceConfig, frequency: DocumentFrequency, where: str) -> list[SalientWord]:
+    """The words that matter, whoever said them."""
     words = list(find_words(prompt.text, prompt.template))
     if not words:
         raise DataError(
@@ -135,8 +161,8 @@ def words_of_tokens(
     - A token that spans several words belongs to the first salient one.
     - A word that gets no token of its own this way merges with the word its token belongs to: covering that token
       covers both, so the weights add up.
-    - The same word twice in a prompt is ONE salient word with one weight: all its tokens carry one index, and looking
-      at either occurrence covers it.
+    - The same word twice in a prompt is ONE salient word with one weight, the largest of its occurrences': all its tokens
+      carry one index, and looking at either occurrence covers it.
     - A word whose only tokens are special, or the skipped first token, drops out.
 
     Indices run from 0 in the order of first occurrence. DataError, which ``where`` opens, where no salient word is left.
@@ -145,9 +171,12 @@ def words_of_tokens(
     index_of: dict[str, int] = {}
     weights: list[float] = []
     for owner in owners:
-        if owner is not None and salient[owner].word.key not in index_of:
-            index_of[salient[owner].word.key] = len(weights)
+        if owner is None:
+            continue
+        index = index_of.setdefault(salient[owner].word.key, len(weights))
+        if index == len(weights):
             weights.append(salient[owner].weight)
+        weights[index] = max(weights[index], salient[owner].weight)
     merged: set[str] = set()
     for word, weight in salient:
         if word.key in index_of or word.key in merged:

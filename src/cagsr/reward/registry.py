@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from keyword import iskeyword
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from cagsr.errors import ConfigError
 from cagsr.reward.term import UNKNOWN
@@ -50,6 +50,15 @@ class TermConfig:
 
     weight: float = 0.0
     """Weight in the reward; 0 leaves the term out."""
+
+
+@dataclass(frozen=True)
+class LookingConfig(TermConfig):
+    """What the settings of a term have that reads the attention to what stands before an answer."""
+
+    turns: Literal["all", "first", "latest"] = "all"
+    """Of a conversation: over which turns it looks. all: the prompt and all that was said since; first: the prompt; latest:
+    what was said to it last, and its answer before."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class RewardConfig(_Sections):
         if not any([*rewards, *own]):
             yield (
                 "the reward is empty: every weight is 0 but those of guards (echo); give at least one term a weight, as "
-                "--reward.coverage.weight 1"
+                "--reward.grounded_coverage.weight 1"
             )
 
 

@@ -49,8 +49,8 @@ class RewardTerm(Protocol):
     It may say more of itself, as class attributes: ``needs``, a frozenset of :data:`ATTENTION`, :data:`REFERENCE` and, for
     registered terms, the names of :class:`~cagsr.reward.registry.Resources` (without it the first two are assumed);
     ``by_micro_batch``, True where an answer's value depends on that answer alone: then no attention map outlives its
-    micro-batch; ``turns``, over which turns of an episode it looks: ``all`` before the answer, the ``first`` (the prompt),
-    or the ``latest`` (what was said to it last).
+    micro-batch; ``turns`` (or a setting of that name), over which turns of an episode it looks: ``all`` before the answer, the
+    ``first`` (the prompt), or the ``latest`` (what was said to it last).
     """
 
     @property

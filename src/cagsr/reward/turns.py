@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cagsr.flow import Context, Episode, Prompt, Returns, RewardBatch
+from cagsr.flow import Context, Returns, RewardBatch
 from cagsr.reward.term import RewardTerm
 from cagsr.rollout.rows import take_rows
+from cagsr.tasks.history import prompt_before
 
 Turns = Literal["all", "first", "latest"]
 
@@ -55,8 +56,8 @@ class Exchanges:
         return (counts[own] == 1) & (self.turn > 0)
 
     def seen_by(self, term: RewardTerm) -> RewardBatch:
-        """The batch with the words of those turns alone that the term looks over (its attribute ``turns``)."""
-        turns: Turns = getattr(term, "turns", "all")
+        """The batch with the words of those turns alone that the term looks over (its attribute or setting ``turns``)."""
+        turns: Turns = getattr(term, "turns", getattr(getattr(term, "settings", None), "turns", "all"))
         context = self.batch.episodes.context
         if turns == "all" or context is None or self.turn is None:
             return self.batch
@@ -101,7 +102,7 @@ def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
     assert context is not None
     own = episodes.sampled & (episodes.turn == turn[:, None])
     told = zip(episodes.prompts.prompts, context.episodes, turn.tolist(), strict=True)
-    prompts = tuple(_as_prompt(prompt, episode, number) for prompt, episode, number in told)
+    prompts = tuple(prompt_before(prompt, episode, number) for prompt, episode, number in told)
     answers = replace(
         episodes,
         prompts=replace(episodes.prompts, prompts=prompts),
@@ -111,9 +112,18 @@ def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
         completions=tuple(
             episode.answers[number] for episode, number in zip(context.episodes, turn.tolist(), strict=True)
         ),
-        context=_only(context, context.word_turn <= turn[:, None]),
+        context=_faded(_only(context, context.word_turn <= turn[:, None]), turn),
     )
     return replace(picked, episodes=answers)
+
+
+def _faded(context: Context, turn: Tensor) -> Context:
+    """The context with the weights that its words have by ``turn`` ``(batch,)``: less for each turn since they were said."""
+    if context.turn_decay == 1.0:
+        return context
+    age = (turn[:, None] - context.word_turn).clamp(min=0)
+    salience = context.salience * context.turn_decay**age
+    return _only(replace(context, salience=salience), salience > 0)
 
 
 def _only(context: Context, counts: Tensor) -> Context:
@@ -124,15 +134,3 @@ def _only(context: Context, counts: Tensor) -> Context:
         words=context.words.masked_fill(~there, -1),
         salience=context.salience.masked_fill(~counts, 0.0),
     )
-
-
-def _as_prompt(prompt: Prompt, episode: Episode, turn: int) -> Prompt:
-    """The prompt as it stands before an answer: what was said since is part of it."""
-    said = [segment for segment in episode.segments if segment.turn < turn or not segment.sampled]
-    before = [segment for segment in said if segment.turn <= turn]
-    if not before:
-        return prompt
-    messages = prompt.messages
-    if messages is not None:
-        messages = (*messages, *({"role": one.role, "content": one.text} for one in before))
-    return replace(prompt, text=prompt.text + "".join(segment.text for segment in before), messages=messages)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +12,17 @@ from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, PromptBatc
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.rows import prompt_batch
 from cagsr.tasks.segments import SegmentEncoder
-from cagsr.tasks.task import Task, reply_of
+from cagsr.tasks.task import Task, replies_of
 
 Sample = Callable[[PromptBatch], EpisodeBatch]
 """Samples one answer to each row of a batch of prompts."""
+
+
+class Player(Protocol):
+    """Makes episodes with an engine that answers."""
+
+    def __call__(self, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch) -> EpisodeBatch:
+        """Play an episode for each row; ``batch`` holds the rows' prompts, padded."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class EpisodePlayer:
                 episodes[row] = replace(
                     episodes[row], segments=(*episodes[row].segments, answer), ended=bool(found.ended[place])
                 )
-            going = [row for row in going if self._goes_on(episodes, row)]
+            going = self._going_on(episodes, going)
             if not going:
                 break
             turn += 1
@@ -61,17 +69,19 @@ class EpisodePlayer:
             return first
         return self._tensors(episodes, logprobs, batch)
 
-    def _goes_on(self, episodes: list[Episode], row: int) -> bool:
-        """Ask the task, and put down what it says."""
-        episode = episodes[row]
-        if not episode.ended or (text := reply_of(self.task, episode)) is None:
-            return False
-        reply = self.encoder.reply(episode, text)
-        longer = replace(episode, segments=(*episode.segments, reply))
-        if len(_so_far(longer).ids) > self.room:
-            return False  # no room for another answer: the episode is over
-        episodes[row] = longer
-        return True
+    def _going_on(self, episodes: list[Episode], rows: Sequence[int]) -> list[int]:
+        """Ask the task of the ``rows`` whose answers ended, put down what it says, and give those that go on."""
+        asked = [row for row in rows if episodes[row].ended]
+        going = []
+        for row, text in zip(asked, replies_of(self.task, [episodes[row] for row in asked]), strict=True):
+            if text is None:
+                continue
+            reply = self.encoder.reply(episodes[row], text)
+            longer = replace(episodes[row], segments=(*episodes[row].segments, reply))
+            if len(_so_far(longer).ids) <= self.room:  # else no room for another answer: the episode is over
+                episodes[row] = longer
+                going.append(row)
+        return going
 
     def _tensors(
         self, episodes: list[Episode], logprobs: list[list[list[float] | None]], batch: PromptBatch
@@ -100,13 +110,11 @@ class EpisodePlayer:
             ended=torch.tensor([episode.ended for episode in episodes], device=device),
             completions=tuple(episode.answers[-1] for episode in episodes),
             decoded_logprobs=decoded,
-            context=_context(episodes, batch, width),
+            context=context_of(episodes, batch, width, self.encoder.salience.turn_decay),
         )
 
 
-def played(
-    player: EpisodePlayer | None, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch
-) -> EpisodeBatch:
+def played(player: Player | None, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch) -> EpisodeBatch:
     """One answer to each row, or, with a player, an episode for each; arguments as :meth:`EpisodePlayer.__call__`."""
     return sample(batch) if player is None else player(sample, prompts, batch)
 
@@ -117,7 +125,7 @@ def _so_far(episode: Episode) -> EncodedPrompt:
     return replace(episode.first, ids=ids, words=(-1,) * len(ids))
 
 
-def _context(episodes: Sequence[Episode], batch: PromptBatch, width: int) -> Context:
+def context_of(episodes: Sequence[Episode], batch: PromptBatch, width: int, turn_decay: float) -> Context:
     """The words of prompts and segments, numbered through; an answer's own words are there for later turns only."""
     device, prompt = batch.ids.device, batch.ids.shape[1]
     words = torch.full((len(episodes), prompt + width), -1, dtype=torch.int64)
@@ -139,4 +147,4 @@ def _context(episodes: Sequence[Episode], batch: PromptBatch, width: int) -> Con
     most = max(map(len, weights))
     salience = torch.tensor([[*row, *[0.0] * (most - len(row))] for row in weights], dtype=torch.float32)
     since_turn = torch.tensor([[*row, *[0] * (most - len(row))] for row in turns], dtype=torch.int64)
-    return Context(words.to(device), salience.to(device), since_turn.to(device), tuple(episodes))
+    return Context(words.to(device), salience.to(device), since_turn.to(device), tuple(episodes), turn_decay)

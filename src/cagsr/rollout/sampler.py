@@ -15,8 +15,8 @@ from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sample import sample_responses
 from cagsr.rollout.vllm import VLLMSampler
-from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_weights import DiskWeights, NcclWeights, WeightChannel
+from cagsr.support.http_json import JsonServer
 
 WEIGHTS_FOLDER = "rollout-weights"
 """Where the weights for the server lie in the run folder, unless ``rollout.weights_dir`` says otherwise."""
@@ -84,7 +84,7 @@ def build_sampler(config: TrainConfig, loaded: LoadedModel, accelerator: Acceler
         )
     folder = Path(rollout.weights_dir) if rollout.weights_dir else Path(config.output_dir) / WEIGHTS_FOLDER
 
-    def channel(server: VLLMServer) -> WeightChannel:
+    def channel(server: JsonServer) -> WeightChannel:
         if rollout.weights == "nccl":
             return NcclWeights(server, accelerator.device, rollout.group_port, rollout.wait)
         return DiskWeights(server, loaded.model, folder)

@@ -16,9 +16,9 @@ from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
-from cagsr.rollout.vllm_http import VLLMServer
 from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
 from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
+from cagsr.support.http_json import JsonServer
 from cagsr.support.processes import broadcast, gather_objects
 from cagsr.support.progress import working
 
@@ -36,11 +36,11 @@ class VLLMSampler:
         model: ModelConfig,
         rollout: RolloutConfig,
         accelerator: Accelerator,
-        channel: Callable[[VLLMServer], WeightChannel],
+        channel: Callable[[JsonServer], WeightChannel],
     ) -> None:
         self._loaded = loaded
         self._accelerator = accelerator
-        self._server = VLLMServer(rollout.url, rollout.timeout)
+        self._server = JsonServer(rollout.url, rollout.timeout)
         self._channel: WeightChannel | None = None
         self._stale = True
 

@@ -9,7 +9,7 @@ from cagsr.config import ModelConfig, RolloutConfig
 from cagsr.errors import ConfigError, RolloutError
 from cagsr.models.load import LoadedModel
 from cagsr.models.parts import stored_config
-from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
+from cagsr.support.http_json import HttpStatusError, JsonServer
 
 PROBED_TOKENS = 200
 """Tokens, spread over the vocabulary, whose text both tokenizers must read alike."""
@@ -25,7 +25,7 @@ class ServedModel:
     """Longest prompt and answer together, in tokens; None: not told."""
 
 
-def meet(server: VLLMServer, rollout: RolloutConfig, model: ModelConfig, loaded: LoadedModel) -> ServedModel:
+def meet(server: JsonServer, rollout: RolloutConfig, model: ModelConfig, loaded: LoadedModel) -> ServedModel:
     """Wait for the server and look whether it can sample for this policy.
 
     Raises RolloutError where it is not up in time, is no vLLM server, was started without a setting that is needed, or with
@@ -46,7 +46,7 @@ def meet(server: VLLMServer, rollout: RolloutConfig, model: ModelConfig, loaded:
     return served
 
 
-def _check_settings(server: VLLMServer, rollout: RolloutConfig) -> None:
+def _check_settings(server: JsonServer, rollout: RolloutConfig) -> None:
     try:
         found = server.get("/server_info?config_format=json")
     except HttpStatusError as error:
@@ -72,7 +72,7 @@ def _check_settings(server: VLLMServer, rollout: RolloutConfig) -> None:
         )
 
 
-def _check_tokenizer(server: VLLMServer, served: ServedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(server: JsonServer, served: ServedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     step = max(1, len(tokenizer) // PROBED_TOKENS)
     special = set(tokenizer.all_special_ids)
     text = tokenizer.decode([number for number in range(0, len(tokenizer), step) if number not in special])

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from cagsr.errors import ConfigError, RolloutError
 from cagsr.models.load import LoadedModel
-from cagsr.rollout.vllm_http import HttpStatusError, VLLMServer
 from cagsr.support.atomic import clean_leftovers, disk_errors, replace_folder
 from cagsr.support.extras import require
+from cagsr.support.http_json import HttpStatusError, JsonServer
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class DiskWeights:
     weights lie in a subfolder with a new name each time.
     """
 
-    def __init__(self, server: VLLMServer, model: nn.Module, folder: Path) -> None:
+    def __init__(self, server: JsonServer, model: nn.Module, folder: Path) -> None:
         self._server = server
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
         # Not resolve(): a link here may be the folder itself where the server runs.
@@ -141,7 +141,7 @@ class NcclWeights:
     without a CUDA device, without vllm beside the trainer, or with a TRL whose client speaks another protocol.
     """
 
-    def __init__(self, server: VLLMServer, device: torch.device, group_port: int, timeout: float) -> None:
+    def __init__(self, server: JsonServer, device: torch.device, group_port: int, timeout: float) -> None:
         if device.type != "cuda":
             raise ConfigError(
                 f"--rollout.weights nccl: weights go from GPU to GPU, and the policy is on {device.type}; use disk."
@@ -206,7 +206,7 @@ def trl_client(url: str, group_port: int, timeout: float) -> Any:
         raise RolloutError(f"TRL's client can't connect to the vLLM server at {url} ({_line(error)}).") from error
 
 
-def reset_prefix_cache(server: VLLMServer) -> None:
+def reset_prefix_cache(server: JsonServer) -> None:
     """Drop keys and values computed under the old weights; RolloutError where the server doesn't, or says that it could not."""
     reply = server.post("/reset_prefix_cache", {})
     if isinstance(reply, dict) and reply.get("success") is False:

@@ -4,20 +4,25 @@ The tokens of an answer are those that were sampled: what was said is never toke
 in sampling, scoring and the update.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cagsr.config import SalienceConfig
 from cagsr.errors import DataError, RolloutError
-from cagsr.flow import EncodedPrompt, Episode, Prompt, Segment
+from cagsr.flow import EncodedPrompt, Episode, Prompt, Segment, Spoken
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.load import LoadedModel
 from cagsr.models.stops import turn_end
 from cagsr.prompts.answer_text import answered_messages
+from cagsr.prompts.character_ranges import outside
 from cagsr.prompts.chat import apply_template
 from cagsr.prompts.encode import Tokens
 from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
+
+_HOLDER = "\ue000answer\ue001"
+_THOUGHTS = re.compile(r"<(think|thinking|reasoning)>.*?</\1>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class SegmentEncoder:
         """
         messages = episode.first.prompt.messages
         before = episode.first.prompt.text + "".join(one.text for one in episode.segments)
-        written = text if messages is None else self._in_template(episode, text)
+        written = text if messages is None else self._unended(episode) + self._in_template(episode, text)
         ids = encode_continuation(self.loaded.tokenizer, before if messages is None else "", written)
         segment = Segment(tuple(ids), text, "user", len(episode.answers), sampled=False)
         return self._weighed(segment)
@@ -55,38 +60,63 @@ class SegmentEncoder:
         return frozenset(self.loaded.tokenizer.all_special_ids) | named
 
     def _in_template(self, episode: Episode, text: str) -> str:
-        """The text between an answer's stop token and the next answer."""
+        """The text between an answer's stop token and the next answer.
+
+        Templates that leave thoughts out of earlier turns (Qwen 3) write the past otherwise once it goes on. What was sampled
+        stays as it is, so only what comes behind the answer is taken from them.
+        """
         prompt, tokenizer = episode.first.prompt, self.loaded.tokenizer
         assert prompt.messages is not None
         spoken = [{"role": one.role, "content": one.text} for one in episode.segments]
-        chat = answered_messages(prompt.messages, spoken)
         where = f"row {prompt.row}"
-        until = apply_template(chat, tokenizer, prompt.columns, where, opened=False)
-        whole = apply_template(
-            [*chat, {"role": "user", "content": text}], tokenizer, prompt.columns, where, opened=True
-        )
+
+        def written(said: list[dict[str, str]], *, opened: bool) -> str:
+            chat = answered_messages(prompt.messages or (), said)
+            return apply_template(chat, tokenizer, prompt.columns, where, opened=opened)
+
+        reply = {"role": "user", "content": text}
+        until, whole = written(spoken, opened=False), written([*spoken, reply], opened=True)
         end = turn_end(tokenizer)
         marker = "" if end is None else end.marker
-        if not whole.startswith(until) or (marker and marker not in until):
+        if whole.startswith(until) and marker in until:
+            return whole[until.rindex(marker) + len(marker) if marker else len(until) :]
+        held = written([*spoken[:-1], {**spoken[-1], "content": _HOLDER}, reply], opened=True)
+        _, found, behind = held.rpartition(_HOLDER)
+        if not (marker and found and marker in behind and _spoken_only(whole).startswith(_spoken_only(until))):
             raise RolloutError(
                 f"the chat template writes {where} otherwise once it goes on, so a second turn can't follow the tokens of the "
                 "first; use a plain prompt, or a template that only appends"
             )
-        ended = len(until) if not marker else until.rindex(marker) + len(marker)
-        return whole[ended:]
+        return behind[behind.index(marker) + len(marker) :]
+
+    def _unended(self, episode: Episode) -> str:
+        """The end of turn that the last answer lacks, because a stop string ended it."""
+        end = turn_end(self.loaded.tokenizer)
+        if end is None or end.stop is None or episode.segments[-1].ids[-1:] == (end.stop,):
+            return ""
+        return end.gap + end.marker
 
     def _weighed(self, segment: Segment) -> Segment:
         """With its salient words; none where no word of it matters."""
         if self.salience.weighting == "spans":
             return segment
-        text, offsets = self._spans(segment.ids)
+        text, offsets = self.spans(segment.ids)
         tokens = Tokens(
             ids=segment.ids,
             offsets=offsets,
             special=tuple(number in self._special for number in segment.ids),
             blank=tuple(not text[start:end].strip() for start, end in offsets),
         )
-        prompt, config = Prompt(row=0, text=text), replace(self.salience, skip_sink=False)
+        config = replace(self.salience, skip_sink=False)
+        # What a chat template wrote around it is nobody's word.
+        start = max(0, text.find(segment.text.strip()))
+        said = (start, start + len(segment.text.strip())) if segment.text.strip() in text else (0, len(text))
+        prompt = Prompt(
+            row=0,
+            text=text,
+            template=outside(len(text), [said]),
+            spoken=(Spoken(*said, segment.role, age=0),),
+        )
         try:
             salient = salient_words(prompt, config, self.frequency, "")
             found: EncodedPrompt = words_of_tokens(prompt, tokens, salient, config, "")
@@ -94,7 +124,7 @@ class SegmentEncoder:
             return segment
         return replace(segment, words=found.words, salience=found.salience)
 
-    def _spans(self, ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def spans(self, ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The text of some tokens, and where each lies in it; special tokens take no room."""
         plain = [number for number in ids if number not in self._special]
         ends = iter([len(self.loaded.text_of(plain[: count + 1])) for count in range(len(plain))])
@@ -104,3 +134,8 @@ class SegmentEncoder:
             offsets.append((last, end))
             last = end
         return text, tuple(offsets)
+
+
+def _spoken_only(text: str) -> str:
+    """A rendered conversation without the thoughts in it."""
+    return _THOUGHTS.sub("", text)

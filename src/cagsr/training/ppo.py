@@ -32,7 +32,7 @@ from cagsr.objectives.objective import Objective, ObjectiveLoss, UpdateBatch
 from cagsr.objectives.policy import PolicyObjective
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
-from cagsr.rollout.episodes import EpisodePlayer, played
+from cagsr.rollout.episodes import Player, played
 from cagsr.rollout.rows import episode_rows, prompt_batch, take_rows
 from cagsr.rollout.sampler import build_sampler
 from cagsr.scoring.compared import compare_with_plain
@@ -61,7 +61,7 @@ class PPO:
         loaded: LoadedModel,
         reward: RewardFunction,
         accelerator: Accelerator,
-        player: EpisodePlayer | None = None,
+        player: Player | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded

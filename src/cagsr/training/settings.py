@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cagsr.config.training import (
     AttentionConfig,
+    ConversationConfig,
     DataConfig,
     EvalConfig,
     LoraConfig,
@@ -15,6 +16,7 @@ from cagsr.config.training import (
     RunConfig,
     SalienceConfig,
     SamplingConfig,
+    StepsConfig,
 )
 from cagsr.reward.settings import RewardConfig
 
@@ -30,6 +32,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    conversation: ConversationConfig = field(default_factory=ConversationConfig)
+    steps: StepsConfig = field(default_factory=StepsConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -41,6 +45,16 @@ class TrainConfig:
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
         sampling, ppo = self.sampling, self.ppo
+        task, user = self.rollout.task, self.conversation.user
+        if task is not None and user is not None:
+            yield "--rollout.task and --conversation.user both say how an episode goes on: leave one of them out."
+        if self.steps.by != "none" and (task is not None or user is not None):
+            yield "--steps.by takes single answers apart: leave --rollout.task and --conversation.user out."
+        if (task is not None or user is not None) and self.rollout.engine == "vllm":
+            named = "--rollout.task" if task is not None else "--conversation.user"
+            yield f"{named}: episodes of several turns are sampled by transformers alone; leave --rollout.engine out."
+        if user == "replay" and self.data.messages != "first_turn":
+            yield "--conversation.user replay: the data is asked turn by turn; give --data.messages first_turn."
         if sampling.temperature == 0:
             yield f"--sampling.temperature {sampling.temperature}: training samples, so it must be above 0."
         if ppo.estimator != "gae" and sampling.num_generations < 2:

@@ -14,6 +14,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.user_functions import TextFunction
+from cagsr.rollout.step_player import StepPlayer
 from cagsr.runs.numbers import StepNumbers
 from cagsr.support.clock import peak_memory_bytes
 from cagsr.support.processes import broadcast, gather_objects
@@ -115,6 +116,8 @@ class Steps:
         config, prompts = self.config, self.held_out
         if not prompts:
             return {}, []
+        # Steps are the reward's to judge; the metric judges the whole answer.
+        player = None if isinstance(self.ppo.player, StepPlayer) else self.ppo.player
 
         def answers(temperature: float) -> JudgedAnswers:
             sampling = dataclasses.replace(config.sampling, temperature=temperature)
@@ -126,20 +129,20 @@ class Steps:
                 seed=config.run.seed,
                 batch_size=config.rollout.batch_size,
                 accelerator=self.ppo.accelerator,
-                player=self.ppo.player,
+                player=player,
             )
 
         with gathered(self.loaded.model):
             sampled, greedy = answers(config.sampling.temperature), answers(0.0)
         rows = [
             {
-                "prompt": encoded.prompt.text,
+                "prompt": prompt.text,
                 "completion": greedy.completions[number],
                 "metric": greedy.metric[number],
                 "tokens": greedy.lengths[number],
                 "ended": greedy.ended[number],
             }
-            for number, encoded in enumerate(prompts[: config.evaluation.samples])
+            for number, prompt in enumerate(greedy.prompts[: config.evaluation.samples])
         ]
         return evaluation_metrics(sampled=sampled, greedy=greedy), rows
 

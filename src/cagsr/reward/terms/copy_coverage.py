@@ -9,13 +9,13 @@ from torch import Tensor
 from cagsr.flow import RewardBatch
 from cagsr.models.texts import TokenTexts
 from cagsr.reward.pooling import normalized_salience
-from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.registry import LookingConfig, register
 from cagsr.reward.same_text import same_text
 from cagsr.reward.term import ATTENTION
 
 
 @dataclass(frozen=True)
-class CopyCoverageConfig(TermConfig):
+class CopyCoverageConfig(LookingConfig):
     """Copy coverage: a salient word counts when the response token that looks at it hardest says it."""
 
 

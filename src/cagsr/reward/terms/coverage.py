@@ -13,16 +13,14 @@ from torch import Tensor
 from cagsr.config.ranges import PositiveShare
 from cagsr.flow import RewardBatch
 from cagsr.reward.pooling import normalized_salience
-from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.registry import LookingConfig, register
 from cagsr.reward.term import ATTENTION
 
 
 @dataclass(frozen=True)
-class CoverageConfig(TermConfig):
+class CoverageConfig(LookingConfig):
     """Saturating coverage: each salient word must be looked at hard once."""
 
-    weight: float = 1.0
-    """Weight in the reward; 0 leaves the term out."""
     threshold: PositiveShare = 0.3
     """Attention at which a word counts as covered (tau)."""
     dense: bool = False

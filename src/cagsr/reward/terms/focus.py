@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cagsr.config.ranges import ShareBelowOne
 from cagsr.flow import RewardBatch
-from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.registry import LookingConfig, register
 from cagsr.reward.term import ATTENTION
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FocusConfig(TermConfig):
+class FocusConfig(LookingConfig):
     """Focus: one minus the normalised entropy of the attention over salient words."""
 
     weight: float = 0.0

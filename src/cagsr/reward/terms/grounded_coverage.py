@@ -2,7 +2,7 @@
 
 Plain coverage pays for looking at a word, whatever is said meanwhile: an answer that looks at a name and misspells it is
 paid in full. Here only attention from a response token to a prompt token of the same text counts, so that the answer's
-text vouches for what its attention claims. It sees what is copied, not what is paraphrased: use it beside coverage.
+text vouches for what its attention claims. It sees what is copied, not what is paraphrased.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,17 @@ from cagsr.config.ranges import PositiveShare
 from cagsr.flow import RewardBatch
 from cagsr.models.texts import TokenTexts
 from cagsr.reward.pooling import normalized_salience
-from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.registry import LookingConfig, register
 from cagsr.reward.same_text import same_text
 from cagsr.reward.term import ATTENTION
 
 
 @dataclass(frozen=True)
-class GroundedCoverageConfig(TermConfig):
+class GroundedCoverageConfig(LookingConfig):
     """Grounded coverage: each salient token must be looked at hard once by the response token that says it."""
 
+    weight: float = 1.0
+    """Weight in the reward; 0 leaves the term out."""
     threshold: PositiveShare = 0.1
     """Attention at which a token counts as covered (tau)."""
     dense: bool = False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cagsr.flow import RewardBatch
-from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.registry import LookingConfig, register
 from cagsr.reward.term import ATTENTION
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MeanMassConfig(TermConfig):
+class MeanMassConfig(LookingConfig):
     """Mean attention mass on salient words: the paper's literal reading, which pays for short answers."""
 
 

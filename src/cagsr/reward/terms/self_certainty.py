@@ -28,7 +28,7 @@ class SelfCertainty:
 
     name: ClassVar[str] = "self_certainty"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 10
+    place: ClassVar[int] = 11
     settings: SelfCertaintyConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

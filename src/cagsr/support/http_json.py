@@ -1,4 +1,4 @@
-"""JSON over HTTP to a vLLM server, with one sentence for everything that can go wrong on the way."""
+"""JSON over HTTP to a server, with one sentence for everything that can go wrong on the way."""
 
 import http.client
 import json
@@ -17,17 +17,29 @@ POLL_SECONDS = 1.0
 """Between two looks at a server that is not up yet."""
 
 
-class VLLMServer:
-    """The server at one address.
+class JsonServer:
+    """The server at one address; a vLLM server where nothing else is said.
 
-    TRL's ``VLLMClient`` can't be used here: it wants vllm installed beside the trainer even to ask for answers, never
+    TRL's ``VLLMClient`` can't be used for it: it wants vllm installed beside the trainer even to ask for answers, never
     times out, and retries a POST that may have been carried out. ``url`` may end in a slash or ``/v1``; ``timeout`` is how
-    many seconds each reply may take.
+    many seconds each reply may take; ``headers`` go with every request. The sentences call it ``name``, and say with which
+    settings its address (``url_setting``) and ``timeout_setting`` are given.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        *,
+        name: str = "vLLM server",
+        url_setting: str = "--rollout.url",
+        timeout_setting: str = "--rollout.timeout",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout = timeout
+        self._name, self._url_setting, self._timeout_setting = name, url_setting, timeout_setting
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
 
     def wait(self, seconds: float) -> None:
         """Wait until the server says that it is healthy; RolloutError where it is not within ``seconds``."""
@@ -41,7 +53,7 @@ class VLLMServer:
                 if time.monotonic() + POLL_SECONDS > deadline:
                     raise
             if not said:
-                logger.warning("Waiting up to %g seconds for the vLLM server at %s.", seconds, self.url)
+                logger.warning("Waiting up to %g seconds for the %s at %s.", seconds, self._name, self.url)
                 said = True
             time.sleep(POLL_SECONDS)
 
@@ -55,7 +67,7 @@ class VLLMServer:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Send ``body`` as JSON to ``path``; the rest as ``get``."""
         request = urllib.request.Request(
-            self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}, method="POST"
+            self.url + path, data=json.dumps(body).encode(), headers=self._headers, method="POST"
         )
         return self._send(request, path)
 
@@ -66,22 +78,22 @@ class VLLMServer:
                 content = reply.read()
         except urllib.error.HTTPError as error:
             raise HttpStatusError(
-                f"The vLLM server at {self.url} refused {path} with status {error.code} ({_reason(error.read())}): "
+                f"The {self._name} at {self.url} refused {path} with status {error.code} ({_reason(error.read())}): "
                 "look at its log.",
                 error.code,
             ) from error
         except TimeoutError as error:
             raise RolloutError(
-                f"The vLLM server at {self.url} gave no reply on {path} within {timeout:g} seconds: "
-                "look at its log, or raise --rollout.timeout."
+                f"The {self._name} at {self.url} gave no reply on {path} within {timeout:g} seconds: "
+                f"look at its log, or raise {self._timeout_setting}."
             ) from error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 reason = f"no connection within {timeout:g} seconds"
             raise RolloutError(
-                f"The vLLM server at {self.url} can't be reached ({reason}): start it (docs/rollouts.md), or give its "
-                "address with --rollout.url."
+                f"The {self._name} at {self.url} can't be reached ({reason}): start it, or give its address with "
+                f"{self._url_setting}."
             ) from error
         if not content.strip():
             return None
@@ -89,8 +101,8 @@ class VLLMServer:
             return json.loads(content)
         except ValueError as error:
             raise RolloutError(
-                f"The server at {self.url} replied to {path} with no JSON, so it is no vLLM server: "
-                "give the right address with --rollout.url."
+                f"The server at {self.url} replied to {path} with no JSON, so it is no {self._name}: "
+                f"give the right address with {self._url_setting}."
             ) from error
 
 

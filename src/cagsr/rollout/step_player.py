@@ -1,0 +1,62 @@
+"""Answers cut into their steps: each step is judged as an answer of its own, by the question and the steps before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from cagsr.errors import ConfigError
+from cagsr.flow import EncodedPrompt, Episode, EpisodeBatch, PromptBatch, Segment
+from cagsr.models.load import LoadedModel
+from cagsr.rollout.episodes import Sample, context_of
+from cagsr.tasks.segments import SegmentEncoder
+from cagsr.tasks.steps import Split
+
+
+@dataclass(frozen=True)
+class StepPlayer:
+    """Samples one answer to each prompt, and takes its steps for the turns of an episode."""
+
+    loaded: LoadedModel
+    split: Split
+    encoder: SegmentEncoder
+
+    def __post_init__(self) -> None:
+        if not self.loaded.architecture.one_sequence:
+            raise ConfigError(
+                f"--steps.by: {self.loaded.path} is an encoder-decoder model, in which no step looks at the steps before by its "
+                "cross-attention; chains of thought need a decoder-only model."
+            )
+
+    def __call__(self, sample: Sample, prompts: Sequence[EncodedPrompt], batch: PromptBatch) -> EpisodeBatch:
+        """Sample with the engine ``sample``; the tokens are as it gives them, their turns are the steps'."""
+        found = sample(batch)
+        turn = torch.zeros_like(found.ids)
+        episodes = []
+        for row, prompt in enumerate(prompts):
+            segments = self.steps(found.ids[row][found.real[row]].tolist())
+            start = 0
+            for segment in segments:
+                turn[row, start : start + len(segment.ids)] = segment.turn
+                start += len(segment.ids)
+            episodes.append(Episode(prompt, tuple(segments), bool(found.ended[row])))
+        if all(len(episode.segments) <= 1 for episode in episodes):
+            return found
+        context = context_of(episodes, batch, found.ids.shape[1], self.encoder.salience.turn_decay)
+        return replace(found, turn=turn, context=context)
+
+    def steps(self, ids: Sequence[int]) -> list[Segment]:
+        """The steps of an answer's tokens. A token that two steps share belongs to the first; no step is without a token."""
+        text, offsets = self.encoder.spans(ids)
+        ends = self.split(text)
+        segments: list[Segment] = []
+        start = said = 0  # tokens and characters of the steps so far
+        for end in ends:
+            behind = (place for place, (first, _) in enumerate(offsets) if first >= end)
+            stop = len(ids) if end == ends[-1] else next(behind, len(ids))
+            if stop > start:
+                segments.append(self.encoder.answer(ids[start:stop], text[said:end], len(segments)))
+                start, said = stop, end
+        return segments or [self.encoder.answer(ids, text, 0)]
