@@ -362,7 +362,7 @@ LEARNED = learn_associations(
 )
 
 
-FORMS = [(term, False) for term in TERMS] + [
+FORMS = [(term, False) for term in TERMS if term.shown] + [
     (term, True) for term in TERMS if "dense" in term.config.__dataclass_fields__
 ]
 

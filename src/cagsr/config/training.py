@@ -238,6 +238,8 @@ class SalienceConfig:
     that occur once would drown the rest."""
     markers: tuple[str, str] | None = None
     """A pair of texts around important passages of a prompt, removed before the model reads it, as << >>."""
+    code: bool = False
+    """Prompts are Python code: names count, and the words of docstrings and comments; keywords and numbers don't."""
     skip_sink: bool = True
     """Leave out the prompt's first token, where attention parks (the attention sink)."""
     pooling: Literal["sum", "max"] = "sum"

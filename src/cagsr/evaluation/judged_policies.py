@@ -10,6 +10,7 @@ from cagsr.evaluation import intervals
 from cagsr.evaluation.intervals import Floats, Interval, mean_interval
 from cagsr.evaluation.judge_answers import AnswerJudge
 from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
+from cagsr.evaluation.pass_at_k import PASSING, passes
 from cagsr.flow import EncodedPrompt
 from cagsr.support.extras import has_extra
 
@@ -87,6 +88,9 @@ def evaluate_answers(
     ends = np.cumsum([len(own) for own in answers])[:-1]
     values = {measure: _means(np.split(flat, ends)) for measure, flat in found.items()}
     fewest = min(len(own) for own in answers)
+    passing = next((name for name in PASSING if name in found), None)
+    if passing is not None and fewest > 1:
+        values |= passes(np.split(found[passing], ends))
     if fewest > 1 and has_extra("nltk"):
         values["self_bleu"] = np.array([self_bleu(own) for own in answers])
     drawn = [text for own in answers for text in own[:fewest]]

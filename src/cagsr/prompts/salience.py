@@ -15,6 +15,7 @@ from cagsr.config import SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, Prompt, Spoken
 from cagsr.prompts.character_ranges import overlaps
+from cagsr.prompts.code_words import code_words
 from cagsr.prompts.encode import Tokens
 from cagsr.prompts.find_words import Word, find_words
 
@@ -126,6 +127,8 @@ def _weighed(prompt: Prompt, config: SalienceConfig, frequency: DocumentFrequenc
             f"{'template markers and punctuation' if prompt.template else 'punctuation or special tokens'}; "
             "there is nothing an answer could attend to: remove the row or write a prompt with words."
         )
+    if config.code:
+        words = code_words(prompt.text, words)
     if config.weighting == "uniform":
         return [SalientWord(word, 1.0) for word in words]
     if config.weighting == "spans":

@@ -41,13 +41,13 @@ def weighted_terms(
 ) -> list[tuple[RewardTerm, float]]:
     """The terms with their weights; arguments and errors as :func:`build_reward`.
 
-    ``every``: registered terms of weight 0 as well, as far as ``resources`` hold what they need (``score`` and ``diagnose`` show
-    them all).
+    ``every``: registered terms of weight 0 as well, as far as they are to be ``shown`` and ``resources`` hold what they need
+    (``score`` and ``diagnose``).
     """
     terms: list[tuple[RewardTerm, float]] = []
     for registered in TERMS:
         settings = getattr(config, registered.name)
-        if settings.weight != 0 or (every and resources.hold(registered.needs)):
+        if settings.weight != 0 or (every and registered.shown and resources.hold(registered.needs)):
             terms.append((registered.term(settings, resources), settings.weight))
     taken = {registered.name for registered in TERMS} | {"total"}
     for path, weight in zip(config.functions, weights_of(config.functions, config.function_weights), strict=True):

@@ -100,6 +100,8 @@ class TermClass:
     """Its settings, a dataclass with a ``weight``."""
     needs: frozenset[str]
     place: int
+    shown: bool
+    """Whether ``score`` and ``diagnose`` show its values where it has no weight: not where it runs code, or asks for labels."""
     scale: float | None
     """What its values are multiplied with instead of being brought to one scale; None: they are brought to it."""
     advice: Callable[[Any, Any], Iterable[str]]
@@ -137,6 +139,7 @@ def register(cls: _ClassT) -> _ClassT:
         config=config,
         needs=frozenset(cls.needs),
         place=getattr(cls, "place", LAST),
+        shown=getattr(cls, "shown", True),
         scale=getattr(cls, "scale", None),
         advice=getattr(cls, "advice", lambda settings, reward: ()),
     )

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cagsr.flow import Context, Returns, RewardBatch
+from cagsr.flow import Context, EpisodeBatch, Returns, RewardBatch
 from cagsr.reward.term import RewardTerm
 from cagsr.rollout.rows import take_rows
 from cagsr.tasks.history import prompt_before
@@ -90,6 +90,15 @@ class Exchanges:
             {name: mean(values) for name, values in terms.items()},
             {name: summed(values) for name, values in contributions.items()},
         )
+
+
+def is_last(episodes: EpisodeBatch) -> Tensor:
+    """Whether each row, an answer, is the last of its episode, ``(answers,)`` bool."""
+    if episodes.context is None:
+        return torch.ones(len(episodes.ids), dtype=torch.bool, device=episodes.ids.device)
+    turn = torch.where(episodes.sampled, episodes.turn, 0).amax(dim=1)
+    last = [len(episode.answers) - 1 for episode in episodes.context.episodes]
+    return turn == torch.tensor(last, device=turn.device)
 
 
 def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
