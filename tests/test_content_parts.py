@@ -12,12 +12,12 @@ import pytest
 from cagsr.config import DataConfig, DpoConfig, ModelConfig, RewardModelConfig, SftConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.given_answers import read_answers
-from cagsr.evaluation.references import texts_of
 from cagsr.flow import Prompt
 from cagsr.pairs import encode_answer, encode_pairs
 from cagsr.preferences.corrupt import SupervisedPair, _in_form_of
 from cagsr.preferences.pairs import read_preferences
 from cagsr.prompts.encode import TextEncoder
+from cagsr.prompts.references import texts_of
 from cagsr.prompts.render import text_of
 from real_pipelines import gpt2
 

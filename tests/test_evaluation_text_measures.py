@@ -18,9 +18,9 @@ from cagsr.evaluation.intervals import win_rates
 from cagsr.evaluation.judge_answers import embedding_relevance, load_encoder
 from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
-from cagsr.evaluation.references import column_texts, first_column, prompt_words
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel
+from cagsr.prompts.references import column_texts, first_column, prompt_words
 
 
 def test_self_bleu_by_hand() -> None:

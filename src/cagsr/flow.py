@@ -152,6 +152,8 @@ class EpisodeBatch:
     """(batch, response) the same of our own decoding; None: greedy, or an engine."""
     context: Context | None = None
     """None: one turn, and the context is the prompt."""
+    given: Tensor | None = None
+    """(batch,) bool: the answer is the row's reference, which stands among the sampled ones as if it were one; None: none is."""
 
     @classmethod
     def of_one_turn(

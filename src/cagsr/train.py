@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cagsr.evaluation.held_out import choose_metric
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
-from cagsr.prompts.stream import PromptSet, PromptStream
+from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
@@ -37,18 +38,21 @@ from cagsr.rollout.step_player import StepPlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
+from cagsr.scoring.reference_answers import ReferencePlayer, reference_of
 from cagsr.support.clock import operators_of, profile_text
 from cagsr.support.extras import install_command, is_installed
 from cagsr.support.processes import (
     broadcast,
     check_precision,
     check_processes,
+    gather_objects,
     start_accelerator,
 )
 from cagsr.support.progress import shown, working
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.steps import splitter
 from cagsr.tasks.task import load_task
+from cagsr.training.curriculum import build_curriculum
 from cagsr.training.monitors import Monitors
 from cagsr.training.ppo import PPO
 from cagsr.training.record import RunRecord, check_tracker
@@ -99,12 +103,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     player = _player(config, loaded, train_set, held_out)
     ppo = PPO(config, loaded, reward, accelerator, player)
     monitors = Monitors(config.monitors)
-    stream = PromptStream(
+    stream = build_curriculum(
+        config.curriculum,
         train_set,
         config.run.batch_size // accelerator.num_processes,
         config.run.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        accelerator.process_index,
+        accelerator.num_processes,
+        partial(gather_objects, accelerator=accelerator),
     )
     # Initialisation is the same in every process, sampling is not.
     set_seed(config.run.seed + 1 + accelerator.process_index)
@@ -171,6 +177,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held_out: PromptSet) -> Player | None:
     """Who makes episodes of several turns; None: one answer to each prompt is all."""
+    if config.supervision.mode != "none":
+        for one in train_set.prompts:
+            reference_of(one.prompt)  # what lacks one is told before training begins
+        return ReferencePlayer(loaded, config.sampling.num_generations, config.sampling.max_new_tokens)
     encoder = SegmentEncoder(loaded, config.salience, train_set.frequency)
     split = splitter(config.steps)
     if split is not None:

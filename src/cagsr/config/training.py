@@ -201,6 +201,37 @@ class ConversationConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Which prompts come next (docs/supervision.md)."""
+
+    kind: Literal["none", "skip_flat", "self_paced"] = "none"
+    """none: shuffled epochs; skip_flat: a prompt whose answers were all worth the same is left out of the next epoch;
+    self_paced: a bandit over clusters of prompts, most from where answers differ most."""
+    clusters: PositiveInt = 8
+    """self_paced: clusters, by meaning and by how much there is to say."""
+    embedding_model: str | None = None
+    """self_paced: sentence-transformers model for the meaning (pip install cagsr[embeddings]); None: the words, by TF-IDF."""
+    exploration: NonNegativeFloat = 0.5
+    """self_paced: how much an arm that was drawn seldom gains on the others."""
+    memory: ShareBelowOne = 0.7
+    """self_paced: share of an arm's value that each new one leaves of it."""
+
+
+@dataclass(frozen=True)
+class SupervisionConfig:
+    """Supervision in the same stage: rows that have a reference answer (docs/supervision.md)."""
+
+    mode: Literal["none", "visurf", "s3ft"] = "none"
+    """visurf: one of the answers to each prompt is the row's reference, reinforced among the sampled ones. s3ft: nothing is
+    reinforced; the model's own best answer is imitated where the reward accepts it, else the reference."""
+    reward: Literal["own", "best", "smooth"] = "smooth"
+    """What a reference is paid. own: what the reward says; best: at least as much as the best sampled answer; smooth: the same,
+    but the mean of the sampled ones where one of them is worth as much already."""
+    margin: NonNegativeFloat = 0.0
+    """s3ft: how much less than the reference an own answer may be worth to be accepted."""
+
+
+@dataclass(frozen=True)
 class StepsConfig:
     """Chains of thought: the steps of an answer, each judged by the question and the steps before it (docs/steps.md)."""
 

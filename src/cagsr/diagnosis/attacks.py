@@ -14,9 +14,9 @@ import torch
 from cagsr.diagnosis.recommend import PENALTIES, prompt_of_each
 from cagsr.diagnosis.signals import SignalReader, Signals
 from cagsr.evaluation.intervals import Floats
-from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel
+from cagsr.prompts.references import REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.values import TermValues
 from cagsr.scoring.answers import answered, encode_response

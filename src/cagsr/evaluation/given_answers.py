@@ -10,9 +10,9 @@ import numpy as np
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.intervals import Floats
-from cagsr.evaluation.references import contents
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.prompts.load import Row, load_rows
+from cagsr.prompts.references import contents
 from cagsr.prompts.render import messages_of, render_prompt, text_of
 from cagsr.prompts.rows import split_texts
 

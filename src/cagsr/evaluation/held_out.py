@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from cagsr.config import ANSWERS_AT_ONCE, SamplingConfig
 from cagsr.errors import CagsrError, ConfigError
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights
-from cagsr.evaluation.references import REFERENCE_COLUMNS, column_texts, texts_of
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Prompt
 from cagsr.models.load import LoadedModel
+from cagsr.prompts.references import REFERENCE_COLUMNS, column_texts, texts_of
 from cagsr.rollout.episodes import Player, played
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses

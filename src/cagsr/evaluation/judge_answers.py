@@ -14,9 +14,9 @@ from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights, words
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
-from cagsr.evaluation.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.files import check_files
+from cagsr.prompts.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.reward.model import load_reward_model
 from cagsr.support.dotted_path import import_function
 from cagsr.support.extras import has_extra, install_command, require

@@ -10,7 +10,6 @@ import torch
 from cagsr.config import ModelConfig
 from cagsr.errors import ModelError
 from cagsr.evaluation.intervals import Floats
-from cagsr.evaluation.references import prompt_words
 from cagsr.flow import Prompt
 from cagsr.models.architecture import architecture_of
 from cagsr.models.continuation import encode_continuation
@@ -18,6 +17,7 @@ from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.answer_text import answered_messages
 from cagsr.prompts.chat import apply_template
+from cagsr.prompts.references import prompt_words
 from cagsr.reward.model import join_answer
 from cagsr.support.progress import each
 

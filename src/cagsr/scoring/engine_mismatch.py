@@ -70,7 +70,8 @@ def decoding_metrics(
     """
     if episodes.decoded_logprobs is None:
         return {}
-    mean, largest, _ = _difference(readings, episodes.decoded_logprobs, episodes.sampled, gather, [])
+    drawn = episodes.sampled if episodes.given is None else episodes.sampled & ~episodes.given[:, None]
+    mean, largest, _ = _difference(readings, episodes.decoded_logprobs, drawn, gather, [])
     if limit and not mean <= limit:
         raise RolloutError(
             f"The answers were drawn at log-probabilities {mean:.2g} nats a token away from those of the scoring pass (limit "

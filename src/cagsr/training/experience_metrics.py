@@ -11,12 +11,18 @@ from cagsr.flow import EpisodeBatch, Experience, Returns
 from cagsr.objectives.value import explained_variance
 from cagsr.reward.metrics import reward_metrics
 from cagsr.reward.terms.repetition import ngram_repetition, without_stop_token
+from cagsr.rollout.rows import take_rows
 
 
 def experience_metrics(
     experience: Experience, kl_coef: float, accelerator: Accelerator, *, turns: bool = False
 ) -> dict[str, float]:
-    """Metrics of this process's experience by their TRL names; every process calls it and gets those of all."""
+    """Metrics of this process's experience by their TRL names; every process calls it and gets those of all.
+
+    Of sampled answers: references among them are left out.
+    """
+    if experience.episodes.given is not None:
+        experience = take_rows(experience, (~experience.episodes.given).nonzero()[:, 0])
 
     def reduce(tensor: Tensor) -> Tensor:
         return accelerator.reduce(tensor, reduction="sum")

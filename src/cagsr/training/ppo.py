@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cagsr.advantage.estimate import estimate_targets
 from cagsr.advantage.kl import KLController
+from cagsr.advantage.supervised import control_reference, imitation_targets
 from cagsr.config import PPOConfig, TrainConfig
 from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Trainer
@@ -119,9 +120,13 @@ class PPO:
         with self.clock.part("reward"), working("computing the reward"):
             known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
             returns = self.reward(known, visitor.values)
+            if config.supervision.mode == "visurf":
+                returns = control_reference(returns, episodes, config.supervision.reward)
             targets = estimate_targets(
                 config.ppo, returns, episodes, readings, reference_logprobs, self.kl_controller.kl_coef, self.reduce
             )
+            if config.supervision.mode == "s3ft":
+                targets = imitation_targets(targets, returns, episodes, config.supervision.margin)
         metrics = pass_metrics | engine_metrics
         return Experience(episodes, readings, reference_logprobs, returns, targets, metrics)
 

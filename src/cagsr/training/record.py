@@ -24,7 +24,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import unsharded
 from cagsr.parse import to_yaml
 from cagsr.prompts.salience import DocumentFrequency
-from cagsr.prompts.stream import PromptSet, PromptStream
+from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
@@ -37,6 +37,7 @@ from cagsr.support.atomic import disk_errors, write_text_atomically
 from cagsr.support.extras import is_installed
 from cagsr.support.processes import broadcast, gather_objects
 from cagsr.support.progress import working
+from cagsr.tasks.curriculum import Curriculum
 from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
 
@@ -60,7 +61,7 @@ class RunRecord:
         accelerator: Accelerator,
         ppo: PPO,
         monitors: Monitors,
-        stream: PromptStream,
+        stream: Curriculum,
         frequency: DocumentFrequency,
         associations: Associations | None = None,
     ) -> None:
@@ -129,7 +130,7 @@ class RunRecord:
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
         states = gather_objects([rng_state()], self._accelerator)
-        parts: dict[str, PPO | PromptStream | Monitors] = {
+        parts: dict[str, PPO | Curriculum | Monitors] = {
             "ppo": self._ppo,
             "stream": self._stream,
             "monitors": self._monitors,

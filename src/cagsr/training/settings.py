@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from cagsr.config.training import (
     AttentionConfig,
     ConversationConfig,
+    CurriculumConfig,
     DataConfig,
     EvalConfig,
     LoraConfig,
@@ -17,6 +18,7 @@ from cagsr.config.training import (
     SalienceConfig,
     SamplingConfig,
     StepsConfig,
+    SupervisionConfig,
 )
 from cagsr.reward.settings import RewardConfig
 
@@ -34,6 +36,8 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     conversation: ConversationConfig = field(default_factory=ConversationConfig)
     steps: StepsConfig = field(default_factory=StepsConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -48,6 +52,22 @@ class TrainConfig:
         task, user = self.rollout.task, self.conversation.user
         if task is not None and user is not None:
             yield "--rollout.task and --conversation.user both say how an episode goes on: leave one of them out."
+        supervision = self.supervision.mode
+        if supervision != "none":
+            others = {
+                "--steps.by": self.steps.by != "none",
+                "--rollout.task": task is not None,
+                "--conversation.user": user is not None,
+                "--rollout.engine vllm": self.rollout.engine == "vllm",
+            }
+            if others_named := [name for name, there in others.items() if there]:
+                yield (
+                    f"--supervision.mode {supervision}: references are single answers; leave {' and '.join(others_named)} out."
+                )
+            if sampling.num_generations < 2:
+                yield f"--supervision.mode {supervision}: one answer to each prompt is given: set --num_generations 2 or more."
+        if (supervision == "s3ft") and ppo.ce_coef == 0:
+            yield "--supervision.mode s3ft imitates: give --ppo.ce_coef 1."
         if self.steps.by != "none" and (task is not None or user is not None):
             yield "--steps.by takes single answers apart: leave --rollout.task and --conversation.user out."
         if (task is not None or user is not None) and self.rollout.engine == "vllm":

@@ -14,7 +14,7 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.user_functions import TextFunction
-from cagsr.rollout.step_player import StepPlayer
+from cagsr.rollout.episodes import EpisodePlayer
 from cagsr.runs.numbers import StepNumbers
 from cagsr.support.clock import peak_memory_bytes
 from cagsr.support.processes import broadcast, gather_objects
@@ -116,8 +116,8 @@ class Steps:
         config, prompts = self.config, self.held_out
         if not prompts:
             return {}, []
-        # Steps are the reward's to judge; the metric judges the whole answer.
-        player = None if isinstance(self.ppo.player, StepPlayer) else self.ppo.player
+        # Steps are the reward's to judge, and references are for training: the metric judges whole answers of the model's own.
+        player = self.ppo.player if isinstance(self.ppo.player, EpisodePlayer) else None
 
         def answers(temperature: float) -> JudgedAnswers:
             sampling = dataclasses.replace(config.sampling, temperature=temperature)
@@ -162,6 +162,7 @@ def sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence
             "contributions": {name: float(value[row]) for name, value in returns.contributions.items()},
             "tokens": int(episodes.lengths[row]),
             "ended": bool(episodes.ended[row]),
+            **({"given": bool(episodes.given[row])} if episodes.given is not None else {}),
             **({"extra": {column: values[row] for column, values in extra.items()}} if extra else {}),
             **(
                 {}
