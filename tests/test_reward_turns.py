@@ -362,7 +362,8 @@ LEARNED = learn_associations(
 )
 
 
-FORMS = [(term, False) for term in TERMS if term.shown] + [
+# Not those that run programs, ask for labels, or judge single answers alone.
+FORMS = [(term, False) for term in TERMS if term.shown and "hidden_likelihood" not in term.needs] + [
     (term, True) for term in TERMS if "dense" in term.config.__dataclass_fields__
 ]
 

@@ -38,6 +38,7 @@ from cagsr.rollout.step_player import StepPlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
+from cagsr.scoring.hidden_words import HiddenWords
 from cagsr.scoring.reference_answers import ReferencePlayer, reference_of
 from cagsr.support.clock import operators_of, profile_text
 from cagsr.support.extras import install_command, is_installed
@@ -97,7 +98,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     reward = build_reward(
         config.reward,
         device=loaded.device,
-        resources=Resources(loaded.texts, associations),
+        resources=Resources(loaded.texts, associations, HiddenWords(loaded, config.sampling.temperature)),
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     player = _player(config, loaded, train_set, held_out)

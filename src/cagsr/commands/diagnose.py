@@ -85,7 +85,9 @@ def run(config: Config) -> None:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
     judged_by = (config.reward, config.attention, config.salience)
-    scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
+    scorer = AnswerScorer(
+        loaded, *judged_by, temperature=config.sampling.temperature, associations=associations, costly=True
+    )
     say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes)
     reader = SignalReader(loaded, scorer, config.attention)
     signals = collect_signals(reader, prompts, config.sampling, seed=config.seed, chunk=config.batch_size)

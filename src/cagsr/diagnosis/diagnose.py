@@ -94,6 +94,8 @@ class Diagnosis:
     attacks: tuple[AttackReport, ...] = ()
     good_answers: str = ""
     """What the attacks were held against."""
+    faithfulness: tuple[float, float] | None = None
+    """Mean of the term, nats a token, and the share of the answers in which it is above 0; None: no prompt has two words."""
 
 
 def diagnose(
@@ -150,6 +152,7 @@ def diagnose(
         warnings=(*warnings_for(signals, weights, config), *_about_attacks(attacks, recommendation)),
         attacks=attacks,
         good_answers="" if attacked is None else attacked.good,
+        faithfulness=_faithfulness(signals),
     )
 
 
@@ -164,6 +167,12 @@ def _about_attacks(attacks: Sequence[AttackReport], recommendation: Recommendati
                 f"prompts for {', '.join(better)}."
             )
     return found
+
+
+def _faithfulness(signals: Signals) -> tuple[float, float] | None:
+    values = signals.terms.get("faithfulness", np.empty(0))
+    known = values[np.isfinite(values)]
+    return (float(known.mean()), float((known > 0).mean())) if known.size else None
 
 
 def load_checker(dotted_path: str) -> HeldOutMetric:

@@ -60,7 +60,7 @@ def attack_table(found: Diagnosis) -> tuple[list[str], Rows]:
 
 
 def headline(found: Diagnosis) -> list[str]:
-    """What was sampled, in one or two sentences."""
+    """What was sampled, in a few sentences."""
     truth = "No truth: neither --checker nor a reference in the rows."
     if found.truth_mean is not None:
         best = f"best of {found.candidates} by an oracle {found.oracle:.3f}"
@@ -69,7 +69,14 @@ def headline(found: Diagnosis) -> list[str]:
         f"{found.prompts} prompts, {found.candidates} answers each; {found.length:.1f} tokens on average, "
         f"{found.ended:.0%} ended by themselves, repetition {found.repetition:.3f}."
     )
-    return [sampled, truth]
+    if found.faithfulness is None:
+        return [sampled, truth]
+    mean, share = found.faithfulness
+    faithful = (
+        f"Faithfulness of the attention: hiding the words that an answer looked at hardest costs it {mean:+.2f} nats a token more "
+        f"than hiding those it looked at least; above 0 in {share:.0%} of the answers."
+    )
+    return [sampled, truth, faithful]
 
 
 def print_report(found: Diagnosis, configured: Setting, console: Console) -> None:

@@ -209,7 +209,7 @@ def _measure(
             by_layers[name] = {
                 term.name: term_values(term, seen).raw
                 for term in scorer.terms
-                if ATTENTION in needs_of(term) and term.name != "coverage"
+                if ATTENTION in needs_of(term) and term.name != "coverage" and "hidden_likelihood" not in needs_of(term)
             }
     lengths = mask.sum(dim=1)
     return {"terms": terms, "coverage": coverage, "by_layers": by_layers, "length": lengths, "ended": rollout.ended}

@@ -23,6 +23,7 @@ from cagsr.reward.settings import TERMS
 from cagsr.reward.term import RewardTerm
 from cagsr.reward.values import RawValues, term_values
 from cagsr.scoring.answers import Response, answered
+from cagsr.scoring.hidden_words import HiddenWords
 from cagsr.scoring.scorer import FrozenModel, Scorer, evaluating
 
 
@@ -33,7 +34,8 @@ class AnswerScorer:
     which layers and heads are read and, with ``source``, whose: the model's own or that of ``reference``, a frozen model
     (None: the model is its own). ``salience`` says how the pieces of a word are pooled; ``temperature`` divides the logits,
     as in sampling; ``micro_batch_size`` answers are in memory at once. Without ``associations`` the terms that read them
-    are left out, whatever their weights. ``every``: registered terms of weight 0 too.
+    are left out, whatever their weights. ``every``: registered terms of weight 0 too; ``costly``: of these also such as read the
+    answers anew.
 
     Raises ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used;
     AttentionError: the model's attention can't be read.
@@ -51,6 +53,7 @@ class AnswerScorer:
         associations: Associations | None = None,
         reference: FrozenModel | None = None,
         every: bool = True,
+        costly: bool = False,
     ) -> None:
         if associations is None:
             lacking = [term.name for term in TERMS if "associations" in term.needs]
@@ -62,7 +65,11 @@ class AnswerScorer:
         self.micro_batch_size = micro_batch_size
         sampling = SamplingConfig(temperature=temperature or 1.0)
         self.scorer = Scorer(loaded, attention, sampling, micro_batch_size, reference=reference)
-        resources = Resources(texts=loaded.texts, associations=associations)
+        hidden = HiddenWords(loaded, temperature or 1.0)
+        wanted = costly or any(
+            "hidden_likelihood" in term.needs and getattr(reward, term.name).weight for term in TERMS
+        )
+        resources = Resources(loaded.texts, associations, hidden if wanted else None)
         found = weighted_terms(reward, loaded.device, resources, every=every)
         self.terms: tuple[RewardTerm, ...] = tuple(term for term, _ in found)
         self.weights: dict[str, float] = {term.name: float(weight) for term, weight in found}

@@ -28,12 +28,15 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from keyword import iskeyword
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
 
 from cagsr.errors import ConfigError
 from cagsr.reward.term import UNKNOWN
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cagsr.flow import EpisodeBatch
     from cagsr.models.texts import TokenTexts
     from cagsr.reward.association import Associations
     from cagsr.reward.term import RewardTerm
@@ -61,6 +64,13 @@ class LookingConfig(TermConfig):
     what was said to it last, and its answer before."""
 
 
+class HiddenLikelihood(Protocol):
+    """Reads answers anew with tokens of their prompts hidden (:class:`cagsr.scoring.hidden_words.HiddenWords`)."""
+
+    def __call__(self, episodes: EpisodeBatch, hidden: Tensor) -> Tensor:
+        """``(batch, response)`` log-probabilities; ``hidden`` is ``(batch, prompt)`` bool."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What terms may need besides the batch; a term gets those that it names in ``needs``, by the same names."""
@@ -69,6 +79,8 @@ class Resources:
     """What each token says (:attr:`cagsr.models.load.LoadedModel.texts`)."""
     associations: Associations | None = None
     """Which words go together, learned from the model's own answers."""
+    hidden_likelihood: HiddenLikelihood | None = None
+    """What answers are worth to the model without some words of their prompts."""
 
     def hold(self, needs: Iterable[str]) -> bool:
         """Whether everything is there of what a term needs."""
