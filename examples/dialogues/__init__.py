@@ -1,0 +1,1 @@
+"""Task-oriented dialogues: a reward that sees the history, on domains that were not trained on."""
