@@ -94,6 +94,10 @@ def test_a_replayed_user_says_what_he_said():
     assert replay.reply(episode(rows, ("a", "b", "c"), ("u1", "u2"))) is None  # three turns
     assert replay.reply(episode({"user_turns": []})) is None
     assert replay.reply(episode()) is None
+    parts = {"user_turns": [[{"type": "text", "text": "u"}, {"type": "text", "text": "1"}], [{"type": "image"}]]}
+    assert replay.reply(episode(parts)) == "u1"
+    with pytest.raises(RolloutError, match="row 3: what the user says in turn 3 is no text"):
+        replay.reply(episode(parts, ("a", "b"), ("u1",)))
 
 
 def test_a_played_user_reads_the_conversation_with_the_parts_exchanged():
@@ -162,6 +166,9 @@ def test_what_can_not_be_played_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="no row has a second message of the user's"):
         conversation_task(ConversationConfig(user="replay"), ModelConfig("unused"), [episode({"user_turns": []}).first])
     tiny.save_model(tmp_path / "plain")
+    told = replace(episode().first, prompt=replace(episode().first.prompt, messages=None))
+    with pytest.raises(ConfigError, match="row 3 is plain text"):
+        conversation_task(ConversationConfig(user="http://127.0.0.1:1"), ModelConfig("unused"), [told])
     with pytest.raises(ConfigError, match="its tokenizer has no chat template"):
         conversation_task(ConversationConfig(user=str(tmp_path / "plain")), ModelConfig("unused", device="cpu"), [])
     config = TrainConfig(ModelConfig("m"), DataConfig("d"), "run", conversation=ConversationConfig(user="replay"))
@@ -246,7 +253,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_over_conversations(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(flags(folder, "whole")) == 0
-    assert "the user's first message is the prompt, what he says later follows" in capsys.readouterr().out
+    assert "the user's first message is the prompt, what he says later is for" in capsys.readouterr().out
     samples = [json.loads(line) for line in (folder / "whole" / "samples.jsonl").read_text().splitlines()]
     talks = [row for row in samples if len(row.get("segments", ())) == 5]
     assert talks

@@ -70,7 +70,10 @@ def about_form(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
 def about_messages(data: DataConfig) -> str:
     """Say how rows of OpenAI's form were read."""
     if data.messages == "first_turn":
-        return f"The rows of {data.path} are conversations: the user's first message is the prompt, what he says later follows."
+        return (
+            f"The rows of {data.path} are conversations: the user's first message is the prompt, what he says later is for "
+            "--conversation.user replay."
+        )
     return (
         f"The rows of {data.path} have 'messages' and no prompt: the assistant's last turn is the completion, what comes before "
         "it the prompt."

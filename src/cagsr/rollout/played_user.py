@@ -41,6 +41,12 @@ def conversation_task(config: ConversationConfig, model: ModelConfig, prompts: S
                 "give conversations, or leave it out."
             )
         return Replay(config.turns)
+    plain = next((one.prompt.row for one in prompts if one.prompt.messages is None), None)
+    if plain is not None:
+        raise ConfigError(
+            f"--conversation.user {config.user}: row {plain} is plain text, behind which nobody is to speak; give prompts as chat "
+            "messages."
+        )
     if config.server is not None:
         key = os.environ.get(KEY)
         server = JsonServer(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cagsr.config import ConversationConfig
+from cagsr.errors import RolloutError
 from cagsr.flow import Episode
+from cagsr.prompts.render import content_of
 from cagsr.prompts.rows import USER_TURNS
 
 Messages = list[dict[str, str]]
@@ -23,7 +25,14 @@ class Replay:
     def reply(self, episode: Episode) -> str | None:
         """The user's next message of the row."""
         said, answered = episode.first.prompt.columns.get(USER_TURNS) or (), len(episode.answers)
-        return said[answered - 1] if answered < self.turns and answered <= len(said) else None
+        if answered >= self.turns or answered > len(said):
+            return None
+        content = content_of(said[answered - 1])
+        if content is None:
+            raise RolloutError(
+                f"row {episode.first.prompt.row}: what the user says in turn {answered + 1} is no text; mend it."
+            )
+        return content or None
 
 
 class Speaker(Protocol):
