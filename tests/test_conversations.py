@@ -76,6 +76,20 @@ def test_rows_are_asked_turn_by_turn(tmp_path: Path):
     assert [len(row["prompt"]) for row in last] == [8]  # as before: a conversation that ends with the user is a prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "turns"), [("mt_bench/question.jsonl", 80, 1), ("dialogues/train.jsonl", 1500, 4)]
+)
+def test_the_shared_data_is_asked_turn_by_turn(name: str, count: int, turns: int):
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    found = [row.values for row in load_rows(DataConfig(str(path), messages="first_turn"))]
+    assert len(found) == count
+    assert all(row["prompt"][-1]["role"] == "user" for row in found)
+    assert all(len(row["user_turns"]) >= turns for row in found)
+    assert all(isinstance(text, str) and text for row in found for text in row["user_turns"])
+
+
 def test_each_turn_has_its_own_reference():
     told = episode({"answers_by_turn": ["a0", None]}, answers=("x", "y", "z"), replies=("u1", "u2"))
     prompts = [prompt_before(told.first.prompt, told, turn) for turn in range(3)]

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cagsr.config import (
     TrainConfig,
 )
 from cagsr.errors import ConfigError
+from cagsr.flow import Episode
 from cagsr.models.load import load_model
 from cagsr.models.sharding import divided_like, full_state, is_sharded
 from cagsr.prompts.batch import collate_prompts
@@ -37,8 +39,10 @@ from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptStream
 from cagsr.reward.build import build_reward
 from cagsr.reward.registry import Resources
+from cagsr.rollout.episodes import EpisodePlayer, played
 from cagsr.runs.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from cagsr.support.processes import check_fsdp, check_processes, start_accelerator
+from cagsr.tasks.segments import SegmentEncoder
 from cagsr.train import train
 from cagsr.training.ppo import PPO
 
@@ -189,7 +193,8 @@ def test_micro_batches_change_nothing_given_the_same_experience(folder: Path, es
 
 
 CASES = ("gae", "grpo", "gae-fsdp2", "lora-fsdp2")
-ESTIMATORS = ("gae", "rloo", "grpo")
+ESTIMATORS = ("gae", "rloo", "grpo", "rloo_turns")
+"""With ``_turns``: of episodes of several turns."""
 
 
 @pytest.fixture(scope="module")
@@ -258,17 +263,23 @@ def test_several_processes_collect_as_one(of_two: Path, estimator: str) -> None:
 
 def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     """This process's rewards and advantages, and the metrics and the reward's moments, of two steps."""
+    estimator, _, turns = estimator.partition("_")
     config = TrainConfig(
         model=ModelConfig(str(folder / "start"), device="cpu"),
         data=DataConfig(str(folder / "prompts.jsonl")),
         output_dir=str(folder / "run"),
-        sampling=SamplingConfig(num_generations=GENERATIONS, max_new_tokens=6),
-        ppo=PPOConfig(estimator=estimator, kl_coef=0.3, learning_rate=1e-9),  # type: ignore[arg-type]
+        sampling=SamplingConfig(
+            num_generations=GENERATIONS, max_new_tokens=6, stop_strings=["the", "dog"] if turns else []
+        ),
+        ppo=PPOConfig(estimator=estimator, kl_coef=0.3, learning_rate=1e-9, turn_discount=0.5),  # type: ignore[arg-type]
         run=RunConfig(steps=5),
     )
     torch.manual_seed(0)
     loaded = load_model(config.model)
-    prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50).prompts
+    found_prompts = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=50)
+    prompts = found_prompts.prompts
+    encoder = SegmentEncoder(loaded, config.salience, found_prompts.frequency)
+    player = EpisodePlayer(loaded, Again(), encoder, room=40) if turns else None
     accelerator = start_accelerator(cpu=True)
     reward = build_reward(
         config.reward,
@@ -287,7 +298,9 @@ def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1
             some, pad_token_id=loaded.pad_token_id, padding_side="left", num_generations=count, device=loaded.device
         )
         torch.manual_seed(step)
-        everything = sample(batch, config.sampling)
+        repeated = [one for one in some for _ in range(count)]
+        everything = played(player, partial(sample, sampling=config.sampling), repeated, batch)
+        assert (everything.context is not None) == bool(turns)
         mine = rows_of(everything, slice(own.start * count, own.stop * count))
         ppo.sampler.sample = lambda batch, sampling, mine=mine: mine  # type: ignore[method-assign]
         experience = ppo.collect(some[own])
@@ -298,6 +311,13 @@ def collected(folder: Path, estimator: str, process: int = 0, processes: int = 1
         found |= {f"{step}/{name}": torch.tensor(value) for name, value in metrics.items() if name.startswith(wanted)}
     moments = {f"{name}/{key}": value for name, one in reward.state_dict().items() for key, value in one.items()}
     return found | {name: torch.tensor(float(value)) for name, value in moments.items()}
+
+
+class Again:
+    """Asks once more."""
+
+    def reply(self, episode: Episode) -> str | None:
+        return " near a house ." if len(episode.answers) == 1 else None
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
