@@ -77,7 +77,7 @@ def test_rows_are_asked_turn_by_turn(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "turns"), [("mt_bench/question.jsonl", 80, 1), ("dialogues/train.jsonl", 1500, 4)]
+    ("name", "count", "turns"), [("mt_bench/question.jsonl", 80, 1), ("dialogues/train.jsonl", 1500, 1)]
 )
 def test_the_shared_data_is_asked_turn_by_turn(name: str, count: int, turns: int):
     path = Path(__file__).parents[2] / "shared" / "data" / name
