@@ -121,6 +121,7 @@ def test_files_and_a_model_are_written(task: str, tmp_path: Path):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
+    assert all("prompt" in json.loads(line) for line in read["test"])  # judged as one prompt, with its history
     assert (tmp_path / "init" / "model.safetensors").is_file()
 
 

@@ -63,6 +63,8 @@ def main(options: Options) -> None:
         "test": rows(options.task, "test", options.test, options.seed),
     }
     if options.task == "conversation":
+        # Tests go on from the data's history; what is trained on is asked turn by turn.
+        files["test"] = [{"prompt": row.pop("messages"), **row} for row in files["test"]]
         # The turns before the last one are learned too.
         files["sft"] += [
             {"messages": row["messages"][: 2 * (1 + number % 3)]} for number, row in enumerate(files["sft"][::2])
