@@ -91,9 +91,14 @@ def test_the_shared_data_is_asked_turn_by_turn(name: str, count: int, turns: int
 
 
 def test_each_turn_has_its_own_reference():
-    told = episode({"answers_by_turn": ["a0", None]}, answers=("x", "y", "z"), replies=("u1", "u2"))
+    columns = {"reference": "a0", "answers_by_turn": ["a0", "a1"], "user_turns": ["u1", "u2"], "completion": "x"}
+    told = episode(columns, answers=("x", "y", "z"), replies=("u1", "u2"))
     prompts = [prompt_before(told.first.prompt, told, turn) for turn in range(3)]
-    assert [one.columns.get("reference") for one in prompts] == ["a0", None, None]
+    assert [one.columns.get("reference") for one in prompts] == ["a0", "a1", None]
+    assert [one.columns.get("completion") for one in prompts] == ["x", None, None]
+    # What the data's user was answered is no reference where another one has asked something else.
+    played = episode(columns, answers=("x", "y"), replies=("other",))
+    assert prompt_before(played.first.prompt, played, 1).columns.get("reference") is None
     assert prompts[2].messages == (*(told.first.prompt.messages or ()), bot("x"), user("u1"), bot("y"), user("u2"))
 
 

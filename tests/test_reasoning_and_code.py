@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tiny
 from cagsr.commands.main import main
 from cagsr.config import SalienceConfig
-from cagsr.errors import ConfigError, DataError
+from cagsr.errors import ConfigError
 from cagsr.evaluation import checks
 from cagsr.evaluation.pass_at_k import pass_at_k, passes
 from cagsr.flow import EncodedPrompt, Episode, Prompt, RewardBatch, Segment
@@ -87,6 +87,9 @@ def test_equal_answers(one: str, other: str, same: bool):
 def test_a_reference_is_a_result_or_a_worked_solution():
     assert is_right("4 + 4 = 8\n#### 8", "3 + 5 = <<3+5=8>>8\n#### 8")
     assert is_right("it is 8", 8)
+    for bare, wrong in ((r"\frac{3}{4}", "4"), ("1/2", "2"), ("(1, 2)", "2"), ("July 4, 1776", "1776")):
+        assert is_right(rf"so \boxed{{{bare}}}", bare)
+        assert not is_right(rf"so \boxed{{{wrong}}}", bare)
     assert not is_right("", "8")
     assert not is_right("it is 9", "#### 8")
 
@@ -99,6 +102,8 @@ def test_a_reference_is_a_result_or_a_worked_solution():
         ("10 - 4 = 6 = 3 + 3", [True, True]),
         ("1/3 = 0.33 and 2/3 = 0.66", [True, False]),  # to its last digit: 0.67
         ("10/3 = 3", [False]),
+        ("( 2 + 3 ) *4 =20", [True]),
+        (" + ".join(["12"] * 60) + " apples", []),  # in no time
         ("(2 + 3) * 4 = 20", [True]),
         ("$1,000 - $250 = $750", [True]),
         ("0.5 * 8 = 4; .5*8=4", [True, True]),
@@ -170,8 +175,11 @@ CHAT = replace(HUMAN_EVAL, messages=({"role": "user", "content": "import math\nW
 @pytest.mark.parametrize(
     ("prompt", "completion", "code"),
     [
-        (HUMAN_EVAL, "    return 2 * x\n\ndef other():\n    oops(", HUMAN_EVAL.text + "    return 2 * x\n"),
-        (HUMAN_EVAL, "    return 2 * x\nprint(twice(3))", HUMAN_EVAL.text + "    return 2 * x"),
+        (HUMAN_EVAL, "    return 2 * x\n\ndef other():\n    oops(", HUMAN_EVAL.text + "    return 2 * x\n\n"),
+        (HUMAN_EVAL, "    return 2 * x\nprint(twice(3))", HUMAN_EVAL.text + "    return 2 * x\n"),
+        (HUMAN_EVAL, "    return 2 * x\n```\nIt doubles.", HUMAN_EVAL.text + "    return 2 * x\n"),
+        (HUMAN_EVAL, "    return 2 * x\n\nThe function doubles.", HUMAN_EVAL.text + "    return 2 * x\n\n"),
+        (HUMAN_EVAL, "\n    return 2 * x\n\ndef twice(x):\n    return 0", HUMAN_EVAL.text + "\n    return 2 * x\n\n"),
         (
             HUMAN_EVAL,
             "Here:\n```python\ndef twice(x):\n    return 2 * x\n```\nDone.",
@@ -217,8 +225,7 @@ def test_programs_pass_or_fail_their_tests():
     found = run_answers([HUMAN_EVAL] * 5, texts, replace(quick, seconds=2.0))
     assert [one.kind for one in found if one] == ["passed", "failed", "failed", "timed out", "failed"]
     assert run_answers([HUMAN_EVAL, Prompt(2, "x")], ["    return 2 * x", "x"], quick)[1] is None
-    with pytest.raises(DataError, match="no row has tests"):
-        run_answers([Prompt(2, "x")], ["x"], quick)
+    assert run_answers([Prompt(2, "x")], ["x"], quick) == [None]
     columns = {name: [value] * 3 for name, value in HUMAN_EVAL.columns.items()}
     assert checks.passed([HUMAN_EVAL.text] * 3, texts[:3], **columns) == [1.0, 0.0, 0.0]
     assert [one["compiles"] for one in checks.code([HUMAN_EVAL.text] * 3, texts[:3], **columns)] == [1.0, 1.0, 0.0]

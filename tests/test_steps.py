@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import tiny
 from cagsr.commands.main import main
 from cagsr.config import ModelConfig, SalienceConfig, StepsConfig, validate
 from cagsr.errors import ConfigError, RolloutError
-from cagsr.flow import EncodedPrompt, EpisodeBatch, PromptBatch
+from cagsr.flow import EncodedPrompt, EpisodeBatch, PromptBatch, Readings, RewardBatch
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
+from cagsr.reward.function import RewardFunction
+from cagsr.reward.terms.exact_match import ExactMatch, ExactMatchConfig
 from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import cut_responses
 from cagsr.rollout.step_player import StepPlayer
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.steps import splitter
+from test_tasks import ids_of
 
 UNIFORM = SalienceConfig(weighting="uniform")
 
@@ -172,3 +176,50 @@ def test_an_encoder_decoder_model_is_refused(tmp_path: Path):
     assert split is not None
     with pytest.raises(ConfigError, match="chains of thought need a decoder-only model"):
         StepPlayer(t5, split, SegmentEncoder(t5, UNIFORM, DocumentFrequency(1, {})))
+
+
+def test_a_stop_string_is_no_step_and_no_text_is_lost(loaded: LoadedModel):
+    """The text of the steps is the answer's; a token that two steps share says all of what the first one ends with."""
+    prompts = encode_texts(["the red cat"], loaded.tokenizer, UNIFORM, 50)
+    split = splitter(StepsConfig(by="delimiter", delimiter="."))
+    assert split is not None
+    player = StepPlayer(loaded, split, SegmentEncoder(loaded, UNIFORM, DocumentFrequency(1, {})))
+    ids = torch.tensor([ids_of(loaded, "a dog . house")])
+
+    def sample(batch: PromptBatch) -> EpisodeBatch:
+        return cut_responses(ids, batch, loaded, loaded.stop_ids, ["house"])
+
+    found = player(sample, prompts, prompt_batch(loaded, prompts))
+    assert found.completions == ("a dog . ",)
+    assert found.context is None  # one step: what stopped it is none
+    assert [one.text for one in player.steps(ids[0].tolist(), "a dog . ")] == ["a dog . "]
+    assert (
+        "".join(one.text for one in player.steps(ids_of(loaded, "a dog . big . tree"), "a dog . big . tree"))
+        == "a dog . big . tree"
+    )
+
+
+def test_the_right_result_is_compared_among_chains_of_any_length(loaded: LoadedModel):
+    """Of two, three, four and one steps: right, wrong, right, wrong."""
+    found = played(loaded, ["a . 4", "a . b . 5", "a . b . c . 4", "5"], by="delimiter", delimiter=".")
+    columns = {"answer": "4"}
+    texts = ("a . 4", "a . b . 5", "a . b . c . 4", "5")
+    assert found.context is not None
+    episodes = []
+    for episode, text in zip(found.context.episodes, texts, strict=True):
+        said = text.split(" . ")
+        segments = tuple(replace(one, text=part) for one, part in zip(episode.segments, said, strict=True))
+        episodes.append(replace(episode, segments=segments))
+    prompts = tuple(replace(one, columns=columns) for one in found.prompts.prompts)
+    one_group = replace(found.prompts, prompts=prompts, group=torch.zeros(4, dtype=torch.long))
+    batch = replace(
+        found, prompts=one_group, completions=texts, context=replace(found.context, episodes=tuple(episodes))
+    )
+    zeros = torch.zeros(batch.ids.shape)
+    rewarded = RewardBatch(batch, Readings(zeros, zeros, zeros, zeros), None)
+    reward = RewardFunction([ExactMatch(ExactMatchConfig(weight=1.0))], [1.0], "within_prompt")
+    returns = reward(rewarded)
+    assert returns.total.sign().tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert returns.total.sum() == pytest.approx(0.0, abs=1e-6)
+    for row, episode in enumerate(episodes):  # paid at the last step
+        assert returns.by_turn[row].nonzero().flatten().tolist() == [len(episode.segments) - 1]

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,9 @@ from rich.markdown import Markdown
 from transformers import TrainerState
 
 from cagsr.config import TrainConfig, validate
-from cagsr.errors import MonitorStop, RolloutError
+from cagsr.errors import ConfigError, MonitorStop, RolloutError
 from cagsr.evaluation.held_out import choose_metric
+from cagsr.flow import EncodedPrompt
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import prepare_prompts
@@ -31,6 +33,7 @@ from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.registry import Resources
+from cagsr.reward.settings import TERMS
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.episodes import EpisodePlayer, Player
 from cagsr.rollout.played_user import conversation_task
@@ -94,6 +97,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     check_precision(accelerator, loaded.compute_dtype)
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
+    _check_columns(config, [*train_set.prompts, *held_out.prompts])
     associations = _associations(config, loaded, train_set, accelerator, console)
     reward = build_reward(
         config.reward,
@@ -124,6 +128,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             count = "streamed" if config.data.streaming else str(len(train_set.prompts))
             precision = dtype_note(config.run.save_dtype, loaded, "--run.save_dtype")
             own = (precision, *generation_notes(loaded, config.sampling), *ppo.sampler.notes, *record.notes)
+            if config.supervision.mode == "s3ft":
+                own = (
+                    "S3FT: one answer of each group is imitated and nothing is reinforced, so estimator, KL, entropy bonus and the "
+                    "penalty on cut answers have no effect.",
+                    *own,
+                )
             notes = (*loaded.notes, *train_set.notes, *own, *metric.notes, *reward_warnings(config.reward))
             # Paths, tokens and templates are no markup.
             console.print(f"CAGSR {config.model.path} -> {config.output_dir}", markup=False, style="bold")
@@ -174,6 +184,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         if evaluations[-1]:
             console.print(f"Held out, {metric.name}: {', '.join(told)}.", markup=False)
     return TrainResult(folder, evaluations[0], evaluations[-1])
+
+
+def _check_columns(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None:
+    """ConfigError where a term with a weight needs what no row has."""
+    for term in TERMS:
+        settings = getattr(config.reward, term.name)
+        if settings.weight != 0 and (missing := term.missing(settings, [one.prompt for one in prompts])) is not None:
+            raise ConfigError(f"--reward.{term.name}.weight: no row of {config.data.path} has {missing}.")
 
 
 def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held_out: PromptSet) -> Player | None:

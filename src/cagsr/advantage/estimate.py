@@ -41,7 +41,8 @@ def estimate_targets(
     rloo with a single answer to a prompt.
     """
     mask = episodes.sampled
-    penalty = (~episodes.ended).float() * (config.missing_eos_penalty or 0.0)
+    cut = ~episodes.ended if episodes.given is None else ~episodes.ended & ~episodes.given  # a reference was cut by us
+    penalty = cut.float() * (config.missing_eos_penalty or 0.0)
     tokens = add_at_last_token(torch.where(mask, returns.per_token.detach().float(), 0.0), -penalty, mask)
     if config.kl_in == "reward":
         # Masked before the subtraction: padding may hold infinities, and inf - inf would be NaN.

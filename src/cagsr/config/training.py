@@ -233,7 +233,7 @@ class SupervisionConfig:
 
 @dataclass(frozen=True)
 class StepsConfig:
-    """Chains of thought: the steps of an answer, each judged by the question and the steps before it (docs/steps.md)."""
+    """Chains of thought: the steps of an answer, each judged by the question and the steps before it (docs/reasoning.md)."""
 
     by: Literal["none", "lines", "paragraphs", "sentences", "delimiter", "function"] = "none"
     """Where a step ends; none: an answer is one piece. function: a function of your own says it."""
@@ -253,6 +253,10 @@ class StepsConfig:
                 yield f"--steps.by {way}: give --steps.{way}."
             if self.by != way and given:
                 yield f"--steps.{way}: it counts with --steps.by {way} alone."
+        if self.by in ("none", "function") and self.tag is not None:
+            yield f"--steps.tag: with --steps.by {self.by} nothing looks for it."
+        if self.by == "none" and self.most != StepsConfig.most:
+            yield "--steps.most: it counts with --steps.by alone."
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cagsr.rollout.rows import prompt_batch
 from cagsr.rollout.sample import sample_responses
 from cagsr.support.dotted_path import import_dotted
 from cagsr.support.extras import has_extra, install_command
-from cagsr.support.processes import broadcast, gather_objects, split_between_processes
+from cagsr.support.processes import broadcast, gather_objects, in_all, split_between_processes
 from cagsr.support.progress import each, working
 from cagsr.tasks.history import prompt_before
 
@@ -100,15 +100,19 @@ def answer(
     by the main one. ``player`` plays a task of several turns, each of whose answers is judged; None: one answer to each prompt.
     """
     mine = split_between_processes(prompts, accelerator)
-    found: list[tuple[Prompt, str, int, bool]] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + (0 if accelerator is None else accelerator.process_index))
-        for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
-            some = mine[start : start + batch_size]
-            sample = partial(sample_responses, loaded, sampling=sampling)
-            said = _answers_of(played(player, sample, some, prompt_batch(loaded, some)))
-            found += [one for one in said if metric.judges(one[0])]
+        sample = partial(sample_responses, loaded, sampling=sampling)
+
+        def answers() -> list[tuple[Prompt, str, int, bool]]:
+            said: list[tuple[Prompt, str, int, bool]] = []
+            for start in each("answering held-out prompts", range(0, len(mine), batch_size), "batches"):
+                some = mine[start : start + batch_size]
+                said += _answers_of(played(player, sample, some, prompt_batch(loaded, some)))
+            return [one for one in said if metric.judges(one[0])]
+
+        found = answers() if player is None else in_all(answers, accelerator)
     everywhere = gather_objects(found, accelerator)
     asked, completions = tuple(one[0] for one in everywhere), tuple(one[1] for one in everywhere)
     values = broadcast(lambda: judge(metric, asked, completions), accelerator)

@@ -88,7 +88,14 @@ def evaluate_answers(
     ends = np.cumsum([len(own) for own in answers])[:-1]
     values = {measure: _means(np.split(flat, ends)) for measure, flat in found.items()}
     fewest = min(len(own) for own in answers)
-    passing = next((name for name in PASSING if name in found), None)
+    passing = next(
+        (
+            name
+            for name in PASSING
+            if name in found and set(found[name][np.isfinite(found[name])].tolist()) <= {0.0, 1.0}
+        ),
+        None,
+    )
     if passing is not None and fewest > 1:
         values |= passes(np.split(found[passing], ends))
     if fewest > 1 and has_extra("nltk"):

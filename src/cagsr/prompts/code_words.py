@@ -20,7 +20,8 @@ def code_words(text: str, words: Sequence[Word]) -> list[Word]:
     The text is read by Python's own tokenizer as far as it is Python; behind that (a prompt may stop anywhere) a keyword is no
     word, and all others are.
     """
-    lines = [0, *accumulate(len(line) for line in text.splitlines(keepends=True))]
+    lines = [0, *accumulate(len(line) for line in text.split("\n"))]
+    lines = [start + number for number, start in enumerate(lines)]  # the line breaks
     tokens: list[tuple[int, int, int]] = []
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -11,7 +11,7 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Prompt
 from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
 from cagsr.prompts.chat import Places, render_chat, spoken_in, written_marks
-from cagsr.prompts.rows import Row
+from cagsr.prompts.rows import Row, content_of
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
 
@@ -91,13 +91,6 @@ def is_parts(value: Any) -> bool:
         and bool(value)
         and all(isinstance(part, Mapping) and "type" in part and part.get("role") is None for part in value)
     )
-
-
-def content_of(content: Any) -> str | None:
-    """The text of a message's content: text, or a list of parts of type text; None where it is neither."""
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content if isinstance(content, str) else None
 
 
 def _conversation(

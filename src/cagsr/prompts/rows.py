@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from cagsr.config import DataConfig
+from cagsr.errors import DataError
 
 MESSAGES, TURNS = "messages", "turns"
 USER_TURNS, ANSWERS = "user_turns", "answers_by_turn"
@@ -78,6 +79,13 @@ def without_messages(row: Row, prompt_column: str) -> Row:
     return row._replace(values={"prompt": list(messages[:end]), **values}, from_messages=True)
 
 
+def content_of(content: Any) -> str | None:
+    """The text of a message's content: text, or a list of parts of type text; None where it is neither."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else None
+
+
 def turn_by_turn(row: Row, prompt_column: str) -> Row:
     """Read ``messages``, or ``turns`` (a list of what the user says), from the user's first message on.
 
@@ -99,14 +107,22 @@ def turn_by_turn(row: Row, prompt_column: str) -> Row:
         return row
     said = [messages[start + 1 : end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
     kept = {name: value for name, value in values.items() if name != MESSAGES}
-    asked = {
+    later = [content_of(messages[start].get("content")) for start in starts[1:]]
+    if not all(text and text.strip() for text in later):
+        turn = 2 + next(place for place, text in enumerate(later) if not (text and text.strip()))
+        raise DataError(
+            f"{row.source}, row {row.number}: what the user says in turn {turn} is no text, or empty; mend it or leave the row out."
+        )
+    found: dict[str, Any] = {
         "prompt": list(messages[: starts[0] + 1]),
-        USER_TURNS: [messages[start].get("content") for start in starts[1:]],
+        USER_TURNS: later,
         ANSWERS: [
-            next((one.get("content") for one in reversed(own) if one.get("role") == "assistant"), None) for own in said
+            next((content_of(one.get("content")) for one in reversed(own) if one.get("role") == "assistant"), None)
+            for own in said
         ],
     }
-    return row._replace(values={**kept, **asked, "reference": asked[ANSWERS][0]}, from_messages=True)
+    found["reference"] = values.get("reference", found[ANSWERS][0])
+    return row._replace(values={**kept, **found}, from_messages=True)
 
 
 def split_texts(rows: Rows, config: DataConfig) -> Rows:

@@ -55,7 +55,7 @@ class RewardFunction:
         A term without variance contributes 0; where a term does not apply to an answer its raw value is NaN and it
         contributes 0. Rows of ``per_token`` sum to ``total``, except that an answer without tokens is paid nothing on
         tokens. Of several turns each answer is judged among the answers of that turn to its prompt; one that came there
-        alone is neither better nor worse.
+        alone is neither better nor worse. A term of whole episodes (``by_episode``) compares them whatever their turns.
 
         Raises RewardError: a term fails or gives a number that is not finite (the moments are then unchanged); ConfigError:
         ``within_prompt`` and no prompt has two answers.
@@ -68,15 +68,16 @@ class RewardFunction:
                 "use --reward.normalize running, or sample more with --sampling.num_generations"
             )
         values = self._values(exchanges, known or {}, update)
+        groups = [exchanges.group_of(term) for term in self.terms]
         if update:
-            self.normalizer.update(values, group)
+            self.normalizer.update(values, groups)
         total = torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
         per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         contributions: dict[str, Tensor] = {}
-        for name, weight in zip(self.names, self.weights, strict=True):
+        for name, weight, compared in zip(self.names, self.weights, groups, strict=True):
             term = values[name]
-            amount, scale = self.normalizer(name, term, group), self.normalizer.scale(name)
-            if self.normalizer.normalize == "within_prompt":
+            amount, scale = self.normalizer(name, term, compared), self.normalizer.scale(name)
+            if self.normalizer.normalize == "within_prompt" and compared is group:
                 amount = amount.masked_fill(exchanges.alone, 0.0)
             # Dense gains keep their place, scaled; the centring and the clipping of the sum fall on the last token.
             tokens = torch.zeros_like(per_token) if term.tokens is None else term.tokens * scale

@@ -90,13 +90,16 @@ class Normalizer:
         self.within = {name: Moments() for name in self.names}
         """Deviations from the mean of the same prompt's answers; ``count`` is their degrees of freedom."""
 
-    def update(self, values: Mapping[str, TermValues], group: Tensor) -> None:
+    def update(self, values: Mapping[str, TermValues], group: Tensor | Sequence[Tensor]) -> None:
         """Take the values of one process's answers, by name, into the moments.
 
-        ``group`` ``(batch,)`` int64 is equal for answers to one prompt; prompts never span processes.
+        ``group`` ``(batch,)`` int64 is equal for answers that are compared, those to one prompt; prompts never span processes.
+        Or one for each term, in their order.
         """
+        groups = [group] * len(self.names) if isinstance(group, Tensor) else list(group)
         seen = [values[name].total[values[name].applies].cpu().double() for name in self.names]
-        deviations = [group_deviations(values[name].total, values[name].applies, group) for name in self.names]
+        compared = zip(self.names, groups, strict=True)
+        deviations = [group_deviations(values[name].total, values[name].applies, own) for name, own in compared]
         sums = torch.tensor(
             [
                 [float(len(x)), float(x.sum()), freedom, float(d.square().sum())]
@@ -104,11 +107,11 @@ class Normalizer:
             ],
             dtype=torch.float64,
         )
-        counts, totals, freedoms, within = self.summed(sums, group.device).unbind(dim=1)
+        counts, totals, freedoms, within = self.summed(sums, groups[0].device).unbind(dim=1)
         means = totals / counts.clamp(min=1)
         # The deviations are taken from the mean of all processes, so that their squares can simply be summed.
         squares = [float((x - mean).square().sum()) for x, mean in zip(seen, means, strict=True)]
-        m2 = self.summed(torch.tensor(squares, dtype=torch.float64), group.device)
+        m2 = self.summed(torch.tensor(squares, dtype=torch.float64), groups[0].device)
         for index, name in enumerate(self.names):
             self.moments[name].merge(float(counts[index]), float(means[index]), float(m2[index]))
             self.within[name].merge(float(freedoms[index]), 0.0, float(within[index]))

@@ -36,7 +36,7 @@ from cagsr.reward.term import UNKNOWN
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cagsr.flow import EpisodeBatch
+    from cagsr.flow import EpisodeBatch, Prompt
     from cagsr.models.texts import TokenTexts
     from cagsr.reward.association import Associations
     from cagsr.reward.term import RewardTerm
@@ -116,6 +116,8 @@ class TermClass:
     """Whether ``score`` and ``diagnose`` show its values where it has no weight: not where it runs code, or asks for labels."""
     scale: float | None
     """What its values are multiplied with instead of being brought to one scale; None: they are brought to it."""
+    missing: Callable[[Any, Iterable[Prompt]], str | None]
+    """``(its settings, the prompts) -> what none of their rows has that the term needs``, None where nothing is missing."""
     advice: Callable[[Any, Any], Iterable[str]]
     """``(its settings, the whole reward's) -> sentences``: what is known to go wrong with them."""
 
@@ -153,6 +155,7 @@ def register(cls: _ClassT) -> _ClassT:
         place=getattr(cls, "place", LAST),
         shown=getattr(cls, "shown", True),
         scale=getattr(cls, "scale", None),
+        missing=getattr(cls, "missing", lambda settings, prompts: None),
         advice=getattr(cls, "advice", lambda settings, reward: ()),
     )
     return cls

@@ -50,7 +50,9 @@ class RewardTerm(Protocol):
     registered terms, the names of :class:`~cagsr.reward.registry.Resources` (without it the first two are assumed);
     ``by_micro_batch``, True where an answer's value depends on that answer alone: then no attention map outlives its
     micro-batch; ``turns`` (or a setting of that name), over which turns of an episode it looks: ``all`` before the answer, the
-    ``first`` (the prompt), or the ``latest`` (what was said to it last).
+    ``first`` (the prompt), or the ``latest`` (what was said to it last);
+    ``by_episode``, True where a term says something of an episode as a whole, and so is compared with what it says of the prompt's
+    other episodes, however many turns they had.
     """
 
     @property

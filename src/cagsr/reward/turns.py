@@ -55,6 +55,12 @@ class Exchanges:
         _, own, counts = torch.unique(self.group, return_inverse=True, return_counts=True)
         return (counts[own] == 1) & (self.turn > 0)
 
+    def group_of(self, term: RewardTerm) -> Tensor:
+        """``(answers,)`` int64: with which answers those of a term are compared, by its attribute ``by_episode``."""
+        if self.row is None or not getattr(term, "by_episode", False):
+            return self.group
+        return self.batch.episodes.prompts.group
+
     def seen_by(self, term: RewardTerm) -> RewardBatch:
         """The batch with the words of those turns alone that the term looks over (its attribute or setting ``turns``)."""
         turns: Turns = getattr(term, "turns", getattr(getattr(term, "settings", None), "turns", "all"))

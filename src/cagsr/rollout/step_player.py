@@ -36,7 +36,7 @@ class StepPlayer:
         turn = torch.zeros_like(found.ids)
         episodes = []
         for row, prompt in enumerate(prompts):
-            segments = self.steps(found.ids[row][found.real[row]].tolist())
+            segments = self.steps(found.ids[row][found.real[row]].tolist(), found.completions[row])
             start = 0
             for segment in segments:
                 turn[row, start : start + len(segment.ids)] = segment.turn
@@ -47,16 +47,21 @@ class StepPlayer:
         context = context_of(episodes, batch, found.ids.shape[1], self.encoder.salience.turn_decay)
         return replace(found, turn=turn, context=context)
 
-    def steps(self, ids: Sequence[int]) -> list[Segment]:
-        """The steps of an answer's tokens. A token that two steps share belongs to the first; no step is without a token."""
-        text, offsets = self.encoder.spans(ids)
+    def steps(self, ids: Sequence[int], text: str) -> list[Segment]:
+        """Cut an answer into its steps: its tokens, and its text, which says nothing of a stop string that ended it.
+
+        A token that two steps share belongs to the first, which says all of it; no step is without a token.
+        """
+        _, offsets = self.encoder.spans(ids)
         ends = self.split(text)
-        segments: list[Segment] = []
-        start = said = 0  # tokens and characters of the steps so far
-        for end in ends:
-            behind = (place for place, (first, _) in enumerate(offsets) if first >= end)
-            stop = len(ids) if end == ends[-1] else next(behind, len(ids))
-            if stop > start:
-                segments.append(self.encoder.answer(ids[start:stop], text[said:end], len(segments)))
-                start, said = stop, end
-        return segments or [self.encoder.answer(ids, text, 0)]
+        cuts: list[tuple[int, int]] = []  # tokens and characters up to the end of each step
+        for end in ends[:-1]:
+            stop = next((place for place, (first, _) in enumerate(offsets) if first >= end), len(ids))
+            if (cuts[-1][0] if cuts else 0) < stop < len(ids):
+                cuts.append((stop, end))
+        cuts.append((len(ids), len(text)))
+        segments, start, said = [], 0, 0
+        for number, (stop, end) in enumerate(cuts):
+            segments.append(self.encoder.answer(ids[start:stop], text[said:end], number))
+            start, said = stop, end
+        return segments

@@ -61,6 +61,8 @@ def answers_of(run: Run, room: int) -> dict[str, Any]:
 def _given(rows: Iterable[Mapping[str, Any]], *, held_out: bool) -> list[dict[str, Any]]:
     found = []
     for row in rows:
+        if row.get("given"):  # the data's answer, not the model's
+            continue
         terms, paid = row.get("terms") or {}, row.get("contributions") or {}
         found.append(
             {

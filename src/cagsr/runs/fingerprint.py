@@ -52,6 +52,13 @@ def fingerprint_training(config: TrainConfig | TrainerConfig) -> Fingerprint:
     if (path := config.evaluation.path) is not None:
         held_out = dataclasses.replace(config.data, path=path, limit=config.evaluation.held_out, streaming=False)
         found[f"evaluation.path {path}"] = fingerprint_rows(held_out)
+    folders = {
+        "conversation.user": config.conversation.user,
+        "curriculum.embedding_model": config.curriculum.embedding_model,
+    }
+    for name, folder in folders.items():
+        if folder is not None and Path(folder).expanduser().is_dir():
+            found[f"{name} {folder}"] = fingerprint_path(folder)
     found |= {f"reward.models {model}": fingerprint_model(model) for model in config.reward.models}
     if (path := config.reward.associations.path) is not None:
         found[f"reward.associations.path {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint, load_tree
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES, flat_tree, lacking
 from cagsr.support.atomic import write_text_atomically
+from cagsr.support.progress import say
 
 JudgingT = TypeVar("JudgingT")
 """The settings of a command that judges answers: a dataclass with ``reward_from``, ``reward``, ``attention``, ``salience``."""
@@ -47,6 +48,11 @@ def read_run_reward(run: str) -> RunReward:
         raise RunError(f"--reward_from {run}: there is no {CONFIG} in it; name the folder of a cagsr train run.")
     config: TrainConfig = parse_command(TrainConfig, ["--config", str(folder / CONFIG), *_older(folder)], prog=CONFIG)
     reward = config.reward
+    if config.steps.by != "none":
+        say(
+            f"{run} judged the steps of answers (--steps.by {config.steps.by}); whole answers are judged here, on the scales "
+            "that it learned of steps."
+        )
     if reward.needs("associations") and reward.associations.path is None:
         path = str(folder / ASSOCIATIONS)
         reward = dataclasses.replace(reward, associations=dataclasses.replace(reward.associations, path=path))

@@ -50,7 +50,7 @@ _X86 = {
     "sched_setscheduler": 144, "sched_setparam": 142, "sched_setattr": 314, "sched_setaffinity": 203, "ioprio_set": 251,
     "migrate_pages": 256, "move_pages": 279, "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240,
     "open_by_handle_at": 304, "name_to_handle_at": 303, "fanotify_init": 300, "personality": 135, "execve": 59,
-    "execveat": 322, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
+    "execveat": 322, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "truncate": 76, "memfd_create": 319,
 }  # fmt: skip
 _ARM = {
     "kill": 129, "tkill": 130, "tgkill": 131, "ptrace": 117, "socket": 198, "socketpair": 199, "connect": 203,
@@ -66,7 +66,7 @@ _ARM = {
     "sched_setscheduler": 119, "sched_setparam": 118, "sched_setattr": 274, "sched_setaffinity": 122, "ioprio_set": 30,
     "migrate_pages": 238, "move_pages": 239, "shmget": 194, "msgget": 186, "semget": 190, "mq_open": 180,
     "open_by_handle_at": 265, "name_to_handle_at": 264, "fanotify_init": 262, "personality": 92, "execve": 221,
-    "execveat": 281, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
+    "execveat": 281, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "truncate": 45, "memfd_create": 279,
 }  # fmt: skip
 _NEWER = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
           "clone3": 435, "process_madvise": 440, "mount_setattr": 442, "quotactl_fd": 443, "fchmodat2": 452}  # fmt: skip
@@ -74,6 +74,9 @@ REFUSED = {"x86_64": _X86 | _NEWER, "aarch64": _ARM | _NEWER}
 CLONE = {"x86_64": 56, "aarch64": 220}
 PRLIMIT = {"x86_64": 302, "aarch64": 261}
 CLONE_THREAD = 0x00010000
+FCNTL, IOCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}
+SETS_OWNER = {"fcntl": (8, 15), "ioctl": (0x8901, 0x8902)}
+"""F_SETOWN and F_SETOWN_EX, FIOSETOWN and SIOCSPGRP: who is sent a signal when a file is ready, which may be anybody."""
 
 
 def _libc() -> ctypes.CDLL:
@@ -121,7 +124,7 @@ def leave_networks() -> bool:
 def restrict_files(job: dict[str, Any]) -> bool:
     """Landlock: read the interpreter's folders alone, write into the job's folder alone."""
     libc = _libc()
-    abi = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    abi = min(libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1), job.get("landlock", 7))  # less, in tests
     if abi < 1:
         return False
     rights = ALL_BY_ABI[min(abi, 5)]
@@ -187,6 +190,12 @@ def refuse_calls() -> bool:
         (give, 0, 0, deny),
         (load, 0, 0, 0),
     ]
+    for call, number in (("fcntl", FCNTL[machine]), ("ioctl", IOCTL[machine])):
+        commands = SETS_OWNER[call]
+        program += [(equal, 0, 2 + 2 * len(commands), number), (load, 0, 0, 24)]  # the low half of the second argument
+        for command in commands:
+            program += [(equal, 0, 1, command), (give, 0, 0, deny)]
+        program.append((load, 0, 0, 0))
     for name, number in REFUSED[machine].items():
         # glibc takes ENOSYS of clone3 as "use clone", which is looked into.
         program += [(equal, 0, 1, number), (give, 0, 0, missing if name == "clone3" else deny)]

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,8 @@ NEEDED = {
 """What must be protected, each by one of these at least."""
 LOOK_EVERY = 0.02
 """Seconds between two looks at a running program and its folder."""
+MOST_FILES, MOST_DEPTH, MOST_THREADS = 1000, 30, 100
+"""Of a program: files and folders, folders within each other, threads."""
 REFUSED = 97
 """Exit status of a program that was not run because a protection is missing."""
 
@@ -79,8 +81,8 @@ class Outcome:
 def protection() -> tuple[str, ...]:
     """The names of the protections that this machine gives; tried once, with a program that does nothing."""
     config = SandboxConfig(seconds=20.0, unprotected=True)
-    with tempfile.TemporaryDirectory(prefix="cagsr-sandbox-") as folder:
-        _, taken, _ = _start("pass", config, Path(folder), ())
+    with _folder() as folder:
+        _, taken, _ = _start("pass", config, folder, ())
     return taken
 
 
@@ -113,8 +115,8 @@ def run_program(program: str, config: SandboxConfig) -> Outcome:
     """Run one Python program under :func:`protection`; ConfigError where there is too little and ``unprotected`` isn't set."""
     check_protection(config, "unprotected")
     needed = () if config.unprotected else tuple(NEEDED.values())
-    with tempfile.TemporaryDirectory(prefix="cagsr-sandbox-") as folder:
-        outcome, _, status = _start(program, config, Path(folder), needed)
+    with _folder() as folder:
+        outcome, _, status = _start(program, config, folder, needed)
     if status == REFUSED:
         raise ConfigError("a protection that was there is gone, so the model's code was not run")
     return outcome
@@ -181,7 +183,7 @@ def _watched(process: subprocess.Popen[bytes], folder: Path, deadline: float, mo
     while process.poll() is None:
         if time.monotonic() > deadline:
             return "timed out"
-        if _holds_more_than(folder, most):
+        if _holds_more_than(folder, most) or _threads(process.pid) > MOST_THREADS:
             return "stopped"
         with suppress(subprocess.TimeoutExpired):
             process.wait(LOOK_EVERY)
@@ -201,15 +203,46 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _holds_more_than(folder: Path, most: int) -> bool:
+    """Whether there are too many bytes, files or folders, or such as can't be looked at."""
     size = count = 0
-    for here, _, names in os.walk(folder):
-        for name in names:
-            count += 1
-            with suppress(OSError):
-                size += os.lstat(os.path.join(here, name)).st_size
-            if size > most or count > 1000:
-                return True
+    left = [(str(folder), 0)]
+    while left:
+        here, depth = left.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    count += 1
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    with suppress(FileNotFoundError):  # it was there a moment ago
+                        size += 0 if is_folder else entry.stat(follow_symlinks=False).st_size
+                    if is_folder:
+                        left.append((entry.path, depth + 1))
+                    if size > most or count > MOST_FILES or depth > MOST_DEPTH:
+                        return True
+        except FileNotFoundError:
+            continue
+        except OSError:  # a name that is too long, a folder that may not be read
+            return True
     return False
+
+
+def _threads(process: int) -> int:
+    try:
+        return psutil.Process(process).num_threads()
+    except psutil.Error:
+        return 0
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A new folder, removed afterwards whatever a program has made of it (folders within each other, or without rights)."""
+    folder = Path(tempfile.mkdtemp(prefix="cagsr-sandbox-"))
+    try:
+        yield folder
+    finally:
+        # Python's own rmtree is recursive; rm is not, and is as quick.
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(folder)], capture_output=True, check=False)
+        subprocess.run(["rm", "-rf", "--", str(folder)], capture_output=True, check=False)
 
 
 def _tail(path: Path, most: int) -> str:

@@ -67,7 +67,7 @@ class ReferencePlayer:
 def reference_of(prompt: Prompt) -> str:
     """The first reference of a row (``references``, ``reference`` or ``completion``); DataError where it has none."""
     for column in REFERENCE_COLUMNS:
-        if texts := texts_of(prompt.columns.get(column)):
+        if texts := [text for text in texts_of(prompt.columns.get(column)) if text.strip()]:
             return texts[0]
     raise DataError(
         f"row {prompt.row}: it has no reference answer (column references, reference or completion), which --supervision.mode "

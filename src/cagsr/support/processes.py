@@ -17,7 +17,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from cagsr.errors import CagsrError, ConfigError
+from cagsr.errors import CagsrError, ConfigError, RolloutError
 
 T = TypeVar("T")
 
@@ -98,6 +98,26 @@ def gather_objects(items: Sequence[T], accelerator: Accelerator | None) -> list[
     if accelerator is None or accelerator.num_processes == 1:
         return list(items)
     return gather_object(list(items))
+
+
+def in_all(work: Callable[[], T], accelerator: Accelerator | None) -> T:
+    """Do something in every process; where it fails in one (a CagsrError), it fails in all, with the first one's sentence.
+
+    Every process calls it. One that raised alone would leave the others waiting in the next exchange.
+    """
+    failure: CagsrError | None = None
+    done: list[T] = []
+    try:
+        done.append(work())
+    except CagsrError as error:
+        failure = error
+    told = gather_objects([None if failure is None else str(failure)], accelerator)
+    first = next((sentence for sentence in told if sentence is not None), None)
+    if failure is not None:
+        raise failure
+    if first is not None:
+        raise RolloutError(f"another process failed: {first}")
+    return done[0]
 
 
 def broadcast(make: Callable[[], T], accelerator: Accelerator | None) -> T:

@@ -12,16 +12,21 @@ def equations(text: str) -> list[bool]:
 
     A number that is rounded holds to its last digit. What has names or units in it is no equation.
     """
+    # White space around signs is taken out first: a pattern that allows it anywhere takes time without bound.
+    plain = _AROUND.sub(
+        lambda match: match.group().strip(), text.replace(",", "").replace("$", "").replace("×", "*").replace("÷", "/")
+    )
     return [
         _value(left) is not None and _equal(left, right)
-        for match in _EQUATION.finditer(text.replace(",", "").replace("$", "").replace("×", "*").replace("÷", "/"))
+        for match in _EQUATION.finditer(plain)
         for left, right in _sides(match.group())
     ]
 
 
-_TERM = r"[-+]?\(*\s*[-+]?(?:\d+(?:\.\d+)?|\.\d+)\s*\)*"
-_SUM = rf"{_TERM}(?:\s*[-+*/]\s*{_TERM})*"
-_EQUATION = re.compile(rf"(?<![\w.)]){_SUM}(?:\s*=\s*{_SUM})+(?![\w%])")
+_AROUND = re.compile(r"[ \t]*[-+*/=][ \t]*|\([ \t]+|[ \t]+\)")
+_TERM = r"[-+]?\(*[-+]?(?:\d+(?:\.\d+)?|\.\d+)\)*"
+_SUM = rf"{_TERM}(?:[-+*/]{_TERM})*+"
+_EQUATION = re.compile(rf"(?<![\w.)]){_SUM}(?:={_SUM})+(?![\w%])")
 _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|(.))")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
-from cagsr.errors import DataError
 from cagsr.flow import Episode, Prompt
 from cagsr.sandbox.run import Outcome, SandboxConfig, check_protection, run_programs
 
 _FENCE = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_BEHIND = re.compile(r"\n(?=def |class |if __name__|print\(|assert |import |from |@|#|```)")
-"""Where the body of a function has ended: the first line that is not indented and begins something else."""
 _MENDED = "# Mended:"
 _IMPORT = re.compile(r"^(?:from [\w.]+ import .+|import .+)$", re.MULTILINE)
 
@@ -36,31 +34,39 @@ def row_tests(columns: Mapping[str, Any]) -> str | None:
 def code_of(prompt: Prompt, completion: str) -> str:
     """The program that an answer to a prompt makes, without its tests.
 
-    A block between fences is the program; so is an answer that defines the row's ``entry_point``. Else the answer goes on where a
-    plain prompt stops (HumanEval), up to the first line that is no longer part of it. Imports of the prompt are kept.
+    Behind a plain prompt (HumanEval) an answer that begins with an indented line goes on with the function, up to its first line
+    that is not indented. Else what stands between fences is the program; or the answer itself, where it defines the row's
+    ``entry_point``, or the prompt is a conversation; or the prompt and the answer. Imports of the prompt are kept, not those of
+    earlier answers.
     """
-    written = (
-        prompt.text if prompt.messages is None else "\n".join(str(one["content"] or "") for one in prompt.messages)
-    )
+    lines = completion.splitlines(keepends=True)
+    first = next((line for line in lines if line.strip()), "")
+    plain = prompt.messages is None
+    if plain and first[:1].isspace():
+        body = takewhile(lambda line: not line.strip() or line[:1].isspace(), lines)
+        return prompt.text.rpartition(f"\n{_MENDED}\n")[2] + "".join(body)
     fenced = _FENCE.findall(completion)
     code = "\n\n".join(fenced) if fenced else completion
     name = prompt.columns.get("entry_point")
-    whole = bool(fenced) or (name is not None and re.search(rf"^\s*def {re.escape(str(name))}\b", code, re.MULTILINE))
-    if whole or prompt.messages is not None:
-        return "\n".join([*_IMPORT.findall(written), code])
-    return prompt.text.rpartition(f"\n{_MENDED}\n")[2] + _BEHIND.split(code, maxsplit=1)[0]
+    defined = name is not None and re.search(rf"^\s*(?:async )?def {re.escape(str(name))}\b", code, re.MULTILINE)
+    if plain and not fenced and not defined:
+        return prompt.text.rpartition(f"\n{_MENDED}\n")[2] + code
+    asked = prompt.text if prompt.messages is None else _asked(prompt.messages)
+    return "\n".join([*_IMPORT.findall(asked), code])
+
+
+def _asked(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What stands before the first answer of a conversation."""
+    before = takewhile(lambda one: one["role"] != "assistant", messages)
+    return "\n".join(str(one["content"] or "") for one in before)
 
 
 def run_answers(prompts: Sequence[Prompt], completions: Sequence[str], config: SandboxConfig) -> list[Outcome | None]:
     """Run the answers' programs with their rows' tests in the sandbox; None where a row has none.
 
-    DataError where none has; ConfigError where the machine can't protect itself.
+    ConfigError where the machine can't protect itself.
     """
     tests = [row_tests(prompt.columns) for prompt in prompts]
-    if prompts and not any(tests):
-        raise DataError(
-            "no row has tests for its program: give columns test and entry_point (HumanEval), test_list (MBPP), or tests."
-        )
     asked = [
         f"{code_of(prompt, text)}\n\n{test}"
         for prompt, text, test in zip(prompts, completions, tests, strict=True)

@@ -18,14 +18,18 @@ def final_answer(text: str) -> str | None:
     r"""What a text ends at: the last ``#### x``, ``<answer>x</answer>`` or ``\boxed{x}``, else what it says the answer is, else its
     last number; None where there is none.
     """
-    marked = [(match.start(), match[1]) for pattern in _MARKED for match in pattern.finditer(text)]
-    marked += list(_boxed(text))
-    if marked:
-        return max(marked)[1].strip()
+    if (marked := _marked(text)) is not None:
+        return marked
     if said := list(_SAID.finditer(text)):
         return said[-1][1].strip()
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def _marked(text: str) -> str | None:
+    found = [(match.start(), match[1]) for pattern in _MARKED for match in pattern.finditer(text)]
+    found += list(_boxed(text))
+    return max(found)[1].strip() if found else None
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -39,8 +43,12 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def is_right(completion: str, reference: object) -> bool:
-    """Whether an answer ends at what the reference ends at (``reference`` may be a worked solution, or the bare answer)."""
-    own, wanted = final_answer(completion), final_answer(str(reference)) or str(reference)
+    """Whether an answer ends at what the reference ends at: ``reference`` is a worked solution of several lines or with a mark, or
+    the bare answer, all of it.
+    """
+    own, given = final_answer(completion), str(reference).strip()
+    worked = "\n" in given or _marked(given) is not None
+    wanted = (final_answer(given) if worked else None) or given
     return own is not None and same_answer(own, wanted)
 
 

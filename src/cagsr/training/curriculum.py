@@ -73,7 +73,7 @@ class SkipFlat:
         self._epoch, self._position = 0, 0
         self._flat: dict[int, int] = {}  # place of a prompt -> the epoch in which its answers were all alike
         self._order = self._shuffled()
-        self._dealt: list[int] = []
+        self._dealt: list[tuple[int, int]] = []  # places of the last prompts, and the epochs they were dealt in
 
     @property
     def epoch(self) -> float:
@@ -83,13 +83,13 @@ class SkipFlat:
     def next(self) -> list[EncodedPrompt]:
         """Deal this process's next prompts."""
         self._dealt = [self._take() for _ in range(self._size)]
-        return [self._all[place] for place in self._dealt[self._first : self._first + self._own]]
+        return [self._all[place] for place, _ in self._dealt[self._first : self._first + self._own]]
 
     def observe(self, prompts: Sequence[EncodedPrompt], returns: Returns) -> None:
         """Remember which prompts' answers were all worth the same."""
-        for place, spread in zip(self._dealt, self._gather(spreads(returns, len(prompts))), strict=True):
+        for (place, epoch), spread in zip(self._dealt, self._gather(spreads(returns, len(prompts))), strict=True):
             if spread <= FLAT:
-                self._flat[place] = self._epoch
+                self._flat[place] = epoch
             else:
                 self._flat.pop(place, None)
 
@@ -107,12 +107,12 @@ class SkipFlat:
         self._order = [int(place) for place in state["order"]]
         self._flat = {int(place): int(epoch) for place, epoch in state["flat"].items()}
 
-    def _take(self) -> int:
+    def _take(self) -> tuple[int, int]:
         if self._position == len(self._order):
             self._epoch, self._position = self._epoch + 1, 0
             self._order = self._shuffled()
         self._position += 1
-        return self._order[self._position - 1]
+        return self._order[self._position - 1], self._epoch
 
     def _shuffled(self) -> list[int]:
         """The epoch's prompts in its order; all of them where all were flat."""

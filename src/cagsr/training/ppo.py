@@ -8,6 +8,7 @@ Implementation Details of RLHF with PPO" (Huang et al., 2024) asks for is done w
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import Scorer
 from cagsr.scoring.statistics import entropy_of, logprobs_and
 from cagsr.support.clock import Clock
+from cagsr.support.processes import in_all
 from cagsr.support.progress import each, working
 from cagsr.training.experience_metrics import experience_metrics
 from cagsr.training.micro_batch_size import MicroBatchSize
@@ -108,12 +110,19 @@ class PPO:
         with gathered(self.actor_critic):
             with self.clock.part("rollout"):
                 repeated = [one for one in prompts for _ in range(many)]
-                episodes = played(self.player, partial(self.sampler.sample, sampling=config.sampling), repeated, batch)
+                sample = partial(self.sampler.sample, sampling=config.sampling)
+                if self.player is None:
+                    episodes = played(None, sample, repeated, batch)  # the engines tell of their own failures
+                else:  # a user's code, or a server's silence, may fail in one process
+                    episodes = in_all(lambda: played(self.player, sample, repeated, batch), self.accelerator)
             self.micro_batch_size.choose(self.actor_critic, loaded, episodes, self.accelerator.gather)
             visitor, readings, pass_metrics = self._score(episodes)
         limit = OWN_LIMIT[loaded.compute_dtype] if config.rollout.max_logp_difference else 0.0
         pass_metrics |= decoding_metrics(readings, episodes, limit, self.accelerator.gather)
         readings, engine_metrics = account_for_engine(readings, episodes, config.rollout, self.accelerator.gather)
+        if episodes.given is not None:  # nobody drew them, so no filter of the sampler's was in the way
+            own = readings.sampling_correction.masked_fill(episodes.given[:, None], 0.0)
+            readings = replace(readings, sampling_correction=own)
         with self.clock.part("reference"):
             visiting = visitor if visitor.wants_attention else None
             reference_logprobs = self._fitting(lambda: self.scorer.reference_logprobs(episodes, readings, visiting))
@@ -165,7 +174,9 @@ class PPO:
             "lr": self.scheduler.get_last_lr()[0],
             "kl_coef": self.kl_controller.kl_coef,
         }
-        sequences = float(self.reduce(torch.tensor(float(count), device=self.loaded.device)))
+        given = experience.episodes.given
+        drawn = count if given is None else int((~given).sum())
+        sequences = float(self.reduce(torch.tensor(float(drawn), device=self.loaded.device)))
         self.kl_controller.update(metrics["objective/kl"], int(sequences))
         self.scheduler.step()
         return metrics

@@ -66,6 +66,23 @@ class TrainConfig:
                 )
             if sampling.num_generations < 2:
                 yield f"--supervision.mode {supervision}: one answer to each prompt is given: set --num_generations 2 or more."
+        if supervision != "visurf" and self.supervision.reward != "smooth":
+            yield "--supervision.reward says what a reference is paid, with --supervision.mode visurf alone."
+        if supervision != "s3ft" and self.supervision.margin != 0:
+            yield "--supervision.margin says which own answers are accepted, with --supervision.mode s3ft alone."
+        if supervision == "visurf" and self.supervision.reward != "own" and ppo.estimator == "gae":
+            yield (
+                "--supervision.mode visurf: gae compares no answers, and what a reference is paid is a comparison; "
+                "use --ppo.estimator rloo or grpo, or --supervision.reward own."
+            )
+        if self.curriculum.kind != "none" and sampling.num_generations < 2:
+            yield (
+                f"--curriculum.kind {self.curriculum.kind} compares a prompt's answers; set --num_generations 2 or more."
+            )
+        if user is None and self.conversation != ConversationConfig():
+            yield "--conversation.* says how a conversation is played: give --conversation.user, or leave the others out."
+        if self.reward.execution.weight != 0 and self.steps.by != "none":
+            yield "--reward.execution.weight: a step is no program; leave --steps.by out."
         if (supervision == "s3ft") and ppo.ce_coef == 0:
             yield "--supervision.mode s3ft imitates: give --ppo.ce_coef 1."
         if self.steps.by != "none" and (task is not None or user is not None):

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from cagsr.config import TrainConfig
 from cagsr.errors import MonitorStop, RewardError, RolloutError
 from cagsr.evaluation.held_out import HeldOutMetric, JudgedAnswers, answer, evaluation_metrics
-from cagsr.flow import EncodedPrompt, Experience
+from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
 from cagsr.reward.trainer_calls import TrainerCalls
@@ -82,7 +84,7 @@ class Steps:
             "collect_seconds": collected - started,
             "update_seconds": updated - collected,
             "evaluation_seconds": time.perf_counter() - updated,
-            "response_tokens": float(ppo.reduce(experience.episodes.sampled.sum().float())),
+            "response_tokens": float(ppo.reduce(_drawn(experience.episodes).sum().float())),
             **{f"{name}_seconds": seconds for name, seconds in ppo.clock.take().items()},
             "peak_memory_bytes": peak_memory_bytes(self.loaded.device),
         }
@@ -134,6 +136,7 @@ class Steps:
 
         with gathered(self.loaded.model):
             sampled, greedy = answers(config.sampling.temperature), answers(0.0)
+        shown = {encoded.prompt.row for encoded in prompts[: config.evaluation.samples]}
         rows = [
             {
                 "prompt": prompt.text,
@@ -142,7 +145,8 @@ class Steps:
                 "tokens": greedy.lengths[number],
                 "ended": greedy.ended[number],
             }
-            for number, prompt in enumerate(greedy.prompts[: config.evaluation.samples])
+            for number, prompt in enumerate(greedy.prompts)
+            if prompt.row in shown
         ]
         return evaluation_metrics(sampled=sampled, greedy=greedy), rows
 
@@ -175,6 +179,11 @@ def sample_rows(experience: Experience, limit: int, extra: Mapping[str, Sequence
         }
         for row in order
     ]
+
+
+def _drawn(episodes: EpisodeBatch) -> Tensor:
+    """What the policy said, ``(batch, response)`` bool: references among its answers are not."""
+    return episodes.sampled if episodes.given is None else episodes.sampled & ~episodes.given[:, None]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,11 +1,12 @@
 """Exact match: does the answer end at the right result? The verifiable reward, as one more term; it needs a reference."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from cagsr.flow import RewardBatch
+from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.registry import TermConfig, register
 from cagsr.reward.term import PartialValues
 from cagsr.reward.turns import is_last
@@ -29,6 +30,7 @@ class ExactMatch:
     needs: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[int] = 13
     shown: ClassVar[bool] = False
+    by_episode: ClassVar[bool] = True
     settings: ExactMatchConfig
 
     def __call__(self, batch: RewardBatch) -> PartialValues:
@@ -42,3 +44,9 @@ class ExactMatch:
         ]
         there = torch.tensor([reference is not None for reference in references], device=last.device)
         return PartialValues(torch.tensor(values, device=last.device), there & last)
+
+    @staticmethod
+    def missing(settings: ExactMatchConfig, prompts: Iterable[Prompt]) -> str | None:
+        """The column."""
+        there = any(one.columns.get(settings.column) is not None for one in prompts)
+        return None if there else f"a column {settings.column!r} with the right answer (--reward.exact_match.column)"

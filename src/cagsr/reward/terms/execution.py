@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from cagsr.flow import RewardBatch
+from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.registry import TermConfig, register
 from cagsr.reward.term import PartialValues
 from cagsr.sandbox.run import SandboxConfig, check_protection
-from cagsr.tasks.code import run_answers
+from cagsr.tasks.code import row_tests, run_answers
 
 if TYPE_CHECKING:
     from cagsr.reward.settings import RewardConfig
@@ -48,6 +48,12 @@ class Execution:
         there = [one is not None for one in outcomes]
         device = episodes.ids.device
         return PartialValues(torch.tensor(values, device=device), torch.tensor(there, device=device))
+
+    @staticmethod
+    def missing(settings: ExecutionConfig, prompts: Iterable[Prompt]) -> str | None:
+        """Tests."""
+        there = any(row_tests(one.columns) is not None for one in prompts)
+        return None if there else "tests: columns test and entry_point (HumanEval), test_list (MBPP), or tests"
 
     @staticmethod
     def advice(settings: ExecutionConfig, reward: RewardConfig) -> Iterator[str]:
