@@ -153,6 +153,41 @@ def test_nothing_outside_its_folder_is_touched(harm: str, tmp_path: Path):
     assert [one.name for one in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("landlock", [1, 2, 3, 5])
+def test_older_kernels_leave_nothing_open_that_counts_as_protected(
+    landlock: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Truncating is Landlock's from version 3 on, signals to others from 6: the filter refuses both."""
+    monkeypatch.setattr(run, "LANDLOCK", landlock)
+    path = tmp_path / "precious"
+    path.write_text("here")
+    assert ran(f"import os\nos.truncate({str(path)!r}, 0)").kind == "failed"
+    assert ran(f"import os\nos.chmod({str(path)!r}, 0)").kind == "failed"
+    assert path.read_text() == "here"
+    owner = "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, {command}, {value})"
+    assert ran(owner.format(command=8, value=os.getpid())).kind == "failed"
+    assert ran(owner.format(command=15, value="b'\\0' * 8")).kind == "failed"
+    assert ran("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 1)").kind == "passed"
+    assert ran("import os\nos.memfd_create('x')").kind == "failed"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')",
+        "import os\nn = 0\nwhile True:\n    os.mkdir(str(n))\n    n += 1",
+        "import os, time\nos.mkdir('a', 0o300)\nwhile True:\n    time.sleep(0.01)",
+        "import os\nfor n in range(20):\n    os.mkdir('x' * 250)\n    os.chdir('x' * 250)\nimport time\ntime.sleep(9)",
+    ],
+)
+def test_whatever_a_folder_has_become_it_is_gone_soon(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
+    before = time.monotonic()
+    assert ran(program).kind in ("stopped", "failed", "timed out")
+    assert time.monotonic() - before < QUICK.seconds + 6
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_told_nothing_of_who_runs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     said = ran("import os\nprint(sorted(os.environ), os.listdir('.'))").output

@@ -201,7 +201,7 @@ def test_a_stop_string_is_no_step_and_no_text_is_lost(loaded: LoadedModel):
 
 def test_the_right_result_is_compared_among_chains_of_any_length(loaded: LoadedModel):
     """Of two, three, four and one steps: right, wrong, right, wrong."""
-    found = played(loaded, ["a . 4", "a . b . 5", "a . b . c . 4", "5"], by="delimiter", delimiter=".")
+    found = played(loaded, ["a . cat", "a . dog . tree", "a . dog . tree . cat", "tree"], by="delimiter", delimiter=".")
     columns = {"answer": "4"}
     texts = ("a . 4", "a . b . 5", "a . b . c . 4", "5")
     assert found.context is not None
