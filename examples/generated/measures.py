@@ -8,7 +8,7 @@ from typing import Any
 
 from cagsr.evaluation.checks import code as run_code
 from cagsr.evaluation.checks import reasoning
-from examples.generated.tasks import ASK, FACTS, HEARD
+from examples.generated.tasks import ASK, FACTS
 
 
 def steps(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[dict[str, float | None]]:
@@ -58,13 +58,10 @@ def conversation(
 
 
 def said(prompts: Sequence[str], completions: Sequence[str], facts: Sequence[list[str]], **columns: Any) -> list[float]:
-    """The share of the facts that a summary says, as a metric while training; of the turns before it whether they are as short as
-    the annotator's.
-    """
+    """The share of the facts that a summary says, as a metric while training; 1 for the turns before it, which ask for none."""
     judged = conversation(prompts, completions, facts)
     return [
-        one["said"] if ASK in prompt[-len(ASK) - 20 :] else float(text.strip() == HEARD)
-        for prompt, text, one in zip(prompts, completions, judged, strict=True)
+        one["said"] if ASK in prompt[-len(ASK) - 20 :] else 1.0 for prompt, one in zip(prompts, judged, strict=True)
     ]
 
 

@@ -2,8 +2,8 @@
 
 - ``steps``: add a few numbers one after the other, a line for each sum. The annotator miscounts, or leaves a number out.
 - ``code``: the body of a function that its docstring describes. The annotator takes a wrong operator or number.
-- ``conversation``: a user tells of himself over several turns, and then asks for a summary. The annotator forgets, what was
-  said long ago the most.
+- ``conversation``: a user tells of himself over several turns, each of which is answered with what it told, and then asks for a
+  summary. The annotator forgets, what was said long ago the most.
 
 Which set a row belongs to is decided by a hash of what it is made of, so the sets never meet.
 """
@@ -49,7 +49,7 @@ FACTS = {
     "food": ("I like {}.", "likes {}", "pasta curry sushi soup salad pizza cheese noodles pancakes tacos"),
 }
 NAMES = ["Mara", "Ines", "Clara", "Nora", "Lena", "Ruth", "Jonas", "Felix", "Hugo", "Oscar", "Leo", "Emil"]
-ASK, HEARD = "What do you know of me?", "Noted."
+ASK = "What do you know of me?"
 
 
 def rows(task: str, part: Part, count: int, seed: int) -> list[Row]:
@@ -135,9 +135,10 @@ def conversation_row(draw: random.Random, pairs: bool) -> tuple[str, Row]:
     messages: list[dict[str, str]] = []
     for number, told in enumerate(turns):
         message = " ".join(FACTS[kind][0].format(value) for kind, value in told)
+        heard = [FACTS[kind][1].format(value) for kind, value in told if not pairs or draw.random() >= SLIP]
         messages += [
             {"role": "user", "content": f"My name is {name}. {message}" if number == 0 else message},
-            {"role": "assistant", "content": HEARD},
+            {"role": "assistant", "content": summary(name, heard)},
         ]
     messages.append({"role": "user", "content": ASK})
     key = repr((name, turns))

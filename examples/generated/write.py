@@ -18,7 +18,7 @@ import tyro
 
 from cagsr.support.atomic import replace_folder
 from examples.e2e.prepare import write_jsonl
-from examples.generated.tasks import ASK, FACTS, HEARD, NAMES, rows
+from examples.generated.tasks import ASK, FACTS, NAMES, rows
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -118,7 +118,7 @@ def word_tokenizer() -> Any:
     """A token for each word of the conversations, with the space before it, and for each mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    texts = [ASK, HEARD, "My name is", "You are", "and", *NAMES]
+    texts = [ASK, "My name is", "You are", "and", *NAMES]
     texts += [part for told, phrase, values in FACTS.values() for part in (told, phrase, values)]
     words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text)))
     pieces = [*SPECIAL, "<unk>", *words, *(f"▁{word}" for word in words), ".", "?"]
