@@ -22,7 +22,7 @@ from cagsr.sandbox.run import (
     unprotected,
 )
 
-QUICK = SandboxConfig(seconds=2.0, memory=0.5, output_kilobytes=50)
+QUICK = SandboxConfig(seconds=1.0, memory=0.5, output_kilobytes=50)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the protections are Linux's")
 
