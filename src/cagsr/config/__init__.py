@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cagsr.config.episodes import *
     from cagsr.config.trainers import *
     from cagsr.config.training import *
     from cagsr.config.validation import validate as validate
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cagsr.training.settings import TrainConfig as TrainConfig
 
 _PLACES = (
-    *("cagsr.config.validation", "cagsr.config.training", "cagsr.config.trainers"),
+    *("cagsr.config.validation", "cagsr.config.training", "cagsr.config.episodes", "cagsr.config.trainers"),
     *("cagsr.training.settings", "cagsr.reward.settings"),
 )
 """Where the names of this package are, those that need no torch first."""

@@ -45,11 +45,8 @@ class ReferencePlayer:
             found[~given], found[given] = wide[0], wide[1].to(found.dtype)
             return found
 
-        texts = [""] * len(prompts)
-        for row, text in zip(
-            [*rows[~given].tolist(), *rows[given].tolist()], [*own.completions, *theirs.completions], strict=True
-        ):
-            texts[row] = text
+        mine, people = iter(own.completions), iter(theirs.completions)
+        texts = tuple(next(people if one else mine) for one in given.tolist())
         ended = torch.zeros_like(given)
         ended[~given], ended[given] = own.ended, theirs.ended
         drawn = own.decoded_logprobs
@@ -58,7 +55,7 @@ class ReferencePlayer:
             merged(own.ids, theirs.ids, self.loaded.pad_token_id),
             merged(own.sampled, theirs.sampled, 0),
             ended,
-            tuple(texts),
+            texts,
             None if drawn is None else merged(drawn, torch.zeros_like(theirs.ids, dtype=drawn.dtype), 0.0),
         )
         return replace(found, given=given)

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from cagsr.config.episodes import ConversationConfig, CurriculumConfig, StepsConfig, SupervisionConfig
 from cagsr.config.training import (
     AttentionConfig,
-    ConversationConfig,
-    CurriculumConfig,
     DataConfig,
     EvalConfig,
     LoraConfig,
@@ -17,8 +16,6 @@ from cagsr.config.training import (
     RunConfig,
     SalienceConfig,
     SamplingConfig,
-    StepsConfig,
-    SupervisionConfig,
 )
 from cagsr.reward.settings import RewardConfig
 
