@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.rollout.episodes import EpisodePlayer
 from cagsr.rollout.rows import episode_rows, prompt_batch
 from cagsr.rollout.sample import sample_responses
+from cagsr.rollout.turn_keys import TurnKeys, can_go_on
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.task import load_task, replies_of
 
@@ -65,7 +67,7 @@ class Script:
     def __init__(self, loaded: LoadedModel, *calls: list[tuple[str, bool]]) -> None:
         self.loaded, self.calls, self.asked = loaded, list(calls), []  # type: ignore[var-annotated]
 
-    def __call__(self, batch: PromptBatch) -> EpisodeBatch:
+    def __call__(self, batch: PromptBatch, *, keys: TurnKeys | None = None) -> EpisodeBatch:
         self.asked.append([ids[real].tolist() for ids, real in zip(batch.ids, batch.real, strict=True)])
         now = self.calls.pop(0)
         rows = [[*ids_of(self.loaded, text), *([2] if ended else [])] for text, ended in now]
@@ -167,26 +169,57 @@ def test_an_episode_without_room_for_another_answer_is_over(loaded: LoadedModel)
     assert not script.calls
 
 
-def test_the_sampled_tokens_are_those_of_the_policy(loaded: LoadedModel):
-    """With the real engine: what is kept of each answer is what a second sampling pass from the same history would score."""
+@pytest.mark.parametrize(
+    ("kind", "window", "again"),
+    [
+        ("llama", None, False),
+        ("qwen3", None, False),
+        ("gpt2", None, False),
+        ("gpt_neox", None, False),
+        ("gemma3", 50, False),
+        ("gemma3", 8, True),
+        ("mistral", 6, True),
+        ("lfm2", None, True),
+    ],
+)
+def test_the_sampled_tokens_are_those_of_the_policy(kind: str, window: int | None, again: bool, tmp_path: Path):
+    """With the real engine: an answer is drawn as if all before it were read anew, and keys that are there are not made again.
+
+    ``again``: short windows and convolutions lose what was before, so there each turn reads all of it.
+    """
+    folder = tiny.save_model(tmp_path, kind)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({} if window is None else {"sliding_window": window})))
+    loaded = load_model(ModelConfig(str(folder), device="cpu"))
 
     class Always:
         def reply(self, episode: Episode) -> str | None:
             return " and a dog ." if len(episode.answers) < 3 else None
 
-    prompts = prompts_of(loaded, "the red cat", "a big house")
+    prompts = prompts_of(loaded, "the red cat", "a big house sees the dog near a tree")
     rows = [one for one in prompts for _ in range(3)]
     sampling = SamplingConfig(num_generations=3, max_new_tokens=5)
     torch.manual_seed(3)
     # Answers that were cut would end their episodes: here each is taken for one that ended.
     player = EpisodePlayer(loaded, Always(), encoder_of(loaded), room=60)
+    read: list[int] = []  # the most tokens of a forward, by turn
+    loaded.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: read.append(ids[0].shape[1]))
+    widths: list[tuple[int, int]] = []
 
-    def sample(batch: PromptBatch) -> EpisodeBatch:
-        found = sample_responses(loaded, batch, sampling)
+    def sample(batch: PromptBatch, *, keys: TurnKeys | None = None) -> EpisodeBatch:
+        can_go_on(loaded.model)
+        read.clear()
+        found = sample_responses(loaded, batch, sampling, keys=keys)
+        widths.append((batch.ids.shape[1], max(read)))
         return replace(found, ended=torch.ones_like(found.ended))
 
     found = player(sample, rows, prompt_batch(loaded, prompts, 3))
+    reply = len(ids_of(loaded, "and a dog ."))
+    assert widths[0][0] == widths[0][1]
+    for all_of_it, at_once in widths[1:]:
+        assert at_once == (all_of_it if again else reply + 1)  # the last answer's last token was sampled, never read
     assert int(found.turn.max()) == 2
+    assert len(set(found.sampled.sum(dim=1).tolist())) > 1  # rows of different lengths
     assert found.decoded_logprobs is not None
     for row in range(len(rows)):
         ids = torch.cat([found.prompts.ids[row][found.prompts.real[row]], found.ids[row][found.real[row]]])
@@ -198,6 +231,17 @@ def test_the_sampled_tokens_are_those_of_the_policy(loaded: LoadedModel):
         torch.testing.assert_close(
             own[sampled], found.decoded_logprobs[row][found.real[row]][sampled], atol=2e-4, rtol=1e-3
         )
+
+
+def test_keys_are_not_kept_of_more_rows_than_are_in_memory_at_once(loaded: LoadedModel):
+    batch = prompt_batch(loaded, prompts_of(loaded, "the red cat", "a big house"), 3)
+    keys, sampling = TurnKeys(), SamplingConfig(num_generations=3, max_new_tokens=3)
+    sample_responses(loaded, batch, sampling, batch_size=6, keys=keys)
+    assert [len(one.ids) for one in keys.rows if one is not None] and len(keys.rows) == 6
+    keys.pick([4, 1])
+    assert len(keys.rows) == 2
+    sample_responses(loaded, batch, sampling, batch_size=3, keys=keys)
+    assert keys.rows == []
 
 
 def chat_model(folder: Path) -> LoadedModel:

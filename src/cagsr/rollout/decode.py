@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from cagsr.errors import ModelError
 from cagsr.models.lengths import length_borders, read_as_long_as
 from cagsr.models.sharing import rows_can_be_picked
+from cagsr.rollout.turn_keys import Layers, RowKeys, put_in, row_keys
 from cagsr.rollout.variates import exponential_variates
 from cagsr.support.progress import working
 
@@ -35,6 +36,8 @@ def decode(
     answers_per_prompt: int = 1,
     together: bool = False,
     drawn: list[Tensor] | None = None,
+    earlier: Layers = (),
+    kept: list[RowKeys | None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
@@ -49,11 +52,14 @@ def decode(
     first token. ``answers_per_prompt`` rows are made of each. With ``together`` it goes on until every process is done (each
     forward gathers weights that are sharded over processes). ``drawn`` is given the log-probability of each token drawn, under
     the distribution it was drawn from, ``(rows,)`` float32 a step; 0 for rows that have left. Without ``do_sample`` none is.
+    ``earlier`` are the keys and values of the first columns of ``input_ids``; ``kept`` is given those of all that a row has read
+    and said, row by row (``rollout/turn_keys.py``).
 
     Gives ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     pad = generation_config._pad_token_tensor.to(input_ids.device)
+    put_in(model_kwargs.get("past_key_values"), earlier)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     total = input_ids.shape[0] * answers_per_prompt
     held = torch.arange(total, device=input_ids.device)
@@ -67,6 +73,8 @@ def decode(
     rows = input_ids[prompt_of_row]
     result = rows
     going = torch.ones(total, dtype=torch.bool, device=input_ids.device)  # of the rows held
+    ends = torch.full_like(held, 0)  # the columns of each row held up to its last token; 0: it goes on
+    said: dict[int, RowKeys | None] = {}
     finished = False
     borders = () if encoder_decoder else length_borders(model)
     most = generation_config.max_length - input_ids.shape[1]
@@ -90,14 +98,21 @@ def decode(
                 column[held, 0] = tokens
                 result = torch.cat([result, column], dim=-1)
                 task.advance()
-                going = going & ~stopping_criteria(rows, None)
+                stopped = going & stopping_criteria(rows, None)
+                ends = torch.where(stopped, rows.shape[1], ends)
+                going = going & ~stopped
                 alive = int(going.sum())
                 finished = alive == 0
-                if pickable and 0 < alive <= LEAVE_WHEN * len(held):
-                    kept = going.nonzero()[:, 0]
-                    _pick(model_kwargs, kept)
-                    rows, held, going = rows[kept], held[kept], going[kept]
+                leave = pickable and 0 < alive <= LEAVE_WHEN * len(held)
+                if kept is not None and (leave or finished):
+                    said |= _said(model_kwargs, rows, ends, held)
+                if leave:
+                    staying = going.nonzero()[:, 0]
+                    _pick(model_kwargs, staying)
+                    rows, held, going, ends = rows[staying], held[staying], going[staying], ends[staying]
             if not model._has_unfinished_sequences(finished, together, device=input_ids.device):
+                if kept is not None:
+                    kept += [said.get(row) for row in range(total)]
                 return result
             step = 1 if model_kwargs.get("use_cache") else None
             if borders and step:
@@ -109,6 +124,18 @@ def decode(
             )
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
             del outputs
+
+
+def _said(model_kwargs: dict[str, Any], rows: Tensor, ends: Tensor, held: Tensor) -> dict[int, RowKeys | None]:
+    """The keys of the rows that have ended, by their numbers; ``(rows,)`` ``ends`` are their columns, 0 where they go on."""
+    mask = model_kwargs.get("attention_mask")  # generate drops it where nothing is padded
+    real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask.bool()[:, : rows.shape[1]]
+    found: dict[int, RowKeys | None] = {}
+    for place, (number, end) in enumerate(zip(held.tolist(), ends.tolist(), strict=True)):
+        if end:
+            row = rows[place, :end], real[place, :end]
+            found[number] = row_keys(model_kwargs["past_key_values"], place, *row)
+    return found
 
 
 def _read_again_across(

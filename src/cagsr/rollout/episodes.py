@@ -1,6 +1,6 @@
 """Engine x task: answers are sampled, the task replies, and so on until it is over; then all of it as tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,11 +11,16 @@ from cagsr.errors import ConfigError
 from cagsr.flow import Context, EncodedPrompt, Episode, EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.rows import prompt_batch
+from cagsr.rollout.turn_keys import TurnKeys
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.task import Task, replies_of
 
-Sample = Callable[[PromptBatch], EpisodeBatch]
-"""Samples one answer to each row of a batch of prompts."""
+
+class Sample(Protocol):
+    """Samples one answer to each row of a batch of prompts."""
+
+    def __call__(self, prompts: PromptBatch, *, keys: TurnKeys | None = None) -> EpisodeBatch:
+        """Sample; ``keys`` are what earlier turns have left there, and hold what this one leaves."""
 
 
 class Player(Protocol):
@@ -49,8 +54,8 @@ class EpisodePlayer:
         """
         logprobs: list[list[list[float] | None]] = [[] for _ in prompts]  # of each answer's tokens
         episodes = [Episode(prompt, (), True) for prompt in prompts]
-        going, turn = list(range(len(prompts))), 0
-        found = first = sample(batch)
+        going, turn, keys = list(range(len(prompts))), 0, TurnKeys()
+        found = first = sample(batch, keys=keys)
         while True:
             for place, row in enumerate(going):
                 mask, drawn = found.real[place], found.decoded_logprobs
@@ -59,12 +64,13 @@ class EpisodePlayer:
                 episodes[row] = replace(
                     episodes[row], segments=(*episodes[row].segments, answer), ended=bool(found.ended[place])
                 )
-            going = self._going_on(episodes, going)
+            asked, going = going, self._going_on(episodes, going)
             if not going:
                 break
+            keys.pick([asked.index(row) for row in going])
             turn += 1
             # Each row is a group of its own now: answers to one prompt have different histories.
-            found = sample(prompt_batch(self.loaded, [_so_far(episodes[row]) for row in going]))
+            found = sample(prompt_batch(self.loaded, [_so_far(episodes[row]) for row in going]), keys=keys)
         if turn == 0:
             return first
         return self._tensors(episodes, logprobs, batch)

@@ -16,10 +16,15 @@ from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.merged import merged_adapters
 from cagsr.rollout.decode import decode
+from cagsr.rollout.turn_keys import Layers, RowKeys, TurnKeys, can_go_on, lay_out
 
 
 def sample_responses(
-    loaded: LoadedModel, prompts: PromptBatch, sampling: SamplingConfig, batch_size: int | None = None
+    loaded: LoadedModel,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    batch_size: int | None = None,
+    keys: TurnKeys | None = None,
 ) -> EpisodeBatch:
     """Sample one answer for each row of a prompt batch, padded on the right to the longest.
 
@@ -27,14 +32,26 @@ def sample_responses(
     softmax at ``temperature`` (0 is greedy); what top-p, top-k, the minimum length and forbidden tokens change is corrected in
     the scoring pass (``models/generation.py``). A first token that an encoder-decoder model forces is no part of the answer.
     ``batch_size`` answers are in memory at once, all those to a prompt at least; None: all.
+
+    ``keys``: of what each row's prompt begins with, which is not read again; it then holds those of prompt and answer. Nothing is
+    kept where the answers don't fit into memory at once, or the model can't go on from keys.
     """
     many = _answers_per_prompt(prompts)
-    start = loaded.architecture.answer_start(loaded.model, prompts.ids.shape[1])
+    per_batch = len(prompts.ids) if batch_size is None else max(1, batch_size // many) * many
+    base = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    ids_read, real_read = prompts.ids, prompts.real
+    earlier: Layers = ()
+    kept: list[RowKeys | None] | None = None
+    if keys is not None and len(prompts.ids) <= per_batch and can_go_on(base):
+        laid = lay_out(prompts.ids, prompts.real, keys, loaded.pad_token_id, sampling.max_new_tokens)
+        if laid is not None:
+            ids_read, real_read, earlier = laid.ids, laid.real, laid.layers
+        kept = []
+    start = loaded.architecture.answer_start(loaded.model, ids_read.shape[1])
     stop_ids, stop_strings = loaded.stops(sampling)
     settings = _only_these_settings(loaded.model, sampled_with(loaded, sampling))
     says_stop = [SaysStopString(loaded.text_of, stop_strings, start)] if stop_strings else []
     ids, logprobs = [], []
-    per_batch = len(prompts.ids) if batch_size is None else max(1, batch_size // many) * many
     with (
         torch.no_grad(),
         loaded.autocast(),
@@ -42,7 +59,7 @@ def sample_responses(
         merged_adapters(loaded.model),
         settings,
     ):
-        for some in zip(prompts.ids.split(per_batch), prompts.real.split(per_batch), strict=True):
+        for some in zip(ids_read.split(per_batch), real_read.split(per_batch), strict=True):
             drawn: list[Tensor] = []
             found = loaded.model.generate(
                 input_ids=some[0][::many],
@@ -50,10 +67,14 @@ def sample_responses(
                 custom_generate=decode,
                 answers_per_prompt=many,
                 drawn=drawn,
+                earlier=earlier,
+                kept=kept,
                 stopping_criteria=StoppingCriteriaList(says_stop),
             )
             ids.append(found[:, start:])
             logprobs += [torch.stack(drawn, dim=1)] if drawn else []
+    if keys is not None:
+        keys.rows = kept or []
     rollout = cut_responses(_stacked(ids, loaded.pad_token_id), prompts, loaded, stop_ids, stop_strings)
     if not logprobs:
         return rollout

@@ -14,6 +14,7 @@ from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sample import sample_responses
+from cagsr.rollout.turn_keys import TurnKeys
 from cagsr.rollout.vllm import VLLMSampler
 from cagsr.rollout.vllm_weights import DiskWeights, NcclWeights, WeightChannel
 from cagsr.support.http_json import JsonServer
@@ -28,8 +29,10 @@ class Sampler(Protocol):
     notes: tuple[str, ...]
     """What the user should know about the sampler, one sentence each."""
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig, keys: TurnKeys | None = None) -> EpisodeBatch:
         """Sample one answer for each row of this process's prompts, ``sampling.num_generations`` rows in a row of a prompt.
+
+        ``keys``: of earlier turns, for an engine that keeps them here.
 
         Raises RolloutError where an engine can't be reached, or gave what can't be used.
         """
@@ -49,9 +52,9 @@ class TransformersSampler:
         self._batch_size = batch_size
         self.notes: tuple[str, ...] = ()
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig, keys: TurnKeys | None = None) -> EpisodeBatch:
         """As the protocol; every process samples for itself."""
-        return sample_responses(self._loaded, prompts, sampling, self._batch_size)
+        return sample_responses(self._loaded, prompts, sampling, self._batch_size, keys)
 
     def policy_changed(self) -> None:
         """Nothing to do: the sampler is the policy."""

@@ -15,6 +15,7 @@ from cagsr.config import ModelConfig, RolloutConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.rollout.sample import cut_responses
+from cagsr.rollout.turn_keys import TurnKeys
 from cagsr.rollout.vllm_handshake import ServedModel, meet, vocabulary_size
 from cagsr.rollout.vllm_protocol import EngineAnswer, Question, check_room, completion_request, engine_answers
 from cagsr.rollout.vllm_weights import WeightChannel, policy_weights
@@ -55,8 +56,8 @@ class VLLMSampler:
             f"{self._served.context or 'an untold number of'} tokens.",
         )
 
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig) -> EpisodeBatch:
-        """As the protocol: all processes' prompts go to the server in one request."""
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig, keys: TurnKeys | None = None) -> EpisodeBatch:
+        """As the protocol: all processes' prompts go to the server in one request, which caches what it has read itself."""
         if self._stale:
             self._send_weights()
             self._stale = False
