@@ -26,6 +26,7 @@ from cagsr.evaluation.intervals import Floats, Interval, mean_interval
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.parse import parse_command
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.weigh import weigh
 from cagsr.scoring.answers import encode_response
@@ -118,10 +119,16 @@ def score(options: Options, pairs: Sequence[Pair]) -> dict[str, Floats]:
     flags += [] if options.config is None else ["--config", str(options.config)]
     settings: Config = parse_command(Config, flags, prog="llmbar")
     loaded = load_model(settings.model, for_training=False)
-    scorer = AnswerScorer(
-        loaded, settings.reward, settings.attention, settings.salience, micro_batch_size=options.batch_size
-    )
     prompts, responses = encode(loaded, settings, options.template, pairs)
+    scorer = AnswerScorer(
+        loaded,
+        settings.reward,
+        settings.attention,
+        settings.salience,
+        micro_batch_size=options.batch_size,
+        frequency=DocumentFrequency.fit(one.prompt for one in prompts),
+        costly=True,
+    )
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     said: list[torch.Tensor] = []
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids) + len(responses[place].ids))
@@ -144,13 +151,15 @@ def score(options: Options, pairs: Sequence[Pair]) -> dict[str, Floats]:
     found = {
         f"- {name}" if name in PENALTIES else name: table(-values if name in PENALTIES else values)
         for name, values in terms.items()
-        if name != "length"
+        if name != "length" and values.isfinite().any() and (scorer.weights[name] or len(values.unique()) > 1)
     }
+    lengths = np.array([len(one.ids) for one in responses], dtype=np.float64).reshape(-1, 2)
+    found["context_gain a token"] = found["context_gain"] / lengths
     weights = ", ".join(f"{name} {weight:g}" for name, weight in scorer.weights.items() if weight)
     found[f"the sum ({weights})"] = table(total)
     found["mean log-probability"] = table(torch.cat(said)[back])
-    found["length"] = np.array([len(one.ids) for one in responses], dtype=np.float64).reshape(-1, 2)
-    return {name: values for name, values in found.items() if np.isfinite(values).any()}
+    found["length"] = lengths
+    return found
 
 
 def encode(loaded: LoadedModel, settings: Config, template: str, pairs: Sequence[Pair]) -> tuple[list, list]:

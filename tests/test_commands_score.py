@@ -67,7 +67,7 @@ def test_every_term_of_every_row(model: Path, pairs: Path, capsys: pytest.Captur
     rows = scored(model, pairs)
     assert set(rows[0]["terms"]) == {
         "coverage", "copy_coverage", "grounded_coverage", "mean_mass", "focus", "echo", "repetition", "self_certainty", "length",
-        "history_repetition",
+        "history_repetition", "lexical_support", "agreement",
     }  # fmt: skip
     assert set(rows[0]["contributions"]) == {"grounded_coverage", "echo", "repetition"}
     # Seven words and the stop token; no stop token where the row says that the answer was cut.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def terms(page: str) -> list[dict[str, dict[str, float]]]:
             r'data-term="(\w+)" data-raw="([^"]*)" data-weight="([^"]*)"(?: data-contribution="([^"]*)")?', card
         )
         found.append(
-            {name: {"raw": float(raw), "weight": float(weight), "contribution": float(part or "nan")}
+            {name: {"raw": float(raw or "nan"), "weight": float(weight), "contribution": float(part or "nan")}
              for name, raw, weight, part in rows}
         )  # fmt: skip
     return found
@@ -66,7 +67,7 @@ def test_the_page_says_what_score_says(model: Path, pairs: Path, tmp_path: Path,
     (shown,) = terms(page.read_text())
     assert set(shown) == set(scored["terms"])
     for name, value in scored["terms"].items():
-        assert shown[name]["raw"] == pytest.approx(value, abs=1e-6), name
+        assert shown[name]["raw"] == pytest.approx(math.nan if value is None else value, abs=1e-6, nan_ok=True), name
     for name, value in scored["contributions"].items():
         assert shown[name]["contribution"] == pytest.approx(value, abs=1e-6), name
 
@@ -82,7 +83,9 @@ def test_sampled_answers_are_those_of_rank(model: Path, tmp_path: Path, capsys: 
     assert rewards == pytest.approx([one["reward"] for one in ranked], abs=1e-5)
     for shown, one in zip(terms(page.read_text()), ranked, strict=True):
         for name, value in one["terms"].items():
-            assert shown[name]["raw"] == pytest.approx(value, abs=1e-6), name
+            assert shown[name]["raw"] == pytest.approx(math.nan if value is None else value, abs=1e-6, nan_ok=True), (
+                name
+            )
 
 
 def test_typed_answers_and_a_list_from_a_file(model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.flow import EncodedPrompt, Prompt, Returns
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptSet
-from cagsr.training.curriculum import SelfPaced, SkipFlat, build_curriculum, cluster_prompts, spreads, tf_idf
+from cagsr.prompts.tf_idf import tf_idf
+from cagsr.training.curriculum import SelfPaced, SkipFlat, build_curriculum, cluster_prompts, spreads
 
 PACED = CurriculumConfig(kind="self_paced", clusters=2)
 

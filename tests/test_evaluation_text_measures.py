@@ -15,11 +15,12 @@ import torch
 import tiny
 from cagsr.errors import ConfigError, DataError, ModelError
 from cagsr.evaluation.intervals import win_rates
-from cagsr.evaluation.judge_answers import embedding_relevance, load_encoder
+from cagsr.evaluation.judge_answers import embedding_relevance
 from cagsr.evaluation.metrics import distinct_of_draws, self_bleu
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.flow import Prompt
 from cagsr.models.load import LoadedModel
+from cagsr.models.sentence_encoder import load_encoder
 from cagsr.prompts.references import column_texts, first_column, prompt_words
 
 

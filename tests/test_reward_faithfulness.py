@@ -73,7 +73,8 @@ def answers(loaded: LoadedModel) -> EpisodeBatch:
     return answered(loaded, prompts, said)
 
 
-def test_hidden_tokens_are_a_mask_of_transformers(loaded: LoadedModel):
+def test_hidden_tokens_are_as_if_nobody_had_said_them(loaded: LoadedModel):
+    """Not even the last one, whose place is where the answer's first token is predicted."""
     episodes = answers(loaded)
     hidden = episodes.prompts.words == 1
     found = HiddenWords(loaded)(episodes, hidden)
@@ -81,12 +82,10 @@ def test_hidden_tokens_are_a_mask_of_transformers(loaded: LoadedModel):
     for row in range(3):
         real, gone = episodes.prompts.real[row], hidden[row]
         prompt, own = episodes.prompts.ids[row][real], episodes.ids[row][episodes.sampled[row]]
-        ids = torch.cat([prompt, own])[None]
-        mask = torch.cat([~gone[real], torch.ones(len(own), dtype=torch.bool)])[None]
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        kept = prompt[~gone[real]]
         with torch.no_grad():
-            logits = loaded.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits
-        expected = logits.log_softmax(-1)[0, len(prompt) - 1 : -1].gather(1, own[:, None])[:, 0]
+            logits = loaded.model(input_ids=torch.cat([kept, own])[None]).logits
+        expected = logits.log_softmax(-1)[0, len(kept) - 1 : -1].gather(1, own[:, None])[:, 0]
         torch.testing.assert_close(found[row, : len(own)], expected, atol=1e-4, rtol=1e-4)
         assert (found[row, len(own) :] == 0).all()
     # Hiding nothing is the plain pass, and hiding something is not.

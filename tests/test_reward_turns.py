@@ -25,10 +25,11 @@ from cagsr.flow import (
     Segment,
 )
 from cagsr.models.texts import token_texts
+from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.association import learn_associations
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.pooling import pool_pieces
-from cagsr.reward.registry import Resources, TermClass
+from cagsr.reward.registry import COSTLY, Resources, TermClass
 from cagsr.reward.settings import TERMS
 from cagsr.reward.term import PartialValues
 from cagsr.reward.turns import Exchanges
@@ -362,9 +363,15 @@ LEARNED = learn_associations(
 )
 
 
+# Each of these says something in some prompts only.
+COUNTED = DocumentFrequency(100, dict.fromkeys(("cat", "dog", "bird", "tree", "house", "red", "big", "food"), 3))
 # Not those that run programs, ask for labels, or judge single answers alone.
-FORMS = [(term, False) for term in TERMS if term.shown and "hidden_likelihood" not in term.needs] + [
-    (term, True) for term in TERMS if "dense" in term.config.__dataclass_fields__
+FORMS = [
+    (term, dense)
+    for term in TERMS
+    for dense in (False, True)
+    if term.shown and not COSTLY & term.needs and term.name != "agreement"  # which compares answers
+    if not dense or "dense" in term.config.__dataclass_fields__
 ]
 
 
@@ -374,7 +381,7 @@ def test_a_term_says_of_each_answer_what_it_says_of_it_alone(term: TermClass, de
     # Alone, all that was said before is one plain prompt, in which nobody is named.
     given = {"dense": dense, "n": 1, "of": "all"}
     settings = term.config(**{name: value for name, value in given.items() if name in fields})
-    made = term.term(settings, Resources(texts=token_texts(tiny.tokenizer()), associations=LEARNED))
+    made = term.term(settings, Resources(token_texts(tiny.tokenizer()), LEARNED, frequency=COUNTED))
     batch = Many.made().batch
     exchanges = Exchanges.of(batch)
     assert exchanges.row is not None

@@ -134,7 +134,13 @@ def measure_model(options: Options, model: str) -> Measured:
         config = AssociationsConfig(answers=options.associations)
         associations = associations_of(loaded, other, sampling, config, seed=options.seed)
     scorer = AnswerScorer(
-        loaded, RewardConfig(), AttentionConfig(layers=options.layers), SalienceConfig(), associations=associations
+        loaded,
+        RewardConfig(),
+        AttentionConfig(layers=options.layers),
+        SalienceConfig(),
+        associations=associations,
+        frequency=prepared.frequency,
+        costly=True,
     )
     layers = find_attention_layers(loaded.model)
     planes = tuple(Plane(layer.number, head) for layer in layers.layers for head in range(layer.heads))

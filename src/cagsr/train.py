@@ -32,7 +32,7 @@ from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
-from cagsr.reward.registry import Resources
+from cagsr.reward.resources import resources_of
 from cagsr.reward.settings import TERMS
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.episodes import EpisodePlayer, Player
@@ -41,7 +41,6 @@ from cagsr.rollout.step_player import StepPlayer
 from cagsr.runs.folder import ASSOCIATIONS
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
-from cagsr.scoring.hidden_words import HiddenWords
 from cagsr.scoring.reference_answers import ReferencePlayer, reference_of
 from cagsr.support.clock import operators_of, profile_text
 from cagsr.support.extras import install_command, is_installed
@@ -102,7 +101,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     reward = build_reward(
         config.reward,
         device=loaded.device,
-        resources=Resources(loaded.texts, associations, HiddenWords(loaded, config.sampling.temperature)),
+        resources=resources_of(loaded, associations, train_set.frequency, config.sampling.temperature),
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     player = _player(config, loaded, train_set, held_out)

@@ -68,6 +68,7 @@ def run(config: Config) -> None:
     from cagsr.evaluation.held_out import choose_metric
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.build import reward_warnings
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
@@ -81,12 +82,18 @@ def run(config: Config) -> None:
     else:
         few = f"Too few prompts to learn associations from (fewer than {FEWEST_PROMPTS}): those terms are left out."
         notes = (*notes, few)
+    frequency = DocumentFrequency.fit(one.prompt for one in prompts)
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(
-        loaded, *judged_by, temperature=config.sampling.temperature, associations=associations, costly=True
+        loaded,
+        *judged_by,
+        temperature=config.sampling.temperature,
+        associations=associations,
+        frequency=frequency,
+        costly=True,
     )
     say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes, *metric.notes)
     reader = SignalReader(loaded, scorer, config.attention)

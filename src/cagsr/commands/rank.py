@@ -59,6 +59,7 @@ def run(config: Config) -> None:
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import associations_of
     from cagsr.reward.weigh import weigh
@@ -76,11 +77,19 @@ def run(config: Config) -> None:
     room = 0 if given else config.sampling.max_new_tokens
     columns = [] if config.candidates_column is None else [config.candidates_column]
     prompts, notes = inputs.read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
+    if frequency is None and config.prompt is None:  # of one prompt there is nothing to count
+        frequency = DocumentFrequency.fit(one.prompt for one in prompts)
     associations = None
     if config.reward.needs("associations"):
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
-    scorer = AnswerScorer(loaded, *judged_by, temperature=config.sampling.temperature, associations=associations)
+    scorer = AnswerScorer(
+        loaded,
+        *judged_by,
+        temperature=config.sampling.temperature,
+        associations=associations,
+        frequency=frequency,
+    )
     say(*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes)
     say(*inputs.about_idf(config.salience, config.reward_from))
     candidates = _given if given else _sampled

@@ -52,6 +52,7 @@ def run(config: Config) -> None:
     import torch
 
     from cagsr.models.load import load_model
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import read_associations
     from cagsr.reward.weigh import weigh
@@ -67,10 +68,16 @@ def run(config: Config) -> None:
     associations = None if file is None else read_associations(Path(file))
     loaded = load_model(config.model, for_training=False)
     judged_by, size = (config.reward, config.attention, config.salience), config.batch_size
+    frequency = None if learned is None else learned.frequency
+    prompts, responses, notes = read_pairs(config, loaded, frequency)
     scorer = AnswerScorer(
-        loaded, *judged_by, temperature=config.temperature, micro_batch_size=size, associations=associations
+        loaded,
+        *judged_by,
+        temperature=config.temperature,
+        micro_batch_size=size,
+        associations=associations,
+        frequency=frequency or DocumentFrequency.fit(one.prompt for one in prompts),
     )
-    prompts, responses, notes = read_pairs(config, loaded, None if learned is None else learned.frequency)
     say(*loaded.notes, *notes)
     raw: dict[str, list[torch.Tensor]] = {name: [] for name in scorer.weights}
     details: list[dict[str, Any]] = []

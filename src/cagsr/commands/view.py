@@ -69,6 +69,7 @@ def run(config: Config) -> None:
         require("--png", "pages", modules=["matplotlib"])
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.learn_associations import associations_of
     from cagsr.runs.reward import with_run_reward
     from cagsr.view.viewer import view
@@ -90,6 +91,8 @@ def run(config: Config) -> None:
     associations = None
     if learn or config.reward.associations.path is not None:
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
+    if frequency is None and config.prompt is None:  # of one prompt there is nothing to count
+        frequency = DocumentFrequency.fit(one.prompt for one in prompts)
     say(*loaded.notes, *(generation_notes(loaded, config.sampling) if config.answers else ()), *notes)
     say(*about_idf(config.salience, config.reward_from))
     try:
@@ -101,6 +104,7 @@ def run(config: Config) -> None:
             attention=config.attention,
             salience=config.salience,
             associations=associations,
+            frequency=frequency,
             scales=None if learned is None else learned.scales,
             sampling=replace(config.sampling, num_generations=max(1, config.answers)),
             seed=config.seed,

@@ -182,6 +182,7 @@ def prompts_and_scorer(
         temperature=config.sampling.temperature,
         micro_batch_size=micro_batch_size,
         associations=associations,
+        frequency=training.frequency,
     )
     return prompts, scorer, associations
 

@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from cagsr.errors import ConfigError, ModelError
 from cagsr.evaluation.held_out import call_checked
@@ -15,11 +12,11 @@ from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights, words
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.models.files import check_files
+from cagsr.models.sentence_encoder import Encoder, load_encoder
 from cagsr.prompts.references import FOLLOW_UP_COLUMNS, REFERENCE_COLUMNS, column_texts, first_column, prompt_words
 from cagsr.reward.model import load_reward_model
 from cagsr.support.dotted_path import import_function
-from cagsr.support.extras import has_extra, install_command, require
+from cagsr.support.extras import has_extra, install_command
 from cagsr.support.progress import working
 
 BUILT_IN = (
@@ -149,13 +146,6 @@ class AnswerJudge:
         return found
 
 
-class Encoder(Protocol):
-    """The part of sentence-transformers' ``SentenceTransformer`` that is used."""
-
-    def encode(self, sentences: list[str], *, batch_size: int, show_progress_bar: bool) -> Any:
-        """Embeddings ``(sentences, width)``."""
-
-
 @working("embedding the answers")
 def embedding_relevance(encoder: Encoder, prompts: Sequence[str], answers: Sequence[str]) -> Floats:
     """Cosine of each prompt's and its answer's embedding, ``(answers,)`` float64, between -1 and 1.
@@ -171,24 +161,3 @@ def embedding_relevance(encoder: Encoder, prompts: Sequence[str], answers: Seque
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     said = np.array([bool(text.strip()) for text in answers]) & (lengths > 0)
     return np.where(said, (first * second).sum(axis=1) / np.where(lengths > 0, lengths, 1.0), np.nan)
-
-
-def load_encoder(path: str, device: torch.device | str) -> Encoder:
-    """Load a sentence-transformers model, a folder or a Hub id, safetensors weights only.
-
-    Raises ConfigError if sentence-transformers is not installed, ModelError for a folder or a model that can't be loaded.
-    """
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
-        raise ModelError(f"--embedding_model {path}: no such folder; give a sentence-transformers folder or a Hub id.")
-    require("--embedding_model", "embeddings")
-    from sentence_transformers import SentenceTransformer
-
-    check_files(path, f"--embedding_model {path}")
-    try:
-        return SentenceTransformer(path, device=str(device), model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"--embedding_model {path}: can't be loaded as a sentence-transformers model ({reason})"
-        ) from error

@@ -84,17 +84,12 @@ class FrozenScorer:
                     f"data.{name} is a setting of cagsr train: verl and OpenRLHF make their prompts themselves, so leave "
                     "it out and set it there."
                 )
+        if self.reward.agreement.weight != 0:
+            raise ConfigError(
+                "reward.agreement compares the answers to a prompt, and verl and OpenRLHF hand over one answer at a time: set its "
+                "weight to 0."
+            )
         self.loaded = load_model(config.model, for_training=False)
-        self.scorer = AnswerScorer(
-            self.loaded,
-            config.reward,
-            config.attention,
-            config.salience,
-            temperature=config.temperature,
-            micro_batch_size=config.batch_size,
-            associations=named_associations(config.reward, NAME_A_FILE),
-            every=False,
-        )
         self.encoder = PromptEncoder(
             self.loaded.tokenizer,
             config.salience,
@@ -110,6 +105,17 @@ class FrozenScorer:
                 texts = [one for one in self.known.values() if one.messages is None]
                 chats = [self.encoder.render([{"role": "user", "content": one.text}], one.row) for one in texts]
                 self.known |= {one.text: one for one in chats}
+        self.scorer = AnswerScorer(
+            self.loaded,
+            config.reward,
+            config.attention,
+            config.salience,
+            temperature=config.temperature,
+            micro_batch_size=config.batch_size,
+            associations=named_associations(config.reward, NAME_A_FILE),
+            frequency=self.encoder.frequency,
+            every=False,
+        )
 
     def terms(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response]

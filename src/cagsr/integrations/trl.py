@@ -108,6 +108,7 @@ class AttentionReward:
             temperature=float(trainer.args.temperature),
             micro_batch_size=self._micro_batch_size,
             associations=named_associations(self.reward, NAME_A_FILE),
+            frequency=encoder.frequency,
             reference=_reference(trainer, loaded) if self.attention.source == "reference" else None,
             every=False,
         )

@@ -93,6 +93,23 @@ class LoadedModel:
         """An answer's tokens as text, special tokens left out; behind a prompt the first token's space is part of it."""
         return self.architecture.text_of(self.tokenizer, ids)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Special tokens; chat markers are often in no list of them."""
+        named = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(self.tokenizer.all_special_ids) | named
+
+    def spans(self, ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text of some tokens, and where each lies in it, as characters; special tokens take no room."""
+        plain = [number for number in ids if number not in self.special_ids]
+        ends = iter([len(self.text_of(plain[: count + 1])) for count in range(len(plain))])
+        text, offsets, last = self.text_of(plain), [], 0
+        for number in ids:
+            end = last if number in self.special_ids else max(last, next(ends))
+            offsets.append((last, end))
+            last = end
+        return text, tuple(offsets)
+
     def teacher_forced(self, inputs: PassInputs, model: nn.Module | None = None) -> Tensor:
         """Logits ``(batch, response, vocabulary)`` of one pass over prompts and answers, by this model or another of its kind.
 

@@ -23,7 +23,7 @@ def build_reward(
     resources: Resources = Resources(),  # noqa: B008  (frozen)
     reduce: Reduce | None = None,
 ) -> RewardFunction:
-    """Build the reward: every term whose weight is not 0, reward models on ``device``; ``reduce`` sums over processes
+    """Build the reward: every term with a weight, or that is watched; reward models on ``device``; ``reduce`` sums over processes
     (None: one).
 
     Raises ConfigError: a value that can't be used, no term with a weight, or a function that can't be imported; ModelError:
@@ -47,7 +47,7 @@ def weighted_terms(
     terms: list[tuple[RewardTerm, float]] = []
     for registered in TERMS:
         settings = getattr(config, registered.name)
-        if settings.weight != 0 or (every and registered.shown and resources.hold(registered.needs)):
+        if config.asks(registered.name) or (every and registered.shown and resources.hold(registered.needs)):
             terms.append((registered.term(settings, resources), settings.weight))
     taken = {registered.name for registered in TERMS} | {"total"}
     for path, weight in zip(config.functions, weights_of(config.functions, config.function_weights), strict=True):

@@ -16,7 +16,7 @@ from cagsr.reward.values import RawValues, TermValues, term_values
 
 
 class RewardFunction:
-    """A weighted sum of terms, each brought to one scale by its running moments over the run."""
+    """A weighted sum of terms, each brought to one scale by its running moments over the run; of weight 0: watched alone."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class RewardFunction:
         reduce: Reduce | None = None,
     ) -> None:
         """Bind the terms, each with a name and a weight of its own (else ConfigError); the rest as :class:`Normalizer`."""
-        if not terms:
+        if not any(weights):
             raise ConfigError("the reward has no term: give at least one term a weight other than 0")
         if len(terms) != len(weights):
             raise ConfigError(f"the reward has {len(terms)} terms but {len(weights)} weights: give one for each term")
@@ -37,7 +37,8 @@ class RewardFunction:
             raise ConfigError(f"two reward terms are called {sorted(twice)[0]!r}: give each a name of its own")
         self.terms = tuple(terms)
         self.weights = tuple(float(weight) for weight in weights)
-        self.normalizer = Normalizer(self.names, normalize, clip, reduce)
+        self.watched = tuple(name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0)
+        self.normalizer = Normalizer([one for one in self.names if one not in self.watched], normalize, clip, reduce)
 
     def __call__(
         self,
@@ -68,14 +69,16 @@ class RewardFunction:
                 "use --reward.normalize running, or sample more with --sampling.num_generations"
             )
         values = self._values(exchanges, known or {}, update)
-        groups = [exchanges.group_of(term) for term in self.terms]
+        groups = {term.name: exchanges.group_of(term) for term in self.terms if term.name not in self.watched}
         if update:
-            self.normalizer.update(values, groups)
+            self.normalizer.update({name: values[name] for name in groups}, list(groups.values()))
         total = torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
         per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         contributions: dict[str, Tensor] = {}
-        for name, weight, compared in zip(self.names, self.weights, groups, strict=True):
-            term = values[name]
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if name in self.watched:
+                continue
+            term, compared = values[name], groups[name]
             amount, scale = self.normalizer(name, term, compared), self.normalizer.scale(name)
             if self.normalizer.normalize == "within_prompt" and compared is group:
                 amount = amount.masked_fill(exchanges.alone, 0.0)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from keyword import iskeyword
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from cagsr.flow import EpisodeBatch, Prompt
     from cagsr.models.texts import TokenTexts
+    from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.association import Associations
     from cagsr.reward.term import RewardTerm
 
@@ -67,8 +68,24 @@ class LookingConfig(TermConfig):
 class HiddenLikelihood(Protocol):
     """Reads answers anew with tokens of their prompts hidden (:class:`cagsr.scoring.hidden_words.HiddenWords`)."""
 
-    def __call__(self, episodes: EpisodeBatch, hidden: Tensor) -> Tensor:
-        """``(batch, response)`` log-probabilities; ``hidden`` is ``(batch, prompt)`` bool."""
+    def __call__(self, episodes: EpisodeBatch, hidden: Tensor, *, same: bool = False) -> Tensor:
+        """``(batch, response)`` log-probabilities; ``hidden`` is ``(batch, prompt)`` bool, the ``same`` in a prompt's rows."""
+
+
+class StatingTokens(Protocol):
+    """Finds the words in answers that state something (:class:`cagsr.scoring.stating_tokens.StatingTokensOf`)."""
+
+    def __call__(self, episodes: EpisodeBatch) -> Tensor:
+        """``(batch, response)`` int64: which of them a token is a piece of, -1 for none."""
+
+
+class TargetLikelihood(Protocol):
+    """Reads other endings of answers (:class:`cagsr.scoring.target_likelihood.TargetLikelihoodOf`)."""
+
+    def __call__(
+        self, episodes: EpisodeBatch, rows: Tensor, starts: Sequence[int], targets: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """``(rows, target)`` log-probabilities of texts behind the first characters of answers, and which there are, bool."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,13 @@ class Resources:
     associations: Associations | None = None
     """Which words go together, learned from the model's own answers."""
     hidden_likelihood: HiddenLikelihood | None = None
-    """What answers are worth to the model without some words of their prompts."""
+    """What answers are worth to the model without some words of their prompts; a pass more."""
+    frequency: DocumentFrequency | None = None
+    """How many prompts hold each word."""
+    stating_tokens: StatingTokens | None = None
+    """Which tokens of answers are words that state something."""
+    target_likelihood: TargetLikelihood | None = None
+    """What other endings of answers are worth to the model; a pass more."""
 
     def hold(self, needs: Iterable[str]) -> bool:
         """Whether everything is there of what a term needs."""
@@ -100,6 +123,10 @@ class Resources:
 
 
 RESOURCES = frozenset(Resources.__dataclass_fields__)
+COSTLY = frozenset({"hidden_likelihood", "target_likelihood"})
+"""Those that read the answers anew."""
+COUNTED = frozenset({"frequency", "stating_tokens"})
+"""Those that are counted in a set of prompts."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ class TermClass:
 
 RESERVED = frozenset((
     "associations", "functions", "function_weights", "function_settings", "models", "model_weights", "normalize", "clip",
-    "weights", "needs", "conflicts", "total",
+    "weights", "watched", "asks", "needs", "conflicts", "total",
 ))  # fmt: skip
 """What else the settings and the metrics of the reward have under these names."""
 _TERMS: dict[str, TermClass] = {}

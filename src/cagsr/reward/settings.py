@@ -63,6 +63,8 @@ class RewardConfig(_Sections):
     """Sequence-classification reward models (folder or Hub id) with one output."""
     model_weights: list[float] = field(default_factory=list)
     """One weight for each reward model; empty: 1 each."""
+    watched: list[str] = field(default_factory=list)
+    """Registered terms of weight 0 that are computed and logged all the same."""
     normalize: Literal["within_prompt", "running", "none"] = "within_prompt"
     """within_prompt: each term is centred on the mean of the prompt's candidates and divided by its standard deviation
     within prompts over the run, so that weights compare what training can follow; running: centred and divided over all
@@ -74,9 +76,13 @@ class RewardConfig(_Sections):
         """The weight of each registered term."""
         return {term.name: getattr(self, term.name).weight for term in TERMS}
 
+    def asks(self, name: str) -> bool:
+        """Whether a registered term is computed: it has a weight, or is watched."""
+        return getattr(self, name).weight != 0 or name in self.watched
+
     def needs(self, what: str) -> bool:
-        """Whether a term with a weight needs it, registered or named by its path."""
-        if any(what in term.needs and getattr(self, term.name).weight != 0 for term in TERMS):
+        """Whether a term with a weight, or one that is watched, needs it, registered or named by its path."""
+        if any(what in term.needs and self.asks(term.name) for term in TERMS):
             return True
         own = zip(self.functions, weights_of(self.functions, self.function_weights), strict=True)
         return any(what in getattr(import_dotted(path), "needs", ()) for path, weight in own if weight != 0)
@@ -91,6 +97,8 @@ class RewardConfig(_Sections):
                 yield (
                     f"reward.{kind}_weights has {len(given)} values for {len(paths)} {kind}s: give one for each, or none"
                 )
+        if unknown := sorted(set(self.watched) - {term.name for term in TERMS}):
+            yield f"reward.watched {unknown[0]!r} is no registered term: {', '.join(term.name for term in TERMS)}"
         names = {path.rpartition(".")[2] for path in self.functions} | set(self.functions)
         for setting in self.function_settings:
             place, equals, _ = setting.partition("=")

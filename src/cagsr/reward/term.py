@@ -52,7 +52,9 @@ class RewardTerm(Protocol):
     micro-batch; ``turns`` (or a setting of that name), over which turns of an episode it looks: ``all`` before the answer, the
     ``first`` (the prompt), or the ``latest`` (what was said to it last);
     ``by_episode``, True where a term says something of an episode as a whole, and so is compared with what it says of the prompt's
-    other episodes, however many turns they had.
+    other episodes, however many turns they had;
+    ``by_group``, True where an answer's value depends on the other answers to its prompt: the term reads texts and groups
+    alone, and is asked of all answers at once.
     """
 
     @property
@@ -68,6 +70,11 @@ class RewardTerm(Protocol):
 def needs_of(term: RewardTerm) -> frozenset[str]:
     """What the term says it needs; everything where it does not say."""
     return frozenset(getattr(term, "needs", UNKNOWN))
+
+
+def by_group(term: RewardTerm) -> bool:
+    """Whether the term compares the answers to a prompt with each other."""
+    return bool(getattr(term, "by_group", False))
 
 
 def by_micro_batch(term: RewardTerm) -> bool:

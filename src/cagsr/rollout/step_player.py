@@ -52,7 +52,7 @@ class StepPlayer:
 
         A token that two steps share belongs to the first, which says all of it; no step is without a token.
         """
-        _, offsets = self.encoder.spans(ids)
+        _, offsets = self.loaded.spans(ids)
         ends = self.split(text)
         cuts: list[tuple[int, int]] = []  # tokens and characters up to the end of each step
         for end in ends[:-1]:

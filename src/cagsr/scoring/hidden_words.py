@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cagsr.flow import EpisodeBatch
+from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharding import gathered
+from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import episode_rows
+from cagsr.scoring.micro_batches import micro_batches
 from cagsr.scoring.scorer import evaluating
 from cagsr.scoring.statistics import logprobs_and
 
@@ -26,21 +28,33 @@ class HiddenWords:
     loaded: LoadedModel
     temperature: float = 1.0
 
-    def __call__(self, episodes: EpisodeBatch, hidden: Tensor) -> Tensor:
+    def __call__(self, episodes: EpisodeBatch, hidden: Tensor, *, same: bool = False) -> Tensor:
         """Give ``(batch, response)`` float32 log-probabilities, 0 where nothing was sampled.
 
-        ``hidden`` ``(batch, prompt)`` bool: tokens of the prompts that no position may look at, as if they were padding. Of
-        single answers: episodes of one turn.
+        ``hidden`` ``(batch, prompt)`` bool: tokens of the prompts that are left out, as if nobody had said them. Of
+        single answers: episodes of one turn. ``same``: in all rows of a prompt, which is then read once for them.
         """
         found = torch.zeros(episodes.ids.shape, dtype=torch.float32, device=episodes.ids.device)
         model = self.loaded.model
         with torch.no_grad(), gathered(model), evaluating(model), self.loaded.autocast():
-            for index in torch.arange(len(found), device=found.device).split(AT_ONCE):
+            share = same and shares_prompts(self.loaded, episodes)
+            for index in micro_batches(episodes, AT_ONCE, share=share):
                 part = episode_rows(episodes, index)
                 columns = episodes.prompts.real[index].any(dim=0).nonzero().flatten()
                 own = hidden[index, int(columns[0]) : int(columns[-1]) + 1]
-                masked = replace(part, prompts=replace(part.prompts, real=part.prompts.real & ~own))
+                masked = replace(part, prompts=self._without(part.prompts, own))
                 statistics = logprobs_and(temperature=self.temperature)
-                said = self.loaded.token_statistics(PassInputs.of(masked), statistics, part.sampled)[..., 0]
+                said = self.loaded.token_statistics(PassInputs.of(masked, share=share), statistics, part.sampled)[
+                    ..., 0
+                ]
                 found[index, : said.shape[1]] = torch.where(part.sampled, said.float(), 0.0)
         return found
+
+    def _without(self, prompts: PromptBatch, hidden: Tensor) -> PromptBatch:
+        """Prompts without some of their tokens, padded as the model reads them: what comes last predicts the answer's first."""
+        real = prompts.real & ~hidden
+        on_the_left = self.loaded.architecture.padding_side == "left"
+        order = (real if on_the_left else ~real).int().argsort(dim=1, stable=True)
+        real = real.gather(1, order)
+        ids = prompts.ids.gather(1, order).masked_fill(~real, self.loaded.pad_token_id)
+        return replace(prompts, ids=ids, real=real)

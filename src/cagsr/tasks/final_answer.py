@@ -18,18 +18,28 @@ def final_answer(text: str) -> str | None:
     r"""What a text ends at: the last ``#### x``, ``<answer>x</answer>`` or ``\boxed{x}``, else what it says the answer is, else its
     last number; None where there is none.
     """
+    span = final_answer_span(text)
+    return None if span is None else text[slice(*span)]
+
+
+def final_answer_span(text: str) -> tuple[int, int] | None:
+    """Where :func:`final_answer` stands in a text, the characters ``[start, end)``; None where there is none."""
     if (marked := _marked(text)) is not None:
         return marked
-    if said := list(_SAID.finditer(text)):
-        return said[-1][1].strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    found = [match.span(1) for match in _SAID.finditer(text)] or [match.span() for match in _NUMBER.finditer(text)]
+    return _bare(text, *found[-1]) if found else None
 
 
-def _marked(text: str) -> str | None:
-    found = [(match.start(), match[1]) for pattern in _MARKED for match in pattern.finditer(text)]
+def _marked(text: str) -> tuple[int, int] | None:
+    found = [match.span(1) for pattern in _MARKED for match in pattern.finditer(text)]
     found += list(_boxed(text))
-    return max(found)[1].strip() if found else None
+    return _bare(text, *max(found)) if found else None
+
+
+def _bare(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space at its ends."""
+    found = text[start:end]
+    return start + len(found) - len(found.lstrip()), end - len(found) + len(found.rstrip())
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -43,16 +53,19 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def is_right(completion: str, reference: object) -> bool:
-    """Whether an answer ends at what the reference ends at: ``reference`` is a worked solution of several lines or with a mark, or
-    the bare answer, all of it.
-    """
-    own, given = final_answer(completion), str(reference).strip()
+    """Whether an answer ends at what the reference ends at (:func:`result_of`)."""
+    own = final_answer(completion)
+    return own is not None and same_answer(own, result_of(reference))
+
+
+def result_of(reference: object) -> str:
+    """What a reference ends at: it is a worked solution of several lines or with a mark, or the bare answer, all of it."""
+    given = str(reference).strip()
     worked = "\n" in given or _marked(given) is not None
-    wanted = (final_answer(given) if worked else None) or given
-    return own is not None and same_answer(own, wanted)
+    return (final_answer(given) if worked else None) or given
 
 
-def _boxed(text: str) -> Iterator[tuple[int, str]]:
+def _boxed(text: str) -> Iterator[tuple[int, int]]:
     r"""The contents of ``\boxed{...}``, braces within it balanced."""
     for match in re.finditer(r"\\boxed\{", text):
         depth, end = 1, match.end()
@@ -60,7 +73,7 @@ def _boxed(text: str) -> Iterator[tuple[int, str]]:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         if not depth:
-            yield match.start(), text[match.end() : end - 1]
+            yield match.end(), end - 1
 
 
 def _as_number(text: str) -> Decimal | None:

@@ -7,7 +7,6 @@ in sampling, scoring and the update.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from cagsr.config import SalienceConfig
 from cagsr.errors import DataError, RolloutError
@@ -53,12 +52,6 @@ class SegmentEncoder:
         segment = Segment(tuple(ids), text, "user", len(episode.answers), sampled=False)
         return self._weighed(segment)
 
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        added = self.loaded.tokenizer.added_tokens_decoder
-        named = {number for number, token in added.items() if token.special}
-        return frozenset(self.loaded.tokenizer.all_special_ids) | named
-
     def _in_template(self, episode: Episode, text: str) -> str:
         """The text between an answer's stop token and the next answer.
 
@@ -100,11 +93,11 @@ class SegmentEncoder:
         """With its salient words; none where no word of it matters."""
         if self.salience.weighting == "spans":
             return segment
-        text, offsets = self.spans(segment.ids)
+        text, offsets = self.loaded.spans(segment.ids)
         tokens = Tokens(
             ids=segment.ids,
             offsets=offsets,
-            special=tuple(number in self._special for number in segment.ids),
+            special=tuple(number in self.loaded.special_ids for number in segment.ids),
             blank=tuple(not text[start:end].strip() for start, end in offsets),
         )
         config = replace(self.salience, skip_sink=False)
@@ -123,17 +116,6 @@ class SegmentEncoder:
         except DataError:  # nothing that later answers could look at
             return segment
         return replace(segment, words=found.words, salience=found.salience)
-
-    def spans(self, ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The text of some tokens, and where each lies in it; special tokens take no room."""
-        plain = [number for number in ids if number not in self._special]
-        ends = iter([len(self.loaded.text_of(plain[: count + 1])) for count in range(len(plain))])
-        text, offsets, last = self.loaded.text_of(plain), [], 0
-        for number in ids:
-            end = last if number in self._special else max(last, next(ends))
-            offsets.append((last, end))
-            last = end
-        return text, tuple(offsets)
 
 
 def _spoken_only(text: str) -> str:

@@ -15,12 +15,12 @@ from scipy.sparse.linalg import svds
 
 from cagsr.config import CurriculumConfig
 from cagsr.errors import ConfigError, RunError
-from cagsr.evaluation.judge_answers import load_encoder
 from cagsr.flow import EncodedPrompt, Returns
-from cagsr.prompts.find_words import find_words
+from cagsr.models.sentence_encoder import load_encoder
 from cagsr.prompts.references import prompt_words
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptSet, PromptStream
+from cagsr.prompts.tf_idf import tf_idf
 from cagsr.tasks.curriculum import Curriculum
 
 FLAT = 1e-6
@@ -245,20 +245,6 @@ def cluster_prompts(
 
     labels: NDArray[np.int64] = min(tries, key=inertia)[1].astype(np.int64)
     return labels
-
-
-def tf_idf(texts: Sequence[str], frequency: DocumentFrequency) -> csr_array:
-    """``(texts, words)``: how often a text says a word times the word's IDF, rows of length 1."""
-    index: dict[str, int] = {}
-    rows, columns, values = [], [], []
-    for row, text in enumerate(texts):
-        for word in find_words(text):
-            rows.append(row)
-            columns.append(index.setdefault(word.key, len(index)))
-            values.append(frequency.idf(word.key))
-    found = csr_array((values, (rows, columns)), shape=(len(texts), max(len(index), 1)))
-    lengths = np.sqrt(found.multiply(found).sum(axis=1))
-    return csr_array(found / np.where(lengths > 0, lengths, 1.0)[:, None])
 
 
 def _reduced(vectors: csr_array, seed: int) -> NDArray[np.float64]:

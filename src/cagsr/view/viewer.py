@@ -107,6 +107,7 @@ def view(
         temperature=sampling.temperature,
         micro_batch_size=8,
         associations=associations,
+        frequency=frequency,
     )
     if isinstance(answers, int):
         responses = sampled(loaded, prompt, replace(sampling, num_generations=answers), seed)

@@ -28,7 +28,7 @@ class ExactMatch:
 
     name: ClassVar[str] = "exact_match"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 13
+    place: ClassVar[int] = 16
     shown: ClassVar[bool] = False
     by_episode: ClassVar[bool] = True
     settings: ExactMatchConfig
