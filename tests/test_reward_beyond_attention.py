@@ -24,6 +24,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stating_words import StatingWords
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.build import build_reward
+from cagsr.reward.metrics import best_of_gain, reward_metrics
 from cagsr.reward.registry import Resources
 from cagsr.reward.term import PartialValues
 from cagsr.reward.terms.agreement import Agreement, AgreementConfig, agreement, same_meanings, same_results
@@ -333,3 +334,37 @@ def test_terms_that_count_words_are_refused_where_nothing_was_counted(loaded: Lo
         AnswerScorer(loaded, asks, AttentionConfig(), UNIFORM)
     assert "lexical_support" in AnswerScorer(loaded, asks, AttentionConfig(), UNIFORM, frequency=FREQUENCY).weights
     assert isinstance(PartialValues(torch.zeros(1), torch.ones(1).bool()), PartialValues)
+
+
+def test_the_best_of_n_by_hand():
+    group = torch.tensor([0, 0, 0, 0, 1])
+    signal = torch.tensor([3.0, 0.0, 2.0, 1.0, 9.0])
+    deviation = math.sqrt(5 / 3)
+    # Of two the better one is at place 0, 1, 2, 3 in 0, 1, 2, 3 of 6 cases; centred values are -1.5, -0.5, 0.5, 1.5.
+    assert best_of_gain(signal, signal, group, 2) == pytest.approx((-0.5 + 2 * 0.5 + 3 * 1.5) / 6 / deviation)
+    assert best_of_gain(signal, signal, group, 4) == pytest.approx(1.5 / deviation)
+    assert best_of_gain(signal, -signal, group, 4) == pytest.approx(-1.5 / deviation)
+    assert best_of_gain(signal, signal, group, 5) == 0.0
+    assert best_of_gain(torch.full((5,), torch.nan), signal, group, 2) == 0.0
+
+
+def test_what_is_watched_is_held_against_the_reward(loaded: LoadedModel):
+    said = ["a red dog", "the red cat cat cat cat", "house"]
+    episodes = answers(loaded, ["the red cat"] * 3, said, [0, 0, 0])
+    config = RewardConfig(
+        grounded_coverage=replace(RewardConfig().grounded_coverage, weight=0.0),
+        length=replace(RewardConfig().length, weight=1.0),
+        echo=replace(RewardConfig().echo, weight=0.0),
+        repetition=replace(RewardConfig().repetition, weight=0.0),
+        watched=["lexical_support"],
+    )
+    reward = build_reward(config, device="cpu", resources=Resources(frequency=FREQUENCY))
+    returns = reward(RewardBatch(episodes, None, None))  # type: ignore[arg-type]
+    lengths = episodes.sampled.sum(dim=1)
+    metrics = reward_metrics(returns, lengths.float(), episodes.prompts.group)
+    support, total = torch.tensor([0.5, 1.0, 0.0]), returns.total
+    expected = np.corrcoef(support, total)[0, 1]
+    assert metrics["rewards/lexical_support/agreement"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["rewards/lexical_support/gain_all"] == pytest.approx(0.5 / 0.5)  # the longest is the best supported
+    assert "rewards/lexical_support/share" not in metrics
+    assert "rewards/length/agreement" not in metrics

@@ -83,7 +83,8 @@ def test_answers_are_sampled_as_many_as_rollout_batch_size_at_once(
 @pytest.mark.renders
 def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_path: Path):
     run = tmp_path / "run"
-    assert main(arguments(start, prompts, run, "--steps", "4", "--run.save_every", "2")) == 0
+    watched = ["--reward.watched", "lexical_support", "faithfulness"]
+    assert main(arguments(start, prompts, run, "--steps", "4", "--run.save_every", "2", *watched)) == 0
     metrics = lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert "eval/metric" in metrics[0]
@@ -91,6 +92,9 @@ def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_pat
     assert {"objective/kl", "policy/clipfrac_avg", "rewards/grounded_coverage/share", "val/ratio"} <= metrics[1].keys()
     sample = lines(run / "samples.jsonl")[0]
     assert sample["reward"] == pytest.approx(sum(sample["contributions"].values()), abs=1e-5)
+    # What is watched is measured of every answer, and is no part of the reward.
+    assert {"lexical_support", "faithfulness"} <= sample["terms"].keys() - sample["contributions"].keys()
+    assert {"rewards/lexical_support/mean", "rewards/faithfulness/agreement"} <= metrics[1].keys()
     answers = lines(run / "held_out.jsonl")
     assert [row["step"] for row in answers] == [0, 0, 3, 3, 4, 4]
     assert {row["prompt"] for row in answers if row["step"] == 0} == {

@@ -39,6 +39,11 @@ def random_reward(
     return rewards
 
 
+def net_hits(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """What :func:`slot_hits` gives, as a metric to watch."""
+    return slot_hits(prompts, completions, [])
+
+
 def hits(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     """Share of each prompt's facts that its answer says; a metric to watch, no reward."""
     return [check(prompt, completion).hits for prompt, completion in zip(prompts, completions, strict=True)]

@@ -36,9 +36,9 @@ class RewardFunction:
         if twice:
             raise ConfigError(f"two reward terms are called {sorted(twice)[0]!r}: give each a name of its own")
         self.terms = tuple(terms)
-        self.weights = tuple(float(weight) for weight in weights)
-        self.watched = tuple(name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0)
-        self.normalizer = Normalizer([one for one in self.names if one not in self.watched], normalize, clip, reduce)
+        self.paid = {name: float(weight) for name, weight in zip(self.names, weights, strict=True) if weight}
+        """The weight of each term that has one."""
+        self.normalizer = Normalizer(list(self.paid), normalize, clip, reduce)
 
     def __call__(
         self,
@@ -69,15 +69,13 @@ class RewardFunction:
                 "use --reward.normalize running, or sample more with --sampling.num_generations"
             )
         values = self._values(exchanges, known or {}, update)
-        groups = {term.name: exchanges.group_of(term) for term in self.terms if term.name not in self.watched}
+        groups = {term.name: exchanges.group_of(term) for term in self.terms if term.name in self.paid}
         if update:
             self.normalizer.update({name: values[name] for name in groups}, list(groups.values()))
         total = torch.zeros(mask.shape[0], dtype=torch.float32, device=mask.device)
         per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         contributions: dict[str, Tensor] = {}
-        for name, weight in zip(self.names, self.weights, strict=True):
-            if name in self.watched:
-                continue
+        for name, weight in self.paid.items():
             term, compared = values[name], groups[name]
             amount, scale = self.normalizer(name, term, compared), self.normalizer.scale(name)
             if self.normalizer.normalize == "within_prompt" and compared is group:

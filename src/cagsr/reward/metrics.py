@@ -1,5 +1,7 @@
 """What is logged of a reward: every term alone, its share of the variance, its correlation with length."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,12 +44,37 @@ def variance_share(contribution: Tensor, total: Tensor) -> float:
     return float((summand - summand.mean()) @ centred) / variance if variance > 1e-12 else 0.0
 
 
+def best_of_gain(signal: Tensor, reward: Tensor, group: Tensor, n: int) -> float:
+    """How much more of a ``signal`` the best of ``n`` answers by ``reward`` has than an average one, in standard deviations of it.
+
+    All ``(batch,)``: rows with a NaN are left out, ``group`` is equal for answers to a prompt. The mean over all choices of n of a
+    prompt's answers, prompts with fewer left out; the deviation is that within prompts. How fast the gain falls as n grows is how
+    fast the reward's tail leaves the signal behind (Gao et al., 2023, "Scaling laws for reward model overoptimization"). 0.0
+    where the signal does not vary.
+    """
+    known = torch.isfinite(signal) & torch.isfinite(reward)
+    signal, reward, group = signal[known].cpu().double(), reward[known].cpu().double(), group[known].cpu()
+    gains, squares, count = [], 0.0, 0
+    for number in torch.unique(group).tolist():
+        own = group == number
+        values, size = signal[own] - signal[own].mean(), int(own.sum())
+        squares, count = squares + float(values @ values), count + size - 1
+        if size >= n:
+            # The answer at place i of the ascending order is the best of comb(i, n - 1) of all comb(size, n) choices.
+            chances = [math.comb(place, n - 1) / math.comb(size, n) for place in range(size)]
+            gains.append(float(values[reward[own].argsort(stable=True)] @ torch.tensor(chances, dtype=torch.float64)))
+    deviation = math.sqrt(squares / count) if count else 0.0
+    return sum(gains) / len(gains) / deviation if gains and deviation > 1e-12 else 0.0
+
+
 def reward_metrics(returns: Returns, length: Tensor, group: Tensor) -> dict[str, float]:
     """Describe a reward for the log; with several processes hand in the answers of all of them.
 
     For each term and for ``total``: ``rewards/<name>/mean`` and ``/std`` (population) of the raw values over the
     answers the term applies to, ``/length_correlation`` (within the answers to one prompt, by ``length`` in tokens); for each
-    term ``/share`` of the total's variance. All are finite; a term that applies to no answer gives zeros.
+    term ``/share`` of the total's variance; for each that is watched and not paid ``/agreement``, its correlation with the total
+    within prompts, and ``/gain_2`` and ``/gain_all``, what the best of two and the best of all answers to a prompt have of it
+    (:func:`best_of_gain`). All are finite; a term that applies to no answer gives zeros.
     """
     metrics: dict[str, float] = {}
     for name, values in {**returns.terms, "total": returns.total}.items():
@@ -57,4 +84,9 @@ def reward_metrics(returns: Returns, length: Tensor, group: Tensor) -> dict[str,
         metrics[f"rewards/{name}/length_correlation"] = within_group_correlation(values, length, group)
         if name in returns.contributions:
             metrics[f"rewards/{name}/share"] = variance_share(returns.contributions[name], returns.total)
+        elif name != "total":
+            metrics[f"rewards/{name}/agreement"] = within_group_correlation(values, returns.total, group)
+            largest = int(torch.unique(group, return_counts=True)[1].max()) if len(group) else 0
+            for label, n in (("2", 2), ("all", largest)):
+                metrics[f"rewards/{name}/gain_{label}"] = best_of_gain(values, returns.total, group, n)
     return metrics

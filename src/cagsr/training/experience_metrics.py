@@ -9,7 +9,7 @@ from torch import Tensor
 from cagsr.advantage.kl import kl_k1, kl_k3
 from cagsr.flow import EpisodeBatch, Experience, Returns
 from cagsr.objectives.value import explained_variance
-from cagsr.reward.metrics import reward_metrics
+from cagsr.reward.metrics import reward_metrics, within_group_correlation
 from cagsr.reward.terms.repetition import ngram_repetition, without_stop_token
 from cagsr.rollout.rows import take_rows
 
@@ -69,7 +69,16 @@ def experience_metrics(
     if turns:
         answers, later, alone = reduce(_answers_of_turns(experience.episodes)).tolist()
         metrics |= {"episode/turns": answers / sequences, "episode/alone": alone / max(later, 1.0)}
-    return metrics | reward_metrics(*_of_all_processes(returns, lengths, episodes.prompts.group, accelerator))
+    # Whether the reward pays for what the starting model finds likely, and for saying the same again, whatever it is made of.
+    told = {
+        "likelihood": (experience.reference_logprobs * mask).sum(dim=1) / lengths.clamp(min=1),
+        "repetition": ngram_repetition(episodes.ids, without_stop_token(mask, episodes.ended), n=3),
+    }
+    everyone, all_lengths, group = _of_all_processes(returns, lengths, episodes.prompts.group, accelerator)
+    for name, values in told.items():
+        found = within_group_correlation(accelerator.gather(values), everyone.total, group)
+        metrics[f"rewards/total/{name}_correlation"] = found
+    return metrics | reward_metrics(everyone, all_lengths, group)
 
 
 def _answers_of_turns(episodes: EpisodeBatch) -> Tensor:

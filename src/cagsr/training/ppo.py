@@ -341,12 +341,12 @@ class PPO:
         )
         # Contributions centred on each prompt average to 0. What rises is the weighted sum of the terms' means since the
         # first step, each in its own unit of spread.
-        means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.names}
+        means = {name: metrics[f"rewards/{name}/mean"] for name in self.reward.paid}
         if not self._first_means:
             self._first_means = means
         metrics["objective/raw_scores"] = sum(
             weight * self.reward.normalizer.scale(name) * (means[name] - self._first_means[name])
-            for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
+            for name, weight in self.reward.paid.items()
         )
         return metrics
 
