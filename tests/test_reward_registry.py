@@ -24,7 +24,7 @@ from cagsr.flow import RewardBatch
 from cagsr.reward import registry, terms
 from cagsr.reward.registry import RESOURCES, Resources, TermConfig, register, registered_terms
 from cagsr.reward.settings import TERMS
-from cagsr.reward.term import ATTENTION, REFERENCE, RewardTerm, needs_of
+from cagsr.reward.term import ATTENTION, REFERENCE, SUPPORT, RewardTerm, needs_of
 
 MakeBatch = Callable[..., RewardBatch]
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,7 @@ def test_a_file_registers_one_term(path: Path) -> None:
     own = [term for term in TERMS if term.build.__module__ == module]
     assert [term.name for term in own] == [path.stem]
     assert own[0].config.__module__ == module
-    assert own[0].needs <= RESOURCES | {ATTENTION, REFERENCE}
+    assert own[0].needs <= RESOURCES | {ATTENTION, REFERENCE, SUPPORT}
     decorated = [
         one.name
         for one in ast.parse(path.read_text(encoding="utf-8")).body
@@ -290,6 +290,7 @@ def test_a_file_registers_one_term(path: Path) -> None:
     # Its attention would be missed only where it is read: what it names is what it says.
     code = path.read_text(encoding="utf-8")
     assert ("batch.attention" in code) == (ATTENTION in own[0].needs)
+    assert ("readings.support" in code) == (SUPPORT in own[0].needs)
     assert all((f"self.{name}" in code) == (name in own[0].needs) for name in RESOURCES)
 
 

@@ -86,7 +86,7 @@ def by_hand() -> RewardBatch:
     numbers = torch.arange(15.0).view(3, 5)
     maps = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) / 7
     words = pool_pieces(maps, episode_batch.words, 3)
-    readings = Readings(-numbers, numbers + 100, numbers + 200, -numbers / 100, numbers + 300)
+    readings = Readings(-numbers, numbers + 100, numbers + 200, -numbers / 100, numbers + 300, numbers + 400)
     return RewardBatch(episode_batch, readings, -numbers - 0.5, Attention(maps, words), trainer=None)
 
 
@@ -351,7 +351,7 @@ class Many:
         maps = torch.rand(*shape, width + shape[1], generator=generator) * 0.3
         maps = maps.masked_fill(torch.arange(width + shape[1]) >= width + torch.arange(shape[1])[:, None], 0.0)
         maps = maps * episodes.sampled[:, :, None] * torch.cat([episodes.prompts.real, episodes.real], 1)[:, None]
-        readings = Readings(-noise(1.0), noise(2.0), noise(3.0), noise(0.0), noise(1.0))
+        readings = Readings(-noise(1.0), noise(2.0), noise(3.0), noise(0.0), noise(1.0), noise(0.0) - 1.0)
         words = pool_pieces(maps, episodes.words, episodes.salience.shape[1])
         return cls(RewardBatch(episodes, readings, -noise(1.0), Attention(maps, words)))
 
@@ -365,6 +365,13 @@ LEARNED = learn_associations(
 
 # Each of these says something in some prompts only.
 COUNTED = DocumentFrequency(100, dict.fromkeys(("cat", "dog", "bird", "tree", "house", "red", "big", "food"), 3))
+
+
+def pairs_of_tokens(episodes: EpisodeBatch) -> torch.Tensor:
+    """Stands in for the words that state something: every two tokens of an answer are one."""
+    return torch.where(episodes.sampled, (episodes.sampled.cumsum(dim=1) - 1) // 2, -1)
+
+
 # Not those that run programs, ask for labels, or judge single answers alone.
 FORMS = [
     (term, dense)
@@ -381,7 +388,9 @@ def test_a_term_says_of_each_answer_what_it_says_of_it_alone(term: TermClass, de
     # Alone, all that was said before is one plain prompt, in which nobody is named.
     given = {"dense": dense, "n": 1, "of": "all"}
     settings = term.config(**{name: value for name, value in given.items() if name in fields})
-    made = term.term(settings, Resources(token_texts(tiny.tokenizer()), LEARNED, frequency=COUNTED))
+    made = term.term(
+        settings, Resources(token_texts(tiny.tokenizer()), LEARNED, frequency=COUNTED, stating_tokens=pairs_of_tokens)
+    )
     batch = Many.made().batch
     exchanges = Exchanges.of(batch)
     assert exchanges.row is not None

@@ -224,6 +224,8 @@ class Readings:
     """(batch, response) log policy - log sampler, 0 where both are the same distribution."""
     values: Tensor | None = None
     """(batch, response) value estimates before each response token."""
+    support: Tensor | None = None
+    """(batch, response) the grounding probe's logit that the prompt holds what a token says; None: no probe was asked."""
 
 
 class Trainer(Protocol):

@@ -32,13 +32,15 @@ from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
+from cagsr.reward.learn_probe import Probe, probe_of
 from cagsr.reward.resources import resources_of
 from cagsr.reward.settings import TERMS
+from cagsr.reward.term import SUPPORT
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.rollout.episodes import EpisodePlayer, Player
 from cagsr.rollout.played_user import conversation_task
 from cagsr.rollout.step_player import StepPlayer
-from cagsr.runs.folder import ASSOCIATIONS
+from cagsr.runs.folder import ASSOCIATIONS, PROBE
 from cagsr.runs.numbers import StepNumbers
 from cagsr.runs.saved import dtype_note
 from cagsr.scoring.reference_answers import ReferencePlayer, reference_of
@@ -98,6 +100,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
     _check_columns(config, [*train_set.prompts, *held_out.prompts])
     associations = _associations(config, loaded, train_set, accelerator, console)
+    probe = _probe(config, loaded, train_set, accelerator, console)
     reward = build_reward(
         config.reward,
         device=loaded.device,
@@ -105,7 +108,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
     )
     player = _player(config, loaded, train_set, held_out)
-    ppo = PPO(config, loaded, reward, accelerator, player)
+    ppo = PPO(config, loaded, reward, accelerator, player, None if probe is None else probe.layer)
     monitors = Monitors(config.monitors)
     stream = build_curriculum(
         config.curriculum,
@@ -120,7 +123,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     set_seed(config.run.seed + 1 + accelerator.process_index)
 
     # Everything that can be refused has been checked: only now is anything written.
-    record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations)
+    record = RunRecord(config, accelerator, ppo, monitors, stream, train_set.frequency, associations, probe)
     try:
         trainer = TrainerCalls(_trainer_state(config, train_set, broadcast(record.history, accelerator), accelerator))
         if main:
@@ -237,6 +240,38 @@ def _associations(
         console.print(
             f"Associations from {origin} ({seconds:.0f} s): {len(found.prompt_index):,} words and pairs of prompts, "
             f"{found.strength.nnz:,} associations.",
+            markup=False,
+        )
+    return found
+
+
+def _probe(
+    config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
+) -> Probe | None:
+    """Learn the grounding probe from the starting model's own answers where the reward needs it, or read it again."""
+    if not config.reward.needs(SUPPORT):
+        return None
+    settings = config.reward.probe
+    stored = Path(config.output_dir) / PROBE
+    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+        settings = dataclasses.replace(settings, path=str(stored))
+    started = time.perf_counter()
+    found = probe_of(
+        loaded,
+        train_set.prompts,
+        train_set.frequency,
+        config.sampling,
+        settings,
+        seed=config.run.seed,
+        batch_size=config.rollout.batch_size,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        seconds = time.perf_counter() - started
+        origin = "" if settings.path is None else f" of {settings.path}"
+        console.print(
+            f"Grounding probe{origin} ({seconds:.0f} s): layer {found.layer.layer}, fitted on {found.supported:,} words that "
+            f"prompts hold and {found.swapped:,} swapped out of them; AUC {found.auc:.3f} on other prompts.",
             markup=False,
         )
     return found

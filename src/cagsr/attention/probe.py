@@ -56,6 +56,14 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     raise AttentionError(f"A {type(model).__name__} holds no transformers model whose attention could be read.")
 
 
+def layer_count(model: PreTrainedModel) -> int:
+    """How many layers the stack has that says the answer, by its config; 0 where it doesn't say."""
+    config = model.config.get_text_config(decoder=True)
+    # BART's decoder_layers are those of its defaults here: transformers calls the decoder's own number num_hidden_layers.
+    counts = [getattr(config, name, None) for name in ("num_decoder_layers", "num_hidden_layers")]
+    return next((int(count) for count in counts if count), 0)
+
+
 def find_attention_layers(model: nn.Module) -> AttentionLayers:
     """Run a forward over a few tokens and note which modules call transformers' attention interface.
 
@@ -63,11 +71,9 @@ def find_attention_layers(model: nn.Module) -> AttentionLayers:
     model calls the interface (the message names the model type and the layers), or the tiny forward fails.
     """
     inner = transformers_model(model)
-    config = inner.config.get_text_config(decoder=True)
     cross = bool(getattr(inner.config, "is_encoder_decoder", False))
     model_type = str(getattr(inner.config, "model_type", type(inner).__name__))
-    counts = [getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers")]
-    total = next((int(count) for count in counts if count), 0)
+    total = layer_count(inner)
     calls: Counter[nn.Module] = Counter()
     layers: list[AttentionLayer] = []
 

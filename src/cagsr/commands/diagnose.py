@@ -72,6 +72,8 @@ def run(config: Config) -> None:
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.build import reward_warnings
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
+    from cagsr.reward.learn_probe import named_probe, probe_of
+    from cagsr.reward.term import SUPPORT
     from cagsr.support.atomic import write_text_atomically
 
     loaded = load_model(config.model, for_training=False)
@@ -83,15 +85,20 @@ def run(config: Config) -> None:
         few = f"Too few prompts to learn associations from (fewer than {FEWEST_PROMPTS}): those terms are left out."
         notes = (*notes, few)
     frequency = DocumentFrequency.fit(one.prompt for one in prompts)
+    everyone = prompts
     if len(prompts) > config.num_prompts:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
+    probe = named_probe(config.reward)
+    if probe is None and frequency is not None and config.reward.needs(SUPPORT):
+        probe = probe_of(loaded, everyone, frequency, config.sampling, config.reward.probe, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(
         loaded,
         *judged_by,
         temperature=config.sampling.temperature,
         associations=associations,
+        probe=probe,
         frequency=frequency,
         costly=True,
     )

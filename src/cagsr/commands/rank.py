@@ -62,6 +62,8 @@ def run(config: Config) -> None:
     from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import associations_of
+    from cagsr.reward.learn_probe import named_probe, probe_of
+    from cagsr.reward.term import SUPPORT
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
@@ -82,12 +84,16 @@ def run(config: Config) -> None:
     associations = None
     if config.reward.needs("associations"):
         associations = associations_of(loaded, prompts, config.sampling, config.reward.associations, seed=config.seed)
+    probe = named_probe(config.reward)
+    if probe is None and not given and frequency is not None and config.reward.needs(SUPPORT):
+        probe = probe_of(loaded, prompts, frequency, config.sampling, config.reward.probe, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(
         loaded,
         *judged_by,
         temperature=config.sampling.temperature,
         associations=associations,
+        probe=probe,
         frequency=frequency,
     )
     say(*loaded.notes, *([] if given else generation_notes(loaded, config.sampling)), *notes)

@@ -55,6 +55,7 @@ def run(config: Config) -> None:
     from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import read_associations
+    from cagsr.reward.learn_probe import named_probe
     from cagsr.reward.weigh import weigh
     from cagsr.runs.reward import with_run_reward
 
@@ -76,6 +77,7 @@ def run(config: Config) -> None:
         temperature=config.temperature,
         micro_batch_size=size,
         associations=associations,
+        probe=named_probe(config.reward),
         frequency=frequency or DocumentFrequency.fit(one.prompt for one in prompts),
     )
     say(*loaded.notes, *notes)

@@ -25,6 +25,8 @@ from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
 from cagsr.reward.learn_associations import associations_of
+from cagsr.reward.learn_probe import probe_of
+from cagsr.reward.term import SUPPORT
 from cagsr.reward.weigh import weigh
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.runs.lines import read_lines
@@ -174,6 +176,10 @@ def prompts_and_scorer(
     if associated:
         settings = config.reward.associations
         associations = associations_of(loaded, training.prompts, config.sampling, settings, seed=seed)
+    probe = None
+    if config.reward.needs(SUPPORT):
+        how = (config.sampling, config.reward.probe)
+        probe = probe_of(loaded, training.prompts, training.frequency, *how, seed=seed)
     scorer = AnswerScorer(
         loaded,
         config.reward,
@@ -183,6 +189,7 @@ def prompts_and_scorer(
         micro_batch_size=micro_batch_size,
         associations=associations,
         frequency=training.frequency,
+        probe=probe,
     )
     return prompts, scorer, associations
 

@@ -23,6 +23,7 @@ from cagsr.parse import parse_command
 from cagsr.prompts.load import load_rows
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.learn_associations import NAME_A_FILE, named_associations
+from cagsr.reward.learn_probe import named_probe
 from cagsr.reward.weigh import weigh
 from cagsr.runs.reward import with_run_reward
 from cagsr.scoring.answers import Response, encode_response, stop_token
@@ -113,6 +114,7 @@ class FrozenScorer:
             temperature=config.temperature,
             micro_batch_size=config.batch_size,
             associations=named_associations(config.reward, NAME_A_FILE),
+            probe=named_probe(config.reward),
             frequency=self.encoder.frequency,
             every=False,
         )

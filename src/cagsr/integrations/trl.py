@@ -32,6 +32,7 @@ from cagsr.models.stops import stop_tokens
 from cagsr.prompts.render import text_of
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.learn_associations import NAME_A_FILE, named_associations
+from cagsr.reward.learn_probe import named_probe
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.trainer_calls import TrainerCalls
 from cagsr.reward.values import TermValues
@@ -108,6 +109,7 @@ class AttentionReward:
             temperature=float(trainer.args.temperature),
             micro_batch_size=self._micro_batch_size,
             associations=named_associations(self.reward, NAME_A_FILE),
+            probe=named_probe(self.reward),
             frequency=encoder.frequency,
             reference=_reference(trainer, loaded) if self.attention.source == "reference" else None,
             every=False,

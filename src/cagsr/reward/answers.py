@@ -18,11 +18,12 @@ from cagsr.models.load import LoadedModel
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.association import Associations
 from cagsr.reward.build import weighted_terms
+from cagsr.reward.learn_probe import Probe
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.registry import COSTLY, COUNTED
 from cagsr.reward.resources import resources_of
 from cagsr.reward.settings import TERMS
-from cagsr.reward.term import RewardTerm, by_group
+from cagsr.reward.term import SUPPORT, RewardTerm, by_group, needs_of
 from cagsr.reward.values import RawValues, term_values
 from cagsr.scoring.answers import Response, answered
 from cagsr.scoring.scorer import FrozenModel, Scorer, evaluating
@@ -35,11 +36,11 @@ class AnswerScorer:
     which layers and heads are read and, with ``source``, whose: the model's own or that of ``reference``, a frozen model
     (None: the model is its own). ``salience`` says how the pieces of a word are pooled; ``temperature`` divides the logits,
     as in sampling; ``micro_batch_size`` answers are in memory at once. Without ``associations`` the terms that read them
-    are left out, whatever their weights; without ``frequency``, the prompts' word counts, those that have none.
+    are left out, whatever their weights; without ``frequency``, the prompts' word counts, or ``probe`` those that have none.
     ``every``: registered terms of weight 0 too; ``costly``: of these also such as read the answers anew.
 
     Raises ConfigError: a reward (without associations: what is left of it) or a choice of layers that can't be used, a term that
-    counts words and no ``frequency``;
+    counts words and no ``frequency``, one that asks the probe and no ``probe``;
     AttentionError: the model's attention can't be read.
     """
 
@@ -54,6 +55,7 @@ class AnswerScorer:
         micro_batch_size: int = 32,
         associations: Associations | None = None,
         frequency: DocumentFrequency | None = None,
+        probe: Probe | None = None,
         reference: FrozenModel | None = None,
         every: bool = True,
         costly: bool = False,
@@ -65,6 +67,11 @@ class AnswerScorer:
                 f"--reward.{asking[0]}: it counts words in a set of prompts, and none is known here; name the prompts, or a run "
                 "that has counted them."
             )
+        if probe is None and (asking := [one.name for one in TERMS if SUPPORT in one.needs and reward.asks(one.name)]):
+            raise ConfigError(
+                f"--reward.{asking[0]}: no probe is known here, and no answers are sampled to learn it from; name the "
+                "grounding_probe.json of a cagsr train run with --reward.probe.path."
+            )
         if associations is None:
             lacking = [term.name for term in TERMS if "associations" in term.needs]
             reward = replace(reward, **{name: replace(getattr(reward, name), weight=0.0) for name in lacking})
@@ -75,11 +82,20 @@ class AnswerScorer:
         self.salience = salience
         self.micro_batch_size = micro_batch_size
         sampling = SamplingConfig(temperature=temperature or 1.0)
-        self.scorer = Scorer(loaded, attention, sampling, micro_batch_size, reference=reference)
+        self.scorer = Scorer(
+            loaded,
+            attention,
+            sampling,
+            micro_batch_size,
+            reference=reference,
+            probe=None if probe is None else probe.layer,
+        )
         everything = resources_of(loaded, associations, frequency, temperature or 1.0)
         left_out = () if costly else [name for name in COSTLY if not reward.needs(name)]
         resources = replace(everything, **dict.fromkeys(left_out))
         found = weighted_terms(reward, loaded.device, resources, every=every)
+        if probe is None:
+            found = [(term, weight) for term, weight in found if SUPPORT not in needs_of(term)]
         self.terms: tuple[RewardTerm, ...] = tuple(term for term, _ in found)
         self.weights: dict[str, float] = {term.name: float(weight) for term, weight in found}
 

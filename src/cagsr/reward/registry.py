@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
 
 from cagsr.errors import ConfigError
-from cagsr.reward.term import UNKNOWN
+from cagsr.reward.term import SUPPORT, UNKNOWN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ class Resources:
 
     def given(self, needs: Iterable[str], term: str) -> dict[str, Any]:
         """Those of them that a term needs, by name; ValueError where one is not there, ConfigError for what nobody has."""
-        known = RESOURCES | UNKNOWN
+        known = RESOURCES | UNKNOWN | {SUPPORT}
         if strange := sorted(set(needs) - known):
             raise ConfigError(
                 f"the reward term {term} needs {strange[0]!r}, which there is not; it may name {sorted(known)}"
@@ -154,7 +154,7 @@ class TermClass:
 
 
 RESERVED = frozenset((
-    "associations", "functions", "function_weights", "function_settings", "models", "model_weights", "normalize", "clip",
+    "associations", "probe", "functions", "function_weights", "function_settings", "models", "model_weights", "normalize", "clip",
     "weights", "watched", "asks", "needs", "conflicts", "total",
 ))  # fmt: skip
 """What else the settings and the metrics of the reward have under these names."""

@@ -29,6 +29,20 @@ class AssociationsConfig:
     """Weaker associations (phi) count as none."""
 
 
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The grounding probe, learned before the first step from the starting model's own answers (no labels)."""
+
+    path: str | None = None
+    """grounding_probe.json of an earlier run; None: learn it, if a term with a weight needs it."""
+    answers: PositiveInt = 256
+    """How many answers to sample for it, four to a prompt."""
+    counterfactuals: PositiveInt = 2
+    """Prompts made of each answer's, with one phrase swapped."""
+    layer: int | None = None
+    """Layer whose hidden states are read, from 0; None: the one that tells best on prompts that it was not fitted on."""
+
+
 _dataclass: Any = dataclass(frozen=True)  # so that type checkers take any section as an argument
 
 if TYPE_CHECKING:
@@ -52,6 +66,7 @@ class RewardConfig(_Sections):
     """The reward: a weighted sum of terms, each brought to one scale first."""
 
     associations: AssociationsConfig = field(default_factory=AssociationsConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     functions: list[str] = field(default_factory=list)
     """Your own terms as dotted paths (package.module.function): a RewardTerm, or TRL's
     f(prompts, completions, completion_ids, **columns)."""

@@ -28,6 +28,8 @@ ATTENTION = "attention"
 """The term looks at ``batch.attention``."""
 REFERENCE = "reference"
 """The term looks at ``batch.reference_logprobs``."""
+SUPPORT = "support"
+"""The term looks at ``batch.readings.support``: the grounding probe's (``reward/learn_probe.py``)."""
 UNKNOWN = frozenset({ATTENTION, REFERENCE})
 """What a term may need that does not say."""
 

@@ -26,12 +26,13 @@ BEFORE = {"reward.echo.weight": 0.0}
 """Settings whose default is not what versions without them did, and what that was."""
 LOCK = "run.lock"
 ASSOCIATIONS = "associations.json"
+PROBE = "grounding_probe.json"
 FREQUENCY = "frequency.json"
 SCALES = "scales.json"
 REPORT = "report.html"
 PROFILE = "profile.md"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
-RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, REPORT, FINGERPRINT)
+RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, PROBE, REPORT, FINGERPRINT)
 RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "final-differs", "trackers", "rollout-weights")
 
 MAY_DIFFER: dict[str, list[str]] = yaml.safe_load((files("cagsr.runs") / "may_differ.yaml").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint, load_tree
-from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, SCALES, flat_tree, lacking
+from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, PROBE, SCALES, flat_tree, lacking
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import say
 
@@ -56,6 +56,8 @@ def read_run_reward(run: str) -> RunReward:
     if reward.needs("associations") and reward.associations.path is None:
         path = str(folder / ASSOCIATIONS)
         reward = dataclasses.replace(reward, associations=dataclasses.replace(reward.associations, path=path))
+    if reward.needs("support") and reward.probe.path is None:
+        reward = dataclasses.replace(reward, probe=dataclasses.replace(reward.probe, path=str(folder / PROBE)))
     try:
         frequency = DocumentFrequency.from_json(_read(folder, FREQUENCY))
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ of the attention is a visitor's business, which is handed each micro-batch's whi
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from cagsr.flow import EpisodeBatch, Readings
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.inputs import PassInputs
+from cagsr.models.layer_probe import LayerProbe, at_tokens
 from cagsr.models.load import LoadedModel
 from cagsr.models.sharing import shares_prompts
 from cagsr.rollout.rows import episode_rows, take_rows
@@ -52,8 +53,8 @@ class Scorer:
 
     ``attention`` says which layers and heads are read, and whose (without a ``reference``, the frozen model, the policy's);
     ``sampling`` the temperature (0 counts as 1) and filters of the answers; ``actor_critic`` is the policy with what
-    estimates values, None: the policy alone. ConfigError: layers or heads that can't be used; AttentionError: attention
-    that can't be read.
+    estimates values, None: the policy alone; ``probe`` reads hidden states, the reference's where there is one.
+    ConfigError: layers or heads that can't be used; AttentionError: attention that can't be read.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Scorer:
         *,
         actor_critic: ActorCritic | None = None,
         reference: FrozenModel | None = None,
+        probe: LayerProbe | None = None,
     ) -> None:
+        self.probe = probe
         self.loaded = loaded
         self.sampling = sampling
         self.micro_batch_size = micro_batch_size
@@ -82,7 +85,8 @@ class Scorer:
         own).
         """
         readings = self.policy(episodes, visitor)
-        return readings, self.reference_logprobs(episodes, readings, visitor)
+        logprobs, support = self.frozen(episodes, readings, visitor)
+        return replace(readings, support=support), logprobs
 
     def policy(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> Readings:
         """Read everything the reward and the update need from one pass over the policy; zero where nothing was sampled.
@@ -90,6 +94,7 @@ class Scorer:
         The visitor gets the policy's attention, where it is the policy's that is configured.
         """
         visitor = visitor if self.reads_policy else None
+        probe = self.probe if self.reference is None else None
         loaded = self.loaded
         statistics = readings_of(self.sampling, loaded.stops(self.sampling)[0], loaded.generation)
         names = [field.name for field in fields(Readings)]
@@ -99,10 +104,11 @@ class Scorer:
             for index in each("scoring", micro_batches(episodes, self.micro_batch_size, share=share), "batches"):
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
-                with self._reading(visitor, loaded.model, inputs) as read:
+                with self._reading(visitor, loaded.model, inputs) as read, _asked(probe, loaded.model) as seen:
                     numbers, values = self.actor_critic(inputs, statistics, part.sampled)
                 logprobs, entropy, certainty, correction = numbers.unbind(dim=-1)
-                found = Readings(logprobs, entropy, certainty, correction, values)
+                support = self._support(probe, loaded.model, inputs, seen)
+                found = Readings(logprobs, entropy, certainty, correction, values, support)
                 for name in names:
                     if (value := getattr(found, name)) is not None:
                         parts[name][index, : value.shape[1]] = value.masked_fill(~part.sampled, 0.0)
@@ -110,18 +116,24 @@ class Scorer:
                     visitor.visit(index, part, found, self._attention(loaded.model, inputs, read))
         if self.actor_critic.value_head is None:
             del parts["values"]
+        if probe is None:
+            del parts["support"]
         return Readings(**parts)
 
-    def reference_logprobs(self, episodes: EpisodeBatch, readings: Readings, visitor: Visitor | None = None) -> Tensor:
-        """Log-probabilities of the answers under the frozen model, ``(batch, response)`` float32, zero where nothing was sampled.
+    def frozen(
+        self, episodes: EpisodeBatch, readings: Readings, visitor: Visitor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the answers under the frozen model, ``(batch, response)`` float32, zero where nothing was sampled,
+        and the probe's logits alike, None without a probe.
 
         ``readings`` are the policy's, for the visitor, which gets the frozen model's attention, where that is configured.
         """
         visitor = None if self.reads_policy else visitor
         loaded, temperature = self.loaded, self.sampling.temperature or 1.0
         if self.reference is None:
-            return readings.logprobs
+            return readings.logprobs, readings.support
         logprobs = torch.zeros(episodes.ids.shape, device=episodes.ids.device)
+        support = None if self.probe is None else torch.zeros_like(logprobs)
         with (
             self.reference.model() as model,
             evaluating(model),
@@ -134,13 +146,22 @@ class Scorer:
             for index in each("scoring by the reference", chunks, "batches"):
                 part = episode_rows(episodes, index)
                 inputs = PassInputs.of(part, share=share)
-                with self._reading(visitor, model, inputs) as read:
+                with self._reading(visitor, model, inputs) as read, _asked(self.probe, model) as seen:
                     found = loaded.token_statistics(inputs, logprobs_and(temperature=temperature), part.sampled, model)
+                judged = self._support(self.probe, model, inputs, seen)
+                if support is not None and judged is not None:
+                    support[index, : part.ids.shape[1]] = judged.masked_fill(~part.sampled, 0.0)
                 if visitor is not None:
                     own = take_rows(readings, index, part.ids.shape[1])
                     visitor.visit(index, part, own, self._attention(model, inputs, read))
                 logprobs[index, : part.ids.shape[1]] = found[..., 0]
-        return logprobs
+        return logprobs, support
+
+    def _support(
+        self, probe: LayerProbe | None, model: nn.Module, inputs: PassInputs, seen: Sequence[Tensor]
+    ) -> Tensor | None:
+        """What the probe says of each of the answers' own tokens, ``(n, response)``."""
+        return None if probe is None else at_tokens(self.loaded.architecture, model, inputs, seen)[..., 0]
 
     def _reading(
         self, visitor: Visitor | None, model: nn.Module, inputs: PassInputs
@@ -152,6 +173,11 @@ class Scorer:
 
     def _attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Reading]) -> Tensor:
         return self.loaded.architecture.attention(model, inputs, [one.attention for one in read])
+
+
+def _asked(probe: LayerProbe | None, model: nn.Module) -> AbstractContextManager[Sequence[Tensor]]:
+    """What a probe sees of the forwards of one pass; nothing without one."""
+    return nullcontext(()) if probe is None else probe.listening(model)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from cagsr.errors import CagsrError
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Experience, Readings, RewardBatch, Trainer
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.inputs import PassInputs
+from cagsr.models.layer_probe import LayerProbe
 from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
@@ -65,6 +66,7 @@ class PPO:
         reward: RewardFunction,
         accelerator: Accelerator,
         player: Player | None = None,
+        probe: LayerProbe | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -84,6 +86,7 @@ class PPO:
             self.micro_batch_size.size,
             actor_critic=self.actor_critic,
             reference=self.reference,
+            probe=probe,
         )
         self.clock = Clock(loaded.device, exact=config.run.profile)
         self._first_means: dict[str, float] = {}
@@ -125,7 +128,8 @@ class PPO:
             readings = replace(readings, sampling_correction=own)
         with self.clock.part("reference"):
             visiting = visitor if visitor.wants_attention else None
-            reference_logprobs = self._fitting(lambda: self.scorer.reference_logprobs(episodes, readings, visiting))
+            reference_logprobs, support = self._fitting(lambda: self.scorer.frozen(episodes, readings, visiting))
+            readings = replace(readings, support=support)
         with self.clock.part("reward"), working("computing the reward"):
             known = RewardBatch(episodes, readings, reference_logprobs, visitor.attention(), trainer)
             returns = self.reward(known, visitor.values)

@@ -26,10 +26,11 @@ from cagsr.parse import to_yaml
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
+from cagsr.reward.learn_probe import Probe
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_training
-from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROFILE, RunFolder, flat_tree
+from cagsr.runs.folder import ASSOCIATIONS, FREQUENCY, PROBE, PROFILE, RunFolder, flat_tree
 from cagsr.runs.lines import read_lines
 from cagsr.runs.reward import write_scales
 from cagsr.runs.saved import Saved, chosen_dtype, greedy_probe, saved_facts
@@ -51,8 +52,8 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 class RunRecord:
     """The record of a run, opened once everything that can be refused has been checked.
 
-    ``ppo``, ``monitors`` and ``stream`` are what a checkpoint holds the state of. The IDF table and the associations are kept
-    in the folder for what judges answers by this reward.
+    ``ppo``, ``monitors`` and ``stream`` are what a checkpoint holds the state of. The IDF table, the associations and
+    the probe are kept in the folder for what judges answers by this reward.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RunRecord:
         stream: Curriculum,
         frequency: DocumentFrequency,
         associations: Associations | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self._config, self._accelerator = config, accelerator
         self._ppo, self._monitors, self._stream = ppo, monitors, stream
@@ -86,6 +88,8 @@ class RunRecord:
             write_text_atomically(folder.path / FREQUENCY, json.dumps(frequency.to_json()))
             if associations is not None:
                 write_text_atomically(folder.path / ASSOCIATIONS, json.dumps(associations.to_json()))
+            if probe is not None:
+                write_text_atomically(folder.path / PROBE, json.dumps(probe.to_json()))
             self.notes = folder.notes
             return folder.checkpoint, folder.step
 

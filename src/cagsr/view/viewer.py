@@ -14,6 +14,7 @@ from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.association import Associations
+from cagsr.reward.learn_probe import named_probe
 from cagsr.reward.weigh import Scales
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.answers import Response, encode_response
@@ -108,6 +109,7 @@ def view(
         micro_batch_size=8,
         associations=associations,
         frequency=frequency,
+        probe=named_probe(reward),
     )
     if isinstance(answers, int):
         responses = sampled(loaded, prompt, replace(sampling, num_generations=answers), seed)

@@ -52,7 +52,7 @@ class Agreement:
 
     name: ClassVar[str] = "agreement"
     needs: ClassVar[frozenset[str]] = frozenset({"frequency"})
-    place: ClassVar[int] = 15
+    place: ClassVar[int] = 16
     by_group: ClassVar[bool] = True
     by_episode: ClassVar[bool] = True
     settings: AgreementConfig

@@ -42,7 +42,7 @@ class ContextGain:
 
     name: ClassVar[str] = "context_gain"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_likelihood", "stating_tokens"})
-    place: ClassVar[int] = 14
+    place: ClassVar[int] = 15
     settings: ContextGainConfig
     hidden_likelihood: HiddenLikelihood
     stating_tokens: StatingTokens

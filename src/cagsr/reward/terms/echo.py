@@ -44,7 +44,7 @@ class Echo:
     name: ClassVar[str] = "echo"
     needs: ClassVar[frozenset[str]] = frozenset()
     scale: ClassVar[float] = 1.0
-    place: ClassVar[int] = 9
+    place: ClassVar[int] = 10
     settings: EchoConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -28,7 +28,7 @@ class ExactMatch:
 
     name: ClassVar[str] = "exact_match"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 16
+    place: ClassVar[int] = 17
     shown: ClassVar[bool] = False
     by_episode: ClassVar[bool] = True
     settings: ExactMatchConfig

@@ -33,7 +33,7 @@ class Execution:
 
     name: ClassVar[str] = "execution"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 18
+    place: ClassVar[int] = 19
     shown: ClassVar[bool] = False
     settings: ExecutionConfig
 

@@ -32,7 +32,7 @@ class Faithfulness:
 
     name: ClassVar[str] = "faithfulness"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION, "hidden_likelihood"})
-    place: ClassVar[int] = 19
+    place: ClassVar[int] = 20
     settings: FaithfulnessConfig
     hidden_likelihood: HiddenLikelihood
 

@@ -36,7 +36,7 @@ class Focus:
     name: ClassVar[str] = "focus"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION})
     by_micro_batch: ClassVar[bool] = True
-    place: ClassVar[int] = 8
+    place: ClassVar[int] = 9
     settings: FocusConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -39,7 +39,7 @@ class HistoryRepetition:
 
     name: ClassVar[str] = "history_repetition"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 11
+    place: ClassVar[int] = 12
     settings: HistoryRepetitionConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

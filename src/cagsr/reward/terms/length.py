@@ -33,7 +33,7 @@ class Length:
 
     name: ClassVar[str] = "length"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 13
+    place: ClassVar[int] = 14
     settings: LengthConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -30,7 +30,7 @@ class MeanMass:
     name: ClassVar[str] = "mean_mass"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION})
     by_micro_batch: ClassVar[bool] = True
-    place: ClassVar[int] = 7
+    place: ClassVar[int] = 8
     settings: MeanMassConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -41,7 +41,7 @@ class Repetition:
 
     name: ClassVar[str] = "repetition"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 10
+    place: ClassVar[int] = 11
     settings: RepetitionConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -38,7 +38,7 @@ class SelfCertainty:
 
     name: ClassVar[str] = "self_certainty"
     needs: ClassVar[frozenset[str]] = frozenset()
-    place: ClassVar[int] = 12
+    place: ClassVar[int] = 13
     settings: SelfCertaintyConfig
 
     def __call__(self, batch: RewardBatch) -> Tensor:

@@ -36,7 +36,7 @@ class TargetProbability:
 
     name: ClassVar[str] = "target_probability"
     needs: ClassVar[frozenset[str]] = frozenset({"target_likelihood"})
-    place: ClassVar[int] = 17
+    place: ClassVar[int] = 18
     shown: ClassVar[bool] = False
     settings: TargetProbabilityConfig
     target_likelihood: TargetLikelihood
