@@ -33,6 +33,8 @@ class Swapped:
     text: str
     lost: frozenset[str]
     """Words, case-folded, that the true prompt says and this one does not."""
+    phrase: Phrase | None = None
+    """What was swapped, in the true prompt."""
 
 
 class Counterfactuals:
@@ -86,7 +88,7 @@ class Counterfactuals:
             # Template ranges behind the phrase move, and are words of every prompt: none of them is lost.
             lost = own - {word.key for word in find_words(swapped)}
             if lost & said:
-                found.append(Swapped(swapped, frozenset(lost)))
+                found.append(Swapped(swapped, frozenset(lost), phrase))
         return found
 
 
