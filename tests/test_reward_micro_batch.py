@@ -124,7 +124,7 @@ def test_the_reward_is_that_of_the_maps(kind: str, source: str, pooling: str, tm
     }
 
     # The same terms, asked about the maps of the whole batch.
-    ppo.reward = RewardFunction([Whole(term) for term in ppo.reward.terms], ppo.reward.weights, "none")
+    ppo.reward = RewardFunction([Whole(term) for term in ppo.reward.terms], list(ppo.reward.paid.values()), "none")
     whole, visitors = collected(ppo, prompts)
     maps = visitors[0].attention()
     assert maps is not None
@@ -151,7 +151,7 @@ def test_attention_that_no_term_looks_at_is_not_read(tmp_path: Path, monkeypatch
     assert not opened
     assert visitors[0].attention() is None
     assert experience.returns.terms["self_certainty"].std() > 0
-    ppo.reward = RewardFunction([Whole(term) for term in ppo.reward.terms], ppo.reward.weights, "none")
+    ppo.reward = RewardFunction([Whole(term) for term in ppo.reward.terms], list(ppo.reward.paid.values()), "none")
     collected(ppo, prompts)
     assert opened
 

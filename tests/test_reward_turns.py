@@ -406,6 +406,38 @@ def test_a_term_says_of_each_answer_what_it_says_of_it_alone(term: TermClass, de
     assert len({round(value, 5) for value in values}) > 2, "a term that says the same of all would prove nothing"
 
 
+@pytest.mark.parametrize("name", ["coverage", "grounded_coverage"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_new_sums_to_the_coverage_by_all_that_was_said(name: str, dense: bool):
+    """Of the prompt's words: each answer is paid for what those before it have not covered."""
+    term = next(term for term in TERMS if term.name == name)
+    resources = Resources(token_texts(tiny.tokenizer()), LEARNED)
+    made = term.term(term.config(turns="first", new=True, dense=dense), resources)
+    stands_alone = term.term(term.config(turns="first"), resources)
+    batch = Many.made().batch
+    exchanges = Exchanges.of(batch)
+    assert exchanges.row is not None
+    found = ask(made, exchanges.seen_by(made)).values
+    assert found.shape == (exchanges.batch.episodes.ids.shape if dense else exchanges.row.shape)
+    own = found.sum(dim=1) if dense else found
+    assert float(own.min()) >= 0
+    episodes, context = batch.episodes, batch.episodes.context
+    assert context is not None
+    first = replace(
+        context, words=torch.where(context.word_turn.gather(1, context.words.clamp(min=0)) == 0, context.words, -1)
+    )
+    first = replace(first, salience=torch.where(context.word_turn == 0, context.salience, 0.0))
+    whole = ask(stands_alone, replace(batch, episodes=replace(episodes, context=first))).values
+    summed = torch.zeros(len(episodes.ids)).index_add(0, exchanges.row, own)
+    torch.testing.assert_close(summed, whole, atol=1e-6, rtol=1e-5)
+    # Each alone, the same words are paid again and again.
+    again = torch.zeros(len(episodes.ids)).index_add(
+        0, exchanges.row, ask(stands_alone, exchanges.seen_by(stands_alone)).values
+    )
+    assert float((again - summed).min()) > -1e-6
+    assert float((again - summed).max()) > 0.01
+
+
 def test_an_answers_first_token_begins_a_word_in_every_turn():
     """Behind a letter that somebody else wrote a word is split as at the start of an answer, and is said all the same."""
     tokenizer = byte_level("ĠPalace", "Pal", "ace")

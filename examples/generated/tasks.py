@@ -76,7 +76,7 @@ def _part(key: str) -> Part:
 
 def steps_row(draw: random.Random, pairs: bool) -> tuple[str, Row]:
     """``Add 4, 17, 8.`` and the sums, each on a line, the result behind ``####``."""
-    numbers = [draw.randint(1, 30) for _ in range(draw.randint(3, 5))]
+    numbers = [draw.randint(1, 9) for _ in range(draw.randint(3, 5))]
     prompt = f"Add {', '.join(map(str, numbers))}.\n"
     if not pairs:
         return prompt, {"prompt": prompt, "answer": str(sum(numbers))}

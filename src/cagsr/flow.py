@@ -123,6 +123,8 @@ class Context:
     episodes: tuple[Episode, ...]
     turn_decay: float = 1.0
     """What a word's weight is multiplied with for each turn since (``salience.turn_decay``)."""
+    said: Tensor | None = None
+    """(batch, response) bool: all that the model has said, where each answer is a row of its own; None: that is ``sampled``."""
 
 
 @dataclass(frozen=True)

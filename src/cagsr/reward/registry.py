@@ -65,6 +65,17 @@ class LookingConfig(TermConfig):
     what was said to it last, and its answer before."""
 
 
+@dataclass(frozen=True)
+class CoveringConfig(LookingConfig):
+    """What the settings of a coverage have that grows from token to token."""
+
+    dense: bool = False
+    """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
+    new: bool = False
+    """Of steps and conversations: pay an answer only for what those before it have not covered, so that what all are paid is the
+    coverage by all that was said. False: as if each stood alone, which pays for saying everything in every step."""
+
+
 class HiddenLikelihood(Protocol):
     """Reads answers anew with tokens of their prompts hidden (:class:`cagsr.scoring.hidden_words.HiddenWords`)."""
 

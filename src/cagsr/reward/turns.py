@@ -107,6 +107,14 @@ def is_last(episodes: EpisodeBatch) -> Tensor:
     return turn == torch.tensor(last, device=turn.device)
 
 
+def said_so_far(episodes: EpisodeBatch) -> Tensor:
+    """``(answers, response)`` bool: what the model has said of each episode by the end of the row's own answer."""
+    if episodes.context is None or episodes.context.said is None:
+        return episodes.sampled
+    own = torch.where(episodes.sampled, episodes.turn, -1).amax(dim=1)
+    return episodes.context.said & (episodes.turn <= own[:, None])
+
+
 def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
     """Each answer with its own tokens as the only sampled ones, and the words that stand before it as its context."""
     asked = batch.episodes
@@ -127,7 +135,7 @@ def _answers(batch: RewardBatch, row: Tensor, turn: Tensor) -> RewardBatch:
         completions=tuple(
             episode.answers[number] for episode, number in zip(context.episodes, turn.tolist(), strict=True)
         ),
-        context=_faded(_only(context, context.word_turn <= turn[:, None]), turn),
+        context=_faded(_only(replace(context, said=episodes.sampled), context.word_turn <= turn[:, None]), turn),
     )
     return replace(picked, episodes=answers)
 

@@ -13,18 +13,17 @@ from torch import Tensor
 from cagsr.config.ranges import PositiveShare
 from cagsr.flow import RewardBatch
 from cagsr.reward.pooling import normalized_salience
-from cagsr.reward.registry import LookingConfig, register
+from cagsr.reward.registry import CoveringConfig, register
 from cagsr.reward.term import ATTENTION
+from cagsr.reward.turns import said_so_far
 
 
 @dataclass(frozen=True)
-class CoverageConfig(LookingConfig):
+class CoverageConfig(CoveringConfig):
     """Saturating coverage: each salient word must be looked at hard once."""
 
     threshold: PositiveShare = 0.3
     """Attention at which a word counts as covered (tau)."""
-    dense: bool = False
-    """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
 
 
 @register
@@ -41,8 +40,13 @@ class Coverage:
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
         assert batch.attention is not None
-        formula = coverage_gains if self.settings.dense else saturating_coverage
-        return formula(batch.attention.words, batch.episodes.salience, batch.episodes.sampled, self.settings.threshold)
+        episodes, looked = batch.episodes, batch.attention.words
+        said = said_so_far(episodes) if self.settings.new else episodes.sampled
+        if not self.settings.new and not self.settings.dense:
+            return saturating_coverage(looked, episodes.salience, said, self.settings.threshold)
+        gains = coverage_gains(looked, episodes.salience, said, self.settings.threshold)
+        gains = gains.masked_fill(~episodes.sampled, 0.0)
+        return gains if self.settings.dense else gains.sum(dim=1)
 
 
 def coverage_gains(word_attention: Tensor, salience: Tensor, mask: Tensor, threshold: float) -> Tensor:

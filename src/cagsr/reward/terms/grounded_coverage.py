@@ -15,21 +15,20 @@ from cagsr.config.ranges import PositiveShare
 from cagsr.flow import RewardBatch
 from cagsr.models.texts import TokenTexts
 from cagsr.reward.pooling import normalized_salience
-from cagsr.reward.registry import LookingConfig, register
-from cagsr.reward.same_text import same_text
+from cagsr.reward.registry import CoveringConfig, register
+from cagsr.reward.same_text import says
 from cagsr.reward.term import ATTENTION
+from cagsr.reward.turns import said_so_far
 
 
 @dataclass(frozen=True)
-class GroundedCoverageConfig(LookingConfig):
+class GroundedCoverageConfig(CoveringConfig):
     """Grounded coverage: each salient token must be looked at hard once by the response token that says it."""
 
     weight: float = 1.0
     """Weight in the reward; 0 leaves the term out."""
     threshold: PositiveShare = 0.1
     """Attention at which a token counts as covered (tau)."""
-    dense: bool = False
-    """Pay each token for the coverage it adds instead of all at the end."""
 
 
 @register
@@ -48,9 +47,13 @@ class GroundedCoverage:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense."""
         assert batch.attention is not None
         episodes = batch.episodes
-        formula = grounded_coverage_gains if self.settings.dense else grounded_coverage
-        same = same_text(self.texts, episodes)
-        return formula(batch.attention.maps, same, episodes.words, episodes.salience, self.settings.threshold)
+        said = said_so_far(episodes) if self.settings.new else episodes.sampled
+        same = says(self.texts, episodes.ids, said, episodes.context_ids, episodes.words)
+        rest = (batch.attention.maps, same, episodes.words, episodes.salience, self.settings.threshold)
+        if not self.settings.new and not self.settings.dense:
+            return grounded_coverage(*rest)
+        gains = grounded_coverage_gains(*rest).masked_fill(~episodes.sampled, 0.0)
+        return gains if self.settings.dense else gains.sum(dim=1)
 
 
 def grounded_coverage_gains(
