@@ -1,0 +1,183 @@
+"""When will this reward begin to hurt? Read off the first steps of a run, before its curves turn.
+
+Every intrinsic reward rises and then falls (URLVR, arXiv 2603.08660; "No Free Lunch", arXiv 2506.17219). How soon depends on how
+fast the policy moves (KL), on what the reward pays for beside what it should (length, likelihood, repetition), and on whether
+signals that it does not pay agree with it, and go on agreeing (Gao et al., 2023: the gap between proxy and truth grows with KL).
+These are features of a pilot of ``PILOT`` steps; a log-normal accelerated failure time model, fitted on runs whose truth is
+known (``examples/forecast``), makes a step of them. Runs that had not turned when they ended say that they turn later
+(censoring).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.stats import norm
+
+PILOT = 10
+"""Steps that the features are read from."""
+FEATURES = (
+    *("kl", "kl_growth", "entropy_change", "length_change", "repetition_change"),
+    *("length_correlation", "likelihood_correlation", "repetition_correlation"),
+    *("agreement", "agreement_change", "tail", "kl_coef"),
+)
+"""In the order of a model's weights."""
+
+Rows = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """When a run turns."""
+
+    step: float
+    """The median."""
+    low: float
+    """Of the central 80 %."""
+    high: float
+    chance: float
+    """That it turns before its horizon."""
+    horizon: int
+    """Steps that the run is to have."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is expected to turn before its horizon."""
+        return self.step < self.horizon
+
+
+@dataclass(frozen=True)
+class ForecastModel:
+    """``log step = intercept + weights . (features - mean) / deviation + sigma * normal``."""
+
+    intercept: float
+    weights: tuple[float, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    sigma: float
+
+    def predict(self, features: Mapping[str, float], horizon: int) -> Forecast:
+        """Forecast a run with these features that is to have ``horizon`` steps."""
+        z = (np.array([features[name] for name in FEATURES]) - self.mean) / self.deviation
+        # A pilot unlike any that the model knows is told as the nearest one.
+        middle = self.intercept + float(np.clip(z, -3.0, 3.0) @ np.array(self.weights))
+        spread = self.sigma * float(norm.ppf(0.9))
+        chance = float(norm.cdf((math.log(max(horizon, 1)) - middle) / self.sigma))
+        return Forecast(math.exp(middle), math.exp(middle - spread), math.exp(middle + spread), chance, horizon)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        parts = {name: [float(one) for one in getattr(self, name)] for name in ("weights", "mean", "deviation")}
+        return {"features": list(FEATURES), "intercept": self.intercept, "sigma": self.sigma, **parts}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ForecastModel:
+        """Read what :meth:`to_json` gave; ValueError for a model of other features."""
+        if tuple(value["features"]) != FEATURES:
+            raise ValueError("a forecast of other features")
+        weights, mean, deviation = (
+            tuple(float(one) for one in value[name]) for name in ("weights", "mean", "deviation")
+        )
+        return cls(float(value["intercept"]), weights, mean, deviation, float(value["sigma"]))
+
+
+def pilot_features(rows: Rows, pilot: int = PILOT) -> dict[str, float]:
+    """What the first ``pilot`` steps of a run say, by the names of ``FEATURES``; ``rows`` are its metrics from step 1 on.
+
+    ``kl``: log of the mean KL (nats an answer, plus 0.1) of the last third; ``kl_growth``: by what power of the step it grows. The
+    ``_change`` of a metric is its mean over the last third less that over the first, relative to the first for entropy and
+    length. Correlations are of the reward with an answer's length, with its likelihood under the starting model and with its
+    repetition, within prompts. ``agreement``: mean correlation of the reward with what is watched and not paid; ``tail``: how much
+    more of that the best of all answers has than the best of two, over what a normal signal would have (1: no tail, below 0: it
+    turns back). ``kl_coef``: the log of the leash. ValueError: fewer steps, or nothing watched.
+    """
+    steps = list(rows[:pilot])
+    if len(steps) < pilot:
+        raise ValueError(f"a forecast takes {pilot} steps, and there are {len(steps)}")
+    third = max(1, pilot // 3)
+
+    def early(name: str) -> float:
+        return float(np.mean([row[name] for row in steps[:third]]))
+
+    def late(name: str) -> float:
+        return float(np.mean([row[name] for row in steps[-third:]]))
+
+    def mean(name: str) -> float:
+        return float(np.mean([row[name] for row in steps]))
+
+    kl = np.log(np.array([max(row["objective/kl"], 0.0) for row in steps]) + 0.1)
+    at = np.log(np.arange(1, pilot + 1))
+    watched = sorted(name for name in steps[0] if name.startswith("rewards/") and name.endswith("/agreement"))
+    if not watched:
+        raise ValueError("a forecast needs terms that are watched and not paid (reward.watched)")
+    tails = []
+    for name in watched:
+        two, everyone = mean(name.replace("agreement", "gain_2")), mean(name.replace("agreement", "gain_all"))
+        if abs(two) > 0.02:
+            tails.append(float(np.clip(everyone / two / EXPECTED, -2.0, 2.0)))
+    agreement = [mean(name) for name in watched]
+    return {
+        "kl": math.log(max(late("objective/kl"), 0.0) + 0.1),
+        "kl_growth": float(np.polyfit(at, kl, 1)[0]),
+        "entropy_change": late("policy/entropy_avg") / max(early("policy/entropy_avg"), 1e-6) - 1.0,
+        "length_change": late("response/length") / max(early("response/length"), 1e-6) - 1.0,
+        "repetition_change": late("response/repetition") - early("response/repetition"),
+        "length_correlation": mean("rewards/total/length_correlation"),
+        "likelihood_correlation": mean("rewards/total/likelihood_correlation"),
+        "repetition_correlation": mean("rewards/total/repetition_correlation"),
+        "agreement": float(np.mean(agreement)),
+        "agreement_change": float(np.mean([late(name) - early(name) for name in watched])),
+        "tail": float(np.mean(tails)) if tails else 1.0,
+        "kl_coef": math.log(max(mean("kl_coef"), 1e-4)),
+    }
+
+
+EXPECTED = 1.4236 / 0.5642
+"""The best of eight normal numbers over the best of two, in standard deviations above the mean."""
+
+
+def turning_step(steps: Sequence[int], truth: Sequence[float], drop: float) -> float | None:
+    """The step at which a curve of the truth begins to fall for good; None where it has not by the end.
+
+    The curve is smoothed over three evaluations; it has turned where it ends at least ``drop`` below its highest point. A
+    curve that falls from the start on turned at step 1.
+    """
+    values = np.asarray(truth, dtype=float)
+    padded = np.concatenate([values[:1], values, values[-1:]])
+    smooth = (padded[:-2] + padded[1:-1] + padded[2:]) / 3
+    peak = int(np.argmax(smooth))
+    if smooth[peak] - smooth[-1] < drop:
+        return None
+    return float(max(steps[peak], 1))
+
+
+def fit_forecast(
+    features: Sequence[Mapping[str, float]], turned: Sequence[float | None], horizon: Sequence[int], ridge: float = 1.0
+) -> ForecastModel:
+    """Fit the model by maximum likelihood; ``turned`` is the step of each run, None where it had not turned at its ``horizon``."""
+    x = np.array([[one[name] for name in FEATURES] for one in features])
+    mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
+    z = np.clip((x - mean) / deviation, -3.0, 3.0)
+    seen = np.array([one is not None for one in turned])
+    known = [float(end) if one is None else one for one, end in zip(turned, horizon, strict=True)]
+    log_time = np.log(np.maximum(known, 1.0))
+
+    def loss(parameters: NDArray[np.float64]) -> float:
+        intercept, log_sigma, weights = parameters[0], parameters[1], parameters[2:]
+        sigma = math.exp(log_sigma)
+        error = (log_time - intercept - z @ weights) / sigma
+        likelihood = np.where(seen, norm.logpdf(error) - log_sigma, norm.logsf(error)).sum()
+        return float(-likelihood + ridge * (weights @ weights))
+
+    start = np.concatenate([[float(log_time.mean()), 0.0], np.zeros(len(FEATURES))])
+    bounds = [(None, None), (math.log(0.1), math.log(5.0)), *[(None, None)] * len(FEATURES)]
+    found = minimize(loss, start, method="L-BFGS-B", bounds=bounds).x
+    return ForecastModel(
+        float(found[0]), tuple(found[2:].tolist()), tuple(mean.tolist()), tuple(deviation.tolist()), math.exp(found[1])
+    )
