@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,6 +115,41 @@ def test_a_run_leaves_everything_it_promises(start: Path, prompts: Path, tmp_pat
     again = tmp_path / "again"
     assert main(["train", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
     assert (again / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_r", "2"]])
+def test_a_run_may_end_with_its_best_evaluation(
+    start: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lora: list[str],
+):
+    """The metric is best after step 2; what is saved is the policy of then, and its card and the last line say so."""
+    (tmp_path / f"falling{len(lora)}.py").write_text(
+        "VALUES = iter([0, 0.1, 0, 0.3, 0, 0.8, 0, 0.8, 0, 0.2])  # sampled, greedy: before, and after each step\n"
+        "def metric(prompts, completions, **columns):\n"
+        "    value = next(VALUES)\n"
+        "    return [value] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "run"
+    own = ["--steps", "4", "--run.save_every", "1", "--run.save_total_limit", "9", "--evaluation.every", "1", *lora]
+    asked = ["--run.load_best_model_at_end", "--evaluation.metric", f"falling{len(lora)}.metric"]
+    assert main(arguments(start, prompts, run, *own, *asked)) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The best evaluation was that of step 2: final/ is the policy as it was then." in told
+    assert "greedy 0.100 -> 0.800" in told
+    name = "final-adapter/adapter_model.safetensors" if lora else "final/model.safetensors"
+    kept = load_file(run / "checkpoints" / "step-000002" / "policy.safetensors")
+    last = load_file(run / "checkpoints" / "step-000004" / "policy.safetensors")
+    saved = load_file(run / name)
+    largest = next(key for key in kept if "q_proj" in key)
+    same = next(key for key in saved if key.split("base_model.model.")[-1].replace(".weight", "") in largest)
+    assert torch.equal(saved[same], kept[largest])
+    assert not torch.equal(saved[same], last[largest])
+    assert [path.name for path in (run / "best").iterdir()] == ["step-000002"]
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             text = profile_text(timings, operators)
             record.profile(text)
             console.print(Markdown(text))
-        evaluations = record.evaluations() or [{}]
+        best = record.load_best()
+        evaluations = record.evaluations(until=best) or [{}]
         saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
     except (MonitorStop, RolloutError):
         # All processes have it. The launcher stops the others as soon as one has left: not before the main one is done.
@@ -177,6 +178,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         curves = f"its curves in {folder / 'curves.png'}"
         if not is_installed("matplotlib"):
             curves = f"its metrics in {folder / 'metrics.jsonl'} (no curves.png: {install_command('pages')})"
+        if best is not None and best != config.run.steps:
+            console.print(
+                f"The best evaluation was that of step {best}: final/ is the policy as it was then.", markup=False
+            )
         console.print(f"Done: the trained model is in {folder / 'final'}, {curves}.", markup=False)
         told = [
             f"{name} {evaluations[0][key]:.3f} -> {evaluations[-1][key]:.3f}"

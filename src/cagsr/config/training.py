@@ -362,6 +362,8 @@ class RunConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     save_total_limit: PositiveInt = 2
     """Checkpoints kept."""
+    load_best_model_at_end: bool = False
+    """final/ is the policy of the best evaluation (greedy, by evaluation.metric), not of the last step."""
     save_dtype: SaveDtype = "auto"
     """Precision of the weights in final/; auto takes the starting model's own. Weights are trained in float32, which
     float32 keeps and the others round."""

@@ -33,7 +33,7 @@ REPORT = "report.html"
 PROFILE = "profile.md"
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "warnings.jsonl", "held_out.jsonl")
 RUN_FILES = (CONFIG, *LOGS, "curves.png", FREQUENCY, SCALES, PROFILE, ASSOCIATIONS, PROBE, REPORT, FINGERPRINT)
-RUN_FOLDERS = ("checkpoints", "final", "final-adapter", "final-differs", "trackers", "rollout-weights")
+RUN_FOLDERS = ("checkpoints", "best", "final", "final-adapter", "final-differs", "trackers", "rollout-weights")
 
 MAY_DIFFER: dict[str, list[str]] = yaml.safe_load((files("cagsr.runs") / "may_differ.yaml").read_text(encoding="utf-8"))
 

@@ -27,6 +27,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.reward.learn_probe import Probe
+from cagsr.runs.best import FOLDER, Best
 from cagsr.runs.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, rng_state, save_checkpoint
 from cagsr.runs.final import model_card, save_final
 from cagsr.runs.fingerprint import fingerprint_training
@@ -74,6 +75,10 @@ class RunRecord:
         self.notes: tuple[str, ...] = ()
         """What the user should know about how the folder was opened."""
         run = config.run
+        self._best: Best | None = None
+        self._best_step: int | None = None
+        if run.load_best_model_at_end:
+            self._best = Best(Path(config.output_dir) / FOLDER, ppo.modules(), config.lora.r > 0, accelerator)
 
         def opened() -> tuple[Path | None, int]:
             # How this start treats the folder is no setting of the run: the stored file must be usable for another.
@@ -130,6 +135,16 @@ class RunRecord:
                 row = {"name": alert.name, "sentence": alert.sentence, "action": alert.action}
                 self._folder.append("warnings", alert.step, row)
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the policy where this evaluation is the best so far, and the run is to end with the best."""
+        if self._best is not None:
+            self._best.observe(step, metrics)
+
+    def load_best(self) -> int | None:
+        """Make the policy of the best evaluation the policy again, where the run is to end with it; its step."""
+        self._best_step = None if self._best is None else self._best.restore()
+        return self._best_step
+
     @working("saving a checkpoint")
     def save(self, step: int) -> None:
         """Write a checkpoint of all processes; the previous one stays valid until this one is in place."""
@@ -163,9 +178,10 @@ class RunRecord:
         """The metrics of each step so far, oldest first; empty on all processes but the main one."""
         return [] if self._folder is None else read_lines(self._folder.metrics)
 
-    def evaluations(self) -> list[dict[str, float]]:
-        """The held-out metrics of each evaluation so far, oldest first."""
-        found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in self.history()]
+    def evaluations(self, until: int | None = None) -> list[dict[str, float]]:
+        """The held-out metrics of each evaluation so far, oldest first; none of a step after ``until``."""
+        rows = [row for row in self.history() if until is None or row["step"] <= until]
+        found = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
         return [row for row in found if row]
 
     @working("saving the model")
@@ -196,7 +212,7 @@ class RunRecord:
                     base_model=config.model.path,
                     data=config.data.path,
                     prompts=len(train_set.prompts),
-                    steps=config.run.steps,
+                    steps=self._best_step or config.run.steps,
                     command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
                     settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD)},
                     estimator=config.ppo.estimator,

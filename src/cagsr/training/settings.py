@@ -49,6 +49,8 @@ class TrainConfig:
         task, user = self.rollout.task, self.conversation.user
         if task is not None and user is not None:
             yield "--rollout.task and --conversation.user both say how an episode goes on: leave one of them out."
+        if self.run.load_best_model_at_end and self.evaluation.held_out == 0:
+            yield "--run.load_best_model_at_end: nothing is evaluated with --evaluation.held_out 0, so no step is the best."
         supervision = self.supervision.mode
         if supervision != "none":
             others = {

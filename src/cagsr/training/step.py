@@ -45,6 +45,7 @@ class Steps:
         """Evaluate the starting model, before the first step."""
         metrics, answered = self._evaluate()
         self.record.log(0, metrics, {}, [], answered)
+        self.record.evaluated(0, metrics)
         self.trainer.state.log_history.append({"step": 0, **metrics})
         self.monitors.observe(0, metrics)
 
@@ -73,6 +74,7 @@ class Steps:
         answered: list[dict[str, Any]] = []
         if last or _is_due(step, config.evaluation.every):
             found, answered = self._evaluate()
+            self.record.evaluated(step, found)
             metrics |= found
         if any(isinstance(term, TextFunction) for term in ppo.reward.terms):
             try:
