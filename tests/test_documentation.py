@@ -196,6 +196,7 @@ RUN_FOLDERS = {
     "run/",
     "final/",
     "final-adapter/",
+    "best/",
     "final-differs/",
     "checkpoints/",
     "quickstart/",
