@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -189,13 +190,22 @@ def save_compared(
     return saved
 
 
-def save_adapter_compared(place: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, kept: Path) -> None:
-    """Write the adapters alone, whole or not at all, load them again into the same base and compare, as ``save_compared``."""
+def save_adapter_compared(
+    place: Path, model: PeftModel, loaded: LoadedModel, probe: Probe, *, kept: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the adapters alone, whole or not at all, load them again into the same base and compare, as ``save_compared``.
+
+    In a ``dtype`` of fewer digits they are those of the model only if they were rounded to it before.
+    """
     with loaded.autocast():
         trained = probe(model)
     with replace_folder(place) as folder:
         # The base's embeddings are frozen, so they are saved only where the base as stored lacks rows of them.
         model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
+        if dtype != torch.float32:
+            file = folder / "adapter_model.safetensors"
+            weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+            save_file(weights, file, {"format": "pt"})
         if loaded.grown:
             loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size
         active, again = model.active_adapter, "loaded-again"

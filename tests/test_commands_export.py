@@ -1,0 +1,180 @@
+"""cagsr export: what is written loads elsewhere and is the model that was read, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import gguf_files
+import tiny
+from cagsr.commands.main import main
+from cagsr.errors import ConfigError
+from cagsr.runs.export import compared, find_converter
+
+IDS = torch.tensor([[1, 5, 7, 9]])
+
+
+def export(model: Path, out: Path, *more: str) -> int:
+    return main(["export", "--model", str(model), "--model.device", "cpu", "--output", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.save_model(tmp_path_factory.mktemp("start"))
+    (folder / "README.md").write_text("# A card\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(start),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_whole_model(start: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "served"
+    assert export(start, out, "--dtype", dtype) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"Saved in {dtype}, loaded again and compared" in told
+    weights = load_file(out / "model.safetensors")
+    assert {str(one.dtype) for one in weights.values()} == {f"torch.{dtype}"}
+    assert (out / "README.md").read_text() == "# A card\n"
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    before, after = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (start, out))
+    tolerance = 1e-6 if dtype == "float32" else 0.2
+    torch.testing.assert_close(logits(after), logits(before), atol=tolerance, rtol=tolerance)
+    # Nothing is written over unasked.
+    assert export(start, out) == 2
+    assert "there is something already" in capsys.readouterr().err
+    assert export(start, out, "--overwrite", "--dtype", dtype) == 0
+
+
+def test_an_encoder_decoder(tmp_path: Path):
+    assert export(tiny.save_model(tmp_path / "t5", "t5"), tmp_path / "out") == 0
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.model_type == "t5"
+
+
+def test_adapters_merged_and_alone(start: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), adapter))
+    assert export(adapter, tmp_path / "whole") == 0
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, atol=1e-4, rtol=1e-4
+    )
+    assert export(adapter, tmp_path / "alone", "--form", "adapter", "--dtype", "bfloat16") == 0
+    assert "Saved in bfloat16, loaded again and compared: the likeliest token is the same at" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    weights = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    assert {one.dtype for one in weights.values()} == {torch.bfloat16}
+    again = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), tmp_path / "alone"))
+    torch.testing.assert_close(again, expected, atol=0.1, rtol=0.1)
+    assert not torch.equal(again, expected)
+    assert json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(start)
+    assert export(start, tmp_path / "none", "--form", "adapter") == 2
+    assert "is no PEFT adapter" in capsys.readouterr().err
+
+
+def converter(folder: Path, gguf: Path | None) -> Path:
+    """Stands in for llama.cpp's: writes a file that was made beforehand, or fails."""
+    script = folder / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import shutil, sys\n"
+        "from pathlib import Path\n"
+        "source, out = Path(sys.argv[1]), sys.argv[sys.argv.index('--outfile') + 1]\n"
+        "assert (source / 'config.json').is_file() and (source / 'tokenizer.json').is_file()\n"
+        "assert sys.argv[sys.argv.index('--outtype') + 1] == 'q8_0'\n"
+        + (
+            f"shutil.copyfile({str(gguf)!r}, out)\n"
+            if gguf is not None
+            else "sys.exit('Model LlamaX is not supported')\n"
+        )
+    )
+    return script
+
+
+def test_gguf_by_llama_cpps_converter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    source, packed, other = (tmp_path / f"{name}.gguf" for name in ("source", "packed", "other"))
+    gguf_files.write(source, "F32")
+    gguf_files.write(packed, "Q8_0")
+    gguf_files.write(other, "Q8_0", seed=1)
+    out, asked = tmp_path / "out.gguf", ("--format", "gguf", "--outtype", "q8_0")
+    assert export(source, out, *asked) == 2
+    assert "convert_hf_to_gguf.py is not at hand" in capsys.readouterr().err
+    script = converter(tmp_path, packed)
+    assert export(source, out, *asked, "--converter", str(script)) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Written as q8_0, loaded again and compared: the likeliest token is the same at" in told
+    assert out.read_bytes() == packed.read_bytes()
+    converter(tmp_path, other)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert export(source, tmp_path / "wrong.gguf", *asked) == 2
+    assert "is another model" in capsys.readouterr().err
+    converter(tmp_path, None)
+    assert export(source, tmp_path / "wrong.gguf", *asked) == 2
+    assert "Model LlamaX is not supported" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == [
+        "other.gguf",
+        "out.gguf",
+        "packed.gguf",
+        "source.gguf",
+    ]
+
+
+def test_what_does_not_go_together_and_what_is_missing(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for flags, said in (
+        (("--form", "adapter", "--format", "gguf"), "written as safetensors alone"),
+        (("--format", "gguf", "--dtype", "bfloat16"), "--outtype for gguf"),
+        (("--converter", "x"), "--converter is for --format gguf"),
+        (("--format", "onnx"), 'pip install "optimum[onnxruntime]"'),
+    ):
+        assert export(start, tmp_path / "out", *flags) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_comparison_by_hand():
+    trained = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    found = compared(
+        trained, torch.tensor([[0.0, 2.0, 9.0], [0.0, 3.0, -9.0]])
+    )  # a third token that filled up the vocabulary
+    assert found.same_token == 0.5
+    assert found.mean == pytest.approx(1.0)
+    assert found.largest == pytest.approx(2.0)
+
+
+def test_the_converter_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    with pytest.raises(ConfigError, match="--converter"):
+        find_converter(None)
+    script = converter(tmp_path, None)
+    script.chmod(0o755)
+    assert find_converter(None) == find_converter(str(script)) == find_converter(str(tmp_path)) == script
