@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,8 @@ def export_onnx(loaded: LoadedModel, place: Path, prompts: Sequence[EncodedPromp
         raise ConfigError(
             f'--format onnx needs {absent[0]}, which is not installed: pip install "optimum[onnxruntime]".'
         )
-    from optimum.exporters.onnx import main_export
-    from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
-
+    # Of no extra: optimum names its own dependencies by its version, and changes them.
+    exporter, runtime = import_module("optimum.exporters.onnx"), import_module("optimum.onnxruntime")
     probe = greedy_probe(loaded, prompts, TOKENS)
     trained = probe(loaded.model)
     single = loaded.architecture.one_sequence
@@ -168,8 +168,8 @@ def export_onnx(loaded: LoadedModel, place: Path, prompts: Sequence[EncodedPromp
             loaded.model.save_pretrained(plain)
             loaded.tokenizer.save_pretrained(plain)
             task = "text-generation" if single else "text2text-generation"
-            main_export(plain, output=folder, task=task)
-        kind = ORTModelForCausalLM if single else ORTModelForSeq2SeqLM
+            exporter.main_export(plain, output=folder, task=task)
+        kind = runtime.ORTModelForCausalLM if single else runtime.ORTModelForSeq2SeqLM
         checked = compared(trained.logits, _at(probe, kind.from_pretrained(folder, use_cache=False)))
         if checked.same_token < LEAST_AGREEMENT:
             raise RunError(f"{place} was not written, because the ONNX model is another one ({checked.sentence}).")
