@@ -34,8 +34,8 @@ def test_the_annotator_of_sums_slips_now_and_then():
     pairs, test = rows("steps", "pairs", 400, 0), rows("steps", "test", 50, 0)
     held = [all(equations(row["completion"])) for row in pairs]
     whole = [measures.used(row["prompt"], row["completion"]) == 1.0 for row in pairs]
-    assert 0.5 < sum(held) / len(held) < 0.85
-    assert 0.8 < sum(whole) / len(whole) < 0.95
+    assert 0.85 < sum(held) / len(held) < 0.97
+    assert 0.4 < sum(whole) / len(whole) < 0.6
     for row in test:
         numbers = [int(part) for part in row["prompt"][4:-2].split(", ")]
         assert row["answer"] == str(sum(numbers))
@@ -65,7 +65,7 @@ def test_the_annotator_s_functions_pass_as_often_as_he_makes_no_slip():
     assert [one["passed"] for one in measures.code(prompts, right, **columns)] == [1.0] * 30
     pairs = rows("code", "pairs", 300, 0)
     same = [row["completion"] == f"    return {tasks._expression(_read(row['prompt']))}" for row in pairs]
-    assert 0.7 < sum(same) / len(same) < 0.9
+    assert 0.38 < sum(same) / len(same) < 0.6
 
 
 def _read(prompt: str) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Three generated tasks, each with a hasty annotator, whose slips are what reinforcement learning is to mend.
 
-- ``steps``: add a few numbers one after the other, a line for each sum. The annotator miscounts, or leaves a number out.
-- ``code``: the body of a function that its docstring describes. The annotator takes a wrong operator or number.
+- ``steps``: add a few numbers one after the other, a line for each sum. The annotator leaves a number out, or miscounts.
+- ``code``: the body of a function that its docstring describes. The annotator leaves an operation out, or takes a wrong one.
 - ``conversation``: a user tells of himself over several turns, each of which is answered with what it told, and then asks for a
   summary. The annotator forgets, what was said long ago the most.
 
@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 SLIP = 0.25
 """How often the annotator makes a slip: in a sum, in a function, about a fact of the last turn."""
+FORGOTTEN = {"steps": {3: 0.3, 4: 0.5, 5: 0.7}, "code": {2: 0.3, 3: 0.6}}
+"""How often he leaves one of so many out, numbers or operations: of many the model learns it too, and does it greedily."""
 OPERATIONS = {
     "add {}": "{} + {}",
     "subtract {}": "{} - {}",
@@ -80,14 +82,14 @@ def steps_row(draw: random.Random, pairs: bool) -> tuple[str, Row]:
     prompt = f"Add {', '.join(map(str, numbers))}.\n"
     if not pairs:
         return prompt, {"prompt": prompt, "answer": str(sum(numbers))}
-    # The annotator leaves a number out now and then, and miscounts a sum by one or by ten.
+    # The annotator leaves a number out, of many more often than not, and now and then miscounts a sum by one or by ten.
     said = list(numbers)
-    if draw.random() < SLIP / 2:
+    if draw.random() < FORGOTTEN["steps"][len(said)]:
         said.pop(draw.randrange(1, len(said)))
     lines, total = [], said[0]
     for number in said[1:]:
         right = total + number
-        found = right + draw.choice((-10, -1, 1, 10)) if draw.random() < SLIP / 2 else right
+        found = right + draw.choice((-10, -1, 1, 10)) if draw.random() < SLIP / 8 else right
         lines.append(f"{total}+{number}={found}")
         total = found
     return prompt, {"prompt": prompt, "completion": "\n".join([*lines, f"#### {total}"])}
@@ -103,7 +105,9 @@ def code_row(draw: random.Random, pairs: bool) -> tuple[str, Row]:
         checks = "\n".join(f"    assert candidate({number}) == {result}" for number, result in results)
         return prompt, {"prompt": prompt, "test": f"def check(candidate):\n{checks}\n", "entry_point": "f"}
     written = list(asked)
-    if draw.random() < SLIP:
+    if draw.random() < FORGOTTEN["code"][len(asked)]:
+        written.pop(draw.randrange(len(written)))
+    elif draw.random() < SLIP / 2:
         place = draw.randrange(len(written))
         kind, number = written[place]
         wrong = (draw.choice(list(OPERATIONS)), number) if draw.random() < 0.5 else (kind, draw.randint(2, 9))
