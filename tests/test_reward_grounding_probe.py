@@ -318,6 +318,20 @@ def test_an_answer_that_the_probe_denies_is_worth_less(copier: Path):
         AnswerScorer(loaded, reward, AttentionConfig(), UNIFORM, frequency=frequency)
 
 
+def test_a_probe_that_the_policy_has_left_behind_is_found_out(copier: Path, monkeypatch: pytest.MonkeyPatch):
+    """The old one looks along a direction that tells nothing any more, one fitted anew finds the other."""
+    examples = made_up(600, 0, informative=2)
+    monkeypatch.setattr(learn_probe, "examples_of", lambda *_, **__: replace(examples, hidden={2: examples.hidden[2]}))
+    loaded = load_model(ModelConfig(str(copier / "trained"), device="cpu"))
+    reference = Reference(loaded)
+    how = ([], DocumentFrequency(1, {}), SamplingConfig(), ProbeConfig(), reference)
+    for direction, sees in ((3, True), (1, False)):
+        probe = Probe(LayerProbe(2, torch.eye(6)[direction], 0.0), 1.0, {2: 1.0}, 30, 30)
+        kept, again = learn_probe.probe_check(loaded, probe, *how, seed=0, batch_size=8)
+        assert again > 0.97
+        assert (kept > again - 0.05) == sees
+
+
 def test_a_run_learns_its_probe_keeps_it_and_others_take_it(
     copier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -329,7 +343,9 @@ def test_a_run_learns_its_probe_keeps_it_and_others_take_it(
         *("--evaluation.held_out", "4", "--run.save_every", "1"),
     ]
     assert main([*flags, "--output_dir", str(run), "--steps", "2"]) == 0
-    assert "Grounding probe (" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "Grounding probe (" in told.out
+    assert "Grounding probe on the trained policy's answers: AUC " in told.err
     probe = read_probe(run / "grounding_probe.json")
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics[1]["rewards/grounding_probe/mean"] <= 0.0
@@ -338,6 +354,8 @@ def test_a_run_learns_its_probe_keeps_it_and_others_take_it(
     assert main([*flags, "--output_dir", str(run), "--steps", "3", "--resume"]) == 0
     assert f"Grounding probe of {run / 'grounding_probe.json'}" in capsys.readouterr().out
     assert torch.equal(read_probe(run / "grounding_probe.json").layer.weight, probe.layer.weight)
+    assert main([*flags, "--output_dir", str(tmp_path / "other"), "--steps", "1", "--reward.probe.layer", "7"]) == 2
+    assert "--reward.probe.layer 7: the model has the layers 0 to 1." in capsys.readouterr().err
     best = tmp_path / "best.jsonl"
     ranking = [
         "rank",

@@ -27,12 +27,13 @@ from cagsr.evaluation.held_out import choose_metric
 from cagsr.flow import EncodedPrompt
 from cagsr.models.generation import generation_notes
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.sharding import gathered
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptSet
 from cagsr.reward.association import Associations
 from cagsr.reward.build import build_reward, reward_warnings
 from cagsr.reward.learn_associations import associations_of
-from cagsr.reward.learn_probe import Probe, probe_of
+from cagsr.reward.learn_probe import Probe, probe_check, probe_of
 from cagsr.reward.resources import resources_of
 from cagsr.reward.settings import TERMS
 from cagsr.reward.term import SUPPORT
@@ -53,15 +54,18 @@ from cagsr.support.processes import (
     gather_objects,
     start_accelerator,
 )
-from cagsr.support.progress import shown, working
+from cagsr.support.progress import say, shown, working
 from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.steps import splitter
 from cagsr.tasks.task import load_task
 from cagsr.training.curriculum import build_curriculum
-from cagsr.training.monitors import Monitors
+from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
 from cagsr.training.record import RunRecord, check_tracker
 from cagsr.training.step import Steps
+
+BLIND = 0.05
+"""Of the AUC: a probe that one fitted anew is so much better than no longer sees."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             text = profile_text(timings, operators)
             record.profile(text)
             console.print(Markdown(text))
+        if probe is not None and config.reward.probe.check and config.reward.grounding_probe.weight != 0:
+            _check_probe(config, loaded, train_set, probe, ppo, record)
         best = record.load_best()
         evaluations = record.evaluations(until=best) or [{}]
         saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
@@ -280,6 +286,23 @@ def _probe(
             markup=False,
         )
     return found
+
+
+def _check_probe(
+    config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, probe: Probe, ppo: PPO, record: RunRecord
+) -> None:
+    """Say whether the probe still sees what it is paid for, once the policy has moved."""
+    how = (train_set.prompts, train_set.frequency, config.sampling, config.reward.probe, ppo.reference)
+    with gathered(loaded.model):  # by every process: a frozen model that is divided is put together by all of them
+        kept, again = probe_check(loaded, probe, *how, seed=config.run.seed, batch_size=config.rollout.batch_size)
+    told = f"Grounding probe on the trained policy's answers: AUC {kept:.3f}, fitted anew on them {again:.3f}."
+    if kept < again - BLIND:
+        told += (
+            " The policy has moved to where it no longer sees: hold it nearer (--ppo.kl_coef), or pay the probe less."
+        )
+        record.warn([Alert("grounding_probe", config.run.steps, told, "warn")])
+    if ppo.accelerator.is_main_process:
+        say(told)
 
 
 def _trainer_state(

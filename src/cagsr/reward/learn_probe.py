@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stating_words import StatingWords
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.scoring.answers import Response, answered
-from cagsr.scoring.scorer import evaluating
+from cagsr.scoring.scorer import FrozenModel, evaluating
 from cagsr.scoring.stating_tokens import StatingTokensOf
 from cagsr.support.processes import broadcast
 from cagsr.support.progress import each, working
@@ -182,10 +183,12 @@ def examples_of(
     seed: int,
     batch_size: int,
     swaps: Swaps | None = None,
+    frozen: FrozenModel | None = None,
 ) -> Examples:
     """Sample answers, swap phrases of their prompts, and read both; of ``config.layer`` alone, or of several layers.
 
-    ``swaps`` makes the counterfactual prompts; None: :class:`~cagsr.prompts.counterfactual.Counterfactuals`.
+    ``swaps`` makes the counterfactual prompts; None: :class:`~cagsr.prompts.counterfactual.Counterfactuals`. ``frozen`` reads the
+    answers, as it reads those that are judged; None: the model itself.
     """
     draw = random.Random(seed + SEED)
     chosen = draw.sample(list(prompts), min(len(prompts), max(1, config.answers // ANSWERS_TO_A_PROMPT)))
@@ -207,8 +210,10 @@ def examples_of(
         supports += [True, *[False] * (len(pairs) - len(supports) - 1)]
         number_of += [number] * (len(pairs) - len(number_of))
     everything = range(len(layers_of(loaded.model)))
+    if config.layer is not None and not -len(everything) <= config.layer < len(everything):
+        raise ConfigError(f"--reward.probe.layer {config.layer}: the model has the layers 0 to {len(everything) - 1}.")
     layers = spread(everything) if config.layer is None else (everything[config.layer],)
-    found = hidden_of_words(loaded, pairs, stating, layers)
+    found = hidden_of_words(loaded, pairs, stating, layers, frozen)
     return Examples(found.hidden, np.array(supports)[found.pair], np.array(number_of, dtype=np.int64)[found.pair])
 
 
@@ -226,14 +231,18 @@ def _answers(
 
 
 def hidden_of_words(
-    loaded: LoadedModel, pairs: Sequence[Pair], stating: StatingWords, layers: Sequence[int]
+    loaded: LoadedModel,
+    pairs: Sequence[Pair],
+    stating: StatingWords,
+    layers: Sequence[int],
+    frozen: FrozenModel | None = None,
 ) -> WordStates:
     """Hidden states of stating words in answers, the mean over a word's tokens, pair by pair and word by word."""
     tokens_of = StatingTokensOf(loaded, stating)
     found: list[tuple[int, int, str, dict[int, Tensor]]] = []
     order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].prompt.ids) + len(pairs[place].answer.ids))
-    model = loaded.model
-    with torch.no_grad(), evaluating(model), loaded.autocast():
+    reader = nullcontext(loaded.model) if frozen is None else frozen.model()
+    with torch.no_grad(), reader as model, evaluating(model), loaded.autocast():
         for start in each("reading hidden states", range(0, len(order), AT_ONCE), "batches"):
             places = order[start : start + AT_ONCE]
             episodes = answered(
@@ -241,7 +250,7 @@ def hidden_of_words(
             )
             inputs = PassInputs.of(episodes)
             with hidden_states_of(model, dict.fromkeys(layers, lambda states: states.float())) as seen:
-                loaded.hidden_states(inputs)
+                loaded.hidden_states(inputs, model)
             states = {layer: at_tokens(loaded.architecture, model, inputs, seen[layer]) for layer in layers}
             words = tokens_of(episodes)
             words[:, -1] = -1  # no layer has a hidden state of it
@@ -290,6 +299,33 @@ def fit_probe(examples: Examples, layer: int | None = None) -> Probe:
     )
     weight, bias = fit(examples.hidden[best], examples.supported)
     return Probe(LayerProbe(best, weight, bias), by_layer[best], by_layer, *kinds)
+
+
+@working("checking the grounding probe")
+def probe_check(
+    loaded: LoadedModel,
+    probe: Probe,
+    prompts: Sequence[EncodedPrompt],
+    frequency: DocumentFrequency,
+    sampling: SamplingConfig,
+    config: ProbeConfig,
+    frozen: FrozenModel,
+    *,
+    seed: int,
+    batch_size: int,
+) -> tuple[float, float]:
+    """How well a probe tells words in the answers of the policy as it is now, and how well one does that is fitted on them.
+
+    Both are the AUC on prompts that neither was fitted on. Where the second is much better, the policy has moved to where the
+    first no longer sees. ConfigError as :func:`fit_probe`.
+    """
+    same_layer = replace(config, path=None, layer=probe.layer.layer)
+    examples = examples_of(loaded, prompts, frequency, sampling, same_layer, seed + 1, batch_size, frozen=frozen)
+    again = fit_probe(examples, probe.layer.layer)
+    fourth = examples.prompt % 4 == 0
+    hidden = examples.hidden[probe.layer.layer][fourth]
+    kept = logits((probe.layer.weight.cpu(), probe.layer.bias), hidden)
+    return auc(kept.double().numpy(), examples.supported[fourth]), again.auc
 
 
 def fit(hidden: Tensor, supported: NDArray[np.bool_]) -> tuple[Tensor, float]:

@@ -41,6 +41,8 @@ class ProbeConfig:
     """Prompts made of each answer's, with one phrase swapped."""
     layer: int | None = None
     """Layer whose hidden states are read, from 0; None: the one that tells best on prompts that it was not fitted on."""
+    check: bool = True
+    """Where it is paid: fit it anew at the end, on the trained policy's answers, and say whether the old one still sees."""
 
 
 _dataclass: Any = dataclass(frozen=True)  # so that type checkers take any section as an argument
