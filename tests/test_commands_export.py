@@ -98,6 +98,50 @@ def test_adapters_merged_and_alone(start: Path, adapter: Path, tmp_path: Path, c
     assert "is no PEFT adapter" in capsys.readouterr().err
 
 
+def test_a_grown_vocabulary_goes_with_its_adapter(start: Path, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    tokenizer.add_special_tokens({"pad_token": "<pad2>"})
+    base.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out", "--form", "adapter", "--dtype", "bfloat16") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<pad2>"
+
+
+def test_nothing_is_lost_by_what_is_written(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A file that is there stays until the new one is; no folder is replaced that holds the model, or a run."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    there = tmp_path / "old.gguf"
+    there.write_text("old")
+    assert export(start, there, "--format", "gguf", "--overwrite") == 2
+    assert there.read_text() == "old"
+    run = tmp_path / "run"
+    model = tiny.save_model(run / "final")
+    (run / "checkpoints").mkdir()
+    for out, said in (
+        (run, "the model"),
+        (model, "the model"),
+        (tmp_path / "other", "that is a run's folder"),
+        (there, "a file, and a folder is to be written"),
+        (there / "sub", "one of the folders above it is a file"),
+    ):
+        (tmp_path / "other" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        assert export(model, out, "--overwrite") == 2
+        assert said in capsys.readouterr().err, out
+    assert export(model, tmp_path / "other", "--format", "gguf", "--overwrite") == 2
+    assert "--format gguf writes a file" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "final"]
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert export(model, Path("."), "--overwrite") == 0  # an empty folder, by a name that is none
+    assert (run / "checkpoints" / "config.json").is_file()
+
+
 def converter(folder: Path, gguf: Path | None) -> Path:
     """Stands in for llama.cpp's: writes a file that was made beforehand, or fails."""
     script = folder / "convert_hf_to_gguf.py"

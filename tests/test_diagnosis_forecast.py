@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from cagsr.diagnosis.forecast import (
-    EXPECTED,
     FEATURES,
     PILOT,
     ForecastModel,
+    expected_best,
     fit_forecast,
     pilot_features,
     turning_step,
 )
+
+EXPECTED = expected_best(8) / expected_best(2)
 
 
 def rows(**metrics: list[float]) -> list[dict[str, float]]:
@@ -40,7 +42,7 @@ def rows(**metrics: list[float]) -> list[dict[str, float]]:
 
 
 def test_features_by_hand():
-    found = pilot_features(rows())
+    found = pilot_features(rows(), 8)
     assert set(found) == set(FEATURES)
     assert found == pytest.approx(
         {
@@ -61,16 +63,26 @@ def test_features_by_hand():
                 "rewards/focus/gain_all": [-0.1 * EXPECTED] * 10,
                 "rewards/focus/agreement": [0.5] * 5 + [0.1] * 5,
             }
-        )
+        ),
+        8,
     )
     assert moving["length_change"] == pytest.approx(0.5)
     assert moving["tail"] == pytest.approx(-0.5)  # what the reward's very best have of the signal is less than nothing
     assert moving["agreement_change"] == pytest.approx(-0.4)
     assert 0.8 < moving["kl_growth"] < 2.0
     with pytest.raises(ValueError, match="takes 10 steps"):
-        pilot_features(rows()[:9])
+        pilot_features(rows()[:9], 8)
     with pytest.raises(ValueError, match=r"reward\.watched"):
-        pilot_features([{key: value for key, value in row.items() if "focus" not in key} for row in rows()])
+        pilot_features([{key: value for key, value in row.items() if "focus" not in key} for row in rows()], 8)
+
+
+def test_the_best_of_normal_numbers():
+    assert expected_best(1) == pytest.approx(0.0, abs=1e-9)
+    assert expected_best(2) == pytest.approx(1 / math.sqrt(math.pi))
+    assert expected_best(8) == pytest.approx(1.4236, abs=1e-4)  # Harter, 1961
+    # A term that is called agreement has figures as any other.
+    named = [{key.replace("focus", "agreement"): value for key, value in row.items()} for row in rows()]
+    assert pilot_features(named, 8) == pytest.approx(pilot_features(rows(), 8))
 
 
 def test_turning_points_by_hand():

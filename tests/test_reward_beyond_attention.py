@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
-from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig
+from cagsr.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+    SalienceConfig,
+    StepsConfig,
+    TrainConfig,
+    validate,
+)
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch, RewardBatch
 from cagsr.models.load import LoadedModel, load_model
@@ -202,10 +211,10 @@ def test_agreement_of_answers(loaded: LoadedModel):
     texts = ["so it is 4", "that makes 4", "I get 5", "no idea", "it is 4", "it is 7"]
     episodes = answers(loaded, ["the red cat"] * 6, ["cat"] * 6, [0, 0, 0, 0, 1, 2])
     batch = RewardBatch(replace(episodes, completions=tuple(texts)), None, None)  # type: ignore[arg-type]
-    found = Agreement(AgreementConfig(), FREQUENCY)(batch)
+    found = Agreement(AgreementConfig())(batch)
     assert found.values.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert found.applies.tolist() == [True, True, True, True, False, False]
-    meaning = Agreement(AgreementConfig(by="meaning", pays="share"), FREQUENCY)
+    meaning = Agreement(AgreementConfig(by="meaning", pays="share"))
     said = ("red cat", "cat red", "dog house", "a dog house", "x", "y")
     found = meaning(RewardBatch(replace(episodes, completions=said), None, None))  # type: ignore[arg-type]
     assert found.values.tolist()[:2] == pytest.approx([1 / 3] * 2)
@@ -281,6 +290,13 @@ def test_target_probability_of_a_model(tmp_path: Path):
         torch.testing.assert_close(logprobs[row, : len(wanted)], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_target_without_room_is_no_failure(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, "gpt2")), device="cpu"))
+    episodes = answers(loaded, ["the red cat"] * 2, ["a cat"] * 2, answer="x")
+    _, real = TargetLikelihoodOf(loaded)(episodes, torch.tensor([0, 1]), [0, 0], ["cat " * 70, "dog"])
+    assert real.any(dim=1).tolist() == [False, True]
+
+
 def test_target_probability_applies_where_there_is_a_reference(loaded: LoadedModel):
     episodes = answers(loaded, ["the red cat"] * 3, ["a cat"] * 3, answer="5")
     prompts = list(episodes.prompts.prompts)
@@ -328,6 +344,32 @@ def test_a_watched_term_is_computed_and_not_paid(loaded: LoadedModel):
         build_reward(replace(plain, watched=["nothing"]), device="cpu", resources=resources)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"coverage": {"new": True}}, "--reward.coverage.turns first"),
+        ({"grounded_coverage": {"new": True, "turns": "latest"}}, "--reward.grounded_coverage.turns first"),
+        ({"agreement": {"embedding_model": "x"}}, "--reward.agreement.by meaning"),
+        ({"probe": {"path": "x", "layer": 1}}, "leave one of the two out"),
+    ],
+)
+def test_what_does_not_go_together(changed: dict[str, dict[str, Any]], said: str):
+    config = RewardConfig()
+    given = {name: replace(getattr(config, name), **values) for name, values in changed.items()}
+    with pytest.raises(ConfigError, match=said):
+        build_reward(replace(config, **given), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["context_gain", "target_probability", "faithfulness"])
+def test_terms_of_single_answers_are_refused_where_there_are_several(name: str):
+    config = RewardConfig()
+    reward = replace(config, **{name: replace(getattr(config, name), weight=1.0)})
+    steps = replace(StepsConfig(), by="lines")
+    asked = TrainConfig(ModelConfig("m"), DataConfig("d"), "run", reward=reward, steps=steps)
+    with pytest.raises(ConfigError, match=rf"--reward\.{name} judges single answers, and --steps\.by"):
+        validate(asked)
+
+
 def test_terms_that_count_words_are_refused_where_nothing_was_counted(loaded: LoadedModel):
     asks = RewardConfig(watched=["lexical_support"])
     with pytest.raises(ConfigError, match="lexical_support: it counts words"):
@@ -346,6 +388,10 @@ def test_the_best_of_n_by_hand():
     assert best_of_gain(signal, -signal, group, 4) == pytest.approx(-1.5 / deviation)
     assert best_of_gain(signal, signal, group, 5) == 0.0
     assert best_of_gain(torch.full((5,), torch.nan), signal, group, 2) == 0.0
+    # A reward that tells nothing apart gains nothing, in whatever order the answers stand.
+    assert best_of_gain(signal, torch.ones(5), group, 2) == pytest.approx(0.0)
+    tied = torch.tensor([1.0, 0.0, 1.0, 0.0, 5.0])  # of 3 and 2 the one as often as the other
+    assert best_of_gain(signal, tied, group, 4) == pytest.approx((3 + 2) / 2 / deviation - 1.5 / deviation)
 
 
 def test_what_is_watched_is_held_against_the_reward(loaded: LoadedModel):

@@ -208,6 +208,44 @@ def test_what_is_denied_by_hand():
     assert denied(support, torch.full_like(word, -1), torch.tensor([5, 4])).tolist() == [[0.0] * 5] * 2
 
 
+def test_an_answer_is_judged_alike_alone_and_beside_a_longer_one(tmp_path: Path):
+    """The last token of a cut answer has a hidden state only where a longer one stands beside it: it is never asked."""
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    frequency = DocumentFrequency(100, dict.fromkeys(("cat", "dog", "bird", "red"), 2))
+    probe = Probe(LayerProbe(1, torch.linspace(-1, 1, 32), -3.0), 1.0, {1: 1.0}, 30, 30)
+    asked = encode_texts(["the red cat"] * 2, loaded.tokenizer, UNIFORM, 40)
+    cut = encode_response(loaded, asked[0], "a red dog", ended=False)
+    longer = encode_response(loaded, asked[1], "a bird sees the red dog near the tree")
+    reward = RewardConfig(watched=["grounding_probe"])
+    scorer = AnswerScorer(loaded, reward, AttentionConfig(), UNIFORM, frequency=frequency, probe=probe)
+    alone = scorer.raw_values(asked[:1], [cut])["grounding_probe"]
+    beside = scorer.raw_values(asked, [cut, longer])["grounding_probe"]
+    assert float(alone[0]) < 0
+    assert float(beside[0]) == pytest.approx(float(alone[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "width"), [(0, 16), (5, 32)])
+def test_a_probe_of_another_model_is_refused(layer: int, width: int, tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path)), device="cpu"))
+    with pytest.raises(ConfigError, match="probe is another model's"):
+        Scorer(loaded, AttentionConfig(), SamplingConfig(), 8, probe=LayerProbe(layer, torch.zeros(width), 0.0))
+
+
+def test_swaps_that_the_model_has_no_room_for_are_left_out(tmp_path: Path):
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, "gpt2")), device="cpu"))
+    texts = [
+        *("likes " + "cat dog bird " * 4 + ". " + "the " * 38 for _ in range(2)),
+        *(f"likes {one} ." for one in COLOURS),
+    ]
+    texts += [f"likes {'red blue green big ' * 6}. the the" for _ in range(2)]
+    prompts = encode_texts([text.strip() for text in texts], loaded.tokenizer, UNIFORM, 60)
+    frequency = DocumentFrequency.fit(one.prompt for one in prompts)
+    found = learn_probe.examples_of(
+        loaded, prompts, frequency, SamplingConfig(max_new_tokens=4), ProbeConfig(answers=16), 0, 16
+    )
+    assert set(found.hidden) == {0, 1}  # no position was asked that the model has not
+
+
 # ---- a model that does look ----
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import apart
 import tiny
 from cagsr.commands.main import main
+from cagsr.runs.best import Best
 from rows_sampled import rows_sampled_at_once
 
 SMALL = [
@@ -150,6 +152,31 @@ def test_a_run_may_end_with_its_best_evaluation(
     assert torch.equal(saved[same], kept[largest])
     assert not torch.equal(saved[same], last[largest])
     assert [path.name for path in (run / "best").iterdir()] == ["step-000002"]
+
+
+def test_the_best_of_a_resumed_run_is_its_own(tmp_path: Path):
+    """Until the next checkpoint the best of the last one stays; what came after it is forgotten with the steps."""
+    modules = {"policy": torch.nn.Linear(1, 1, bias=False)}
+    best = Best(tmp_path / "best", modules, False, Accelerator(cpu=True))
+
+    def at(step: int, metric: float, weight: float) -> bool:
+        torch.nn.init.constant_(modules["policy"].weight, weight)
+        return best.observe(step, {"eval/metric": 0.0, "eval/metric_greedy": metric})
+
+    assert best.restore() is None
+    assert at(1, 0.5, 1.0)
+    best.settled()  # a checkpoint at step 2
+    assert not at(3, 0.5, 3.0)  # of equals the earlier one
+    assert at(4, 0.9, 4.0)
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["step-000001", "step-000004"]
+    best.resumed(2)
+    assert best.known() == (1, 0.5)
+    assert at(3, 0.95, 30.0)
+    assert not at(4, 0.7, 40.0)
+    best.settled()
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step-000003"]
+    assert best.restore() == 3
+    assert float(modules["policy"].weight) == 30.0
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Short runs of good and bad rewards, most of which turn: what the forecast of ``cagsr diagnose`` was made from."""
+"""Short runs of good and bad rewards, most of which turn: what a forecast (``cagsr.diagnosis.forecast``) is fitted on."""

@@ -3,7 +3,7 @@
     python -m examples.forecast.table --work runs/forecast --output forecast.json --markdown forecast.md
 
 Every reward is forecast by a model that has seen none of its runs, under no leash and from no start. ``forecast.json`` is the
-model fitted on all of them, as ``cagsr`` keeps it (``src/cagsr/diagnosis/forecast.json``).
+model fitted on all of them (:class:`cagsr.diagnosis.forecast.ForecastModel`).
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Options:
     """The metric that nobody was trained on."""
     ridge: float = 1.0
     """Of the model's weights."""
+    generations: int = 8
+    """Answers to a prompt in the runs."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def read_runs(options: Options) -> list[Run]:
         found.append(
             Run(
                 done.parent.name,
-                done.parent.name.split("-")[1],
-                pilot_features([row for row in rows if row["step"] > 0]),
+                done.parent.name.rsplit("-", 3)[1],
+                pilot_features([row for row in rows if row["step"] > 0], options.generations),
                 turning_step(steps, truth, options.drop),
                 steps[-1],
                 truth[0],

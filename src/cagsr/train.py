@@ -200,11 +200,15 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 
 def _check_columns(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None:
-    """ConfigError where a term with a weight needs what no row has."""
+    """ConfigError where a term that is computed needs what no row has."""
     for term in TERMS:
         settings = getattr(config.reward, term.name)
-        if settings.weight != 0 and (missing := term.missing(settings, [one.prompt for one in prompts])) is not None:
-            raise ConfigError(f"--reward.{term.name}.weight: no row of {config.data.path} has {missing}.")
+        if (
+            config.reward.asks(term.name)
+            and (missing := term.missing(settings, [one.prompt for one in prompts])) is not None
+        ):
+            flag = f"{term.name}.weight" if settings.weight != 0 else f"watched {term.name}"
+            raise ConfigError(f"--reward.{flag}: no row of {config.data.path} has {missing}.")
 
 
 def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held_out: PromptSet) -> Player | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cagsr.config import ModelConfig
 from cagsr.config.training import SaveDtype
@@ -51,23 +51,30 @@ def run(config: Config) -> None:
     from cagsr.models.load import load_model
     from cagsr.prompts.encode import TextEncoder
     from cagsr.runs.export import export_adapter, export_gguf, export_merged, export_onnx, free
+    from cagsr.support.atomic import disk_errors
 
-    place = Path(config.output)
-    free(place, overwrite=config.overwrite)
+    place = Path(config.output).resolve()
+    free(place, config.model, file=config.format == "gguf", overwrite=config.overwrite)
+    texts = list(TEXTS) if config.prompt is None else [config.prompt]
+    with disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+
+    def prompts(tokenizer: Any) -> list[EncodedPrompt]:
+        encoder = TextEncoder(tokenizer)
+        ids = [encoder.encode(text, add_special_tokens=True).ids for text in texts]
+        # Which words matter makes no difference here.
+        return [EncodedPrompt(Prompt(1, text), own, (-1,) * len(own), ()) for text, own in zip(texts, ids, strict=True)]
+
+    if config.form == "adapter":
+        say(f"{place}: {export_adapter(config.model, place, config.dtype, prompts)}")
+        return
     loaded = load_model(config.model, for_training=False)
     say(*loaded.notes)
-    texts = list(TEXTS) if config.prompt is None else [config.prompt]
-    encoder = TextEncoder(loaded.tokenizer)
-    ids = [encoder.encode(text, add_special_tokens=True).ids for text in texts]
-    # Which words matter makes no difference here.
-    prompts = [EncodedPrompt(Prompt(1, text), own, (-1,) * len(own), ()) for text, own in zip(texts, ids, strict=True)]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if config.form == "adapter":
-        told = export_adapter(config.model, place, config.dtype, prompts)
-    elif config.format == "gguf":
-        told = export_gguf(config.model, loaded, place, config.outtype, config.converter, prompts)
+    asked = prompts(loaded.tokenizer)
+    if config.format == "gguf":
+        told = export_gguf(config.model, loaded, place, config.outtype, config.converter, asked)
     elif config.format == "onnx":
-        told = export_onnx(loaded, place, prompts)
+        told = export_onnx(loaded, place, asked)
     else:
-        told = export_merged(loaded, place, config.dtype, prompts).sentence
+        told = export_merged(loaded, place, config.dtype, asked).sentence
     say(f"{place}: {told}")

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.stats import norm
 
@@ -87,15 +89,16 @@ class ForecastModel:
         return cls(float(value["intercept"]), weights, mean, deviation, float(value["sigma"]))
 
 
-def pilot_features(rows: Rows, pilot: int = PILOT) -> dict[str, float]:
+def pilot_features(rows: Rows, generations: int, pilot: int = PILOT) -> dict[str, float]:
     """What the first ``pilot`` steps of a run say, by the names of ``FEATURES``; ``rows`` are its metrics from step 1 on.
 
     ``kl``: log of the mean KL (nats an answer, plus 0.1) of the last third; ``kl_growth``: by what power of the step it grows. The
     ``_change`` of a metric is its mean over the last third less that over the first, relative to the first for entropy and
     length. Correlations are of the reward with an answer's length, with its likelihood under the starting model and with its
-    repetition, within prompts. ``agreement``: mean correlation of the reward with what is watched and not paid; ``tail``: how much
-    more of that the best of all answers has than the best of two, over what a normal signal would have (1: no tail, below 0: it
-    turns back). ``kl_coef``: the log of the leash. ValueError: fewer steps, or nothing watched.
+    repetition, within prompts. ``agreement``: mean correlation of the reward with what is watched and not paid; ``tail``: how
+    much more of that the best of all ``generations`` answers to a prompt has than the best of two, over what a normal signal
+    would have (1: no tail, below 0: it turns back). ``kl_coef``: the log of the leash. ValueError: fewer steps, or nothing
+    watched.
     """
     steps = list(rows[:pilot])
     if len(steps) < pilot:
@@ -118,9 +121,10 @@ def pilot_features(rows: Rows, pilot: int = PILOT) -> dict[str, float]:
         raise ValueError("a forecast needs terms that are watched and not paid (reward.watched)")
     tails = []
     for name in watched:
-        two, everyone = mean(name.replace("agreement", "gain_2")), mean(name.replace("agreement", "gain_all"))
+        term = name.removesuffix("agreement")
+        two, everyone = mean(f"{term}gain_2"), mean(f"{term}gain_all")
         if abs(two) > 0.02:
-            tails.append(float(np.clip(everyone / two / EXPECTED, -2.0, 2.0)))
+            tails.append(float(np.clip(everyone / two / (expected_best(generations) / expected_best(2)), -2.0, 2.0)))
     agreement = [mean(name) for name in watched]
     return {
         "kl": math.log(max(late("objective/kl"), 0.0) + 0.1),
@@ -138,8 +142,14 @@ def pilot_features(rows: Rows, pilot: int = PILOT) -> dict[str, float]:
     }
 
 
-EXPECTED = 1.4236 / 0.5642
-"""The best of eight normal numbers over the best of two, in standard deviations above the mean."""
+@cache
+def expected_best(n: int) -> float:
+    """How far above the mean the best of ``n`` normal numbers is, in standard deviations.
+
+    ``integral of z n phi(z) Phi(z)^(n - 1)``.
+    """
+    found, _ = quad(lambda z: z * n * norm.pdf(z) * norm.cdf(z) ** (n - 1), -10.0, 10.0)
+    return float(found)
 
 
 def turning_step(steps: Sequence[int], truth: Sequence[float], drop: float) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cagsr.attention.probe import layer_count, transformers_model
-from cagsr.errors import ModelError
+from cagsr.errors import ConfigError, ModelError
 from cagsr.models.architecture import Architecture
 from cagsr.models.decoder_only import of_batch
 from cagsr.models.inputs import PassInputs
@@ -26,6 +26,16 @@ class LayerProbe:
     layer: int
     weight: Tensor
     bias: float
+
+    def check(self, model: nn.Module) -> None:
+        """ConfigError where the model has no such layer, or hidden states of another width."""
+        layers = len(layers_of(model))
+        width = int(transformers_model(model).config.get_text_config(decoder=True).hidden_size)
+        if self.layer not in range(layers) or len(self.weight) != width:
+            raise ConfigError(
+                f"The grounding probe is another model's: it reads {len(self.weight)} numbers of layer {self.layer}, and this "
+                f"model has {width} in layers 0 to {layers - 1}; leave --reward.probe.path out, or name one learned from it."
+            )
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[list[Tensor]]:

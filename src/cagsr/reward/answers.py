@@ -67,10 +67,10 @@ class AnswerScorer:
                 f"--reward.{asking[0]}: it counts words in a set of prompts, and none is known here; name the prompts, or a run "
                 "that has counted them."
             )
-        if probe is None and (asking := [one.name for one in TERMS if SUPPORT in one.needs and reward.asks(one.name)]):
+        if probe is None and reward.needs(SUPPORT):
             raise ConfigError(
-                f"--reward.{asking[0]}: no probe is known here, and no answers are sampled to learn it from; name the "
-                "grounding_probe.json of a cagsr train run with --reward.probe.path."
+                "The reward asks the grounding probe: no probe is known here, and no answers are sampled to learn it from; name "
+                "the grounding_probe.json of a cagsr train run with --reward.probe.path."
             )
         if associations is None:
             lacking = [term.name for term in TERMS if "associations" in term.needs]

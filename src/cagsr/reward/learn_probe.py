@@ -190,13 +190,16 @@ def examples_of(
     ``swaps`` makes the counterfactual prompts; None: :class:`~cagsr.prompts.counterfactual.Counterfactuals`. ``frozen`` reads the
     answers, as it reads those that are judged; None: the model itself.
     """
+    everything = range(len(layers_of(loaded.model)))
+    if config.layer is not None and config.layer not in everything:
+        raise ConfigError(f"--reward.probe.layer {config.layer}: the model has the layers 0 to {len(everything) - 1}.")
     draw = random.Random(seed + SEED)
     chosen = draw.sample(list(prompts), min(len(prompts), max(1, config.answers // ANSWERS_TO_A_PROMPT)))
     generations = math.ceil(config.answers / len(chosen))
     each_prompt = replace(sampling, num_generations=generations, temperature=sampling.temperature or 1.0)
     stating = StatingWords(frequency)
     swaps = swaps or Counterfactuals((one.prompt for one in prompts), stating)
-    encoder = TextEncoder(loaded.tokenizer)
+    encoder, context = TextEncoder(loaded.tokenizer), loaded.pair_context()
     pairs: list[Pair] = []
     number_of: list[int] = []
     supports: list[bool] = []
@@ -205,13 +208,12 @@ def examples_of(
         pairs.append(Pair(asked, said, held_words(prompt)))
         for swapped in swaps.of(prompt, said.text, config.counterfactuals, draw):
             tokens = encoder.encode(swapped.text, add_special_tokens=prompt.messages is None)
+            if context is not None and len(tokens.ids) + len(said.ids) > context:
+                continue  # a longer phrase took the place of a shorter one
             other = EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ())
             pairs.append(Pair(other, said, swapped.lost))
         supports += [True, *[False] * (len(pairs) - len(supports) - 1)]
         number_of += [number] * (len(pairs) - len(number_of))
-    everything = range(len(layers_of(loaded.model)))
-    if config.layer is not None and not -len(everything) <= config.layer < len(everything):
-        raise ConfigError(f"--reward.probe.layer {config.layer}: the model has the layers 0 to {len(everything) - 1}.")
     layers = spread(everything) if config.layer is None else (everything[config.layer],)
     found = hidden_of_words(loaded, pairs, stating, layers, frozen)
     return Examples(found.hidden, np.array(supports)[found.pair], np.array(number_of, dtype=np.int64)[found.pair])
@@ -253,7 +255,8 @@ def hidden_of_words(
                 loaded.hidden_states(inputs, model)
             states = {layer: at_tokens(loaded.architecture, model, inputs, seen[layer]) for layer in layers}
             words = tokens_of(episodes)
-            words[:, -1] = -1  # no layer has a hidden state of it
+            last = episodes.sampled & (episodes.sampled.cumsum(dim=1) == episodes.lengths[:, None])
+            words = words.masked_fill(last, -1)  # as the term does
             for row, place in enumerate(places):
                 text, _ = loaded.spans(list(pairs[place].answer.ids))
                 keys, wanted = [word.key for word in stating.of(text)], pairs[place].words

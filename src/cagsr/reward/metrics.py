@@ -61,8 +61,12 @@ def best_of_gain(signal: Tensor, reward: Tensor, group: Tensor, n: int) -> float
         squares, count = squares + float(values @ values), count + size - 1
         if size >= n:
             # The answer at place i of the ascending order is the best of comb(i, n - 1) of all comb(size, n) choices.
-            chances = [math.comb(place, n - 1) / math.comb(size, n) for place in range(size)]
-            gains.append(float(values[reward[own].argsort(stable=True)] @ torch.tensor(chances, dtype=torch.float64)))
+            chances = torch.tensor([math.comb(place, n - 1) / math.comb(size, n) for place in range(size)]).double()
+            worth, order = reward[own].sort(stable=True)
+            # Of equals each is as often the best one.
+            _, equal, many = torch.unique_consecutive(worth, return_inverse=True, return_counts=True)
+            shared = torch.zeros(len(many), dtype=torch.float64).index_add_(0, equal, chances) / many
+            gains.append(float(values[order] @ shared[equal]))
     deviation = math.sqrt(squares / count) if count else 0.0
     return sum(gains) / len(gains) / deviation if gains and deviation > 1e-12 else 0.0
 

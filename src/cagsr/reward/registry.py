@@ -72,8 +72,9 @@ class CoveringConfig(LookingConfig):
     dense: bool = False
     """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
     new: bool = False
-    """Of steps and conversations: pay an answer only for what those before it have not covered, so that what all are paid is the
-    coverage by all that was said. False: as if each stood alone, which pays for saying everything in every step."""
+    """Of steps and conversations, with ``turns first``: pay an answer only for what those before it have not covered of the
+    prompt, so that what all are paid is the coverage by all that was said. False: as if each stood alone, which pays for
+    saying everything in every step."""
 
 
 class HiddenLikelihood(Protocol):

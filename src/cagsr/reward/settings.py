@@ -116,6 +116,16 @@ class RewardConfig(_Sections):
                 )
         if unknown := sorted(set(self.watched) - {term.name for term in TERMS}):
             yield f"reward.watched {unknown[0]!r} is no registered term: {', '.join(term.name for term in TERMS)}"
+        for name in ("coverage", "grounded_coverage"):
+            if getattr(self, name).new and getattr(self, name).turns != "first":
+                yield (
+                    f"reward.{name}.new pays for what earlier answers have not covered of the prompt's words: give "
+                    f"--reward.{name}.turns first"
+                )
+        if self.probe.path is not None and self.probe.layer is not None:
+            yield "reward.probe.layer: the probe of reward.probe.path has a layer of its own: leave one of the two out"
+        if self.agreement.embedding_model is not None and self.agreement.by != "meaning":
+            yield "reward.agreement.embedding_model embeds nothing: give --reward.agreement.by meaning"
         names = {path.rpartition(".")[2] for path in self.functions} | set(self.functions)
         for setting in self.function_settings:
             place, equals, _ = setting.partition("=")

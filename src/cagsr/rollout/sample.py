@@ -42,7 +42,9 @@ def sample_responses(
     ids_read, real_read = prompts.ids, prompts.real
     earlier: Layers = ()
     kept: list[RowKeys | None] | None = None
-    if keys is not None and len(prompts.ids) <= per_batch and can_go_on(base):
+    with without_checkpointing(loaded.model), loaded.autocast():
+        goes_on = keys is not None and len(prompts.ids) <= per_batch and can_go_on(base)
+    if keys is not None and goes_on:
         laid = lay_out(prompts.ids, prompts.real, keys, loaded.pad_token_id, sampling.max_new_tokens)
         if laid is not None:
             ids_read, real_read, earlier = laid.ids, laid.real, laid.layers

@@ -69,7 +69,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
+def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
     """List the checkpoints in a folder, newest first, valid or not."""
     if not folder.is_dir():
         return []
@@ -116,7 +116,7 @@ def save_checkpoint(
         manifest |= {"trainable_only": state.trainable_only, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     intact = 0
-    for number, path in _steps(folder):
+    for number, path in checkpoint_steps(folder):
         if number <= step and intact >= keep:
             remove_folder(path)
         elif number <= step and checkpoint_problem(path, thorough=False) is None:
@@ -148,7 +148,7 @@ def checkpoint_problem(path: Path, *, thorough: bool = True) -> str | None:
 def latest_checkpoint(folder: Path) -> Latest:
     """Find the newest valid checkpoint in a run's ``checkpoints`` folder. It only reads: the run may be going on."""
     notes: list[str] = []
-    for step, path in _steps(folder):
+    for step, path in checkpoint_steps(folder):
         problem = checkpoint_problem(path)
         if problem is None:
             return Latest(path, step, tuple(notes))

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from cagsr.config import ModelConfig
 from cagsr.errors import ConfigError, RunError
 from cagsr.flow import EncodedPrompt
-from cagsr.models.files import adapter_base, is_adapter
+from cagsr.models.files import adapter_base, is_adapter, loading
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.runs.saved import (
     DIFFERS,
@@ -31,12 +32,14 @@ from cagsr.runs.saved import (
     save_adapter_compared,
     save_compared,
 )
-from cagsr.support.atomic import delete, replace_folder
+from cagsr.support.atomic import disk_errors, replace_folder
 from cagsr.support.extras import is_installed, require
 from cagsr.support.progress import working
 
 CONVERTER = "convert_hf_to_gguf.py"
 """llama.cpp's, of which this is the name in its repository."""
+HELD = ("checkpoints", "run.lock", "metrics.jsonl")
+"""What a run's folder holds."""
 LEAST_AGREEMENT = 0.9
 """Share of the positions at which a GGUF file must find the same token likeliest: rounding to 8 bits leaves 0.97 and more."""
 
@@ -83,8 +86,12 @@ def export_merged(loaded: LoadedModel, place: Path, dtype: str, prompts: Sequenc
         )
 
 
-def export_adapter(config: ModelConfig, place: Path, dtype: str, prompts: Sequence[EncodedPrompt]) -> str:
+def export_adapter(
+    config: ModelConfig, place: Path, dtype: str, prompts: Callable[[Any], Sequence[EncodedPrompt]]
+) -> str:
     """Write an adapter alone, in another precision, and compare base + adapter; a sentence for the user.
+
+    ``prompts`` encodes what the comparison begins with, by the tokenizer that it was trained with.
 
     ConfigError: the model is no PEFT adapter; RunError: what was written is not what was read.
     """
@@ -97,8 +104,14 @@ def export_adapter(config: ModelConfig, place: Path, dtype: str, prompts: Sequen
             "the whole model with --form merged."
         )
     base = load_model(replace(config, path=adapter_base(path)), for_training=False)
+    if (Path(path) / "tokenizer_config.json").is_file():  # the vocabulary may have grown when it was trained
+        with loading(f"--model {path}: its tokenizer can't be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
+            base.model.resize_token_embeddings(len(tokenizer))
+            base = replace(base, tokenizer=tokenizer, grown=True)
     adapted: Any = PeftModel.from_pretrained(base.model, path)
-    probe = greedy_probe(base, prompts, TOKENS)
+    probe = greedy_probe(base, prompts(base.tokenizer), TOKENS)
     before = probe(adapted).logits
     precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     for name, parameter in adapted.named_parameters():
@@ -129,7 +142,7 @@ def export_gguf(
     require("--format gguf, which reads the file again,", "gguf")
     probe = greedy_probe(loaded, prompts, TOKENS)
     trained = probe(loaded.model)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
+    with disk_errors(place), tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
         source, made = Path(folder) / "model", Path(folder) / "model.gguf"
         loaded.model.save_pretrained(source)
         loaded.tokenizer.save_pretrained(source)
@@ -203,10 +216,20 @@ def _at(probe: Probe, model: nn.Module) -> Tensor:
     return probe(model).logits
 
 
-def free(place: Path, *, overwrite: bool) -> None:
-    """See that nothing is written over unasked; ConfigError."""
-    if place.exists() and (place.is_file() or any(place.iterdir())):
-        if not overwrite:
-            raise ConfigError(f"--output {place}: there is something already; name another place, or give --overwrite.")
-        if place.is_file():
-            delete(place)
+def free(place: Path, config: ModelConfig, *, file: bool, overwrite: bool) -> None:
+    """See that nothing is lost by what will be written; ConfigError. ``file``: it will be one and no folder."""
+    model = Path(config.path)
+    if place.is_dir() and file:
+        raise ConfigError(
+            f"--output {place}: a folder, and --format gguf writes a file; name one, as {place / 'model.gguf'}."
+        )
+    if place.is_file() and not file:
+        raise ConfigError(f"--output {place}: a file, and a folder is to be written; name another place.")
+    if any(one.exists() and not one.is_dir() for one in place.parents):
+        raise ConfigError(f"--output {place}: one of the folders above it is a file; name another place.")
+    if model.exists() and (model.resolve() == place or place in model.resolve().parents):
+        raise ConfigError(f"--output {place}: the model {config.path} is in it; name another place.")
+    if any((place / name).exists() for name in HELD):
+        raise ConfigError(f"--output {place}: that is a run's folder; name another place.")
+    if place.exists() and (file or any(place.iterdir())) and not overwrite:
+        raise ConfigError(f"--output {place}: there is something already; name another place, or give --overwrite.")

@@ -144,8 +144,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                     "(--run.overwrite True) or choose another folder."
                 )
             clean_leftovers(path)
-            if (path / "checkpoints").is_dir():
-                clean_leftovers(path / "checkpoints")
+            for name in ("checkpoints", "best"):
+                if (path / name).is_dir():
+                    clean_leftovers(path / name)
             checkpoint: Path | None = None
             step, notes = 0, list[str]()
             if overwrite:

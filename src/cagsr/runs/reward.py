@@ -15,6 +15,8 @@ from cagsr.errors import ConfigError, RunError
 from cagsr.parse import parse_command
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.reward.normalize import Normalizer
+from cagsr.reward.registry import COSTLY
+from cagsr.reward.settings import TERMS
 from cagsr.reward.weigh import Scales
 from cagsr.runs.checkpoint import latest_checkpoint, load_tree
 from cagsr.runs.folder import ASSOCIATIONS, CONFIG, FREQUENCY, PROBE, SCALES, flat_tree, lacking
@@ -105,7 +107,7 @@ def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, Run
     Raises:
         RunError: no run, or one that has learned no scales yet.
         ConfigError: settings were given that are neither the defaults nor the run's, or another temperature where
-            self-certainty is paid.
+            a term is paid that depends on it.
     """
     name: str | None = vars(config)["reward_from"]
     if name is None:
@@ -121,9 +123,11 @@ def with_run_reward(config: JudgingT, temperature: float) -> tuple[JudgingT, Run
                     f"--{section}.{key} {value}: the reward is that of the run {name}, where it is {run[key]}; "
                     "leave one of the two flags out."
                 )
-    if learned.reward.self_certainty.weight != 0 and temperature != learned.temperature:
+    tempered = [one.name for one in TERMS if one.name == "self_certainty" or COSTLY & one.needs]
+    paid = [one for one in tempered if getattr(learned.reward, one).weight != 0]
+    if paid and temperature != learned.temperature:
         raise ConfigError(
-            f"The run {name} pays self-certainty at temperature {learned.temperature:g} and this is "
+            f"The run {name} pays {paid[0]} at temperature {learned.temperature:g} and this is "
             f"{temperature:g}: give the run's temperature."
         )
     changed: Any = config

@@ -204,7 +204,9 @@ def save_adapter_compared(
         model.save_pretrained(str(folder), save_embedding_layers=loaded.grown)
         if dtype != torch.float32:
             file = folder / "adapter_model.safetensors"
-            weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+            # Rows of the embeddings that came with a grown vocabulary are the base's, and stay as they are.
+            cast = {name: weight.to(dtype) for name, weight in load_file(file).items() if model.prefix in name}
+            weights = {**load_file(file), **cast}
             save_file(weights, file, {"format": "pt"})
         if loaded.grown:
             loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size

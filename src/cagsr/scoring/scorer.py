@@ -54,7 +54,7 @@ class Scorer:
     ``attention`` says which layers and heads are read, and whose (without a ``reference``, the frozen model, the policy's);
     ``sampling`` the temperature (0 counts as 1) and filters of the answers; ``actor_critic`` is the policy with what
     estimates values, None: the policy alone; ``probe`` reads hidden states, the reference's where there is one.
-    ConfigError: layers or heads that can't be used; AttentionError: attention that can't be read.
+    ConfigError: layers or heads that can't be used, a probe of another model; AttentionError: attention that can't be read.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class Scorer:
         reference: FrozenModel | None = None,
         probe: LayerProbe | None = None,
     ) -> None:
+        if probe is not None:
+            probe.check(loaded.model)
         self.probe = probe
         self.loaded = loaded
         self.sampling = sampling

@@ -35,7 +35,8 @@ class TargetLikelihoodOf:
         """Log-probabilities ``(rows, target)`` float32 of the texts' tokens, and which there are, bool.
 
         ``rows`` ``(n,)`` int64 of ``episodes`` of one turn; of each answer the ``starts`` first characters stay (the tokens that
-        end there: one that reaches beyond is left out), and behind them stands the text of ``targets``.
+        end there: one that reaches beyond is left out), and behind them stands the text of ``targets``; a row for which the
+        model has no room has no token.
         """
         asked = take_rows(episodes, rows)
         beginnings = [
@@ -51,7 +52,14 @@ class TargetLikelihoodOf:
             # Its last token may have held the space, or the sign, that stands before the target.
             text = said[len(before) : start] + target
             endings.append(encode_continuation(self.loaded.tokenizer, stands_behind, text))
-        width = max(len(one) + len(other) for one, other in zip(beginnings, endings, strict=True))
+        context = self.loaded.pair_context()
+        if context is not None:
+            prompts = asked.prompts.real.sum(dim=1).tolist()
+            fits = [
+                p + len(one) + len(other) <= context for p, one, other in zip(prompts, beginnings, endings, strict=True)
+            ]
+            endings = [ending if fit else [] for ending, fit in zip(endings, fits, strict=True)]
+        width = max(1, *(len(one) + len(other) for one, other in zip(beginnings, endings, strict=True)))
         ids = torch.full((len(rows), width), self.loaded.pad_token_id, dtype=torch.int64)
         wanted = torch.zeros(len(rows), width, dtype=torch.bool)
         real = torch.zeros_like(wanted)
@@ -63,7 +71,7 @@ class TargetLikelihoodOf:
         ended = torch.ones(len(rows), dtype=torch.bool, device=device)
         made = EpisodeBatch.of_one_turn(asked.prompts, ids.to(device), real.to(device), ended, texts)
         made = replace(made, sampled=wanted.to(device))
-        longest = max(len(one) for one in endings)
+        longest = max(1, *(len(one) for one in endings))
         found = torch.zeros(len(rows), longest, device=device)
         there = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
         model = self.loaded.model

@@ -100,6 +100,8 @@ class RunRecord:
 
         checkpoint, self.first_step = broadcast(opened, accelerator)
         """Steps already done."""
+        if self._best is not None:
+            self._best.resumed(self.first_step)
         if checkpoint is not None:
             self._restore(checkpoint)
             if self._folder is not None:
@@ -161,6 +163,8 @@ class RunRecord:
         save_checkpoint(
             folder / "checkpoints", step, self._checkpoint_state(extra), run.save_total_limit, states, write=main
         )
+        if self._best is not None:
+            self._best.settled()
         if main:
             write_scales(folder, self._ppo.reward.state_dict())
         self._accelerator.wait_for_everyone()
@@ -212,7 +216,7 @@ class RunRecord:
                     base_model=config.model.path,
                     data=config.data.path,
                     prompts=len(train_set.prompts),
-                    steps=self._best_step or config.run.steps,
+                    steps=config.run.steps if self._best_step is None else self._best_step,
                     command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
                     settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD)},
                     estimator=config.ppo.estimator,

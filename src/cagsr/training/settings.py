@@ -49,6 +49,18 @@ class TrainConfig:
         task, user = self.rollout.task, self.conversation.user
         if task is not None and user is not None:
             yield "--rollout.task and --conversation.user both say how an episode goes on: leave one of them out."
+        several = [
+            flag
+            for flag, there in (
+                ("--steps.by", self.steps.by != "none"),
+                ("--rollout.task", task is not None),
+                ("--conversation.user", user is not None),
+            )
+            if there
+        ]
+        for name in ("context_gain", "target_probability", "faithfulness"):
+            if several and self.reward.asks(name):
+                yield f"--reward.{name} judges single answers, and {several[0]} makes several of an episode: leave one of them out."
         if self.run.load_best_model_at_end and self.evaluation.held_out == 0:
             yield "--run.load_best_model_at_end: nothing is evaluated with --evaluation.held_out 0, so no step is the best."
         supervision = self.supervision.mode

@@ -18,7 +18,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from cagsr.config.ranges import PositiveShare
-from cagsr.flow import RewardBatch
+from cagsr.flow import Prompt, RewardBatch
 from cagsr.models.sentence_encoder import Encoder, load_encoder
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.tf_idf import tf_idf
@@ -51,12 +51,14 @@ class Agreement:
     """Agreement, :func:`agreement`; of steps and conversations the last answers'."""
 
     name: ClassVar[str] = "agreement"
-    needs: ClassVar[frozenset[str]] = frozenset({"frequency"})
+    needs: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[int] = 16
     by_group: ClassVar[bool] = True
     by_episode: ClassVar[bool] = True
     settings: AgreementConfig
-    frequency: DocumentFrequency
+
+    def __post_init__(self) -> None:
+        _ = self.encoder  # what can't be loaded is told before the run begins
 
     @cached_property
     def encoder(self) -> Encoder | None:
@@ -81,7 +83,8 @@ class Agreement:
         if self.settings.by == "final_answer":
             return same_results([final_answer(text) for text in texts])
         if self.encoder is None:
-            vectors = tf_idf(texts, self.frequency).toarray()
+            # Words that all of these answers say tell none from another.
+            vectors = tf_idf(texts, DocumentFrequency.fit([Prompt(0, text) for text in texts])).toarray()
         else:
             vectors = np.asarray(self.encoder.encode(list(texts), batch_size=64, show_progress_bar=False))
         return list(same_meanings(vectors, self.settings.similarity))

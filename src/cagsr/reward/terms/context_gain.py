@@ -38,7 +38,7 @@ class ContextGainConfig(TermConfig):
 @register
 @dataclass(frozen=True)
 class ContextGain:
-    """Context gain, :func:`context_gain`; of answers in the first turn."""
+    """Context gain, :func:`context_gain`; of single answers."""
 
     name: ClassVar[str] = "context_gain"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_likelihood", "stating_tokens"})

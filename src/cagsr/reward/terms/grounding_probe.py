@@ -45,7 +45,11 @@ class GroundingProbe:
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Return ``(batch,)``, at most 0, logits a token; if dense ``(batch, response)``."""
         assert batch.readings.support is not None
-        found = denied(batch.readings.support, self.stating_tokens(batch.episodes), batch.episodes.lengths)
+        episodes = batch.episodes
+        # No layer has a hidden state of what is fed to nothing: an answer's last token, which is a word's only where it was cut.
+        last = episodes.sampled & (episodes.sampled.cumsum(dim=1) == episodes.lengths[:, None])
+        words = self.stating_tokens(episodes).masked_fill(last, -1)
+        found = denied(batch.readings.support, words, episodes.lengths)
         return found if self.settings.dense else found.sum(dim=1)
 
     @staticmethod

@@ -42,7 +42,10 @@ class TargetProbability:
     target_likelihood: TargetLikelihood
 
     def __call__(self, batch: RewardBatch) -> PartialValues:
-        """Return ``(batch,)`` in [0, 1]; 0 for an answer that ends at nothing; it applies to rows that have the column."""
+        """Return ``(batch,)`` in [0, 1]; 0 for an answer that ends at nothing.
+
+        It applies to rows that have the column, and where the model has room for it.
+        """
         episodes = batch.episodes
         references = [prompt.columns.get(self.settings.column) for prompt in episodes.prompts.prompts]
         spans = [final_answer_span(text) for text in episodes.completions]
@@ -57,6 +60,7 @@ class TargetProbability:
                 episodes, index, starts, [result_of(references[row]) for row in rows]
             )
             values[index] = target_probability(logprobs, real, self.settings.reduce)
+            there[index] &= real.any(dim=1)  # no room for the reference in the model's context
         return PartialValues(values, there)
 
     @staticmethod
