@@ -10,6 +10,7 @@ import pytest
 from cagsr.config import SalienceConfig
 from cagsr.errors import RolloutError
 from cagsr.flow import Episode
+from cagsr.models.load import LoadedModel
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.tasks.segments import SegmentEncoder
@@ -120,6 +121,9 @@ class OnlyTokenizer:
 
     def text_of(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    spans: Any = LoadedModel.spans
+    special_ids: Any = LoadedModel.special_ids
 
 
 def model_of(family: Family) -> OnlyTokenizer:

@@ -378,7 +378,7 @@ def test_builtin_terms_are_terms() -> None:
     assert [(term.name, weight) for term, weight in terms] == [
         ("coverage", 0.0), ("copy_coverage", 0.0), ("grounded_coverage", 1.0), ("mean_mass", 0.0), ("focus", 0.0),
         ("echo", -5.0), ("repetition", -0.3), ("history_repetition", 0.0), ("self_certainty", 0.0),
-        ("length", 0.0),
+        ("length", 0.0), ("agreement", 0.0),
     ]  # fmt: skip
     assert all(isinstance(term, RewardTerm) for term, _ in terms)
     assert [term.name for term, _ in weighted_terms(RewardConfig(), "cpu", RESOURCES)] == [

@@ -303,7 +303,7 @@ def test_what_a_run_can_t_lend_is_one_sentence(
         "--reward.coverage.threshold 0.4: the reward is that of the run": [
             "--reward_from", str(made["run"]), "--reward.coverage.threshold", "0.4",
         ],
-        "pays self-certainty at temperature 1": ["--reward_from", str(made["run"]), "--sampling.temperature", "0.5"],
+        "pays self_certainty at temperature 1": ["--reward_from", str(made["run"]), "--sampling.temperature", "0.5"],
     }  # fmt: skip
     for sentence, flags in cases.items():
         assert main([*base, *flags]) == 2

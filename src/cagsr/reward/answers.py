@@ -118,15 +118,7 @@ class AnswerScorer:
         for start in range(0, len(prompts), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
             batch = self.batch(answered(self.loaded, prompts[part], responses[part]))
-            yield (
-                batch,
-                {
-                    term.name: compared[term.name][part]
-                    if term.name in compared
-                    else term_values(term, batch).raw.cpu()
-                    for term in self.terms
-                },
-            )
+            yield batch, self.values(batch) | {name: values[part] for name, values in compared.items()}
 
     def raw_values(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Response], trainer: Trainer | None = None
