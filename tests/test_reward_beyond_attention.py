@@ -35,7 +35,6 @@ from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.build import build_reward
 from cagsr.reward.metrics import best_of_gain, reward_metrics
 from cagsr.reward.registry import Resources
-from cagsr.reward.term import PartialValues
 from cagsr.reward.terms.agreement import Agreement, AgreementConfig, agreement, same_meanings, same_results
 from cagsr.reward.terms.context_gain import ContextGain, ContextGainConfig, context_gain, prompt_tokens
 from cagsr.reward.terms.lexical_support import LexicalSupport, LexicalSupportConfig
@@ -375,7 +374,6 @@ def test_terms_that_count_words_are_refused_where_nothing_was_counted(loaded: Lo
     with pytest.raises(ConfigError, match="lexical_support: it counts words"):
         AnswerScorer(loaded, asks, AttentionConfig(), UNIFORM)
     assert "lexical_support" in AnswerScorer(loaded, asks, AttentionConfig(), UNIFORM, frequency=FREQUENCY).weights
-    assert isinstance(PartialValues(torch.zeros(1), torch.ones(1).bool()), PartialValues)
 
 
 def test_the_best_of_n_by_hand():

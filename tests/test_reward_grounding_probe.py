@@ -410,4 +410,3 @@ def test_a_run_learns_its_probe_keeps_it_and_others_take_it(
     (first, *_) = [json.loads(line) for line in best.read_text().splitlines()]
     assert "grounding_probe" in first["candidates"][0]["terms"]
     assert isinstance(AutoModelForCausalLM.from_pretrained(run / "final"), torch.nn.Module)
-    assert isinstance(probe, Probe)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import TrainerState
 
-from cagsr.config import TrainConfig, validate
+from cagsr.config import AssociationsConfig, ProbeConfig, TrainConfig, validate
 from cagsr.errors import ConfigError, MonitorStop, RolloutError
 from cagsr.evaluation.held_out import choose_metric
 from cagsr.flow import EncodedPrompt
@@ -64,6 +64,7 @@ from cagsr.training.ppo import PPO
 from cagsr.training.record import RunRecord, check_tracker
 from cagsr.training.step import Steps
 
+LearnedT = TypeVar("LearnedT", AssociationsConfig, ProbeConfig)
 BLIND = 0.05
 """Of the AUC: a probe that one fitted anew is so much better than no longer sees."""
 
@@ -228,17 +229,22 @@ def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held
     return EpisodePlayer(loaded, task, encoder, loaded.room_for_prompts(config.sampling.max_new_tokens))
 
 
+def _kept(settings: LearnedT, config: TrainConfig, name: str, accelerator: Accelerator) -> LearnedT:
+    """Settings of what is learned before the first step: a resumed run reads what it has kept under this name."""
+    stored = Path(config.output_dir) / name
+    # Whether the file is there is asked once: the answer must be the same in every process.
+    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
+        return dataclasses.replace(settings, path=str(stored))
+    return settings
+
+
 def _associations(
     config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, accelerator: Accelerator, console: Console
 ) -> Associations | None:
     """Learn the associations from the starting model's own answers where the reward needs them, or read them again."""
     if not config.reward.needs("associations"):
         return None
-    settings = config.reward.associations
-    stored = Path(config.output_dir) / ASSOCIATIONS
-    # Whether the file is there is asked once: the answer must be the same in every process.
-    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
-        settings = dataclasses.replace(settings, path=str(stored))
+    settings = _kept(config.reward.associations, config, ASSOCIATIONS, accelerator)
     started = time.perf_counter()
     found = associations_of(
         loaded,
@@ -266,10 +272,7 @@ def _probe(
     """Learn the grounding probe from the starting model's own answers where the reward needs it, or read it again."""
     if not config.reward.needs(SUPPORT):
         return None
-    settings = config.reward.probe
-    stored = Path(config.output_dir) / PROBE
-    if broadcast(lambda: settings.path is None and config.run.resume and stored.exists(), accelerator):
-        settings = dataclasses.replace(settings, path=str(stored))
+    settings = _kept(config.reward.probe, config, PROBE, accelerator)
     started = time.perf_counter()
     found = probe_of(
         loaded,

@@ -90,7 +90,7 @@ def run(config: Config) -> None:
         prompts = random.Random(config.seed).sample(prompts, config.num_prompts)
     metric = choose_metric(None, prompts) if config.checker is None else load_checker(config.checker)
     probe = named_probe(config.reward)
-    if probe is None and frequency is not None and config.reward.needs(SUPPORT):
+    if probe is None and config.reward.needs(SUPPORT):
         probe = probe_of(loaded, everyone, frequency, config.sampling, config.reward.probe, seed=config.seed)
     judged_by = (config.reward, config.attention, config.salience)
     scorer = AnswerScorer(
