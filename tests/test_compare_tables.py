@@ -96,6 +96,24 @@ def test_gains_are_paired(results: Results):
     assert "less is better" in table.note
 
 
+def test_prompts_without_a_measure_are_left_out_of_tables_and_figures(results: Results):
+    """An answer without an equation has no share of equations that hold; it takes its prompt out, and nothing else."""
+    file = results.plan.result_file("ours", 1)
+    content = json.loads(file.read_text())
+    content["values"][GREEDY]["missed"][2] = float("nan")  # 0.2 less than the start on the others
+    content["values"][GREEDY]["missed"][0] -= 0.6
+    file.write_text(json.dumps(content))
+    after, before = results.pair("ours", GREEDY, "missed") or ([], [])
+    assert [len(values[0]) for values in (after, before)] == [3, 3]
+    (table,) = tables.differences(results, ["ours"], ["missed"], "t")
+    assert row(table, "Ours")[4].startswith("-0.100 ")  # one of six is 0.6 lower
+    assert figures.gains_figure(results, ["ours", "people"], "missed") is not None
+    content["values"][SAMPLED]["missed"] = [float("nan")] * 4
+    file.write_text(json.dumps(content))
+    again = Results(results.plan, results.jobs)
+    assert again.pair("ours", SAMPLED, "missed") is None
+
+
 def test_contrasts_take_gains_at_matched_entropy(results: Results):
     table = tables.contrasts(results, ["missed"])
     assert table is not None

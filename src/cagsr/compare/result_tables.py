@@ -60,16 +60,9 @@ def levels(results: Results, methods: Sequence[str]) -> Table | None:
 def paired_test(
     results: Results, method: str, how: str, measure: str, against: str = START
 ) -> tuple[Interval, float] | None:
-    """A method against another in one way and measure, on the prompts that all have: difference, p before correction.
-
-    None where it was not measured so.
-    """
+    """A method against another in one way and measure: difference, p before correction; None where it was not measured so."""
     pair = results.pair(method, how, measure, against)
-    if pair is None:
-        return None
-    known = np.isfinite(pair).all(axis=(0, 1))
-    after, before = (values[:, known] for values in pair)
-    return paired_difference(after, before), paired_p_value(after, before)
+    return None if pair is None else (paired_difference(*pair), paired_p_value(*pair))
 
 
 def differences(

@@ -64,7 +64,8 @@ class Results:
         """A method's values and what they are compared with, on the seeds of both; ``(seeds, prompts)`` each.
 
         ``how``: ``sampled`` or ``greedy``: both decoded so. ``start_matched``: the method sampled, the start at matched
-        entropy; against another method, the gains that both have so. None where one of them was not measured so.
+        entropy; against another method, the gains that both have so. Prompts on which an answer has no such measure (equations
+        that hold, where there is none) are left out of both. None where one of them was not measured so, or on no prompt.
         """
         seeds = [seed for seed in self.seeds(method) if seed in self.seeds(against)]
         if method == START or not seeds:
@@ -78,7 +79,9 @@ class Results:
         if len(known) < len(found):
             return None
         first, second, *other = known
-        return (first - second, other[0] - other[1]) if other else (first, second)
+        after, before = (first - second, other[0] - other[1]) if other else (first, second)
+        measured = np.isfinite([after, before]).all(axis=(0, 1))
+        return (after[:, measured], before[:, measured]) if measured.any() else None
 
     def costs(self, method: str) -> dict[str, float]:
         """Mean seconds, peak memory and labels of a method's jobs."""
