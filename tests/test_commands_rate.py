@@ -153,7 +153,7 @@ def test_summary_and_export(place: Path, capsys: Any) -> None:
         ("serve --db none.sqlite", "none.sqlite does not exist yet: give --a and --b"),
         ("serve --db none.sqlite --a a.jsonl", "--b is missing"),
         ("serve --db none.sqlite --b a.jsonl", "--a is missing"),
-        ("serve --db none.sqlite --a a.jsonl --b b.jsonl --pairs p.jsonl", "not both"),
+        ("serve --db none.sqlite --a a.jsonl --b b.jsonl --pairs p.jsonl", "Give one of these"),
         ("serve --db none.sqlite --a a.jsonl --b none.jsonl", "--b none.jsonl: no such file; check the path."),
         ("serve --db none.sqlite --a a.jsonl --b a.jsonl", "There is nothing to rate"),
         ("serve --db none.sqlite --pairs a.jsonl", "a.jsonl, row 1: no answer in column 'a'"),

@@ -102,7 +102,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir(parents=True)
         config = TrainConfig(ModelConfig("start"), DataConfig("prompts.jsonl"), output_dir=folder)
         (tmp_path / folder / "config.yaml").write_text(to_yaml(config))
-    (tmp_path / "diagnosis.yaml").write_text("reward:\n  coverage:\n    weight: 0.5\n")
+    for name in ("diagnosis", "calibrated"):
+        (tmp_path / f"{name}.yaml").write_text("reward:\n  coverage:\n    weight: 0.5\n")
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -164,6 +164,16 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
+def differing(config: Any, default: Any) -> dict[str, Any]:
+    """The settings of a config that are not those of another one of its kind, section by section."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        usual = getattr(default, name)
+        if value != usual:
+            found[name] = differing(value, usual) if dataclasses.is_dataclass(value) else value
+    return found
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes tuples as lists: YAML has none."""
 

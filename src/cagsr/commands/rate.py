@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cagsr.config.ranges import OutputFile, Port, Seed
+from cagsr.config.ranges import OutputFile, Port, PositiveInt, Seed
 from cagsr.config.validation import checked
 from cagsr.errors import ConfigError, DataError
 from cagsr.support.progress import say
@@ -32,6 +32,11 @@ class Config:
     """serve: answers of the other side to the same prompts."""
     pairs: str | None = None
     """serve: one file with both answers in each row, instead of --a and --b."""
+    ranked: str | None = None
+    """serve: a file of cagsr rank instead: people are asked about the pairs of candidates on which the reward's terms disagree
+    most, one of each prompt (for cagsr calibrate)."""
+    questions: PositiveInt = 50
+    """serve: how many of them, with --ranked."""
     gold: str | None = None
     """serve: pairs whose better answer is known (columns prompt, chosen, rejected), mixed in to check the raters."""
     prompt_column: str = "prompt"
@@ -64,14 +69,19 @@ class Config:
                     yield f"--{name} belongs to cagsr rate {mode}; leave it out of {self.mode}."
         if self.mode == "serve" and (self.out is not None or self.leave_out):
             yield "--out and --leave_out belong to cagsr rate summary and export; leave them out of serve."
-        if self.pairs is not None and (self.a, self.b) != (None, None):
-            yield "Give either --a and --b, or --pairs, not both."
+        if sum(given is not None for given in (self.a or self.b, self.pairs, self.ranked)) > 1:
+            yield "Give one of these: --a and --b, --pairs, or --ranked."
+        if self.ranked is None and self.questions != default.questions:
+            yield "--questions: how many are asked of --ranked; without it all are."
         if (self.a is None) != (self.b is None):
             yield f"--{'b' if self.b is None else 'a'} is missing: two files of answers are compared."
 
 
 COLUMNS = ("prompt_column", "response_column", "a_column", "b_column")
-ONLY = {"serve": ("a", "b", "pairs", "gold", *COLUMNS, "scales", "seed", "port"), "export": ("votes",)}
+ONLY = {
+    "serve": ("a", "b", "pairs", "ranked", "questions", "gold", *COLUMNS, "scales", "seed", "port"),
+    "export": ("votes",),
+}
 """Settings that one mode alone reads."""
 
 
@@ -112,6 +122,8 @@ def _store(config: Config, path: Path) -> Store:
         a, b = str(config.a), str(config.b)
         if config.pairs is not None:
             a, b = (f"{config.pairs}, column {column}" for column in (config.a_column, config.b_column))
+        if config.ranked is not None:
+            a, b = f"{config.ranked}, the better by the reward", f"{config.ranked}, the worse"
         settings = Settings(a, b, SCALES if config.scales else (), config.seed or 0)
         gold = sum(one.gold for one in asked.questions)
         say(f"{len(asked.questions) - gold:,} questions" + (f" and {gold:,} gold questions." if gold else "."))
@@ -138,14 +150,16 @@ def _store(config: Config, path: Path) -> Store:
 def _questions(config: Config, known: bool) -> RatingQuestions | None:
     """Read the questions of the files given; None where none are and the ratings file has its own."""
     sides = [name for name in (config.a, config.b) if name is not None]
-    if config.pairs is None and not sides:
+    if config.pairs is None and config.ranked is None and not sides:
         if not known:
-            raise ConfigError(f"{config.db} does not exist yet: give --a and --b (files of answers), or --pairs.")
+            raise ConfigError(
+                f"{config.db} does not exist yet: give --a and --b (files of answers), --pairs, or --ranked."
+            )
         if config.gold is not None:
             raise ConfigError("--gold: give it together with the files that the ratings file was begun with.")
         return None
 
-    for flag in ("a", "b", "pairs", "gold"):
+    for flag in ("a", "b", "pairs", "ranked", "gold"):
         name = getattr(config, flag)
         if name is not None and not Path(name).is_file():
             raise DataError(f"--{flag} {name}: no such file; check the path.")
@@ -153,7 +167,11 @@ def _questions(config: Config, known: bool) -> RatingQuestions | None:
     from cagsr.rating.rating_questions import questions_from_answers, questions_from_pairs, with_gold
 
     column = config.prompt_column
-    if config.pairs is not None:
+    if config.ranked is not None:
+        from cagsr.rating.disagreement import questions_by_disagreement
+
+        found = questions_by_disagreement(config.ranked, config.questions)
+    elif config.pairs is not None:
         found = questions_from_pairs(config.pairs, config.a_column, config.b_column, prompt_column=column)
     else:
         found = questions_from_answers(*sides, prompt_column=column, response_column=config.response_column)

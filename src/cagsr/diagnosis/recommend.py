@@ -1,9 +1,7 @@
 """From measured signals to a recommendation: layers, threshold, weights, and warnings in plain words."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from cagsr.diagnosis.cross_fit import FoldComparison, Index, Products, SettingCh
 from cagsr.diagnosis.signals import Setting, Signals, prompts_of
 from cagsr.evaluation.intervals import Floats
 from cagsr.evaluation.metrics import lexical_relevance, word_weights
+from cagsr.parse import differing
 from cagsr.reward.normalize import Normalizer
 from cagsr.reward.terms.echo import EchoConfig, copied_share, echo
 from cagsr.reward.values import TermValues
@@ -373,9 +372,9 @@ def yaml_of(
     recommendation: Recommendation, attention: AttentionConfig, reward: RewardConfig
 ) -> dict[str, dict[str, object]]:
     """Write the recommendation as the settings of a ``--config`` file, beside those that it was measured under."""
-    chosen, given = recommendation.setting, _set(reward, RewardConfig())
+    chosen, given = recommendation.setting, differing(reward, RewardConfig())
     if recommendation.configured:
-        return {"attention": _set(attention, AttentionConfig()), "reward": given}
+        return {"attention": differing(attention, AttentionConfig()), "reward": given}
     sections: dict[str, object] = {"normalize": "within_prompt"}
     for name in ALL_WEIGHTS:
         chosen_too = {"threshold": chosen.threshold} if name == "coverage" else {}
@@ -383,14 +382,4 @@ def yaml_of(
             chosen_too = {"allowed": recommendation.echo_allowed}
         sections[name] = {**given.get(name, {}), "weight": recommendation.weights.get(name, 0.0), **chosen_too}
     sections |= {name: given[name] for name in ("associations", "clip") if name in given}
-    return {"attention": _set(attention, AttentionConfig()) | {"layers": chosen.layers}, "reward": sections}
-
-
-def _set(config: Any, default: Any) -> dict[str, Any]:
-    """What is not at its default, section by section."""
-    found: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        usual = getattr(default, name)
-        if value != usual:
-            found[name] = _set(value, usual) if dataclasses.is_dataclass(value) else value
-    return found
+    return {"attention": differing(attention, AttentionConfig()) | {"layers": chosen.layers}, "reward": sections}

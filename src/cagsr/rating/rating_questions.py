@@ -72,7 +72,7 @@ def questions_from_answers(
         others = theirs[key]
         unpaired += abs(len(rows) - len(others))
         pairs += [RatingQuestion(prompt, a, b) for (_, prompt, a), (*_, b) in zip(rows, others, strict=False)]
-    return _kept(pairs, unpaired)
+    return kept_questions(pairs, unpaired)
 
 
 def questions_from_pairs(
@@ -83,7 +83,7 @@ def questions_from_pairs(
     pairs = [
         RatingQuestion(prompt_of(row, prompt_column), _text(row, a_column), _text(row, b_column), gold) for row in rows
     ]
-    return _kept(pairs, 0)
+    return kept_questions(pairs, 0)
 
 
 def with_gold(asked: RatingQuestions, gold: RatingQuestions) -> RatingQuestions:
@@ -147,7 +147,7 @@ def _message(entry: Any, position: int, where: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _kept(pairs: Sequence[RatingQuestion], unpaired: int) -> RatingQuestions:
+def kept_questions(pairs: Sequence[RatingQuestion], unpaired: int) -> RatingQuestions:
     """Leave out pairs that nobody could tell apart (white space is not what is judged) and those that came before."""
     different = [pair for pair in pairs if pair.a.split() != pair.b.split()]
     first: dict[str, RatingQuestion] = {}
