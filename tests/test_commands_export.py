@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,9 +17,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import gguf_files
 import tiny
+import vllm_adapter
 from cagsr.commands.main import main
+from cagsr.config import ModelConfig
 from cagsr.errors import ConfigError
+from cagsr.models.load import load_model
+from cagsr.runs import onnx
 from cagsr.runs.export import compared, find_converter
+from cagsr.runs.saved import answers_probe
 
 IDS = torch.tensor([[1, 5, 7, 9]])
 
@@ -90,6 +99,7 @@ def test_adapters_merged_and_alone(start: Path, adapter: Path, tmp_path: Path, c
     )
     weights = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     assert {one.dtype for one in weights.values()} == {torch.bfloat16}
+    assert vllm_adapter.refused(tmp_path / "alone") == []
     again = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), tmp_path / "alone"))
     torch.testing.assert_close(again, expected, atol=0.1, rtol=0.1)
     assert not torch.equal(again, expected)
@@ -151,6 +161,7 @@ def converter(folder: Path, gguf: Path | None) -> Path:
         "source, out = Path(sys.argv[1]), sys.argv[sys.argv.index('--outfile') + 1]\n"
         "assert (source / 'config.json').is_file() and (source / 'tokenizer.json').is_file()\n"
         "assert sys.argv[sys.argv.index('--outtype') + 1] == 'q8_0'\n"
+        "assert not (source / 'tokenizer.model').exists() or (source / 'tokenizer.model').read_text() == 'pieces'\n"
         + (
             f"shutil.copyfile({str(gguf)!r}, out)\n"
             if gguf is not None
@@ -192,12 +203,58 @@ def test_gguf_by_llama_cpps_converter(
     ]
 
 
-def test_what_does_not_go_together_and_what_is_missing(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("kind", ["gemma3", "t5"])
+def test_a_graph_is_asked_as_the_policy_is(tmp_path: Path, kind: str):
+    """In two parts, behind a cache (of windows too) that was empty; here the model itself stands in for its graph."""
+    loaded = load_model(ModelConfig(str(tiny.save_model(tmp_path, kind)), device="cpu"), for_training=False)
+    model: Any = loaded.model
+    texts = [((1, 5, 7, 9, 4, 8, 6), (5, 9, 9, 2, 2, 4, 4)), ((1, 9), (7, 7, 2))]
+    probe = answers_probe(loaded, texts)
+    example = onnx._sequence_example(model) if kind == "gemma3" else onnx._pair_example()
+    assert (example["attention_mask"] == 0).any()  # else the graph would know no padding
+    with torch.no_grad():
+        assert not torch.isnan(model(**example).logits).any()
+    torch.testing.assert_close(probe(onnx._Graph(model, model, example)).logits, probe(model).logits)
+
+
+def test_onnx_answers_as_the_policy(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A row padded on the left goes on token by token behind its keys and values, in ONNX Runtime alone."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "onnx"
+    assert export(start, out, "--format", "onnx", "--prompt", "tell me about the red cat") == 0
+    assert (
+        "Written as ONNX in float32, loaded again and compared: the likeliest token is the same at 100.0%"
+        in " ".join(capsys.readouterr().err.split())
+    )
+    assert (out / "README.md").read_text() == "# A card\n"
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    model, session = AutoModelForCausalLM.from_pretrained(start), runtime.InferenceSession(str(out / "model.onnx"))
+    ids, mask = torch.tensor([[0, 0, 1, 5, 9], [1, 7, 6, 8, 4]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6, eos_token_id=None)
+    held = {one.name: np.zeros((2, 2, 0, 8), np.float32) for one in session.get_inputs() if "past" in one.name}
+    given, fed = [one.name for one in session.get_outputs()], ids
+    for _ in range(6):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        asked = {"input_ids": fed.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        found = dict(zip(given, session.run(None, asked | held), strict=True))
+        held = {name: found[name.replace("input.", "output.")] for name in held}
+        fed = torch.from_numpy(found["logits"][:, -1:].argmax(axis=-1))
+        ids, mask = torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1)
+    assert ids.tolist() == expected.tolist()
+
+
+def test_what_does_not_go_together_and_what_is_missing(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", ModuleType("onnxscript"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     for flags, said in (
         (("--form", "adapter", "--format", "gguf"), "written as safetensors alone"),
         (("--format", "gguf", "--dtype", "bfloat16"), "--outtype for gguf"),
         (("--converter", "x"), "--converter is for --format gguf"),
-        (("--format", "onnx"), 'pip install "optimum[onnxruntime]"'),
+        (("--format", "onnx"), 'needs onnx, which is not installed: pip install "cagsr[onnx]"'),
     ):
         assert export(start, tmp_path / "out", *flags) == 2
         assert said in capsys.readouterr().err

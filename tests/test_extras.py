@@ -110,7 +110,7 @@ def test_help_needs_no_extra(bare: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_sentence_names_what_is_missing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    require("it", *EXTRAS.keys() - {"embeddings"})
+    require("it", *EXTRAS.keys() - {"embeddings", "onnx"})
     monkeypatch.setitem(sys.modules, "bokeh", None)
     require("--png", "pages", modules=["matplotlib"])
     with pytest.raises(ConfigError, match=r'^it needs bokeh, which is not installed: pip install "cagsr\[pages\]"\.$'):

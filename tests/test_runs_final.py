@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import vllm_adapter
 from cagsr.errors import ConfigError, RunError
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.load import LoadedModel
@@ -134,6 +135,8 @@ def test_lora_gives_a_merged_model_and_the_adapter_and_leaves_the_policy_alone(t
     assert not torch.allclose(tiny()[0].eval()(input_ids=ids).logits, expected, atol=1e-2)
     adapted = PeftModel.from_pretrained(tiny()[0], tmp_path / "final-adapter").eval()
     assert torch.allclose(adapted(input_ids=ids).logits, expected, atol=1e-6)
+    assert vllm_adapter.refused(tmp_path / "final-adapter", rank=8) == []
+    assert vllm_adapter.refused(tmp_path / "final-adapter", rank=1) == ["r above 1"]
     assert (tmp_path / "final-adapter" / "README.md").read_text() == "# card"
 
 

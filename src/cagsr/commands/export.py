@@ -21,7 +21,8 @@ class Config:
     output: str
     """Folder to write, or with --format gguf the file."""
     format: Literal["safetensors", "gguf", "onnx"] = "safetensors"
-    """safetensors: transformers, vLLM, TGI; gguf: llama.cpp, Ollama (by llama.cpp's converter); onnx: ONNX Runtime (by optimum)."""
+    """safetensors: transformers, vLLM, TGI; gguf: llama.cpp, Ollama (by llama.cpp's converter); onnx: ONNX Runtime (by
+    transformers' own exporter)."""
     form: Literal["merged", "adapter"] = "merged"
     """merged: the whole model; adapter: a run's final-adapter/ alone, for peft and vLLM's multi-LoRA."""
     dtype: SaveDtype = "auto"
@@ -50,7 +51,8 @@ def run(config: Config) -> None:
     from cagsr.flow import EncodedPrompt, Prompt
     from cagsr.models.load import load_model
     from cagsr.prompts.encode import TextEncoder
-    from cagsr.runs.export import export_adapter, export_gguf, export_merged, export_onnx, free
+    from cagsr.runs.export import export_adapter, export_gguf, export_merged, free
+    from cagsr.runs.onnx import export_onnx
     from cagsr.support.atomic import disk_errors
 
     place = Path(config.output).resolve()

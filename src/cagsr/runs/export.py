@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,13 @@ from cagsr.runs.saved import (
     save_compared,
 )
 from cagsr.support.atomic import disk_errors, replace_folder
-from cagsr.support.extras import is_installed, require
+from cagsr.support.extras import require
 from cagsr.support.progress import working
 
 CONVERTER = "convert_hf_to_gguf.py"
 """llama.cpp's, of which this is the name in its repository."""
+SENTENCEPIECE = "tokenizer.model"
+"""What the converter reads the vocabulary of SentencePiece models (Llama 2, Mistral, Gemma) from, where it is there."""
 HELD = ("checkpoints", "run.lock", "metrics.jsonl")
 """What a run's folder holds."""
 LEAST_AGREEMENT = 0.9
@@ -119,9 +120,7 @@ def export_adapter(
             parameter.data = parameter.data.to(precision).float()
     kept = place.with_name(f"{place.name}-{DIFFERS}")
     save_adapter_compared(place, adapted, base, probe, kept=kept, dtype=precision)
-    card = Path(path) / "README.md"
-    if card.is_file():
-        shutil.copyfile(card, place / "README.md")
+    copy_card(Path(path), place)
     return f"Saved in {str(precision).removeprefix('torch.')}, {compared(before, probe(adapted).logits).sentence}."
 
 
@@ -146,6 +145,8 @@ def export_gguf(
         source, made = Path(folder) / "model", Path(folder) / "model.gguf"
         loaded.model.save_pretrained(source)
         loaded.tokenizer.save_pretrained(source)
+        if (pieces := Path(loaded.path) / SENTENCEPIECE).is_file():  # transformers writes tokenizer.json alone
+            shutil.copyfile(pieces, source / SENTENCEPIECE)
         command = [sys.executable, str(script), str(source), "--outfile", str(made), "--outtype", outtype]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode != 0 or not made.is_file():
@@ -158,35 +159,20 @@ def export_gguf(
                 f"{place} was not written, because what {script.name} made is another model ({checked.sentence}); try --outtype "
                 "f16, and a converter that knows this architecture."
             )
+        others = [
+            one.prompt.text
+            for one in prompts
+            if again.tokenizer(one.prompt.text)["input_ids"] != loaded.tokenizer(one.prompt.text)["input_ids"]
+        ]
         os.replace(made, place)
-    return f"Written as {outtype}, {checked.sentence}."
+    note = f" Its tokenizer cuts {others[0]!r} otherwise than the model's: look at its BOS token." if others else ""
+    return f"Written as {outtype}, {checked.sentence}.{note}"
 
 
-def export_onnx(loaded: LoadedModel, place: Path, prompts: Sequence[EncodedPrompt]) -> str:
-    """Write an ONNX folder by optimum, run it and compare; a sentence for the user.
-
-    ConfigError: optimum or onnxruntime is not installed; RunError: what it wrote is another model.
-    """
-    if absent := [name for name in ("optimum", "onnxruntime") if not is_installed(name)]:
-        raise ConfigError(
-            f'--format onnx needs {absent[0]}, which is not installed: pip install "optimum[onnxruntime]".'
-        )
-    # Of no extra: optimum names its own dependencies by its version, and changes them.
-    exporter, runtime = import_module("optimum.exporters.onnx"), import_module("optimum.onnxruntime")
-    probe = greedy_probe(loaded, prompts, TOKENS)
-    trained = probe(loaded.model)
-    single = loaded.architecture.one_sequence
-    with replace_folder(place) as folder:
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as plain:
-            loaded.model.save_pretrained(plain)
-            loaded.tokenizer.save_pretrained(plain)
-            task = "text-generation" if single else "text2text-generation"
-            exporter.main_export(plain, output=folder, task=task)
-        kind = runtime.ORTModelForCausalLM if single else runtime.ORTModelForSeq2SeqLM
-        checked = compared(trained.logits, _at(probe, kind.from_pretrained(folder, use_cache=False)))
-        if checked.same_token < LEAST_AGREEMENT:
-            raise RunError(f"{place} was not written, because the ONNX model is another one ({checked.sentence}).")
-    return f"Written as ONNX, {checked.sentence}."
+def copy_card(model: Path, place: Path) -> None:
+    """Have a model's card go along, where it has one."""
+    if (card := model / "README.md").is_file():
+        shutil.copyfile(card, place / card.name)
 
 
 def find_converter(named: str | None) -> Path:

@@ -159,7 +159,7 @@ def save_compared(
     found = probe(again)
     problem = (
         _weights_unlike(again, full, dtype)
-        or _unlike(_with_weights(again, full, probe, dtype) if dtype != torch.float32 else found, trained)
+        or unlike(_with_weights(again, full, probe, dtype) if dtype != torch.float32 else found, trained)
         or _tokens_unlike(folder, loaded.tokenizer)
     )
     if problem is None and bool((found.logits.isfinite() != trained.logits.isfinite()).any()):
@@ -219,7 +219,7 @@ def save_adapter_compared(
         finally:
             model.set_adapter(active)
             model.delete_adapter(again)
-        if problem := _unlike(found, trained):
+        if problem := unlike(found, trained):
             delete(kept)
             os.replace(folder, kept)
             raise RunError(
@@ -324,7 +324,7 @@ def _weights_unlike(again: PreTrainedModel, full: PreTrainedModel, dtype: torch.
     return None
 
 
-def _unlike(found: Outputs, trained: Outputs) -> str | None:
+def unlike(found: Outputs, trained: Outputs) -> str | None:
     """Whether two models give different logits, as part of a sentence; infinite ones (masked outputs) must agree."""
     finite = trained.logits.isfinite()
     allowed = TOLERANCE * max(1.0, float(trained.logits[finite].abs().max()))

@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "trl": ("trl",),
     "nltk": ("nltk", "rouge_score"),
     "gguf": ("gguf",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "embeddings": ("sentence_transformers",),
 }
 """Extra -> the modules it brings (of ``compare`` those beyond ``trl`` and ``nltk``, which it brings too)."""
