@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import json
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import apart
 import cagsr.integrations
 import tiny
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.integrations.frozen import VARIABLE
+from cagsr.integrations import verl_worker
+from cagsr.integrations.frozen import VARIABLE, FrozenScorer
 from cagsr.models.load import load_model
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.reward.answers import AnswerScorer
 from cagsr.scoring.answers import Response
+from cagsr.support.extras import is_installed
 
 ANSWERS = ["the red cat near a house .", "a dog likes food , a dog likes food , a dog likes food", "bird"]
 CHAT = (
@@ -124,6 +130,98 @@ def test_verl_takes_its_settings_from_reward_kwargs(workplace: Path, monkeypatch
     with pytest.raises(DataError, match="extra_info holds no 'prompt'"):
         compute_score("tiny", ANSWERS[0], None, row, config=str(workplace / "plain.yaml"))
     assert compute_score("tiny", "", None, row, **kwargs)["repetition"] == 0.0
+
+
+class Rows:
+    """Stands in for verl's DataProto: tensors in ``batch``, one row of it by its number."""
+
+    def __init__(self, batch: Mapping[str, torch.Tensor], columns: Mapping[str, Sequence[Any]]) -> None:
+        self.batch, self.non_tensor_batch = dict(batch), dict(columns)
+
+    def __getitem__(self, row: int) -> Rows:
+        return Rows(
+            {name: one[row] for name, one in self.batch.items()},
+            {name: one[row] for name, one in self.non_tensor_batch.items()},
+        )
+
+
+def sampled(folder: Path) -> list[Rows]:
+    """The answers to the file's first prompts, each in a batch of its own as verl's agent loop makes them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "start")
+    rows = []
+    for prompt, text in zip(prompts_of(folder, "chat"), ANSWERS, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        said = [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        padded = {"prompts": [0, 0, *ids], "responses": [*said, 0], "attention_mask": [0, 0, *[1] * len(ids + said), 0]}
+        columns = {"raw_prompt": [prompt], "__num_turns__": [2], "reward_model": [{"ground_truth": None}]}
+        rows.append(Rows({name: torch.tensor([one]) for name, one in padded.items()}, columns))
+    return rows
+
+
+def managed(folder: Path, **settings: Any) -> verl_worker.AttentionRewardManager:
+    """A manager as verl makes it."""
+    config = SimpleNamespace(reward={"reward_kwargs": {"config": str(folder / "chat.yaml"), **settings}})
+    return verl_worker.AttentionRewardManager(
+        config=config, tokenizer=None, compute_score=None, reward_router_address=None, reward_model_tokenizer=None
+    )
+
+
+def test_verls_reward_manager_judges_the_sampled_tokens_together(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    terms = FrozenScorer.terms
+
+    def counted(self: FrozenScorer, prompts: Any, responses: Any) -> Any:
+        batches.append(len(responses))
+        return terms(self, prompts, responses)
+
+    monkeypatch.setattr(FrozenScorer, "terms", counted)
+    manager, rows = managed(workplace), sampled(workplace)
+    spoilt = sampled(workplace)[0]
+    spoilt.batch["prompts"] = spoilt.batch["prompts"] + 1
+
+    async def asked() -> list[Any]:
+        return await asyncio.gather(*map(manager.run_single, [*rows, spoilt]), return_exceptions=True)
+
+    *found, refused = asyncio.run(asked())
+    wanted = expected(workplace, "chat")
+    for key, values in wanted.items():
+        assert [row["reward_extra_info"][key] for row in found] == pytest.approx(values, abs=1e-5), key
+    assert [row["reward_score"] for row in found] == pytest.approx(wanted["score"], abs=1e-5)
+    assert batches == [3]  # one pass for all that were asked at once; the one that can't be judged spoils none
+    assert isinstance(refused, DataError)
+    assert "a model of the same tokenizer and chat template" in str(refused)
+    # Rewards stand at the last token that was sampled.
+    rewards = manager.assemble_rm_scores(rows[1], [0.5])
+    assert rewards.shape == rows[1].batch["responses"].shape
+    assert rewards[0, -2:].tolist() == [0.5, 0.0]
+    assert rewards.sum() == 0.5
+
+
+def test_verls_rows_that_the_manager_can_not_judge(workplace: Path) -> None:
+    row, *_ = sampled(workplace)
+    # Where verl pads trajectories of several lengths on the right it says how long they are.
+    lengths = {"prompt_len": [3], "response_len": [2]}
+    asked = verl_worker.asked_of(Rows(row.batch, row.non_tensor_batch | lengths)[-1])
+    assert asked.prompt_ids == tuple(row.batch["prompts"][0, :3].tolist())
+    assert asked.answer_ids == tuple(row.batch["responses"][0, :2].tolist())
+    with pytest.raises(DataError, match="an answer of 4 turns"):
+        verl_worker.asked_of(Rows(row.batch, row.non_tensor_batch | {"__num_turns__": [4]})[-1])
+    with pytest.raises(DataError, match="no raw_prompt"):
+        verl_worker.asked_of(Rows(row.batch, {})[-1])
+
+
+def test_verls_own_reward_loop_takes_the_manager(tmp_path: Path) -> None:
+    """verl's configuration, its RewardLoopManager, two of its workers in Ray, and one worker with the model."""
+    for module in ("verl", "ray"):
+        if not is_installed(module):
+            pytest.skip(f"{module} is not installed")
+    arguments = ("-m", "examples.integrations.verl_worker", "--output_dir", str(tmp_path))
+    told = apart.finish(apart.python(*arguments, environment={"RAY_AUTH_MODE": "disabled"}))
+    assert re.search(r"workers: cagsr-reward-\w+, reward_loop_worker_0, reward_loop_worker_1\n", told)
+    assert re.search(r"'the small red cat sees a house': score \S+, grounded_coverage \S+, .*; at token 7\n", told)
+    assert re.search(r"'a dog likes food , a dog likes food , .*: .*, repetition 0\.[1-9]\d*.*; at token 14\n", told)
 
 
 @pytest.mark.parametrize("name", ["plain", "chat"])
