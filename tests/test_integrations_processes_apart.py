@@ -212,13 +212,14 @@ def test_verls_rows_that_the_manager_can_not_judge(workplace: Path) -> None:
         verl_worker.asked_of(Rows(row.batch, {})[-1])
 
 
+@pytest.mark.timeout(600)  # four processes import torch and verl
 def test_verls_own_reward_loop_takes_the_manager(tmp_path: Path) -> None:
     """verl's configuration, its RewardLoopManager, two of its workers in Ray, and one worker with the model."""
     for module in ("verl", "ray"):
         if not is_installed(module):
             pytest.skip(f"{module} is not installed")
     arguments = ("-m", "examples.integrations.verl_worker", "--output_dir", str(tmp_path))
-    told = apart.finish(apart.python(*arguments, environment={"RAY_AUTH_MODE": "disabled"}))
+    told = apart.finish(apart.python(*arguments, environment={"RAY_AUTH_MODE": "disabled"}), 540)
     assert re.search(r"workers: cagsr-reward-\w+, reward_loop_worker_0, reward_loop_worker_1\n", told)
     assert re.search(r"'the small red cat sees a house': score \S+, grounded_coverage \S+, .*; at token 7\n", told)
     assert re.search(r"'a dog likes food , a dog likes food , .*: .*, repetition 0\.[1-9]\d*.*; at token 14\n", told)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -80,10 +80,13 @@ class TrainResult:
 
 
 @shown("cagsr train")
-def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, console: Console | None = None, after_step: Callable[[int], None] | None = None
+) -> TrainResult:
     """Run CAGSR: PPO on unlabelled prompts with the reward read from the model's own attention.
 
-    What was chosen and how it goes is said on ``console`` (None: standard output).
+    What was chosen and how it goes is said on ``console`` (None: standard output). ``after_step`` is called by the main process
+    with the number of each step that is written, 0 for the start's evaluation.
 
     Raises:
         CagsrError: bad input of any kind; the last good checkpoint is intact.
@@ -149,8 +152,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             for note in notes:
                 console.print(f"  {note}", highlight=False, markup=False)
         steps = Steps(config, loaded, ppo, stream, held_out.prompts, metric, monitors, record, trainer)
+        written = after_step if after_step is not None and main else lambda step: None
         if record.first_step == 0:
             steps.start()
+            written(0)
         timings: list[dict[str, float]] = []
         operators: list[tuple[str, float, int]] = []
         # The first step pays for what is set up once; recording slows a step down, so its times are left out.
@@ -160,6 +165,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             for step in range(record.first_step + 1, config.run.steps + 1):
                 with operators_of(operators, loaded.device) if step == recorded else nullcontext():
                     taken = steps.step(step, numbers)
+                written(step)
                 if step != recorded:
                     timings.append(taken)
         if config.run.profile and main:

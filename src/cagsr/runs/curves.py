@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +35,7 @@ _Series = tuple[str, list[int], list[float]]
 """A label, steps, and values."""
 
 
-def _series(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+def _series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Pick a metric's steps and finite values."""
     points = [
         (row["step"], float(row[metric])) for row in rows if row.get(metric) is not None and math.isfinite(row[metric])
@@ -55,7 +55,7 @@ def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
     axes.plot(steps, [sum(some) / len(some) for some in around], color=colour, linewidth=1.8, label=label)
 
 
-def _since_start(rows: Sequence[dict[str, Any]], key: str) -> _Series:
+def _since_start(rows: Sequence[Mapping[str, Any]], key: str) -> _Series:
     """A term's mean since the first step, in standard deviations of that step: terms have units that differ a hundredfold."""
     steps, values = _series(rows, key)
     _, spreads = _series(rows, key.removesuffix("/mean") + "/std")
@@ -69,7 +69,15 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
 
     Raises RunError where there is nothing to draw.
     """
-    rows = read_lines(metrics)
+    picture = training_curves(read_lines(metrics), title)
+    if picture is None:
+        raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
+    write_bytes_atomically(out, picture)
+    return out
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes | None:
+    """The curves of rows of metrics as PNG; None where there is nothing to draw."""
     terms = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     term_series = [_since_start(rows, key) for key in terms if key != "rewards/total/mean"]
     drawn: list[tuple[_Panel, list[_Series]]] = []
@@ -79,10 +87,9 @@ def plot_training_curves(metrics: Path, out: Path, title: str) -> Path:
         if found:
             drawn.append((panel, found[:1] if panel.metrics else found))
     if not drawn:
-        raise RunError(f"{metrics} holds no metrics to draw: let the run do at least one step.")
+        return None
     with rc_context(fname=str(files("cagsr.runs") / "curves.mplstyle")):
-        write_bytes_atomically(out, _png(drawn, title))
-    return out
+        return _png(drawn, title)
 
 
 def _png(drawn: Sequence[tuple[_Panel, list[_Series]]], title: str) -> bytes:
