@@ -41,7 +41,7 @@ benchmarks/.trl: $(STAMP)  ## the last TRL with a PPOTrainer, beside the one tha
 	touch $@
 
 # The public modules; those that the first page names.
-API := cagsr $(addprefix cagsr., train config flow errors attention reward view integrations)
+API := cagsr $(addprefix cagsr., train config flow errors attention reward view notebook integrations)
 
 api: $(STAMP)  ## the API's pages from the docstrings, in build/api
 	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/api $(API)

@@ -81,7 +81,7 @@ def test_it_is_drawn_while_it_trains_and_once_more_at_the_end(
         [0.0, 0.1, 1.0, 2.0, 5.0, 5.1]
     )  # step 0 drawn in 0.1 s; step 1 comes too early, as does step 2; step 3 is drawn
 
-    def trained(given: TrainConfig, after_step: Any) -> None:
+    def trained(given: TrainConfig, console: Any, after_step: Any) -> None:
         assert given is config
         for step in range(4):
             run_pages.make_run(tmp_path / "run", done=step, final=False, samples=[])
@@ -152,7 +152,7 @@ def test_the_example_runs_in_a_kernel(tmp_path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = {one.id: one.get("outputs", []) for one in notebook.cells}
     (shown,) = [one.data["text/html"] for one in outputs["look"]]
-    drawn = [one for one in outputs["train"] if one.output_type == "display_data"]
+    drawn = [html for one in outputs["train"] if "cagsr-run" in (html := one.get("data", {}).get("text/html", ""))]
     assert len(drawn) == 1  # one output, drawn anew
-    assert "Training is finished: 2 steps." in drawn[0].data["text/html"]
+    assert "Training is finished: 2 steps." in drawn[0]
     assert "data:image/png;base64," in shown

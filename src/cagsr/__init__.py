@@ -5,7 +5,7 @@ loads neither torch nor transformers. Training is ``cagsr.train.train(config)``:
 a function and a module can't both be called ``cagsr.train``.
 
 By module: `cagsr.train`, `cagsr.config`, `cagsr.flow`, `cagsr.errors`, `cagsr.attention`, `cagsr.reward`, `cagsr.view`,
-`cagsr.integrations`.
+`cagsr.notebook`, `cagsr.integrations`.
 """
 
 # ruff: noqa: F403, F405

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from cagsr.config import TrainConfig
 from cagsr.html_page import fill
 from cagsr.run_page.metric_curves import curves_of
@@ -63,7 +65,9 @@ def train(config: TrainConfig) -> RunView:
     """
     view = RunView(Path(config.output_dir))
     with _live(view) as draw:
-        train_run(config, after_step=draw)
+        # In a notebook rich would make an output of every line.
+        console = Console(soft_wrap=True, highlight=False, force_jupyter=False)
+        train_run(config, console=console, after_step=draw)
     return view
 
 
