@@ -25,7 +25,8 @@ def test_a_run_shows_itself_and_nothing_in_it_is_markup(tmp_path: Path) -> None:
     warning = {"step": 7, "name": "kl", "sentence": f"KL {run_pages.HOSTILE}", "action": "stop"}
     rows = [run_pages.sample(step, run_pages.HOSTILE, f"{run_pages.HOSTILE} {step}", 0.25) for step in (1, 7)]
     held_out = [
-        {"step": step, "prompt": "p", "completion": said} for step, said in ((0, "the cat"), (7, "the red cat"))
+        {"step": step, "prompt": "p", "completion": said, "metric": 0.75}
+        for step, said in ((0, "the cat"), (7, "the red cat"))
     ]
     folder = run_pages.make_run(
         tmp_path / "run", done=7, final=False, warnings=[warning], samples=rows, held_out=held_out
@@ -33,7 +34,7 @@ def test_a_run_shows_itself_and_nothing_in_it_is_markup(tmp_path: Path) -> None:
     html = RunView(folder)._repr_html_()
     assert "A monitor stopped the training at step 7 of 20" in html
     assert re.search(r"<b>Step 7, .*</b> \(stopped the run\): KL &lt;/script&gt;", html)
-    assert "the<ins> red</ins> cat" in html  # against the start's answer
+    assert 'the<ins> red</ins> cat</td><td class="number">0.75</td>' in html  # against the start's answer
     assert html.count('src="data:image/png;base64,') == 1
     assert re.search(r"KL.*</td><td class=\"number\">0.37</td><td class=\"number\">2.59</td>", html)
     assert html.strip().startswith('<div class="cagsr-run">')
