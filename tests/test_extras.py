@@ -40,7 +40,7 @@ def test_the_extras_are_those_that_are_declared() -> None:
         name: sorted(_named(one) for one in OPTIONAL[name] if not one.startswith("cagsr[")) for name in EXTRAS
     }
     assert [one for one in OPTIONAL["compare"] if one.startswith("cagsr[")] == ["cagsr[trl,nltk]"]
-    assert OPTIONAL["all"] == ["cagsr[pages,rate,compare,trl,nltk,gguf]"]
+    assert OPTIONAL["all"] == ["cagsr[pages,rate,serve,compare,trl,nltk,gguf]"]
     assert set(COMMANDS["compare"].extras) == {"compare", "trl", "nltk"}
 
 
@@ -78,6 +78,7 @@ LINES = {
     "dpo": "dpo --model start --data pairs.jsonl --output_dir out",
     "compare": "compare plan.yaml",
     "rate": "rate summary --db ratings.sqlite",
+    "serve": "serve versions --folder served",
     "report": "report run",
 }
 

@@ -26,7 +26,7 @@ from cagsr.errors import ConfigError, MonitorStop, RolloutError
 from cagsr.evaluation.held_out import choose_metric
 from cagsr.flow import EncodedPrompt
 from cagsr.models.generation import generation_notes
-from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.load import LoadedModel, go_on_from, load_model
 from cagsr.models.sharding import gathered
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stream import PromptSet
@@ -102,6 +102,8 @@ def train(
     set_seed(config.run.seed)
 
     loaded = load_model(config.model, config.lora)
+    if config.lora.start is not None:
+        go_on_from(loaded.model, config.lora.start)
     loaded.stops(config.sampling)  # refuses stop strings that no answer could say
     check_precision(accelerator, loaded.compute_dtype)
     train_set, held_out = _prompt_sets(config, loaded)

@@ -82,6 +82,8 @@ class TrainerConfig:
             yield f"--micro_batch_size {self.micro} must divide --batch_size {self.batch_size}."
         if self.data.streaming:
             yield "--data.streaming: the pairs are shuffled, so all are read; use --data.limit for large sets."
+        if self.lora.start is not None:
+            yield "--lora.start: cagsr train alone goes on from an adapter; name the adapter's folder as --model.path."
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ class LoraConfig:
     """Scale of the adapters (alpha / r)."""
     target_modules: str = "all-linear"
     """Which modules get an adapter: all-linear, or names separated by commas."""
+    start: str | None = None
+    """cagsr train: folder of a PEFT adapter to go on from, of the same base, rank and modules; None: a fresh one."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, a sentence each."""
+        if self.start is not None and self.r == 0:
+            yield "--lora.start: an adapter to go on from needs its rank; give --lora.r."
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from cagsr.config import LoraConfig, ModelConfig, SamplingConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.architecture import Architecture, architecture_of, teacher_forced
 from cagsr.models.checkpointing import checkpoint_without_dropout
+from cagsr.models.files import loading
 from cagsr.models.generation import GenerationRules, read_generation_rules
 from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
@@ -348,3 +350,25 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, task: str) -> PeftModel:
         if name != "all-linear" and not any(one == name or one.endswith(f".{name}") for one in found):
             raise ConfigError(f"{missing} as {name}.")
     return policy
+
+
+def go_on_from(policy: PeftModel, folder: str) -> None:
+    """Give fresh adapters the weights of those in a folder.
+
+    ConfigError where it holds no adapter, or one of another rank, scale or other modules.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    what, own = f"--lora.start {folder}", policy.peft_config[policy.active_adapter]
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{what}: there is no adapter_model.safetensors in it; name the folder of a PEFT adapter.")
+    with loading(f"{what}: can't be read"):
+        stored, settings = load_peft_weights(folder, device="cpu"), PeftConfig.from_pretrained(folder)
+    fresh = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    shapes = {name: weight.shape for name, weight in fresh.items()}
+    alike = {name: weight.shape for name, weight in stored.items() if name in shapes} == shapes
+    if not alike or (settings.r, settings.lora_alpha) != (own.r, own.lora_alpha):
+        raise ConfigError(
+            f"{what}: its adapters have another rank or scale, or other modules; give their --lora settings."
+        )
+    set_peft_model_state_dict(policy, stored)

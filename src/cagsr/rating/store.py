@@ -8,19 +8,22 @@ import secrets
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from cagsr.errors import DataError, RunError
+from cagsr.errors import DataError
 from cagsr.rating.rating_questions import PromptText, RatingQuestion
+from cagsr.support.database import connect, database_errors, has_tables, transaction
 
 APPLICATION = 0x63616773
 """What SQLite's header says of files that are ours ("cags")."""
 VERSION = 1
+NAMED = ("ratings file", "--db")
+"""What sentences call it, and the flag that names another one."""
 
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 Shown = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -104,10 +107,10 @@ class Store:
         Raises RunError where the file can't be written, DataError where something else lies there.
         """
         meta = {"token": secrets.token_urlsafe(32), "database": secrets.token_hex(8), **vars(settings)}
-        with database_errors(path):
+        with database_errors(path, *NAMED):
             path.touch(mode=0o600)
-            with closing(_connect(path)) as connection:
-                if _has_tables(connection):
+            with closing(connect(path)) as connection:
+                if has_tables(connection):
                     raise DataError(f"{path} holds another database; choose a new name with --db.")
                 connection.execute("PRAGMA journal_mode = WAL")
                 with transaction(connection):
@@ -219,7 +222,7 @@ class Store:
         ]
 
     def _read(self, query: str) -> list[tuple[Any, ...]]:
-        with database_errors(self._path), self._lock:
+        with database_errors(self._path, *NAMED), self._lock:
             return self._connection.execute(query).fetchall()
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -280,8 +283,8 @@ def open_database(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such ratings file; cagsr rate serve makes one (--db names it).")
-    with database_errors(path):
-        connection = _connect(path)
+    with database_errors(path, *NAMED):
+        connection = connect(path)
         try:
             if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
                 raise DataError(f"{path} is no ratings file of cagsr rate; choose another one with --db.")
@@ -297,42 +300,8 @@ def was_created(path: Path) -> bool:
     """Whether a ratings file is there; what a kill left of its making (an empty database) is none."""
     if not path.exists():
         return False
-    with database_errors(path), closing(_connect(path)) as connection:
-        return _has_tables(connection)
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing: commits at the end of the block, rolls back after an exception. No other writer gets between."""
-    connection.execute("BEGIN IMMEDIATE")
-    with connection:
-        yield
-
-
-@contextmanager
-def database_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into one sentence: RunError where the file can't be used, DataError where it is no database."""
-    try:
-        yield
-    except (sqlite3.OperationalError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(
-            f"{path} can't be used ({reason}); make it and its folder writable, or name another --db."
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise DataError(f"{path} is no ratings file ({error}); choose another one with --db.") from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Transactions are ours to open (isolation_level None); the store lets one thread in at a time.
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    return connection
-
-
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+    with database_errors(path, *NAMED), closing(connect(path)) as connection:
+        return has_tables(connection)
 
 
 def _question(prompt: str, a: str, b: str, gold: int) -> RatingQuestion:

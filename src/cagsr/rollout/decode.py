@@ -7,6 +7,7 @@ one exponential variate for each row of the batch, present or gone, and each tok
 ratio of probability to variate wins, which is what ``torch.multinomial`` does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from cagsr.support.progress import working
 
 LEAVE_WHEN = 7 / 8
 """Rows leave when at most this share is still going: each time costs a copy of the cache."""
+Variates = Callable[[int, Tensor, int], Tensor]
+"""As ``exponential_variates``."""
+Watch = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Told after each step of the rows held ``(rows,)`` int64, the token of each, and the model's logits ``(rows, vocabulary)`` it was
+drawn from, before any setting changed them; gives ``(rows,)`` bool, which rows are over. Rows that are over, but not yet gone, are
+among them."""
 _BY_ROW = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
 
 
@@ -38,6 +45,8 @@ def decode(
     drawn: list[Tensor] | None = None,
     earlier: Layers = (),
     kept: list[RowKeys | None] | None = None,
+    variates: Variates = exponential_variates,
+    watch: Watch | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
@@ -53,7 +62,7 @@ def decode(
     forward gathers weights that are sharded over processes). ``drawn`` is given the log-probability of each token drawn, under
     the distribution it was drawn from, ``(rows,)`` float32 a step; 0 for rows that have left. Without ``do_sample`` none is.
     ``earlier`` are the keys and values of the first columns of ``input_ids``; ``kept`` is given those of all that a row has read
-    and said, row by row (``rollout/turn_keys.py``).
+    and said, row by row (``rollout/turn_keys.py``). ``variates`` are another source of luck, ``watch`` looks on and may end rows.
 
     Gives ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
     """
@@ -85,8 +94,8 @@ def decode(
                 if generation_config.do_sample:
                     probabilities = torch.softmax(scores, dim=-1)
                     # Drawn for the rows that have left too: the luck of an answer does not depend on when the others end.
-                    variates = exponential_variates(total, held, probabilities.shape[1])
-                    tokens = torch.div(probabilities, variates, out=variates).argmax(dim=-1)
+                    luck = variates(total, held, probabilities.shape[1])
+                    tokens = torch.div(probabilities, luck, out=luck).argmax(dim=-1)
                     if drawn is not None:
                         chosen = probabilities.gather(1, tokens[:, None])[:, 0].log()
                         drawn.append(chosen.new_zeros(total).index_copy(0, held, chosen))
@@ -99,6 +108,8 @@ def decode(
                 result = torch.cat([result, column], dim=-1)
                 task.advance()
                 stopped = going & stopping_criteria(rows, None)
+                if watch is not None:
+                    stopped |= going & watch(held, tokens, logits)
                 ends = torch.where(stopped, rows.shape[1], ends)
                 going = going & ~stopped
                 alive = int(going.sum())

@@ -15,8 +15,9 @@ from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.generation import sampled_with
 from cagsr.models.load import LoadedModel
 from cagsr.models.merged import merged_adapters
-from cagsr.rollout.decode import decode
+from cagsr.rollout.decode import Variates, Watch, decode
 from cagsr.rollout.turn_keys import Layers, RowKeys, TurnKeys, can_go_on, lay_out
+from cagsr.rollout.variates import exponential_variates
 
 
 def sample_responses(
@@ -25,6 +26,8 @@ def sample_responses(
     sampling: SamplingConfig,
     batch_size: int | None = None,
     keys: TurnKeys | None = None,
+    variates: Variates = exponential_variates,
+    watch: Watch | None = None,
 ) -> EpisodeBatch:
     """Sample one answer for each row of a prompt batch, padded on the right to the longest.
 
@@ -35,6 +38,9 @@ def sample_responses(
 
     ``keys``: of what each row's prompt begins with, which is not read again; it then holds those of prompt and answer. Nothing is
     kept where the answers don't fit into memory at once, or the model can't go on from keys.
+
+    ``variates`` and ``watch`` as :func:`~cagsr.rollout.decode.decode` takes them, who count the rows in memory at once. An answer
+    that ``watch`` ends is longer here, by padding, wherever others go on: it knows where it ended.
     """
     many = _answers_per_prompt(prompts)
     per_batch = len(prompts.ids) if batch_size is None else max(1, batch_size // many) * many
@@ -71,6 +77,8 @@ def sample_responses(
                 drawn=drawn,
                 earlier=earlier,
                 kept=kept,
+                variates=variates,
+                watch=watch,
                 stopping_criteria=StoppingCriteriaList(says_stop),
             )
             ids.append(found[:, start:])

@@ -6,6 +6,7 @@ half the time, and in a quarter for rows that are no longer wanted. Where torch 
 ``exponential_`` is called.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -34,6 +35,12 @@ def exponential_variates(total: int, held: Tensor, width: int) -> Tensor:
         variates[done : done + len(wanted)] = _exponential(rows if len(wanted) == len(rows) else rows[wanted])
         done += len(wanted)
     return variates
+
+
+def row_variates(generators: Sequence[torch.Generator], held: Tensor, width: int) -> Tensor:
+    """``(rows held, width)`` float32, each row from the generator of its number alone: its luck is that of no other row."""
+    rows = [torch.empty(width, dtype=torch.float64).uniform_(generator=generators[row]) for row in held.tolist()]
+    return _exponential(torch.stack(rows)).float().to(held.device)
 
 
 def _exponential(uniform: Tensor) -> Tensor:

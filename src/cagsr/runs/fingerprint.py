@@ -55,6 +55,7 @@ def fingerprint_training(config: TrainConfig | TrainerConfig) -> Fingerprint:
     folders = {
         "conversation.user": config.conversation.user,
         "curriculum.embedding_model": config.curriculum.embedding_model,
+        "lora.start": config.lora.start,
     }
     for name, folder in folders.items():
         if folder is not None and Path(folder).expanduser().is_dir():

@@ -134,7 +134,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             if holds_files and not is_run:
                 raise RunError(f"{path} holds files that are not a cagsr run: choose an empty or new folder.")
             path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = lock_folder(path)
         try:
             # A lock alone is no run: the process that made it ended before it wrote anything.
             holds_run = any((path / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS))
@@ -205,8 +205,8 @@ def is_being_written(path: Path) -> bool:
     return False
 
 
-def _lock(path: Path) -> TextIO:
-    """Lock a run folder for this process; the kernel drops the lock when the process ends, however it ends."""
+def lock_folder(path: Path) -> TextIO:
+    """Lock a folder for this process; the kernel drops the lock when the process ends, however it ends."""
     with disk_errors(path / LOCK):
         stream = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
         for _ in range(5):  # a page of the run (``is_being_written``) may be looking just now

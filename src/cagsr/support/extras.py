@@ -9,6 +9,7 @@ from cagsr.errors import ConfigError
 EXTRAS: Mapping[str, Sequence[str]] = {
     "pages": ("bokeh", "matplotlib", "starlette", "uvicorn"),
     "rate": ("krippendorff", "starlette", "uvicorn"),
+    "serve": ("starlette", "uvicorn"),
     "compare": ("matplotlib",),
     "trl": ("trl",),
     "nltk": ("nltk", "rouge_score"),
