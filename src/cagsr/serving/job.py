@@ -109,7 +109,7 @@ class JobFolder:
             run=RunConfig(
                 steps=learning.steps,
                 batch_size=learning.batch_size,
-                seed=job.number,
+                seed=(config.seed + job.number) % 2**31,  # each training draws anew
                 save_every=max(1, learning.steps // 10),
                 save_total_limit=1,
                 sample_rows=0,

@@ -16,7 +16,7 @@ from cagsr.config import (
     SalienceConfig,
     SamplingConfig,
 )
-from cagsr.config.ranges import NonNegativeFloat, Port, PositiveFloat, PositiveInt
+from cagsr.config.ranges import NonNegativeFloat, Port, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class ServeConfig:
     """Folder of a cagsr train run whose reward judges answers and trains: settings, IDF table, scales. None: the reward given
     here; words are counted in the prompts that versions are compared on."""
     reward: RewardConfig = field(default_factory=RewardConfig)
+    seed: Seed = 0
+    """Seeds the trainings."""
     ppo: ServedPPO = field(default_factory=ServedPPO)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
 

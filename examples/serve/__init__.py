@@ -1,0 +1,1 @@
+"""A server that learns from one user's prompts."""
