@@ -232,7 +232,8 @@ def _python_examples() -> dict[str, str]:
 def test_python_blocks_compile_and_are_all_run_below() -> None:
     for block in _python_examples().values():
         ast.parse(block)
-    own = {"my_rewards.py", "my_terms.py", "my_tasks.py", "my_objectives.py"}
+    # ask_server.py asks a server, in tests/test_serving_api.py.
+    own = {"my_rewards.py", "my_terms.py", "my_tasks.py", "my_objectives.py", "ask_server.py"}
     assert set(_python_examples()) == {"read_attention.py", "left_padded.py", "train.py", *own}
 
 

@@ -103,6 +103,20 @@ def test_the_best_of_several_by_the_reward(client: Any) -> None:
     assert every.cagsr["version"] == 0
 
 
+def test_the_example_of_the_page_runs(client: Any, live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs/serve.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    code = code.replace("127.0.0.1:8643", f"127.0.0.1:{live.port}").replace(
+        '"served/token"', repr(str(live.folder / "token"))
+    )
+    exec(code.replace('model="start"', 'model="model"').replace('"best_of": 8', '"best_of": 6'), {})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert said[2] == "answered by version 0"
+    [kept] = live.send("GET", "/cagsr/prompts")[1]["data"]
+    assert live.send("DELETE", f"/cagsr/prompts/{kept['id']}")[0] == 200
+
+
 def test_what_a_client_asks_for_wrongly_is_an_error_of_openai(client: Any) -> None:
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.NotFoundError, match="There is no such model here"):

@@ -78,7 +78,7 @@ def _kept(config: Config, store: PromptStore) -> None:
         assert config.id is not None
         if not store.remove(config.id):
             raise DataError(f"--id {config.id}: there is no such prompt; cagsr serve prompts lists them.")
-        say(f"Prompt {config.id} is removed, with its answers; a running training that reads it ends.")
+        say(f"Prompt {config.id} is removed, with its answers; a training that has read it ends.")
     elif config.mode == "prompts":
         kept = store.prompts()
         write_rows([asdict(one) for one in kept], config.out)

@@ -48,8 +48,6 @@ class Server:
     reader: Reader
     status: Callable[[], Mapping[str, Any]]
     """What the learner says of itself."""
-    removed: Callable[[int], None]
-    """Told of a prompt that was removed: a training that reads it must end."""
     activity: Activity = field(default_factory=Activity)
     # Reading a prompt takes time, and tokenizers are not made for several threads.
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "cagsr-reader"))
@@ -206,7 +204,6 @@ class Server:
         number = request.path_params["number"]
         if number >= 2**63 or not await run_in_threadpool(self.store.remove, number):
             raise ApiError(404, f"There is no prompt {number}.", param="id")
-        await run_in_threadpool(self.removed, number)
         return JSONResponse({"id": number, "object": "cagsr.prompt", "deleted": True})
 
     async def feedback(self, request: Request) -> Response:

@@ -27,6 +27,8 @@ class Job:
     """The version that is served, from which the adapter goes on."""
     trained: int
     """Number of the newest prompt that was there."""
+    removed: int
+    """How many of them had been removed."""
 
 
 @dataclass(frozen=True)

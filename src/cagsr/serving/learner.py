@@ -78,14 +78,6 @@ class Learner:
             state = "paused" if self._paused else "training"
         return {"state": state, "seconds": round(self._worked, 1), "last": self._last}
 
-    def removed(self, prompt: int) -> None:
-        """A prompt was removed: a training that may have read it ends, and all that it has made is deleted."""
-        with self._lock:
-            job = self._job.job()
-            if job is not None and prompt <= job.trained:
-                self._kill()
-                shutil.rmtree(self._job.path)
-
     def _watch(self) -> None:
         while not self._over.wait(POLL):
             with self._lock:
@@ -97,6 +89,11 @@ class Learner:
     def _look(self) -> None:
         now = time.monotonic()
         passed, self._looked = now - self._looked, now
+        job = self._job.job()
+        if job is not None and self._store.removed(job.trained) != job.removed:
+            # It may have read a prompt that somebody has removed since: all that it has made goes too.
+            self._kill()
+            shutil.rmtree(self._job.path)
         if self._process is None:
             if now >= self._rests_until and self._activity.idle() >= self._config.learning.idle_seconds:
                 self._begin()
@@ -122,13 +119,14 @@ class Learner:
             held_out = (own if self._held_out is None else list(self._held_out))[-learning.held_out_prompts :]
             if len(held_out) < FEWEST:
                 return
-            job = Job(manifest.next, manifest.current, counts["last"])
+            last = counts["last"]
+            job = Job(manifest.next, manifest.current, last, self._store.removed(last))
             self._job.begin(job, self._config, [one for one in kept if not one.held_out], held_out)
             self._worked = 0.0
         threads = {name: str(self._config.learning.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         with open(self._job.said, "wb") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cagsr.serving.work", str(self._folder)],
+                [sys.executable, "-m", "cagsr.serving.training_process", str(self._folder), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,

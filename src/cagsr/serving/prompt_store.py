@@ -123,10 +123,17 @@ class PromptStore:
         """Remove a prompt with its answers, from the log too; False where there is none."""
         with self._changing():
             done = self._connection.execute("DELETE FROM prompts WHERE id = ?", (number,)).rowcount == 1
+            if done:
+                self._connection.execute("INSERT INTO removed VALUES (?)", (number,))
         if done:
             with database_errors(self._path, *NAMED), self._lock:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return done
+
+    def removed(self, until: int) -> int:
+        """How many prompts up to a number were removed by somebody (not to make room)."""
+        [(count,)] = self._read("SELECT count(*) FROM removed WHERE id <= ?", until)
+        return int(count)
 
     def prompts(self, after: int = 0, limit: int = -1) -> list[KeptPrompt]:
         """The kept prompts with a number above ``after``, the oldest first; at most ``limit``, -1: all."""

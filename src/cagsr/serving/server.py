@@ -72,7 +72,6 @@ def serve(config: ServeConfig) -> None:
             versions,
             Reader(loaded, config, judges.of),
             learner.status,
-            learner.removed,
             activity,
         )
         port = taken.getsockname()[1]

@@ -1,16 +1,14 @@
 """What a training's process does: ``cagsr train`` on the kept prompts, then the comparison with the version that is served.
 
-``python -m cagsr.serving.work FOLDER``: the server's folder, in which the job lies and whatever an earlier process has done of
-it. SIGINT says that the time is up: what has been trained until then is finished. It ends when the server has ended.
+In the server's folder lies the job, and whatever an earlier process has done of it. SIGINT says that the time is up: what has
+been trained until then is finished.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +34,6 @@ from cagsr.serving.prompt_store import PromptText
 from cagsr.serving.settings import ServeConfig
 from cagsr.serving.versions import Versions
 from cagsr.train import train
-
-LEAVES = 1.0
-"""Seconds between looks whether the server is still there."""
 
 
 def work(folder: Path) -> None:
@@ -142,20 +137,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _leave_with(server: int) -> None:
-    """End this process once its parent has ended: nobody would stop it, or take what it makes."""
-
-    def look() -> None:
-        while os.getppid() == server:
-            time.sleep(LEAVES)
-        os._exit(1)
-
-    threading.Thread(target=look, name="cagsr-leaves", daemon=True).start()
-
-
-def main(folder: str) -> int:
+def begin(folder: str) -> int:
     """Work on the job in a server's folder; gives the exit status."""
-    _leave_with(os.getppid())
     try:
         with _alone(Path(folder)):
             work(Path(folder))
@@ -163,7 +146,3 @@ def main(folder: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
