@@ -228,7 +228,7 @@ def test_other_addresses_are_not_there(live: Live) -> None:
         assert status in (404, 405), path
         assert "error" in answer
     assert live.send("GET", "/v1/completions")[0] == 405
-    assert live.send("POST", "/cagsr/rollback")[0] == 503  # nothing to go back to
+    assert live.send("POST", "/cagsr/rollback")[0] == 409  # nothing to go back to
 
 
 def test_nothing_that_was_sent_is_in_the_output_and_the_folder_is_the_owners(live: Live) -> None:

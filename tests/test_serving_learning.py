@@ -97,7 +97,7 @@ def test_500_requests_while_a_version_is_trained_and_put_in_place(
     # The second one has all that was accepted, and goes on with the training while it answers.
     with served(model, folder, *flags) as live:
         kept = {one["id"] for one in live.send("GET", "/cagsr/prompts")[1]["data"]}
-        assert len(accepted) > 8
+        assert len(accepted) >= 8
         assert set(accepted) <= kept
         answers: list[tuple[str, dict[str, Any]]] = []
         with ThreadPoolExecutor(CLIENTS) as pool:

@@ -164,8 +164,7 @@ class Server:
             top,
             given.cagsr.reward,
         )
-        # On the disk before the answer's head is sent.
-        kept = await run_in_threadpool(self.store.keep, text) if self._consents(request, given) else None
+        consents = self._consents(request, given)
         told: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         job = Job(asked, lambda event: _push(loop, told, event), streamed=bool(given.stream))
@@ -173,6 +172,12 @@ class Server:
             self.engine.submit(job)
         except Busy as error:
             raise ApiError(429, str(error), code="rate_limit_exceeded") from None
+        try:
+            # On the disk before the answer's head is sent.
+            kept = await run_in_threadpool(self.store.keep, text) if consents else None
+        except CagsrError:
+            job.cancelled.set()
+            raise
         reply = Reply(self, given, asked, kept, f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", chat)
         if given.stream:
             return StreamingResponse(reply.stream(job, told), media_type="text/event-stream")
@@ -232,6 +237,8 @@ class Server:
 
     async def roll_back(self, request: Request) -> Response:
         """Serve the version before the current one."""
+        if self.versions.manifest().current == 0:
+            raise ApiError(409, "The base model is served: there is no version before it.")
         number = await run_in_threadpool(self.versions.roll_back)
         return JSONResponse({"model": f"{self.config.served_name}@{number}", "version": number})
 

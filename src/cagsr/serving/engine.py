@@ -85,6 +85,7 @@ class Engine:
         self._policies, self._judges, self._limits = policies, judges, limits
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._running: list[Job] = []
         self._over = False
         self._thread = threading.Thread(target=self._work, name="cagsr-engine", daemon=True)
         self._thread.start()
@@ -98,9 +99,11 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Answer what is being answered, and no more."""
+        """End, what is being answered too."""
         with self._changed:
             self._over = True
+            for job in self._running:
+                job.cancelled.set()
             self._changed.notify()
         self._thread.join()
 
@@ -123,6 +126,7 @@ class Engine:
                     jobs = [job for job in self._waiting if job.key == first.key][:most]
                     chosen = set(map(id, jobs))
                     self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
+                    self._running = jobs
                     return jobs
                 self._changed.wait()
         return None

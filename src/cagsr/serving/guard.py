@@ -6,7 +6,7 @@ import sys
 import traceback
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cagsr.serving.protocol import ApiError
@@ -48,6 +48,8 @@ class Guard:
             if (refusal := self._refusal(Request(scope))) is not None:
                 return await answer_error(sending, refusal)
             await self._app(scope, receive, sending)
+        except ClientDisconnect:
+            return  # nobody reads an answer
         except Exception as error:
             print(f"cagsr serve: {where(error)}", file=sys.stderr, flush=True)
             if not begun:

@@ -28,7 +28,7 @@ POLL = 0.1
 FEWEST = 4
 """Prompts without which no comparison is made, and so no training."""
 REST = 60.0
-"""Seconds without a new attempt after a training has failed."""
+"""Seconds without a new attempt after a training has failed, or there was nothing to compare versions on."""
 GRACE = 60.0
 """Seconds beyond the budget, and beyond it once more, that a training may take to finish what it has."""
 
@@ -54,6 +54,7 @@ class Learner:
         self._worked, self._looked = 0.0, time.monotonic()
         self._rests_until = self._looked
         self._last: dict[str, Any] = {}
+        self._lacks = "idle time"
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cagsr-learner", daemon=True)
@@ -76,7 +77,8 @@ class Learner:
         state = "off" if not self._config.learning.enabled else "waiting"
         if self._process is not None:
             state = "paused" if self._paused else "training"
-        return {"state": state, "seconds": round(self._worked, 1), "last": self._last}
+        waits = {"for": self._lacks} if state == "waiting" else {}
+        return {"state": state, **waits, "seconds": round(self._worked, 1), "last": self._last}
 
     def _watch(self) -> None:
         while not self._over.wait(POLL):
@@ -96,6 +98,7 @@ class Learner:
             shutil.rmtree(self._job.path)
         if self._process is None:
             if now >= self._rests_until and self._activity.idle() >= self._config.learning.idle_seconds:
+                self._lacks = "idle time"
                 self._begin()
             return
         if not self._paused:
@@ -113,11 +116,14 @@ class Learner:
             learning, manifest = self._config.learning, self._versions.manifest()
             counts = self._store.counts(manifest.trained)
             if counts["new"] < learning.new_prompts:
+                self._lacks = f"{learning.new_prompts - counts['new']:,} more prompts"
                 return
             kept = self._store.prompts()
             own = [{"prompt": one.prompt} for one in kept if one.held_out]
             held_out = (own if self._held_out is None else list(self._held_out))[-learning.held_out_prompts :]
             if len(held_out) < FEWEST:
+                self._lacks = f"{FEWEST - len(held_out)} more prompts to compare versions on"
+                self._rests_until = time.monotonic() + REST
                 return
             last = counts["last"]
             job = Job(manifest.next, manifest.current, last, self._store.removed(last))

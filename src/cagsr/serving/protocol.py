@@ -118,10 +118,10 @@ class ChatRequest(Request):
     prompt_cache_key: str | None = None
 
     def prompt_text(self) -> list[dict[str, Any]]:
-        """The conversation, each content as one text."""
+        """The conversation, each content as one text; templates know a developer as system."""
         return [
             {
-                "role": one.role,
+                "role": "system" if one.role == "developer" else one.role,
                 "content": one.content if isinstance(one.content, str) else "".join(part.text for part in one.content),
             }
             for one in self.messages

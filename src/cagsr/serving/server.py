@@ -19,12 +19,13 @@ from cagsr.prompts.load import load_rows
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.salience import DocumentFrequency
 from cagsr.runs.folder import LOCK, lock_folder
+from cagsr.runs.reward import with_run_reward
 from cagsr.serving.activity import Activity
 from cagsr.serving.app import Server
 from cagsr.serving.asking import Reader
 from cagsr.serving.engine import Engine
 from cagsr.serving.judges import Judges
-from cagsr.serving.learner import Learner
+from cagsr.serving.learner import FEWEST, Learner
 from cagsr.serving.policies import Policies
 from cagsr.serving.prompt_store import FILE, PromptStore
 from cagsr.serving.settings import ServeConfig
@@ -47,6 +48,7 @@ def serve(config: ServeConfig) -> None:
         taken = stack.enter_context(listen(config.port))
         stack.enter_context(opened_folder(folder))
         token, new = read_token(folder)
+        config, _ = with_run_reward(config, config.sampling.temperature)
         loaded = load_model(config.model, for_training=False)
         check_base(folder, config)
         rows, frequency, notes = _held_out(config, loaded)
@@ -166,6 +168,10 @@ def _held_out(config: ServeConfig, loaded: LoadedModel) -> _HeldOut:
         data, config.salience, loaded.tokenizer, max_length=loaded.room_for_prompts(config.sampling.max_new_tokens)
     )
     rows = [{"prompt": row.values["prompt"]} for row in load_rows(data)]
+    if len(rows) < FEWEST:
+        raise ConfigError(
+            f"--learning.held_out {path}: {len(rows)} prompts are too few to compare versions on; give {FEWEST}."
+        )
     return rows, found.frequency, (f"Versions are compared on {len(rows)} prompts of {path}.",)
 
 
