@@ -168,7 +168,6 @@ def test_a_training_ends_with_the_prompt_it_reads(tmp_path: Path) -> None:
         while live.status()["learning"]["state"] != "training":
             time.sleep(0.05)
         [worker] = psutil.Process(live.process.pid).children()
-        assert worker.nice() > psutil.Process(live.process.pid).nice()
         # It stands still while somebody is answered.
         long = threading.Thread(target=live.complete, args=(PROMPTS[0],), kwargs={"max_tokens": 50, "n": 16})
         long.start()

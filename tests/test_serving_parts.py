@@ -197,6 +197,8 @@ def test_versions_go_forth_and_back(tmp_path: Path) -> None:
         versions.roll_back()
     versions.add(1, run, {}, parent=0, trained=99)  # known: nothing happens
     assert versions.manifest().trained == 12
+    versions.add(4, run, {}, parent=3, trained=13)  # somebody went back while it was trained
+    assert (versions.manifest().current, versions.manifest().served()) == (0, [0, 1, 3, 4])
 
 
 def test_files_that_are_not_those_put_in_place_are_not_served(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Learner:
                 try:
                     self._look()
                 except (CagsrError, OSError, psutil.Error) as error:
-                    self._give_up(str(error))
+                    with suppress(CagsrError, OSError):  # it was told, and is tried again after a rest
+                        self._give_up(str(error))
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -140,7 +142,7 @@ class Learner:
                 process_group=0,  # Ctrl-C is the server's
             )
         self._paused = self._ending = False
-        psutil.Process(self._process.pid).nice(self._config.learning.nice)
+        psutil.Process(self._process.pid).nice(min(19, psutil.Process().nice() + self._config.learning.nice))
 
     def _pace(self) -> None:
         """Pause while requests come, go on when they have stopped for a while."""
@@ -182,19 +184,21 @@ class Learner:
         self._versions.add(job.number, run, verdict, parent=job.parent, trained=job.trained)
         shutil.rmtree(self._job.path)
         self._last = {"version": job.number, "accepted": accepted, "reasons": verdict["reasons"]}
-        told = "serves now" if accepted else "was not put in place: " + " ".join(verdict["reasons"])
-        say(f"Version {job.number} {told}.".replace("..", "."))
+        if not accepted:
+            say(f"Version {job.number} was not put in place: {' '.join(verdict['reasons'])}")
+        elif self._versions.manifest().current == job.number:
+            say(f"Version {job.number} serves now.")
+        else:
+            say(f"Version {job.number} can be asked for; another one was chosen while it was trained.")
 
     def _give_up(self, reason: str) -> None:
         """End a training that came to nothing; the next one waits for new prompts."""
+        self._last, self._rests_until = {"accepted": False, "failed": reason}, time.monotonic() + REST
+        say("A training failed; GET /cagsr/status says why.")  # its text may quote a prompt
         self._kill()
-        self._rests_until = time.monotonic() + REST
-        job = self._job.job()
-        if job is not None:
+        if (job := self._job.job()) is not None:
             self._versions.tried(job.trained)
             shutil.rmtree(self._job.path)
-        self._last = {"accepted": False, "failed": reason}
-        say("A training failed; GET /cagsr/status says why.")  # its text may quote a prompt
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -204,7 +208,5 @@ class Learner:
 
     def _signal(self, number: int) -> None:
         assert self._process is not None
-        try:
+        with suppress(ProcessLookupError):  # it has just ended
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return  # it has just ended

@@ -94,7 +94,9 @@ class Versions:
                 )
 
     def add(self, number: int, run: Path | None, why: Mapping[str, Any], *, parent: int, trained: int) -> None:
-        """Put a version in place, and serve it from now on; without a ``run`` folder it is one that was refused.
+        """Put a version in place; without a ``run`` folder it is one that was refused.
+
+        It is served from now on, unless somebody has gone to another version than its ``parent`` meanwhile.
 
         The adapter and what says how its reward judges are copied and brought to the disk before the manifest names them. Nothing
         is done where the manifest names the version already.
@@ -109,7 +111,7 @@ class Versions:
                 (folder / WHY).write_text(json.dumps(why, indent=1, allow_nan=False) + "\n", encoding="utf-8")
                 files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
             made = Version(parent, run is not None, files, datetime.now(UTC).isoformat(timespec="seconds"))
-            current = old.current if run is None else number
+            current = number if run is not None and old.current == parent else old.current
             self._write(replace(old, current=current, trained=trained, versions={**old.versions, number: made}))
 
     def tried(self, trained: int) -> None:
