@@ -33,7 +33,7 @@ from cagsr.parse import parse_command
 
 VALUES: dict[str, Any] = {
     **{"model.path": "m", "data.path": "d", "output_dir": "o", "output": "out.jsonl", "plan": "plan.yaml"},
-    **{"runs": ["run"], "mode": "serve"},
+    **{"runs": ["run"]},
 }
 """For the settings that have no default."""
 CONFIGS = {name: part_of(name, "config") for name in COMMANDS}
@@ -82,8 +82,9 @@ def _config(config_class: Any, **given: Any) -> Any:
 
 
 def _needed(config_class: Any) -> dict[str, Any]:
-    keys = {key for key, _ in leaf_types(config_class)}
-    return {key: value for key, value in VALUES.items() if key in keys}
+    kinds = dict(leaf_types(config_class))
+    modes = {"mode": get_args(kinds["mode"])[0]} if "mode" in kinds else {}
+    return {key: value for key, value in VALUES.items() if key in kinds} | modes
 
 
 @pytest.mark.parametrize(("command", "key", "value"), _bad_values())

@@ -365,9 +365,12 @@ def go_on_from(policy: PeftModel, folder: str) -> None:
     with loading(f"{what}: can't be read"):
         stored, settings = load_peft_weights(folder, device="cpu"), PeftConfig.from_pretrained(folder)
     fresh = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    shapes = {name: weight.shape for name, weight in fresh.items()}
-    alike = {name: weight.shape for name, weight in stored.items() if name in shapes} == shapes
-    if not alike or (settings.r, settings.lora_alpha) != (own.r, own.lora_alpha):
+    # Of a grown vocabulary the file has the embeddings too.
+    given = {name: weight.shape for name, weight in stored.items() if "lora_" in name}
+    if given != {name: weight.shape for name, weight in fresh.items()} or (settings.r, settings.lora_alpha) != (
+        own.r,
+        own.lora_alpha,
+    ):
         raise ConfigError(
             f"{what}: its adapters have another rank or scale, or other modules; give their --lora settings."
         )
