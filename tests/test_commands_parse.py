@@ -305,7 +305,7 @@ def test_the_help_names_every_command_and_the_version_is_told(
     assert COMMANDS["score"].examples in printed
 
 
-WITH_A_REWARD = {"train", "score", "rank", "calibrate", "diagnose", "view"}
+WITH_A_REWARD = {"train", "score", "rank", "calibrate", "diagnose", "view", "serve"}
 """Commands with a reward among their settings: a term is one file with its formula, which needs torch."""
 
 

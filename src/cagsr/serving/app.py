@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -353,7 +354,7 @@ def _failure(error: Exception) -> ApiError:
     """What went wrong with the model: a sentence of ours, or else the kind of error alone."""
     if isinstance(error, CagsrError):
         return ApiError(503, str(error))
-    print(f"cagsr serve: {where(error)}", flush=True)
+    print(f"cagsr serve: {where(error)}", file=sys.stderr, flush=True)
     return ApiError(500, f"The model failed ({type(error).__name__}).")
 
 

@@ -53,7 +53,8 @@ class Measured:
 class Compared:
     """A new version against the one that is served."""
 
-    prompts: int
+    compared_on: int
+    """Prompts."""
     metric: str
     served: Measured
     new: Measured
@@ -122,7 +123,7 @@ def compare(
         for at, side in enumerate(sides)
     )
     return Compared(
-        prompts=len(prompts),
+        compared_on=len(prompts),
         metric=measure.name,
         served=old,
         new=new_one,
