@@ -57,6 +57,7 @@ def _expected(model: Any, tokenizer: Any, prompt: str) -> list[float]:
     return found
 
 
+@pytest.mark.timeout(560)  # two servers and two trainings: half a minute, on a machine that does nothing else
 def test_500_requests_while_a_version_is_trained_and_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ set), greedily and sampled. ``result.json`` in the work folder has the means and
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -49,8 +48,8 @@ class Options:
     """Folder for everything that is made."""
     config: list[Path] = field(default_factory=list)
     """Settings of cagsr serve."""
-    extra: str = ""
-    """More flags of cagsr serve."""
+    associations: str | None = None
+    """associations.json of a run, where the reward needs them."""
     count: int = 300
     """Prompts that the user sends."""
     measured: int = 200
@@ -83,7 +82,9 @@ def _seed(options: Options, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "cagsr.commands.main", "serve", "--model", options.model, "--folder", str(folder)]
     for file in options.config:
         command += ["--config", str(file)]
-    command += ["--port", str(options.port), "--seed", str(seed), "--name", "policy", *shlex.split(options.extra)]
+    command += ["--port", str(options.port), "--seed", str(seed), "--name", "policy"]
+    if options.associations is not None:
+        command += ["--reward.associations.path", options.associations]
     server = subprocess.Popen(command)
     try:
         client = _Client(options, folder)
