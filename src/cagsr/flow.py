@@ -28,6 +28,32 @@ class Spoken(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of a prompt, opened when it is needed."""
+
+    source: Any
+    """A file's path, an image file's bytes, or a PIL image."""
+    name: str
+    """What it is called in messages."""
+    boxes: tuple[tuple[float, float, float, float], ...] | None = None
+    """Its regions as the data gives them, (left, top, right, bottom) in pixels; None: it gives none."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of an image that an answer can look at, its sides in shares of the image's width and height."""
+
+    image: int
+    """Which of the prompt's images, from 0."""
+    left: float
+    top: float
+    right: float
+    bottom: float
+    weight: float
+    """How much it matters, >= 0."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One row of the data, as text."""
 
@@ -45,6 +71,16 @@ class Prompt:
     """Where their contents lie in ``text``; without those that the template rewrote."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, handed to reward functions and metrics by name."""
+    images: tuple[Picture, ...] = ()
+    """Its images, in the order of their placeholders in ``text``, which stand there once each."""
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What makes two prompts the same: the text, and each image (a PIL image is the same as itself alone)."""
+        return (
+            self.text,
+            *(one.source if isinstance(one.source, str | bytes) else id(one.source) for one in self.images),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,6 +94,27 @@ class EncodedPrompt:
     """For each token the index of the salient word it is a piece of, -1 where it belongs to none."""
     salience: tuple[float, ...]
     """Weight of each salient word, > 0; their number is ``max(words) + 1``."""
+    regions: tuple[Region, ...] = ()
+    """The regions of its images."""
+    places: tuple[int, ...] = ()
+    """The region of each place at which the model holds a piece of an image, -1 for none: of each token of the prompt, or, where
+    the model looks at images by cross-attention, of each state of them. Empty: no images."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """The images of one prompt as a model takes them: made once, and the same object in all rows that answer the prompt."""
+
+    tensors: Mapping[str, Tensor]
+    """By the names of the model's forward, as its processor makes them of this prompt alone."""
+    by_row: bool
+    """Their first dimension counts prompts (of length 1 here); False: images, or patches of them."""
+    token_id: int
+    """The token that stands where an image is read."""
+    places: Tensor
+    """(places,) int64, as ``EncodedPrompt.places``."""
+    weights: Tensor
+    """(regions,) float32: the weight of each region."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +132,8 @@ class PromptBatch:
     """(batch, words) float32, 0 on padding."""
     group: Tensor
     """(batch,) int64: sequences with the same number answer the same prompt."""
+    images: tuple[ImageInputs | None, ...] | None = None
+    """Of each sequence, shared by those that answer the same prompt; None: no prompt of the batch has images."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +269,8 @@ class Attention:
     """(batch, response, context)."""
     words: Tensor
     """(batch, response, words) the same, pieces of a word pooled."""
+    regions: Tensor | None = None
+    """(batch, response, regions) the same of the regions of images, whose pieces are added up; None: there are no images."""
 
 
 @dataclass(frozen=True)

@@ -342,13 +342,18 @@ def _trainer_state(
 def _prompt_sets(config: TrainConfig, loaded: LoadedModel) -> tuple[PromptSet, PromptSet]:
     """Training and held-out prompts, every one short enough for the model's context."""
     limit = loaded.room_for_prompts(config.sampling.max_new_tokens)
-    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=limit)
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=limit, vision=loaded.vision)
     if config.evaluation.path is not None:
         data = dataclasses.replace(
             config.data, path=config.evaluation.path, limit=config.evaluation.held_out, streaming=False
         )
         return training, prepare_prompts(
-            data, config.salience, loaded.tokenizer, max_length=limit, frequency=training.frequency
+            data,
+            config.salience,
+            loaded.tokenizer,
+            max_length=limit,
+            frequency=training.frequency,
+            vision=loaded.vision,
         )
     held_out = config.evaluation.held_out
     fifth = max(1, len(training.prompts) // 5)

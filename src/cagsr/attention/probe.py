@@ -64,14 +64,22 @@ def layer_count(model: PreTrainedModel) -> int:
     return next((int(count) for count in counts if count), 0)
 
 
-def find_attention_layers(model: nn.Module) -> AttentionLayers:
+def looks_across(model: nn.Module) -> bool:
+    """Whether a decoder looks at images by cross-attention, in layers of their own (mllama)."""
+    return "cross_attention_states" in inspect.signature(transformers_model(model).forward).parameters
+
+
+def find_attention_layers(model: nn.Module, *, images: bool = False) -> AttentionLayers:
     """Run a forward over a few tokens and note which modules call transformers' attention interface.
+
+    No image takes part, so what encodes images is never among them. ``images``: of a model that :func:`looks_across`, the layers
+    that look at images, which are handed a few states of one.
 
     Evaluation mode, no gradients; training flags and random number generators are restored. AttentionError where no layer of the
     model calls the interface (the message names the model type and the layers), or the tiny forward fails.
     """
     inner = transformers_model(model)
-    cross = bool(getattr(inner.config, "is_encoder_decoder", False))
+    cross = images or bool(getattr(inner.config, "is_encoder_decoder", False))
     model_type = str(getattr(inner.config, "model_type", type(inner).__name__))
     total = layer_count(inner)
     calls: Counter[nn.Module] = Counter()
@@ -88,7 +96,7 @@ def find_attention_layers(model: nn.Module) -> AttentionLayers:
             layers.append(AttentionLayer(number, module, call.query.shape[1]))
 
     with _quiet(inner), listening(inner.modules(), note):
-        _tiny_forward(inner, cross, model_type)
+        _tiny_forward(inner, cross, model_type, images)
     if not layers:
         which = f"none of its {total} layers calls" if total else "it never calls"
         raise AttentionError(
@@ -106,7 +114,7 @@ def find_attention_layers(model: nn.Module) -> AttentionLayers:
     return AttentionLayers(model_type, cross, tuple(layers), max(total, layers[-1].number + 1))
 
 
-def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str) -> None:
+def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str, images: bool) -> None:
     accepted = inspect.signature(model.forward).parameters
     vocabulary = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 2)
     device = model.device
@@ -115,9 +123,12 @@ def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str) -> None:
         # Low ids are in every vocabulary; all alike would also do, but some models look for padding among them.
         return (torch.arange(count, device=device) % max(1, min(vocabulary - 1, 8)) + 1).clamp(max=vocabulary - 1)[None]
 
-    inputs = {"input_ids": ids(_ENCODER_TOKENS if cross else _DECODER_TOKENS)}
+    inputs = {"input_ids": ids(_ENCODER_TOKENS if cross and not images else _DECODER_TOKENS)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if cross:
+    if images:
+        width = int(model.config.get_text_config(decoder=True).hidden_size)
+        inputs["cross_attention_states"] = torch.zeros(1, _ENCODER_TOKENS, width, dtype=model.dtype, device=device)
+    elif cross:
         inputs["decoder_input_ids"] = ids(_DECODER_TOKENS)
     options = {"use_cache": False} if "use_cache" in accepted else {}
     try:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from cagsr.attention.intercept import Intercepted, listening
 from cagsr.attention.plan import Piece, plan_region
 from cagsr.attention.probabilities import Softmax
-from cagsr.attention.probe import AttentionLayer, find_attention_layers
+from cagsr.attention.probe import AttentionLayer, find_attention_layers, looks_across
 from cagsr.attention.region import AttentionRegion
 from cagsr.attention.rows import add_prompt_attention, prompt_attention
 from cagsr.attention.select import HeadChoice, parse_heads, parse_layers
-from cagsr.errors import AttentionError
+from cagsr.errors import AttentionError, ConfigError
 
 _PLANS_KEPT = 4  # masks in use at a time: full and sliding, rarely more
 
@@ -33,15 +33,27 @@ class PromptAttentionReader:
     Its ``layers`` are the numbers of the layers read; ``cross`` is True where they are the decoder's cross-attention.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[int] = "last-4", heads: HeadChoice = "all") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[int] = "last-4",
+        heads: HeadChoice = "all",
+        *,
+        images: bool = False,
+    ) -> None:
         """Find the model's attention by one tiny forward and check the choice (AttentionError, ConfigError).
 
         ``model`` may be wrapped by peft, DDP, ``torch.compile`` or a module of your own. ``layers`` as for
-        ``parse_layers``, ``heads`` as for ``parse_heads``.
+        ``parse_layers``, ``heads`` as for ``parse_heads``. A model that looks at images by cross-attention has layers of two
+        kinds: the reader is of those that look at the text, with ``images`` of the others, each of the layers of its kind that
+        ``layers`` names.
         """
-        found = find_attention_layers(model)
+        found = find_attention_layers(model, images=images)
         self.model_type, self.cross = found.model_type, found.cross
         available = sorted({layer.number for layer in found.layers})
+        if looks_across(model):
+            other = {layer.number for layer in find_attention_layers(model, images=not images).layers}
+            layers = _without(layers, other, available, images)
         unreadable = set(range(found.total)) - set(available)
         if not isinstance(layers, str) or not layers.strip().startswith(("last-", "all")):
             _refuse_unreadable(layers, unreadable, found.model_type)
@@ -228,6 +240,20 @@ def _softmax_of(call: Intercepted) -> Softmax:
         position_bias=options.get("position_bias"),
         sinks=options.get("sinks") if sinks is None else sinks,
     )
+
+
+def _without(layers: str | Sequence[int], other: set[int], own: Sequence[int], images: bool) -> str | Sequence[int]:
+    """Of layers named by their numbers, those that are not of the other kind; ConfigError where none is left."""
+    names = layers.split(",") if isinstance(layers, str) else [str(number) for number in layers]
+    if not all(name.strip().isdigit() for name in names):
+        return layers
+    kept = [int(name) for name in names if int(name) not in other]
+    if not kept:
+        raise ConfigError(
+            f"attention.layers names no layer that looks at {'images' if images else 'the text'}: add one of "
+            f"{', '.join(map(str, own))}."
+        )
+    return kept
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

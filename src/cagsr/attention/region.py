@@ -186,6 +186,15 @@ class AttentionRegion:
         """
         return cls._of_masks(*_masks(prompt_mask, response_mask), prefix - 1)
 
+    def looking_at(self, places: Tensor, regions: int) -> AttentionRegion:
+        """The same rows looking, by cross-attention, at image states, which are added up by region.
+
+        ``places`` ``(n, states)`` int64 is the region of each state, -1 for none; ``regions`` is how many there are.
+        """
+        columns = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        across = AttentionRegion(self.batch, self.rows, columns, self.row_slice)
+        return across.pooled(places, regions)
+
     @classmethod
     def decoding(cls, prompt_mask: Tensor, fed: int, alive: Tensor | None = None) -> AttentionRegion:
         """One step of a decoder-only model with a key-value cache: one token in, the next one predicted.

@@ -55,9 +55,17 @@ def read_prompts(
     any_word = salience is None
     salience = salience or SalienceConfig(weighting="uniform", skip_sink=False)
     if prompt is not None:
-        return encode_texts([prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt"), ()
+        return encode_texts(
+            [prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt", vision=loaded.vision
+        ), ()
     found = prepare_prompts(
-        data, salience, loaded.tokenizer, max_length=limit, frequency=frequency, text_columns=text_columns
+        data,
+        salience,
+        loaded.tokenizer,
+        max_length=limit,
+        frequency=frequency,
+        text_columns=text_columns,
+        vision=loaded.vision,
     )
     notes = tuple(note for note in found.notes if not any_word or "--salience." not in note)
     return list(found.prompts if found.reopen is None else found.reopen()), notes
@@ -65,8 +73,9 @@ def read_prompts(
 
 def groups_of(prompts: Sequence[EncodedPrompt]) -> list[int]:
     """Number the prompts, equal ones alike: answers to them are compared with each other, whatever rows they stand in."""
-    number_of = {ids: number for number, ids in enumerate(dict.fromkeys(encoded.ids for encoded in prompts))}
-    return [number_of[encoded.ids] for encoded in prompts]
+    asked = [(one.ids, one.prompt.asked[1:]) for one in prompts]
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(asked))}
+    return [number_of[key] for key in asked]
 
 
 def about_idf(salience: SalienceConfig, reward_from: str | None) -> list[str]:

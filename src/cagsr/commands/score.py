@@ -134,7 +134,13 @@ def read_pairs(
     room = loaded.room_for_prompts(_longest(config, loaded, rows) - 1 if truncate else 0)
     columns = [config.response_column]
     found = prepare_prompts(
-        config.data, config.salience, loaded.tokenizer, max_length=room, frequency=frequency, text_columns=columns
+        config.data,
+        config.salience,
+        loaded.tokenizer,
+        max_length=room,
+        frequency=frequency,
+        text_columns=columns,
+        vision=loaded.vision,
     )
     context = loaded.pair_context()
     prompts: list[EncodedPrompt] = []

@@ -123,7 +123,11 @@ def test_prompts(plan: Plan, config: TrainConfig, loaded: LoadedModel) -> list[E
     )
     uniform = SalienceConfig(weighting="uniform")
     columns = [] if plan.judges.follow_up_column is None else [plan.judges.follow_up_column]
-    return list(prepare_prompts(data, uniform, loaded.tokenizer, max_length=room, text_columns=columns).prompts)
+    return list(
+        prepare_prompts(
+            data, uniform, loaded.tokenizer, max_length=room, text_columns=columns, vision=loaded.vision
+        ).prompts
+    )
 
 
 @working("taking the best of N")
@@ -168,9 +172,9 @@ def prompts_and_scorer(
     What goes together is learned, if ``associated``, from answers of the start, which ``seed`` draws.
     """
     room = loaded.room_for_prompts(config.sampling.max_new_tokens)
-    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room)
+    training = prepare_prompts(config.data, config.salience, loaded.tokenizer, max_length=room, vision=loaded.vision)
     prompts = prepare_prompts(
-        data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency
+        data, config.salience, loaded.tokenizer, max_length=room, frequency=training.frequency, vision=loaded.vision
     ).prompts
     associations = None
     if associated:

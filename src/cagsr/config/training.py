@@ -205,6 +205,10 @@ class SalienceConfig:
     """The same of earlier answers, the model's own or those in the data."""
     other_weight: NonNegativeFloat = 1.0
     """The same of messages of any other role: system, tool."""
+    image_grid: PositiveInt = 4
+    """An image without boxes is looked at in so many by so many regions."""
+    image_weights: Literal["contrast", "uniform"] = "contrast"
+    """contrast: regions count by how far their pixels are from the colour that most of the image has; uniform: all alike."""
 
     def role_weight(self, role: str) -> float:
         """What words that ``role`` said are multiplied with."""

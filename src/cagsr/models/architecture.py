@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
 from cagsr.models.decoder_only import DecoderOnly, of_batch
@@ -23,12 +23,16 @@ class Architecture(Protocol):
     """Where prompts are padded."""
     one_sequence: ClassVar[bool]
     """Prompt and answer are one sequence of tokens, which share the model's context."""
-    auto_class: ClassVar[Any]
-    """Transformers' class that loads such a model."""
     peft_task: ClassVar[str]
     """Peft's task type."""
-    pipeline_tag: ClassVar[str]
-    """The Hub's name for what such a model does."""
+
+    @property
+    def auto_class(self) -> Any:
+        """Transformers' class that loads such a model."""
+
+    @property
+    def pipeline_tag(self) -> str:
+        """The Hub's name for what such a model does."""
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
         """The rows that the model is fed, and ``(batch, response)`` which of them holds each token; None: those of the batch."""
@@ -45,6 +49,9 @@ class Architecture(Protocol):
     def attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Tensor]) -> Tensor:
         """Put together what was read in ``regions``: ``(batch, response, prompt)`` float32, zero on padding."""
 
+    def image_regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
+        """Which cross-attention to images to read of each forward of a pass, with pieces of a region added up."""
+
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Columns of what ``generate`` returns that stand before the answer."""
 
@@ -57,7 +64,9 @@ class Architecture(Protocol):
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Which kind of model a transformers config describes."""
-    return EncoderDecoder() if config.is_encoder_decoder else DecoderOnly()
+    if config.is_encoder_decoder:
+        return EncoderDecoder()
+    return DecoderOnly(sees=hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 
 
 def teacher_forced(

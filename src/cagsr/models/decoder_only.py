@@ -16,10 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
+from cagsr.errors import ModelError
 from cagsr.models.continuation import continuation_text
+from cagsr.models.image_arguments import ImageArguments, padded_places
 from cagsr.models.inputs import PassInputs, SharedPrompts
 from cagsr.models.lengths import length_borders, read_as_long_as
 
@@ -29,9 +31,12 @@ class DecoderOnly:
 
     padding_side: ClassVar[Literal["left", "right"]] = "left"
     one_sequence: ClassVar[bool] = True
-    auto_class: ClassVar[Any] = AutoModelForCausalLM
     peft_task: ClassVar[str] = "CAUSAL_LM"
-    pipeline_tag: ClassVar[str] = "text-generation"
+
+    def __init__(self, *, sees: bool = False) -> None:
+        """``sees``: the model reads images too."""
+        self.auto_class: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        self.pipeline_tag = "image-text-to-text" if sees else "text-generation"
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
         """The rows of the batch, but once for each side of a border they cross.
@@ -42,6 +47,11 @@ class DecoderOnly:
         borders = length_borders(model)
         if not borders:
             return inputs, None
+        if inputs.images is not None:
+            raise ModelError(
+                f"A prompt with images: the keys of this {model.config.model_type} model change with its length, which is read of "
+                "texts alone."
+            )
         edges = torch.tensor(borders, device=inputs.prompt_ids.device)
         prompt = inputs.prompt_real.sum(dim=1)
         before_last = prompt + inputs.response_real.sum(dim=1).clamp(min=1) - 1
@@ -77,9 +87,13 @@ class DecoderOnly:
         length = fed.response_ids.shape[1]
         response = fed.response_ids.masked_fill(~fed.response_real, pad_token_id)[:, :-1]
         mask = torch.cat([fed.prompt_real, fed.response_real[:, :-1]], dim=1)
+        ids = torch.cat([fed.prompt_ids, response], dim=1)
+        first = None if fed.shared is None else fed.shared.first
+        images = None if fed.images is None else ImageArguments.of(model, fed.images, ids, mask, first)
         if fed.shared is not None:
-            return _prefix_pass(model, fed, fed.shared, response, mask)
-        return forward(model, torch.cat([fed.prompt_ids, response], dim=1), mask, length, fed.lengths).logits
+            return _prefix_pass(model, fed, fed.shared, response, mask, images)
+        seen = {} if images is None else images.of_forward(with_images=True)
+        return forward(model, ids, mask, length, fed.lengths, **seen).logits
 
     def hidden(self, seen: Sequence[Tensor], fed: PassInputs) -> Tensor:
         """Of one forward, or of two: the prompts' last position stands before their answers'."""
@@ -116,6 +130,14 @@ class DecoderOnly:
             else functional.pad(found, (0, inputs.prompt_ids.shape[1] + inputs.response_ids.shape[1] - found.shape[2]))
         )
 
+    def image_regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
+        """The rows of :meth:`regions`, which look at the images' states."""
+        assert inputs.images is not None
+        places, regions = padded_places(inputs.images, None)
+        first, *rest = self.regions(model, replace(inputs, looked_at=None))
+        own = places if inputs.shared is None else places[inputs.shared.first]
+        return [first.looking_at(own, regions), *(one.looking_at(places, regions) for one in rest)]
+
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Behind the prompt."""
         return prompt_width
@@ -129,32 +151,43 @@ class DecoderOnly:
         return continuation_text(tokenizer, ids)
 
 
-def _prefix_pass(model: nn.Module, fed: PassInputs, shared: SharedPrompts, response: Tensor, mask: Tensor) -> Tensor:
+def _prefix_pass(
+    model: nn.Module,
+    fed: PassInputs,
+    shared: SharedPrompts,
+    response: Tensor,
+    mask: Tensor,
+    images: ImageArguments | None,
+) -> Tensor:
     """The same logits: a prompt's last position predicts every answer's first token, its cache serves the others."""
     first, of_row = shared.first, shared.of_row
-    lengths = None if fed.lengths is None else fed.lengths[first]
-    output = forward(model, fed.prompt_ids[first], fed.prompt_real[first], 1, lengths, use_cache=True)
+    lengths, width = None if fed.lengths is None else fed.lengths[first], fed.prompt_ids.shape[1]
+    seen = {} if images is None else images.of_forward(first, slice(0, width), with_images=True)
+    output = forward(model, fed.prompt_ids[first], fed.prompt_real[first], 1, lengths, use_cache=True, **seen)
     logits = output.logits[:, -1:].index_select(0, of_row)
     if response.shape[1] == 0:
         return logits
     cache = output.past_key_values
     cache.reorder_cache(of_row)
-    rest = forward(model, response, mask, response.shape[1], fed.lengths, past_key_values=cache, use_cache=True)
+    after = {} if images is None else images.of_forward(None, slice(width, None), with_images=False)
+    rest = forward(
+        model, response, mask, response.shape[1], fed.lengths, past_key_values=cache, use_cache=True, **after
+    )
     return torch.cat([logits, rest.logits], dim=1)
 
 
-def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Tensor | None = None, **cache: Any) -> Any:
+def forward(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, lengths: Tensor | None = None, **more: Any) -> Any:
     """A decoder-only forward over ``ids`` ``(rows, fed)`` int64, the last positions of ``mask`` ``(rows, seen)`` bool,
     cached ones included.
 
     ``keep`` of the last positions need logits; ``lengths`` ``(rows,)`` are the tokens by which rotary frequencies go.
-    ``cache`` is ``past_key_values`` and ``use_cache``; none: no cache is made.
+    ``more`` is ``past_key_values`` and ``use_cache`` (without: no cache is made), and what is handed of images.
     """
     mask = mask.long()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own forward takes anything
     accepted = inspect.signature(base.forward).parameters
-    arguments: dict[str, Any] = cache or {"use_cache": False}
-    if "position_ids" in accepted:
+    arguments: dict[str, Any] = {"use_cache": False, **more}
+    if "position_ids" in accepted and "position_ids" not in arguments:
         arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = keep

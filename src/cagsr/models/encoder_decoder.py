@@ -66,6 +66,10 @@ class EncoderDecoder:
         """What was read."""
         return read[0]
 
+    def image_regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
+        """None: its prompts are texts."""
+        return []
+
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Behind the start token and a forced one."""
         return len(decoder_prefix(model))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cagsr.flow import EpisodeBatch
+from cagsr.flow import EpisodeBatch, ImageInputs
 
 WORTH = 1.5
 """Answers to a prompt, on average, from which on its prefix is read apart: two forwards cost more than one."""
@@ -43,6 +43,7 @@ class PassInputs:
     lengths: Tensor | None = None  # (batch,) tokens by which a row's rotary frequencies go; None: they do not change
     sampled: Tensor | None = None  # (batch, response) whose attention is read; None: of all that is real
     looked_at: Tensor | None = None  # (batch, response) whose columns are read, besides the prompt's; None: of none
+    images: tuple[ImageInputs | None, ...] | None = None  # of each row; None: no prompt has images
 
     @classmethod
     def of(cls, episodes: EpisodeBatch, *, share: bool = False) -> PassInputs:
@@ -56,7 +57,16 @@ class PassInputs:
         sampled = looked_at = None
         if episodes.context is not None:
             sampled, looked_at = episodes.sampled, episodes.context.words[:, prompts.ids.shape[1] :] >= 0
-        return cls(prompts.ids, prompts.real, episodes.ids, episodes.real, shared, sampled=sampled, looked_at=looked_at)
+        return cls(
+            prompts.ids,
+            prompts.real,
+            episodes.ids,
+            episodes.real,
+            shared,
+            sampled=sampled,
+            looked_at=looked_at,
+            images=prompts.images if any(prompts.images or ()) else None,
+        )
 
     @classmethod
     def tiny(cls, device: torch.device) -> PassInputs:

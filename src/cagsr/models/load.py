@@ -27,6 +27,7 @@ from cagsr.models.parts import load_parts
 from cagsr.models.stops import split_stop_strings, stop_tokens
 from cagsr.models.texts import TokenTexts, token_texts
 from cagsr.models.token_pass import token_statistics
+from cagsr.models.vision import Vision
 from cagsr.support.progress import working
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class LoadedModel:
     """Whether the vocabulary has more rows than the stored model has."""
     untied: bool = False
     """Whether matrices that the stored model shares were made apart for the adapters."""
+    vision: Vision | None = None
+    """What reads the images of prompts; None: prompts are text."""
 
     @cached_property
     def logit_rule(self) -> LogitRule | None:
@@ -197,7 +200,9 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     compute_dtype = _choose_dtype(config.dtype, device, notes)
     use_lora = lora is not None and lora.r > 0
     dtype = compute_dtype if use_lora or not for_training else torch.float32
-    model, tokenizer, stored_dtype, untied = load_parts(config, dtype, notes)
+    model, tokenizer, stored_dtype, untied, vision = load_parts(config, dtype, notes)
+    if vision is not None:
+        vision.processor.tokenizer = tokenizer  # an adapter has its own
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     if grown:
@@ -209,6 +214,9 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     generation = read_generation_rules(
         model.generation_config, encoder_decoder=not architecture.one_sequence, stop_ids=stop_ids, path=config.path
     )
+    if vision is not None and vision.token_id < model.config.get_text_config().vocab_size:
+        # Where it stood in an answer, the model would look for an image to put there.
+        generation = replace(generation, never=tuple(sorted({*generation.never, vision.token_id})))
     policy: nn.Module = model
     if use_lora:
         assert lora is not None
@@ -239,6 +247,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
         stored_dtype=stored_dtype,
         grown=grown,
         untied=untied,
+        vision=vision,
     )
     if loaded.logit_rule is not None:
         return loaded

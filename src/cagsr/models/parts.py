@@ -12,15 +12,17 @@ from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
 from cagsr.models.gguf import Source, drop_foreign_tokens, find_source, make_plain, read_quantisation
+from cagsr.models.vision import Vision, load_tokenizer_of
+from cagsr.support.extras import install_command, is_installed
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Precisions that weights are saved in, by their names in safetensors."""
-_Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool]
+_Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool, Vision | None]
 
 
 def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
-    """The model in precision ``dtype``, its tokenizer, its files' precision, and whether a matrix that it uses twice was
-    made two.
+    """The model in precision ``dtype``, its tokenizer, its files' precision, whether a matrix that it uses twice was made two,
+    and what reads images for it (None: nothing does).
 
     Of a PEFT adapter it is the base with the adapter merged into it; of a GGUF file its weights dequantised, as any model's.
     Sentences for the user are added to ``notes``. Raises ModelError, in one sentence; ConfigError where a package is missing.
@@ -35,7 +37,9 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
     model_config = stored_config(config)
     if source.gguf is None:
         check_safetensors(path, what)
-    tokenizer = _load_tokenizer(config, source)
+    vision = _load_vision(config, source, model_config, notes)
+    tokenizer = _load_tokenizer(config, source) if vision is None else load_tokenizer_of(vision)
+    _check_fast(tokenizer, config.path)
     if source.gguf is None:
         stored_dtype = _stored_dtype(path, model_config)
     else:
@@ -65,7 +69,7 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
         )
     if source.gguf is not None:
         make_plain(model, source.gguf)
-    return model, tokenizer, stored_dtype, False
+    return model, tokenizer, stored_dtype, False, vision
 
 
 def stored_config(config: ModelConfig) -> PretrainedConfig:
@@ -85,17 +89,18 @@ def _load_adapter(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> 
     if not (Path(config.path) / "adapter_model.safetensors").is_file():
         raise ModelError(f"{what} has no adapter_model.safetensors; pickled weights are never loaded.")
     try:
-        model, tokenizer, stored_dtype, _ = load_parts(replace(config, path=base), dtype, notes)
+        model, tokenizer, stored_dtype, _, vision = load_parts(replace(config, path=base), dtype, notes)
     except ModelError as error:
         raise ModelError(f"{what} its base can't be loaded ({str(error).rstrip('.')}).") from error
     if (Path(config.path) / "tokenizer_config.json").is_file():
         tokenizer = _load_tokenizer(config, Source(config.path))
+        _check_fast(tokenizer, config.path)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as it was when the adapter was trained
     merged, made_two = merge_adapter(model, config.path, what)
     notes.append(f"{config.path} is a PEFT adapter: loaded on its base {base} and merged into it.")
     notes += [made_two] if made_two else []
-    return merged, tokenizer, stored_dtype, made_two is not None
+    return merged, tokenizer, stored_dtype, made_two is not None, vision
 
 
 def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
@@ -109,14 +114,30 @@ def _stored_dtype(path: str, config: PretrainedConfig) -> torch.dtype:
     return declared if declared in _STORED.values() else torch.float32
 
 
+def _load_vision(
+    config: ModelConfig, source: Source, model_config: PretrainedConfig, notes: list[str]
+) -> Vision | None:
+    """What reads images, for a model that sees and has its processor beside it."""
+    if model_config.is_encoder_decoder or not hasattr(model_config, "vision_config") or source.gguf is not None:
+        return None
+    if not is_installed("PIL"):
+        notes.append(f"Images: not read, because pillow is not installed ({install_command('images')}).")
+        return None
+    with loading(f"--model.path {config.path}: its processor can't be loaded"):
+        vision = Vision.of(source.path, model_config, source.options)
+    if vision is None:
+        notes.append("Images: not read, because the model has no processor beside it that is known.")
+    return vision
+
+
 def _load_tokenizer(config: ModelConfig, source: Source) -> PreTrainedTokenizerBase:
     with loading(f"--model.path {config.path}: its tokenizer can't be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=config.trust_remote_code, **source.options
-        )
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, **source.options)
+
+
+def _check_fast(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     if not tokenizer.is_fast:
         raise ModelError(
-            f"--model.path {config.path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "
+            f"--model.path {path}: {type(tokenizer).__name__} is a slow tokenizer without character offsets, which "
             "salience needs; save a fast tokenizer (tokenizer.json) with the model."
         )
-    return tokenizer

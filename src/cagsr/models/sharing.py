@@ -19,7 +19,8 @@ def shares_prompts(loaded: LoadedModel, rollout: EpisodeBatch) -> bool:
     """Whether this model can read a prompt once for all its answers: its log-probabilities are then the same.
 
     Asked of the model itself: by one tiny batch, once, and by the longest row of each rollout that is longer than all
-    before it, for what a cache forgets (a window, a border of its own) shows at some length only. False for caches whose
+    before it (with images and without), for what a cache forgets (a window, a border of its own) shows at some length only.
+    False for caches whose
     rows can't be picked (state-space layers), under gradient checkpointing, which keeps no keys and values, and wherever
     the log-probabilities come out different. Weights that are divided among processes must be whole here.
     """
@@ -27,29 +28,37 @@ def shares_prompts(loaded: LoadedModel, rollout: EpisodeBatch) -> bool:
     if is_checkpointed(model):
         return False
     if model not in _KNOWN:
-        _KNOWN[model] = (_agrees_on_tiny_batch(loaded), 0)
-    agrees, asked = _KNOWN[model]
+        _KNOWN[model] = (_agrees_on_tiny_batch(loaded), 0, 0)
+    agrees, *asked = _KNOWN[model]
     lengths = rollout.prompts.real.sum(dim=1) + rollout.real.sum(dim=1)
-    longest = int(lengths.max())
-    if agrees and longest > asked:
-        row = lengths.argmax().repeat(2)
-        inputs = PassInputs(rollout.prompts.ids[row], rollout.prompts.real[row], rollout.ids[row], rollout.real[row])
-        _KNOWN[model] = (_agrees(loaded, inputs, torch.zeros_like(row)), longest)
-    return _KNOWN[model][0]
+    images = rollout.prompts.images or (None,) * len(lengths)
+    seen = torch.tensor([one is not None for one in images], device=lengths.device)
+    for place, those in enumerate((~seen, seen)):  # what is read of images goes other ways
+        longest = int(torch.where(those, lengths, 0).max())
+        if agrees and longest > asked[place]:
+            row = torch.where(those, lengths, 0).argmax().repeat(2)
+            inputs = PassInputs(
+                rollout.prompts.ids[row], rollout.prompts.real[row], rollout.ids[row], rollout.real[row]
+            )
+            own = images[int(row[0])]
+            inputs = replace(inputs, images=None if own is None else (own, own))
+            agrees, asked[place] = _agrees(loaded, inputs, torch.zeros_like(row)), longest
+    _KNOWN[model] = (agrees, asked[0], asked[1])
+    return agrees
 
 
 def stop_sharing(model: nn.Module) -> None:
     """Read each prompt with each answer from now on: ``shares_prompts`` says no of this model."""
-    _KNOWN[model] = (False, 0)
+    _KNOWN[model] = (False, 0, 0)
 
 
 def sharing_stopped(model: nn.Module) -> bool:
     """Whether ``shares_prompts`` has said no of this model; False where it was not asked yet."""
-    return not _KNOWN.get(model, (True, 0))[0]
+    return not _KNOWN.get(model, (True, 0, 0))[0]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary()
-"""Whether a model's prompts can be shared, and the longest row by which that was asked."""
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[bool, int, int]] = WeakKeyDictionary()
+"""Whether a model's prompts can be shared, and the longest rows without and with images by which that was asked."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 _PICKABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 

@@ -25,7 +25,37 @@ class Place(NamedTuple):
 
 
 Places = tuple[Place | None, ...]
-"""One for each message; None where the template rewrote the content so that it can't be found."""
+"""One for each text (:func:`texts_in`); None where the template rewrote it so that it can't be found."""
+
+
+def texts_in(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str | None]]:
+    """The texts of a conversation, each with the number of its message: a content, or the text parts of one that has images.
+
+    None stands for the content of a message that only calls tools.
+    """
+    return [
+        (number, text)
+        for number, message in enumerate(messages)
+        for text in (
+            [part["text"] for part in message["content"] if part["type"] == "text"]
+            if isinstance(message["content"], list)
+            else [message["content"]]
+        )
+    ]
+
+
+def with_texts(messages: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> list[dict[str, Any]]:
+    """The conversation with other texts, in the order of :func:`texts_in`."""
+    following = iter(texts)
+    return [
+        {
+            **message,
+            "content": [{**part, "text": next(following)} if part["type"] == "text" else part for part in content]
+            if isinstance(content := message["content"], list)
+            else next(following),
+        }
+        for message in messages
+    ]
 
 
 def render_chat(
@@ -48,14 +78,17 @@ def render_chat(
 
 def spoken_in(messages: Sequence[Mapping[str, Any]], places: Places) -> tuple[Spoken, ...]:
     """Where the messages lie that were found, who said them, and how many exchanges ago."""
-    found, users = [], 0
-    for message, place in zip(reversed(messages), reversed(places), strict=True):
+    ages: list[int] = []
+    users = 0
+    for message in reversed(messages):
         # An answer is as old as what the user says next, and a system message as what he says first.
-        age = users if message["role"] == "user" else users - 1
+        ages.insert(0, max(0, users if message["role"] == "user" else users - 1))
         users += message["role"] == "user"
-        if place is not None:
-            found.append(Spoken(place.start, place.end, str(message["role"]), max(0, age)))
-    return tuple(reversed(found))
+    return tuple(
+        Spoken(place.start, place.end, str(messages[number]["role"]), ages[number])
+        for (number, _), place in zip(texts_in(messages), places, strict=True)
+        if place is not None
+    )
 
 
 def apply_template(
@@ -70,7 +103,7 @@ def apply_template(
     continued = opened and messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            _in_form_of(messages, tokenizer),
             tokenize=False,
             add_generation_prompt=opened and not continued,
             continue_final_message=continued,
@@ -79,6 +112,44 @@ def apply_template(
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: the tokenizer's chat template can't render the conversation ({error}).") from error
     return str(text)
+
+
+def _in_form_of(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Messages as a template takes them: all contents in parts where one has images, or where it reads nothing but parts."""
+    in_parts = any(isinstance(message["content"], list) for message in messages)
+    if not in_parts and _reads_text(tokenizer, tokenizer.chat_template):
+        return [dict(message) for message in messages]
+    return [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else dict(one)
+        for one in messages
+    ]
+
+
+@lru_cache(maxsize=8)
+def _reads_text(tokenizer: Any, chat_template: Any) -> bool:
+    """Whether a chat template reads contents that are text; those of models that see often read parts alone."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _HOLDER}], tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return False
+    return _HOLDER in text
+
+
+def image_mark(tokenizer: Any, placeholder: str) -> str:
+    """What a chat template writes for an image that stands before a text; without a template, or where that is not plain, the
+    ``placeholder`` alone.
+    """
+    text = {"type": "text", "text": _HOLDER}
+    try:
+        with_image, without = (
+            str(tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
+            for parts in ([{"type": "image"}, text], [text])
+        )
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return placeholder
+    before, _, after = without.partition(_HOLDER)
+    mark = with_image.removeprefix(before).removesuffix(_HOLDER + after)
+    return mark if mark.count(placeholder) == 1 and before + mark + _HOLDER + after == with_image else placeholder
 
 
 def _template_arguments(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -107,18 +178,17 @@ def _by_placeholders(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, columns: Mapping[str, Any], text: str
 ) -> Places | None:
     # Private-use characters: no template looks for them, no strip() removes them.
-    holders = [f"\ue000{index}\ue001" for index in range(len(messages))]
-    held = [{**one, "content": holder} for one, holder in zip(messages, holders, strict=True)]
+    texts = [text for _, text in texts_in(messages)]
     # A message without a content (one that calls tools) stays as it is.
-    held = [dict(one) if one["content"] is None else other for one, other in zip(messages, held, strict=True)]
+    holders = [None if text is None else f"\ue000{index}\ue001" for index, text in enumerate(texts)]
     try:
-        skeleton = apply_template(held, tokenizer, columns, "", opened=True)
+        skeleton = apply_template(with_texts(messages, holders), tokenizer, columns, "", opened=True)
     except DataError:
         return None  # the template looks into the contents: search for them instead
     places: list[Place | None] = []
     cursor_skeleton = cursor = 0
-    for message, holder in zip(messages, holders, strict=True):
-        if message["content"] is None:
+    for content, holder in zip(texts, holders, strict=True):
+        if content is None or holder is None:
             places.append(None)
             continue
         found = skeleton.find(holder, cursor_skeleton)
@@ -128,7 +198,7 @@ def _by_placeholders(
         if not text.startswith(between, cursor):
             return None
         cursor += len(between)
-        content, stripped = message["content"], message["content"].strip()
+        stripped = content.strip()
         after = skeleton[found + len(holder) : found + len(holder) + 1]
         if text.startswith(content, cursor) and text.startswith(after, cursor + len(content)):
             taken, skipped = content, 0
@@ -145,8 +215,8 @@ def _by_placeholders(
 def _by_search(messages: Sequence[Mapping[str, Any]], text: str) -> Places:
     places: list[Place | None] = []
     cursor = 0
-    for message in messages:
-        content = message["content"] or ""
+    for _, said in texts_in(messages):
+        content = said or ""
         stripped = content.strip()
         place = None
         for candidate, skipped in ((content, 0), (stripped, len(content) - len(content.lstrip()))):

@@ -7,6 +7,7 @@ from typing import Any
 
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import Prompt
+from cagsr.models.vision import ReadPrompt, Vision
 from cagsr.prompts.character_ranges import cut, not_empty, overlaps
 
 
@@ -107,6 +108,67 @@ def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
     them a second time where the text has it already; text that a chat template rendered holds its own.
     """
     return encoder.encode(prompt.text, add_special_tokens=prompt.messages is None)
+
+
+def encode_images(
+    prompt: Prompt, encoder: TextEncoder, vision: Vision, where: str
+) -> tuple[Prompt, Tokens, tuple[int, ...]]:
+    """Encode a prompt with images: the ids are the processor's, each placeholder expanded once, and stay as they are.
+
+    Offsets count in ``Prompt.text``, where an image is one placeholder: all of its tokens lie there, and are the template's.
+    The prompt's text is what the processor reads, which may put a BOS into it (mllama). Also gives at how many places the model
+    holds each image. ModelError where the tokenizer makes other ids of that text than the processor did.
+    """
+    special = prompt.messages is None
+    read = vision.read(prompt.text, prompt.images, special=special, where=where)
+    prompt = _moved(prompt, read.text)
+    tokens = encoder.encode(read.expanded, add_special_tokens=special)
+    if tokens.ids != read.ids:
+        tokens = encoder.encode(read.expanded, add_special_tokens=False)
+    if tokens.ids != read.ids:
+        raise ModelError(
+            f"{where}: the processor of {vision.path} makes other tokens of the prompt than its tokenizer of the same text, so "
+            "that words can't be found among them; report it with the model's name."
+        )
+    held = tuple((one.start, one.end) for one in read.placeholders)
+    offsets = tuple(_unexpanded(start, end, read) for start, end in tokens.offsets)
+    template = tuple(sorted({*prompt.template, *held}))
+    return replace(prompt, template=template), replace(tokens, offsets=offsets), read.counts
+
+
+def _unexpanded(start: int, end: int, read: ReadPrompt) -> tuple[int, int]:
+    """Characters of what was tokenised as those of the text in which an image is one placeholder."""
+    moved = 0
+    for one in read.placeholders:
+        if end <= one.expanded_start:
+            break
+        if (
+            start < one.expanded_end
+        ):  # within an expansion, or reaching into one: the placeholder's, and the text beside it
+            before, after = max(0, one.expanded_start - start), max(0, end - one.expanded_end)
+            return one.start - before, one.end + after
+        moved = one.end - one.expanded_end
+    return start + moved, end + moved
+
+
+def _moved(prompt: Prompt, text: str) -> Prompt:
+    """A prompt whose text a processor has put something into, in one place."""
+    if text == prompt.text:
+        return prompt
+    more = len(text) - len(prompt.text)
+    cut_at = next(place for place in range(len(text)) if text[:place] + text[place + more :] == prompt.text)
+
+    def moved(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple((start + more * (start >= cut_at), end + more * (end > cut_at)) for start, end in ranges)
+
+    said = moved([(one.start, one.end) for one in prompt.spoken])
+    return replace(
+        prompt,
+        text=text,
+        template=(*moved(prompt.template), (cut_at, cut_at + more)),
+        spans=None if prompt.spans is None else moved(prompt.spans),
+        spoken=tuple(one._replace(start=start, end=end) for one, (start, end) in zip(prompt.spoken, said, strict=True)),
+    )
 
 
 def truncate_prompt(prompt: Prompt, tokens: Tokens, limit: int, where: str) -> tuple[Prompt, Tokens]:

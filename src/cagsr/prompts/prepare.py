@@ -8,9 +8,11 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
-from cagsr.prompts.encode import TextEncoder, Tokens, encode_prompt, truncate_prompt
+from cagsr.models.vision import Vision
+from cagsr.prompts.encode import TextEncoder, Tokens, encode_images, encode_prompt, truncate_prompt
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
+from cagsr.prompts.regions import with_regions
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import split_texts
 from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
@@ -33,6 +35,7 @@ def prepare_prompts(
     max_length: int,
     frequency: DocumentFrequency | None = None,
     text_columns: Sequence[str] = (),
+    vision: Vision | None = None,
 ) -> PromptSet:
     """Read the prompts that ``data`` names and encode them with their salience.
 
@@ -46,6 +49,7 @@ def prepare_prompts(
         frequency: document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
         text_columns: as ``load_rows`` takes them.
+        vision: what reads images; None: a prompt with images is refused.
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
@@ -53,7 +57,7 @@ def prepare_prompts(
         ConfigError: settings that contradict each other.
         ModelError: the tokenizer has no offsets.
     """
-    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
+    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length), vision)
     rows = split_texts(load_rows(data, text_columns), data)
     if data.streaming:
         return _prepare_stream(rows, pipeline, frequency)
@@ -62,8 +66,8 @@ def prepare_prompts(
     long = sum(too_long for _, too_long in results)
     if not encoded:
         raise pipeline.all_dropped(f"all {len(results)}")
-    texts = {one.prompt.text for one in encoded}
-    different = f" ({len(texts):,} different)" if len(texts) < len(encoded) else ""
+    asked = {one.prompt.asked for one in encoded}
+    different = f" ({len(asked):,} different)" if len(asked) < len(encoded) else ""
     notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
     if long:
         are, done = (
@@ -87,15 +91,21 @@ def encode_texts(
     frequency: DocumentFrequency | None = None,
     *,
     source: str = "command line",
+    images: Sequence[Sequence[Any]] = (),
+    vision: Vision | None = None,
 ) -> list[EncodedPrompt]:
     """Encode prompts that come from no file: texts, or conversations as lists of chat messages.
 
-    ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; the rest as
-    :func:`prepare_prompts`.
+    ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; ``images``
+    are those of each text, files' paths or PIL images, none where it is empty; the rest as :func:`prepare_prompts`.
     """
     data = DataConfig(path=source)
-    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length))
-    rows = (Row(number, source, {"prompt": text}) for number, text in enumerate(texts, start=1))
+    pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length), vision)
+    given = [{"images": list(own)} for own in images] or [{}] * len(texts)
+    rows = (
+        Row(number, source, {"prompt": text, **own})
+        for number, (text, own) in enumerate(zip(texts, given, strict=True), start=1)
+    )
     return [encoded for encoded, _ in pipeline.run(rows, frequency)[2] if encoded is not None]
 
 
@@ -107,6 +117,7 @@ class _Pipeline:
     salience: SalienceConfig
     encoder: TextEncoder
     limit: int
+    vision: Vision | None
 
     def render(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Prompt]]:
         """Yield each row with its prompt."""
@@ -121,7 +132,7 @@ class _Pipeline:
     def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> tuple[EncodedPrompt | None, bool]:
         """Turn a prompt into tokens and words, and tell whether it was too long; None where it is and such are dropped."""
         where = f"{row.source}, row {row.number}"
-        tokens = encode_prompt(prompt, self.encoder)
+        prompt, tokens, counts = self._tokens(prompt, where)
         too_long = len(tokens.ids) > self.limit
         if too_long and self.data.long_prompts == "error":
             cause = (
@@ -138,7 +149,21 @@ class _Pipeline:
         if too_long:
             prompt, tokens = truncate_prompt(*self._drop_turns(row, prompt, tokens), self.limit, where)
         salient = salient_words(prompt, self.salience, frequency, where)
-        return words_of_tokens(prompt, tokens, salient, self.salience, where), too_long
+        encoded = words_of_tokens(prompt, tokens, salient, self.salience, where)
+        if prompt.images and self.vision is not None:
+            encoded = with_regions(encoded, counts, self.vision, self.salience, where)
+        return encoded, too_long
+
+    def _tokens(self, prompt: Prompt, where: str) -> tuple[Prompt, Tokens, tuple[int, ...]]:
+        """A prompt as tokens, and at how many places the model holds each of its images."""
+        if prompt.images and self.vision is not None:
+            return encode_images(prompt, self.encoder, self.vision, where)
+        if self.vision is not None and self.vision.placeholder in prompt.text:
+            raise DataError(
+                f"{where}: the prompt has the placeholder {self.vision.placeholder} and no image; name its image in the column "
+                "'images', or take the placeholder out."
+            )
+        return prompt, encode_prompt(prompt, self.encoder), ()
 
     def all_dropped(self, which: str) -> DataError:
         """What is wrong where no prompt is left."""
@@ -149,7 +174,7 @@ class _Pipeline:
 
     def _drop_turns(self, row: Row, prompt: Prompt, tokens: Tokens) -> tuple[Prompt, Tokens]:
         """Leave out the earliest turns of a conversation, as few as it takes, the last user message never."""
-        if prompt.messages is None:
+        if prompt.messages is None or prompt.images:  # an image belongs to a turn
             return prompt, tokens
         messages = list(row.values[self.data.prompt_column])
         first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
@@ -164,7 +189,7 @@ class _Pipeline:
         return prompt, tokens
 
     def render_row(self, row: Row) -> Prompt:
-        return render_prompt(row, self.data, self.salience, self.encoder.tokenizer)
+        return render_prompt(row, self.data, self.salience, self.encoder.tokenizer, self.vision)
 
 
 def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequency | None) -> PromptSet:

@@ -8,15 +8,19 @@ from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
-from cagsr.flow import Prompt
+from cagsr.flow import Picture, Prompt
+from cagsr.models.vision import Vision
 from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
-from cagsr.prompts.chat import Places, render_chat, spoken_in, written_marks
+from cagsr.prompts.chat import Places, image_mark, render_chat, spoken_in, texts_in, with_texts, written_marks
+from cagsr.prompts.images import image_parts, pictures_of
 from cagsr.prompts.rows import Row, content_of
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
 
 
-def render_prompt(row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any) -> Prompt:
+def render_prompt(
+    row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any, vision: Vision | None = None
+) -> Prompt:
     """Turn a row into a Prompt.
 
     The prompt column holds text, or a list of chat messages ``{"role", "content"}``; messages go through the
@@ -24,7 +28,12 @@ def render_prompt(row: Row, config: DataConfig, salience: SalienceConfig, tokeni
     continued, as in TRL) and the character ranges the template wrote are noted. All other columns (``completion``,
     ``chosen``, ``rejected``, ``references``, yours) are kept as they are. Passages between ``salience.markers`` lose
     their markers and become spans; spans of ``config.spans_column`` are checked. For a conversation the offsets of
-    ``spans_column`` count in the content of the last user message, and markers may stand in any message.
+    ``spans_column`` count in the content of the last user message (the last text of it, where there are images), and markers
+    may stand in any message.
+
+    Images are those of the column ``images``, or of the messages' parts; ``vision`` reads them. Where a prompt has no
+    placeholder for them they stand before it: before the first thing that the user says (as in TRL), or before a plain text, as
+    the chat template writes an image (LLaVA's with a new line behind it).
 
     Raises:
         DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the
@@ -47,10 +56,17 @@ def render_prompt(row: Row, config: DataConfig, salience: SalienceConfig, tokeni
         text, marked = _take_markers(value, salience, where)
         if given is not None:
             _check_spans(given, len(text), where)
+        pictures = _pictures(row, None, tokenizer, vision, where)
+        before = ""
+        if vision is not None and pictures and vision.placeholder not in text:
+            before = image_mark(tokenizer, vision.placeholder) * len(pictures)
+        text = before + text
+        spans = tuple((start + len(before), end + len(before)) for start, end in given or marked)
         template = written_marks(text, tokenizer)
-        return Prompt(row=row.number, text=text, template=template, spans=given or marked or None, columns=columns)
+        return Prompt(row.number, text, template, spans or None, columns=columns, images=pictures)
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
-        return _conversation(value, row.number, columns, given, config, salience, tokenizer, where)
+        pictures = _pictures(row, value, tokenizer, vision, where)
+        return _conversation(value, row.number, columns, given, config, salience, tokenizer, pictures, where)
     if value is None or value in ([], ()):
         raise _empty(where, config)
     raise DataError(
@@ -101,24 +117,25 @@ def _conversation(
     config: DataConfig,
     salience: SalienceConfig,
     tokenizer: Any,
+    pictures: tuple[Picture, ...],
     where: str,
 ) -> Prompt:
-    messages: list[dict[str, Any]] = []
+    messages = _with_images(messages_of(value, where, images=bool(pictures)), len(pictures), where)
     marked: list[tuple[Range, ...]] = []
-    for message in messages_of(value, where):
-        ranges: tuple[Range, ...] = ()
-        if message["content"] is not None:
-            content, ranges = _take_markers(message["content"], salience, where)
-            message |= {"content": content}
-        messages.append(message)
+    texts: list[str | None] = []
+    for _, said in texts_in(messages):
+        content, ranges = (None, ()) if said is None else _take_markers(said, salience, where)
+        texts.append(content)
         marked.append(ranges)
-    if not any((message["content"] or "").strip() for message in messages):
+    messages = with_texts(messages, texts)
+    if not any((said or "").strip() for said in texts):
         raise _empty(where, config)
     if given is not None:
-        last_user = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=None)
+        owners = [messages[number]["role"] for number, _ in texts_in(messages)]
+        last_user = max((index for index, role in enumerate(owners) if role == "user"), default=None)
         if last_user is None:
             raise DataError(f"{where}: spans count in the last user message, but the conversation has none.")
-        _check_spans(given, len(messages[last_user]["content"] or ""), where)
+        _check_spans(given, len(texts[last_user] or ""), where)
         marked[last_user] = given
     added = config.system_prompt is not None and messages[0]["role"] != "system"
     if added:
@@ -135,7 +152,36 @@ def _conversation(
         messages=tuple(messages),
         spoken=spoken_in(messages[int(added) :], places[int(added) :]),
         columns=columns,
+        images=pictures,
     )
+
+
+def _pictures(
+    row: Row, messages: Sequence[Mapping[str, Any]] | None, tokenizer: Any, vision: Vision | None, where: str
+) -> tuple[Picture, ...]:
+    """The images of a row; DataError where the model reads text alone. Without a tokenizer nobody is to read them: none."""
+    if tokenizer is None:
+        return ()
+    pictures = pictures_of(row, messages, where)
+    if pictures and vision is None:
+        raise DataError(
+            f"{where}: the prompt has images, which nothing reads here: the model reads text alone, has no processor beside it, or "
+            "this command takes text; name a model with its processor (docs/images.md), or leave the row's images out."
+        )
+    return pictures
+
+
+def _with_images(messages: Sequence[dict[str, Any]], count: int, where: str) -> list[dict[str, Any]]:
+    """Put a part for each image before the first thing that the user says, where the messages have none (as TRL does)."""
+    if count == 0 or any(image_parts(message["content"]) for message in messages):
+        return list(messages)
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise DataError(
+            f"{where}: images stand before what the user says, but the conversation has no message of a user."
+        )
+    parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": messages[first]["content"] or ""}]
+    return [*messages[:first], {**messages[first], "content": parts}, *messages[first + 1 :]]
 
 
 def _move_spans(marked: Sequence[tuple[Range, ...]], places: Places, where: str) -> tuple[Range, ...] | None:
@@ -155,12 +201,23 @@ def _move_spans(marked: Sequence[tuple[Range, ...]], places: Places, where: str)
     return tuple(moved) or None
 
 
-def _message(entry: Mapping[str, Any], position: int, where: str) -> dict[str, Any]:
-    """A message with its content as text; whatever else the template may write (tool calls, a name) stays.
+def _message(entry: Mapping[str, Any], position: int, where: str, images: bool) -> dict[str, Any]:
+    """A message with its content as text, or, with images, as parts; whatever else the template may write (tool calls, a name)
+    stays.
 
     The content of a message that only calls tools is None, as in OpenAI's format: templates ask for that.
     """
-    content = content_of(entry.get("content"))
+    content: str | list[dict[str, Any]] | None = content_of(entry.get("content"))
+    if content is None and images and image_parts(entry.get("content")):
+        parts = entry["content"]
+        if all(
+            isinstance(part, Mapping) and (part in image_parts(parts) or isinstance(part.get("text"), str))
+            for part in parts
+        ):
+            content = [
+                {"type": "image"} if part in image_parts(parts) else {"type": "text", "text": part["text"]}
+                for part in parts
+            ]
     if not isinstance(entry.get("role"), str) or (content is None and not only_calls(entry)):
         raise DataError(
             f"{where}: message {position} needs a role and a content that are text (images are not supported); "
@@ -175,9 +232,12 @@ def only_calls(message: Mapping[str, Any]) -> bool:
     return message.get("content") is None and bool(message.get("tool_calls") or message.get("function_call"))
 
 
-def messages_of(value: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], ...]:
-    """Check chat messages and take their contents as text, without a template; DataError for one without a role or a text."""
-    return tuple(_message(entry, position, where) for position, entry in enumerate(value, start=1))
+def messages_of(value: Sequence[Mapping[str, Any]], where: str, *, images: bool = False) -> tuple[dict[str, Any], ...]:
+    """Check chat messages and take their contents as text, without a template; DataError for one without a role or a text.
+
+    ``images``: a content that has some stays a list of parts.
+    """
+    return tuple(_message(entry, position, where, images) for position, entry in enumerate(value, start=1))
 
 
 def _take_markers(text: str, salience: SalienceConfig, where: str) -> tuple[str, tuple[Range, ...]]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from cagsr.errors import ConfigError, DataError, RunError
 from cagsr.flow import EncodedPrompt, Returns
@@ -30,7 +31,7 @@ class PromptSet:
     def split(self, held_out: int, seed: int) -> tuple[PromptSet, PromptSet]:
         """Take ``held_out`` prompts off for evaluation: ``(training, held-out)``; ConfigError where none is left to train on.
 
-        They are drawn at random with ``seed``, and with them goes every other row of the same prompt text, so that
+        They are drawn at random with ``seed``, and with them goes every other row of the same prompt (text and images), so that
         no held-out prompt is trained on; of a streamed set the first ``held_out`` rows are taken (a stream can't be
         drawn from), whatever the seed.
         """
@@ -40,12 +41,14 @@ class PromptSet:
             return self._split_stream(held_out, self.reopen)
         order = list(range(len(self.prompts)))
         random.Random(seed).shuffle(order)
-        chosen: dict[str, int] = {}  # one row for each text, so that the evaluation does not repeat itself
+        chosen: dict[
+            tuple[Any, ...], int
+        ] = {}  # one row for each prompt, so that the evaluation does not repeat itself
         for index in order:
             if len(chosen) == held_out:
                 break
-            chosen.setdefault(self.prompts[index].prompt.text, index)
-        training = [encoded for encoded in self.prompts if encoded.prompt.text not in chosen]
+            chosen.setdefault(self.prompts[index].prompt.asked, index)
+        training = [encoded for encoded in self.prompts if encoded.prompt.asked not in chosen]
         if not training:
             raise ConfigError(
                 f"--evaluation.held_out {held_out} leaves no prompt to train on (there are {len(self.prompts)} rows); "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cagsr.errors import CagsrError
 from cagsr.flow import Attention, EpisodeBatch, Readings, RewardBatch
+from cagsr.models.image_arguments import region_weights
 from cagsr.reward.pooling import pool_pieces
 from cagsr.reward.term import ATTENTION, RewardTerm, by_micro_batch, needs_of
 from cagsr.reward.values import RawValues, ask
@@ -38,20 +39,28 @@ class TermVisitor:
         self._maps: Tensor | None = None
         if keep_maps or any(ATTENTION in needs_of(term) for term in later):
             self._maps = torch.zeros(*episodes.ids.shape, episodes.words.shape[1], device=episodes.ids.device)
+        self._regions: Tensor | None = None
+        if self._maps is not None and any(episodes.prompts.images or ()):
+            regions = region_weights(episodes.prompts.images or ()).shape[1]
+            self._regions = torch.zeros(*episodes.ids.shape, regions, device=episodes.ids.device)
         self._values: dict[str, RawValues] = {}
         self._failures: dict[str, CagsrError] = {}
 
-    def visit(self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor) -> None:
+    def visit(
+        self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor, regions: Tensor | None = None
+    ) -> None:
         """Take in a micro-batch; arguments as :meth:`cagsr.scoring.scorer.Visitor.visit`."""
         response = attention.shape[1]
         if self._maps is not None:
             # The columns that were cut, on whichever side, are padding in all of these rows.
             first = int(self._episodes.prompts.real[index].any(dim=0).nonzero()[0])
             self._maps[index, :response, first : first + attention.shape[2]] = attention
+            if self._regions is not None and regions is not None:
+                self._regions[index, :response, : regions.shape[2]] = regions
         if not self._terms:
             return
         words = pool_pieces(attention, part.words, part.salience.shape[1], self._pooling)
-        batch = RewardBatch(part, readings, None, Attention(attention, words))
+        batch = RewardBatch(part, readings, None, Attention(attention, words, regions))
         for term in self._terms:
             try:
                 found = ask(term, batch)
@@ -80,4 +89,4 @@ class TermVisitor:
         if self._maps is None:
             return None
         words = pool_pieces(self._maps, self._episodes.words, self._episodes.salience.shape[1], self._pooling)
-        return Attention(self._maps, words)
+        return Attention(self._maps, words, self._regions)

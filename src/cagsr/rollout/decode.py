@@ -7,7 +7,7 @@ one exponential variate for each row of the batch, present or gone, and each tok
 ratio of probability to variate wins, which is what ``torch.multinomial`` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ Watch = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Told after each step of the rows held ``(rows,)`` int64, the token of each, and the model's logits ``(rows, vocabulary)`` it was
 drawn from, before any setting changed them; gives ``(rows,)`` bool, which rows are over. Rows that are over, but not yet gone, are
 among them."""
-_BY_ROW = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids")
+_BY_ROW = frozenset((
+    "attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "token_type_ids", "mm_token_type_ids",
+    "cross_attention_mask",
+))  # fmt: skip
+_WIDER = frozenset(("position_ids", "cross_attention_mask"))
+"""Those of them that may have more than rows and columns."""
 
 
 def decode(
@@ -47,6 +52,7 @@ def decode(
     kept: list[RowKeys | None] | None = None,
     variates: Variates = exponential_variates,
     watch: Watch | None = None,
+    images: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample (or, without ``do_sample``, take the likeliest tokens of) several answers to each prompt.
@@ -63,6 +69,7 @@ def decode(
     the distribution it was drawn from, ``(rows,)`` float32 a step; 0 for rows that have left. Without ``do_sample`` none is.
     ``earlier`` are the keys and values of the first columns of ``input_ids``; ``kept`` is given those of all that a row has read
     and said, row by row (``rollout/turn_keys.py``). ``variates`` are another source of luck, ``watch`` looks on and may end rows.
+    ``images`` names the arguments that hold images: once read, they are in the keys and values.
 
     Gives ``(prompts * answers_per_prompt, prompt + response)`` int64, a prompt's answers in a row, filled up with padding.
     """
@@ -76,6 +83,8 @@ def decode(
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)[prompt_of_row]
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=encoder_decoder)
     del outputs
+    for name in (*images, "mm_encoder_outputs") if model_kwargs.get("use_cache") else ():
+        model_kwargs.pop(name, None)
     pickable = _pickable(model_kwargs)
     if answers_per_prompt > 1:
         _pick(model_kwargs, prompt_of_row)
@@ -179,7 +188,9 @@ def _read_again_across(
 def _pickable(model_kwargs: dict[str, Any]) -> bool:
     """Whether everything the forward is handed can be cut to some of its rows."""
     for name, value in model_kwargs.items():
-        if isinstance(value, Tensor) and (name not in _BY_ROW or value.dim() != 2):
+        if isinstance(value, Tensor) and value.dim() != 2 and name not in _WIDER:
+            return False
+        if isinstance(value, Tensor) and name not in _BY_ROW:
             return False
         if isinstance(value, Cache) and not rows_can_be_picked(value):
             return False
@@ -190,7 +201,9 @@ def _pick(model_kwargs: dict[str, Any], index: Tensor) -> None:
     """Keep (or repeat) the rows ``index`` of all that belongs to rows."""
     for name, value in model_kwargs.items():
         if isinstance(value, Tensor):
-            model_kwargs[name] = value[index]
+            # Positions of several axes (M-RoPE) have their rows behind them.
+            several = name == "position_ids" and value.dim() == 3
+            model_kwargs[name] = value[:, index] if several else value[index]
         elif isinstance(value, Cache):
             value.reorder_cache(index)  # what batch_select_indices does, and state-space layers have it too
         elif isinstance(value, ModelOutput):

@@ -73,4 +73,5 @@ def prompt_batch(
         num_generations=num_generations,
         device=loaded.device,
         first_group=first_group,
+        images=[None if loaded.vision is None else loaded.vision.inputs(one, loaded.device) for one in prompts],
     )

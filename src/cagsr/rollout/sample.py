@@ -13,6 +13,7 @@ from cagsr.config import SamplingConfig
 from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.generation import sampled_with
+from cagsr.models.image_arguments import ImageArguments
 from cagsr.models.load import LoadedModel
 from cagsr.models.merged import merged_adapters
 from cagsr.rollout.decode import Variates, Watch, decode
@@ -67,11 +68,16 @@ def sample_responses(
         merged_adapters(loaded.model),
         settings,
     ):
-        for some in zip(ids_read.split(per_batch), real_read.split(per_batch), strict=True):
+        for at in range(0, len(ids_read), per_batch):
             drawn: list[Tensor] = []
+            rows = slice(at, at + per_batch, many)
+            asked, there = ids_read[rows], real_read[rows]
+            images = None if prompts.images is None else prompts.images[rows]
+            seen = None if images is None or not any(images) else ImageArguments.of(base, images, asked, there)
             found = loaded.model.generate(
-                input_ids=some[0][::many],
-                attention_mask=some[1][::many].long(),
+                input_ids=asked,
+                attention_mask=there.long(),
+                **({} if seen is None else {**seen.by_token, **seen.tensors, "images": tuple(seen.tensors)}),
                 custom_generate=decode,
                 answers_per_prompt=many,
                 drawn=drawn,

@@ -154,7 +154,7 @@ def save_compared(
             "back to an earlier checkpoint, or start anew with a lower learning rate."
         )
     _write(folder, full, dtype, generation)
-    loaded.tokenizer.save_pretrained(folder)
+    _write_tokenizer(folder, loaded)
     again = _load(folder, full)
     found = probe(again)
     problem = (
@@ -166,7 +166,7 @@ def save_compared(
         delete(kept)
         kept.mkdir()
         _write(kept, full, torch.float32, generation)
-        loaded.tokenizer.save_pretrained(kept)
+        _write_tokenizer(kept, loaded)
         raise RunError(
             f"{place} was not written, because in {precision} the trained model gives no numbers any more (save_dtype): it "
             f"is in {kept} instead, in float32."
@@ -209,7 +209,7 @@ def save_adapter_compared(
             weights = {**load_file(file), **cast}
             save_file(weights, file, {"format": "pt"})
         if loaded.grown:
-            loaded.tokenizer.save_pretrained(folder)  # AutoPeftModel grows the base to its size
+            _write_tokenizer(folder, loaded)  # AutoPeftModel grows the base to its size
         active, again = model.active_adapter, "loaded-again"
         model.load_adapter(str(folder), again)
         try:
@@ -272,6 +272,13 @@ def _write(folder: Path, model: PreTrainedModel, dtype: torch.dtype, generation:
         model.config.dtype = before
         if own is not None:
             model.generation_config = own
+
+
+def _write_tokenizer(folder: Path, loaded: LoadedModel) -> None:
+    """The tokenizer, and what reads images."""
+    loaded.tokenizer.save_pretrained(folder)
+    if loaded.vision is not None:
+        loaded.vision.save(folder)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

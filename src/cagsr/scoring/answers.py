@@ -82,6 +82,10 @@ def answered(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], responses: S
             raise DataError(
                 f"Row {prompt.prompt.row}: a response of zero tokens can't be scored; remove the row or mend it."
             )
+        if loaded.vision is not None and loaded.vision.token_id in response.ids:
+            raise DataError(
+                f"Row {prompt.prompt.row}: the answer holds an image's token, which no answer can; remove the row or mend it."
+            )
     width = max(len(response.ids) for response in responses)
     ids = torch.full((len(responses), width), loaded.pad_token_id, dtype=torch.int64)
     mask = torch.zeros((len(responses), width), dtype=torch.bool)

@@ -5,18 +5,21 @@ of the attention is a visitor's business, which is handed each micro-batch's whi
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cagsr.attention import PromptAttentionReader, Reading
+from cagsr.attention.probe import looks_across
 from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.flow import EpisodeBatch, Readings
 from cagsr.models.actor_critic import ActorCritic
 from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.image_arguments import padded_places
 from cagsr.models.inputs import PassInputs
 from cagsr.models.layer_probe import LayerProbe, at_tokens
 from cagsr.models.load import LoadedModel
@@ -41,10 +44,14 @@ class FrozenModel(Protocol):
 class Visitor(Protocol):
     """Is handed the attention of each micro-batch while it is there."""
 
-    def visit(self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor) -> None:
+    def visit(
+        self, index: Tensor, part: EpisodeBatch, readings: Readings, attention: Tensor, regions: Tensor | None = None
+    ) -> None:
         """Take in a micro-batch: the sequences ``index`` ``(n,)`` int64 of the batch, cut to their own length in ``part``.
 
-        ``readings`` are the policy's, of them; ``attention`` is ``(n, response, context)`` float32, as wide as ``part``.
+        ``readings`` are the policy's, of them; ``attention`` is ``(n, response, context)`` float32, as wide as ``part``, and
+        ``regions`` ``(n, response, regions)`` what of it, or of the cross-attention to images, goes to each region of the images;
+        None: no image takes part.
         """
 
 
@@ -79,6 +86,11 @@ class Scorer:
         self.reads_policy = attention.source == "policy" or reference is None
         watched = loaded.model if self.reads_policy or reference is None else reference.module
         self.reader = PromptAttentionReader(watched, layers=attention.layers, heads=attention.heads)
+        self.image_reader: PromptAttentionReader | None = None
+        if loaded.vision is not None and looks_across(watched):
+            self.image_reader = PromptAttentionReader(
+                watched, layers=attention.layers, heads=attention.heads, images=True
+            )
 
     def read(self, episodes: EpisodeBatch, visitor: Visitor | None = None) -> tuple[Readings, Tensor]:
         """The policy's pass, then the reference's; the visitor gets the attention of the one that is configured.
@@ -115,7 +127,7 @@ class Scorer:
                     if (value := getattr(found, name)) is not None:
                         parts[name][index, : value.shape[1]] = value.masked_fill(~part.sampled, 0.0)
                 if visitor is not None:
-                    visitor.visit(index, part, found, self._attention(loaded.model, inputs, read))
+                    visitor.visit(index, part, found, *self._attention(loaded.model, inputs, read))
         if self.actor_critic.value_head is None:
             del parts["values"]
         if probe is None:
@@ -155,7 +167,7 @@ class Scorer:
                     support[index, : part.ids.shape[1]] = judged.masked_fill(~part.sampled, 0.0)
                 if visitor is not None:
                     own = take_rows(readings, index, part.ids.shape[1])
-                    visitor.visit(index, part, own, self._attention(model, inputs, read))
+                    visitor.visit(index, part, own, *self._attention(model, inputs, read))
                 logprobs[index, : part.ids.shape[1]] = found[..., 0]
         return logprobs, support
 
@@ -165,16 +177,38 @@ class Scorer:
         """What the probe says of each of the answers' own tokens, ``(n, response)``."""
         return None if probe is None else at_tokens(self.loaded.architecture, model, inputs, seen)[..., 0]
 
+    @contextmanager
     def _reading(
         self, visitor: Visitor | None, model: nn.Module, inputs: PassInputs
-    ) -> AbstractContextManager[Sequence[Reading]]:
-        """What listens to the forwards of one pass; nothing without a visitor."""
+    ) -> Iterator[tuple[Sequence[Reading], Sequence[Reading]]]:
+        """What listens to the forwards of one pass, and to their cross-attention to images; nothing without a visitor."""
         if visitor is None:
-            return nullcontext(())
-        return self.reader.read_in_turn(self.loaded.architecture.regions(model, inputs))
+            yield (), ()
+            return
+        architecture = self.loaded.architecture
+        with ExitStack() as stack:
+            read = stack.enter_context(self.reader.read_in_turn(architecture.regions(model, inputs)))
+            if self.image_reader is None or inputs.images is None:
+                yield read, ()
+                return
+            across = architecture.image_regions(model, inputs)
+            yield read, stack.enter_context(self.image_reader.read_in_turn(across))
 
-    def _attention(self, model: nn.Module, inputs: PassInputs, read: Sequence[Reading]) -> Tensor:
-        return self.loaded.architecture.attention(model, inputs, [one.attention for one in read])
+    def _attention(
+        self, model: nn.Module, inputs: PassInputs, read: tuple[Sequence[Reading], Sequence[Reading]]
+    ) -> tuple[Tensor, Tensor | None]:
+        architecture = self.loaded.architecture
+        attention = architecture.attention(model, inputs, [one.attention for one in read[0]])
+        if inputs.images is None:
+            return attention, None
+        if read[1]:
+            across = architecture.attention(model, replace(inputs, looked_at=None), [one.attention for one in read[1]])
+            return attention, across
+        places, regions = padded_places(inputs.images, inputs.prompt_ids.shape[1])
+        places = functional.pad(places, (0, attention.shape[2] - places.shape[1]), value=-1)[:, None, :]
+        looked = attention.masked_fill(places < 0, 0.0)
+        pooled = attention.new_zeros(*attention.shape[:2], regions)
+        return attention, pooled.scatter_add(2, places.clamp(min=0).expand_as(looked), looked) if regions else pooled
 
 
 def _asked(probe: LayerProbe | None, model: nn.Module) -> AbstractContextManager[Sequence[Tensor]]:

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "nltk": ("nltk", "rouge_score"),
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "images": ("PIL",),
     "embeddings": ("sentence_transformers",),
 }
 """Extra -> the modules it brings (of ``compare`` those beyond ``trl`` and ``nltk``, which it brings too)."""

@@ -99,7 +99,9 @@ def view(
     salience = salience or SalienceConfig()
     if not isinstance(prompt, EncodedPrompt):
         room = loaded.room_for_prompts(sampling.max_new_tokens if isinstance(answers, int) else 0)
-        prompt = encode_texts([prompt], loaded.tokenizer, salience, room, frequency, source="the prompt")[0]
+        prompt = encode_texts(
+            [prompt], loaded.tokenizer, salience, room, frequency, source="the prompt", vision=loaded.vision
+        )[0]
     scorer = AnswerScorer(
         loaded,
         reward,

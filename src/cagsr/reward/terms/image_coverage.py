@@ -1,0 +1,62 @@
+"""Coverage of images: was each region that matters looked at?"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cagsr.config.ranges import PositiveShare
+from cagsr.flow import Prompt, RewardBatch
+from cagsr.models.image_arguments import region_weights
+from cagsr.reward.registry import TermConfig, register
+from cagsr.reward.term import ATTENTION, PartialValues
+from cagsr.reward.terms.coverage import coverage_gains, saturating_coverage
+
+
+@dataclass(frozen=True)
+class ImageCoverageConfig(TermConfig):
+    """Coverage of the regions of a prompt's images: each must be looked at hard once."""
+
+    threshold: PositiveShare = 0.3
+    """Attention at which a region counts as covered (tau)."""
+    dense: bool = False
+    """Pay each token for the coverage it adds (the gains sum to the coverage) instead of all at the end."""
+
+
+@register
+@dataclass(frozen=True)
+class ImageCoverage:
+    """:func:`cagsr.reward.terms.coverage.saturating_coverage` over the regions of images."""
+
+    name: ClassVar[str] = "image_coverage"
+    needs: ClassVar[frozenset[str]] = frozenset({ATTENTION})
+    by_micro_batch: ClassVar[bool] = True
+    place: ClassVar[int] = 21
+    shown: ClassVar[bool] = False
+    settings: ImageCoverageConfig
+
+    def __call__(self, batch: RewardBatch) -> PartialValues:
+        """Return ``(batch,)``, or the gains ``(batch, response)`` if dense; it applies to prompts with an image."""
+        assert batch.attention is not None
+        sampled, looked = batch.episodes.sampled, batch.attention.regions
+        if looked is None:
+            return PartialValues(
+                sampled.new_zeros(sampled.shape[:1], dtype=torch.float32), sampled.new_zeros(len(sampled))
+            )
+        weights = weights_of(batch)
+        measure = coverage_gains if self.settings.dense else saturating_coverage
+        return PartialValues(measure(looked, weights, sampled, self.settings.threshold), weights.sum(dim=1) > 0)
+
+    @staticmethod
+    def missing(settings: ImageCoverageConfig, prompts: Iterable[Prompt]) -> str | None:
+        """An image."""
+        return None if any(one.images for one in prompts) else "an image (column 'images')"
+
+
+def weights_of(batch: RewardBatch) -> Tensor:
+    """``(batch, regions)`` what each region of a batch with images weighs; 0 where a prompt has none."""
+    images = batch.episodes.prompts.images
+    assert images is not None
+    return region_weights(images)
