@@ -125,7 +125,8 @@ def config(kind: str, own: PreTrainedTokenizerFast) -> Any:
         )
     if kind == "gemma3":
         return Gemma3Config(
-            text_config={**text, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+            text_config={**text, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8,
+                         "layer_types": ["sliding_attention", "full_attention"]},
             vision_config={**seen, "model_type": "siglip_vision_model"},
             image_token_id=ids["<soft>"], boi_token_id=ids["<boi>"], eoi_token_id=ids["<eoi>"], mm_tokens_per_image=4, **common,
         )  # fmt: skip
