@@ -73,6 +73,8 @@ class Prompt:
     """The row's other columns, handed to reward functions and metrics by name."""
     images: tuple[Picture, ...] = ()
     """Its images, in the order of their placeholders in ``text``, which stand there once each."""
+    given: Any = None
+    """The prompt as its row has it, where placeholders for images were put in; None: as ``text`` or ``messages`` say."""
 
     @property
     def asked(self) -> tuple[Any, ...]:

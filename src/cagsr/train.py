@@ -109,6 +109,7 @@ def train(
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
     _check_columns(config, [*train_set.prompts, *held_out.prompts])
+    _check_images(config, [*train_set.prompts, *held_out.prompts])
     associations = _associations(config, loaded, train_set, accelerator, console)
     probe = _probe(config, loaded, train_set, accelerator, console)
     reward = build_reward(
@@ -218,6 +219,22 @@ def _check_columns(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> Non
         ):
             flag = f"{term.name}.weight" if settings.weight != 0 else f"watched {term.name}"
             raise ConfigError(f"--reward.{flag}: no row of {config.data.path} has {missing}.")
+
+
+def _check_images(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None:
+    """ConfigError where images meet what does not read them."""
+    if not any(one.prompt.images for one in prompts):
+        return
+    refused = {
+        "--rollout.engine vllm": config.rollout.engine == "vllm",  # it is sent token ids alone
+        "--rollout.task": config.rollout.task is not None,  # what stands behind an image is not read turn by turn
+        "--conversation.user": config.conversation.user is not None,
+        "--reward.grounding_probe.weight": config.reward.needs(SUPPORT),  # the probe is learned from texts
+    }
+    for flag in (flag for flag, asked in refused.items() if asked):
+        raise ConfigError(
+            f"{flag}: works with texts alone, and prompts of {config.data.path} have images; leave it out."
+        )
 
 
 def _player(config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, held_out: PromptSet) -> Player | None:

@@ -63,7 +63,7 @@ def run(config: Config) -> None:
             ids = rollout.ids[row][rollout.sampled[row]].tolist()
             columns = encoded.prompt.columns
             kept = {name: columns[name] for name in columns if config.keep_columns or name in TEMPLATE_COLUMNS}
-            made: dict[str, Any] = {"prompt": prompt_as_given(encoded), "completion": text}
+            made: dict[str, Any] = {**prompt_as_given(encoded), "completion": text}
             made |= {"tokens": len(ids), "ended": bool(rollout.ended[row])}
             rows.append({**kept, **made, **({"completion_ids": ids} if config.token_ids else {})})
     say(*endless([one["ended"] for one in rows], config.sampling.max_new_tokens))

@@ -15,7 +15,7 @@ from cagsr.support.tables import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cagsr.flow import EncodedPrompt
+    from cagsr.flow import EncodedPrompt, Picture
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
 
@@ -97,10 +97,19 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
         write_text_atomically(Path(output), text)
 
 
-def prompt_as_given(encoded: EncodedPrompt) -> str | list[dict[str, str]]:
-    """Return the prompt in the form of its row: text or chat messages."""
+def prompt_as_given(encoded: EncodedPrompt) -> dict[str, Any]:
+    """The prompt in the form of its row: column ``prompt`` with text or chat messages, and ``images`` where it has some."""
     prompt = encoded.prompt
-    return prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+    asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+    found: dict[str, Any] = {"prompt": asked if prompt.given is None else prompt.given}
+    return {**found, "images": [_image_as_given(one) for one in prompt.images]} if prompt.images else found
+
+
+def _image_as_given(picture: Picture) -> str:
+    """A file's whole path, or the image itself as a data URL."""
+    from cagsr.models.pictures import as_data_url
+
+    return str(Path(picture.source).resolve()) if isinstance(picture.source, str) else as_data_url(picture)
 
 
 def table_console() -> Console:

@@ -193,7 +193,7 @@ def _ranking(encoded: EncodedPrompt, candidates: Sequence[dict[str, Any]]) -> di
     """One prompt's candidates with their rewards, the best first; equal ones in their order."""
     own = sorted(candidates, key=lambda one: -one["reward"])
     best = {"completion": own[0]["completion"], "reward": own[0]["reward"], "candidates": own}
-    return {"row": encoded.prompt.row, "prompt": inputs.prompt_as_given(encoded), **best}
+    return {"row": encoded.prompt.row, **inputs.prompt_as_given(encoded), **best}
 
 
 def _print(row: dict[str, Any], weights: dict[str, float]) -> None:

@@ -98,7 +98,7 @@ def run(config: Config) -> None:
     rows = [
         {
             "row": encoded.prompt.row,
-            "prompt": prompt_as_given(encoded),
+            **prompt_as_given(encoded),
             "completion": response.text,
             "reward": float(reward[number]),
             "terms": {name: float(values[number]) for name, values in terms.items()},

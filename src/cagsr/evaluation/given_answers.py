@@ -1,8 +1,10 @@
 """Answers that were made before, as ``cagsr generate`` writes them, with the prompts and rows they belong to."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import numpy as np
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.intervals import Floats
-from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.flow import EncodedPrompt, Picture, Prompt
+from cagsr.prompts.images import pictures_of
 from cagsr.prompts.load import Row, load_rows
 from cagsr.prompts.references import contents
 from cagsr.prompts.render import messages_of, render_prompt, text_of
@@ -106,15 +109,25 @@ def _messages(row: Row, config: DataConfig) -> tuple[dict[str, Any], ...] | None
     value = row.values.get(config.prompt_column)
     if not (isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value)):
         return None
-    messages = messages_of(value, f"{row.source}, row {row.number}")
+    messages = messages_of(value, f"{row.source}, row {row.number}", images=True)
     if config.system_prompt is None or messages[0]["role"] == "system":
         return messages
     return ({"role": "system", "content": config.system_prompt}, *messages)
 
 
 def _key(row: Row, config: DataConfig) -> str:
-    return json.dumps(_messages(row, config) or row.values.get(config.prompt_column), sort_keys=True, default=str)
+    """What makes two rows ask the same: the prompt, and its images wherever the files stand that name them."""
+    value = row.values.get(config.prompt_column)
+    images = pictures_of(row, value if isinstance(value, list) else None, f"{row.source}, row {row.number}")
+    return json.dumps([_messages(row, config) or value, *map(_same_image, images)], sort_keys=True, default=str)
+
+
+def _same_image(picture: Picture) -> str:
+    if isinstance(picture.source, str):
+        return str(Path(picture.source).resolve())
+    return hashlib.sha256(picture.source).hexdigest() if isinstance(picture.source, bytes) else str(id(picture.source))
 
 
 def _prompt_key(prompt: Prompt) -> str:
-    return prompt.text if prompt.messages is None else json.dumps(prompt.messages, sort_keys=True)
+    asked = prompt.text if prompt.messages is None else prompt.messages
+    return json.dumps([asked, prompt.columns.get("images")], sort_keys=True, default=str)

@@ -118,8 +118,8 @@ def _cross_attention_mask(images: Sequence[ImageInputs | None], ids: Tensor, tok
     counts = {0 if one is None else one.tensors["pixel_values"].shape[1] for one in images}
     if len(counts) > 1:
         raise ModelError(
-            f"Prompts with {' and '.join(map(str, sorted(counts)))} images in one batch: in this model tokens before an image look at all of the batch's, "
-            "so that prompts would change each other; give prompts with the same number of images."
+            f"Prompts with {' and '.join(map(str, sorted(counts)))} images in one batch: in this model tokens before an image look "
+            "at all of the batch's, so that prompts would change each other; give prompts with the same number of images."
         )
     tiles = [one.tensors["aspect_ratio_mask"][0].sum(dim=-1).tolist() for one in images if one is not None]
     most = next(one.tensors["aspect_ratio_mask"].shape[-1] for one in images if one is not None)

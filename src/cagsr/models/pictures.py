@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Those that Pillow reads by itself: some others run programs."""
+
+
+def as_data_url(picture: Picture, most: int | None = None) -> str:
+    """An image as a data URL of a PNG, its longer side at most ``most`` pixels (None: as it is)."""
+    image = open_picture(picture)
+    if most is not None:
+        image.thumbnail((most, most))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def open_picture(picture: Picture) -> Image:

@@ -289,8 +289,8 @@ def _probes(size: tuple[int, int]) -> tuple[Image, Image, Image]:
 
     width, height = size
     ramp = np.zeros((height, width, 3), dtype=np.uint8)
-    ramp[..., 0] = (np.arange(width) + 0.5) / width * 255
-    ramp[..., 1] = ((np.arange(height) + 0.5) / height * 255)[:, None]
+    ramp[..., 0] = np.rint((np.arange(width) + 0.5) / width * 255)
+    ramp[..., 1] = np.rint((np.arange(height) + 0.5) / height * 255)[:, None]
     return _plain(size, 0), _plain(size, 255), Image.fromarray(ramp)
 
 

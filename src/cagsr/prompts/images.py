@@ -15,8 +15,8 @@ from cagsr.errors import DataError
 from cagsr.flow import Picture
 from cagsr.prompts.rows import Row
 
-COLUMNS = ("images", "image")
-BOXES = "boxes"
+IMAGES, BOXES = "images", "boxes"
+"""The columns."""
 _BOX = tuple[float, float, float, float]
 _BOXES = TypeAdapter(list[_BOX])
 _BOXES_OF_IMAGES = TypeAdapter(list[list[_BOX]])
@@ -29,7 +29,7 @@ def pictures_of(row: Row, messages: Sequence[Mapping[str, Any]] | None, where: s
 
     DataError, which ``where`` (file and row) opens, for what can't be an image or boxes.
     """
-    value = next((value for name in COLUMNS if (value := row.values.get(name)) is not None), None)
+    value = row.values.get(IMAGES)
     given = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     inside = [
         part[key]
@@ -45,6 +45,11 @@ def pictures_of(row: Row, messages: Sequence[Mapping[str, Any]] | None, where: s
         _picture(one, folder, f"{where}, image {number}") for number, one in enumerate(given or inside, start=1)
     )
     return _with_boxes(pictures, row.values.get(BOXES), where)
+
+
+def has_images(row: Row, messages: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether a row has images, whatever they are."""
+    return bool(row.values.get(IMAGES)) or any(image_parts(message.get("content")) for message in messages or ())
 
 
 def image_parts(content: Any) -> list[Mapping[str, Any]]:

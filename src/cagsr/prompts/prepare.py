@@ -66,6 +66,7 @@ def prepare_prompts(
     long = sum(too_long for _, too_long in results)
     if not encoded:
         raise pipeline.all_dropped(f"all {len(results)}")
+    _check_numbers(encoded, vision, data.path)
     asked = {one.prompt.asked for one in encoded}
     different = f" ({len(asked):,} different)" if len(asked) < len(encoded) else ""
     notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
@@ -217,6 +218,16 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
         notes.append(about_messages(data))
     notes += describe(data, pipeline.salience, pipeline.encoder.tokenizer, [one.prompt for one in head], fitted)
     return PromptSet(head, fitted, tuple(notes), reopen)
+
+
+def _check_numbers(encoded: Sequence[EncodedPrompt], vision: Vision | None, path: str) -> None:
+    """DataError where a model that looks at images by cross-attention has prompts with different numbers of them."""
+    counts = sorted({len(one.prompt.images) for one in encoded})
+    if vision is not None and vision.states is not None and len(counts) > 1:
+        raise DataError(
+            f"{path}: the prompts have {' or '.join(map(str, counts))} images, and in a {vision.model_type} model tokens before an "
+            "image look at those of the whole batch, so that such prompts would change each other; give all as many."
+        )
 
 
 def _limit(data: DataConfig, max_length: int) -> int:

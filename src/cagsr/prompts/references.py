@@ -5,6 +5,7 @@ from typing import Any
 
 from cagsr.errors import DataError
 from cagsr.flow import Prompt
+from cagsr.prompts.chat import texts_in
 from cagsr.prompts.render import content_of, is_parts
 
 REFERENCE_COLUMNS = ("references", "reference", "completion")
@@ -35,7 +36,7 @@ def prompt_words(prompt: Prompt) -> str:
 
 def contents(messages: Iterable[Mapping[str, Any]]) -> str:
     """The contents of chat messages, a line each."""
-    return "\n".join(message["content"] or "" for message in messages)
+    return "\n".join(text or "" for _, text in texts_in(list(messages)))
 
 
 def texts_of(value: Any) -> list[str]:

@@ -12,7 +12,7 @@ from cagsr.flow import Picture, Prompt
 from cagsr.models.vision import Vision
 from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
 from cagsr.prompts.chat import Places, image_mark, render_chat, spoken_in, texts_in, with_texts, written_marks
-from cagsr.prompts.images import image_parts, pictures_of
+from cagsr.prompts.images import has_images, image_parts, pictures_of
 from cagsr.prompts.rows import Row, content_of
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
@@ -63,7 +63,8 @@ def render_prompt(
         text = before + text
         spans = tuple((start + len(before), end + len(before)) for start, end in given or marked)
         template = written_marks(text, tokenizer)
-        return Prompt(row.number, text, template, spans or None, columns=columns, images=pictures)
+        given_as = value if before else None
+        return Prompt(row.number, text, template, spans or None, columns=columns, images=pictures, given=given_as)
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
         pictures = _pictures(row, value, tokenizer, vision, where)
         return _conversation(value, row.number, columns, given, config, salience, tokenizer, pictures, where)
@@ -120,7 +121,9 @@ def _conversation(
     pictures: tuple[Picture, ...],
     where: str,
 ) -> Prompt:
-    messages = _with_images(messages_of(value, where, images=bool(pictures)), len(pictures), where)
+    written = messages_of(value, where, images=bool(pictures))
+    messages = _with_images(written, len(pictures), where)
+    put_in = len(pictures) > 0 and not any(image_parts(message["content"]) for message in written)
     marked: list[tuple[Range, ...]] = []
     texts: list[str | None] = []
     for _, said in texts_in(messages):
@@ -153,6 +156,7 @@ def _conversation(
         spoken=spoken_in(messages[int(added) :], places[int(added) :]),
         columns=columns,
         images=pictures,
+        given=[dict(message) for message in written] if put_in else None,
     )
 
 
@@ -162,13 +166,12 @@ def _pictures(
     """The images of a row; DataError where the model reads text alone. Without a tokenizer nobody is to read them: none."""
     if tokenizer is None:
         return ()
-    pictures = pictures_of(row, messages, where)
-    if pictures and vision is None:
-        raise DataError(
-            f"{where}: the prompt has images, which nothing reads here: the model reads text alone, has no processor beside it, or "
-            "this command takes text; name a model with its processor (docs/images.md), or leave the row's images out."
-        )
-    return pictures
+    if vision is not None or not has_images(row, messages):
+        return () if vision is None else pictures_of(row, messages, where)
+    raise DataError(
+        f"{where}: the prompt has images, which nothing reads here: the model reads text alone, has no processor beside it, or "
+        "this command takes texts; name a model that sees (docs/images.md), or leave the row's images out."
+    )
 
 
 def _with_images(messages: Sequence[dict[str, Any]], count: int, where: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from cagsr.config import RewardConfig
 from cagsr.diagnosis.signals import read_separately
 from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
 from cagsr.models.load import LoadedModel
+from cagsr.models.pictures import as_data_url
 from cagsr.prompts.salience import explain_salience
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.terms.coverage import coverage_gains
@@ -28,6 +29,10 @@ Floats = NDArray[np.float32]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 8
 """Tokens that one character may be split into."""
+PIECE = "\N{BLACK SMALL SQUARE}"
+"""How a token that is a piece of an image is shown."""
+LARGEST = 640
+"""Pixels of an image's longer side on a page."""
 MOST_ELEMENTS = 4_000_000
 """Numbers, over all answers, that single layers and heads may take beside the attention that the reward reads."""
 
@@ -67,6 +72,8 @@ class Answer:
     """``(words,)`` the best attention that each salient word got."""
     planes: Mapping[Plane, Floats]
     """``(response, prompt)`` attention: what the reward reads, and single layers and heads."""
+    regions: Floats | None = None
+    """``(response, regions)`` the reward's attention to the regions of the prompt's images; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class Measured:
     scale: str
     """What the contributions are, in a sentence."""
     model: str
+    pictures: tuple[str, ...] = ()
+    """The prompt's images as data URLs."""
 
     @property
     def most(self) -> float:
@@ -137,13 +146,17 @@ def measure(
                     terms={name: float(values[number]) for name, values in raw.items()},
                     contributions={name: float(values[number]) for name, values in weighed.contributions.items()},
                     planes={plane: _array(attention[row, :length]) for plane, attention in looked.items()},
+                    regions=_regions(batch, row, length, len(prompt.regions)),
                     **details,
                 )
             )
     total = sum(prompt.salience)
     return Measured(
         prompt=prompt,
-        tokens=tuple(token_pieces(loaded.tokenizer, prompt.ids)),
+        tokens=tuple(
+            PIECE if loaded.vision is not None and number == loaded.vision.token_id else text
+            for number, text in zip(prompt.ids, token_pieces(loaded.tokenizer, prompt.ids), strict=True)
+        ),
         words=tuple(word for word, _ in explain_salience(prompt, loaded.tokenizer)),
         share=np.array([weight / total for weight in prompt.salience], dtype=np.float32),
         # sorted is stable: equal answers stay in their order, as in cagsr rank.
@@ -155,7 +168,15 @@ def measure(
         pooling=scorer.salience.pooling,
         scale=weighed.note,
         model=loaded.path,
+        pictures=tuple(as_data_url(picture, LARGEST) for picture in prompt.prompt.images),
     )
+
+
+def _regions(batch: RewardBatch, row: int, length: int, count: int) -> Floats | None:
+    """What one answer's tokens looked at of the images, if there are any."""
+    if batch.attention is None or batch.attention.regions is None:
+        return None
+    return _array(batch.attention.regions[row, :length, :count])
 
 
 def _array(values: Tensor) -> Floats:

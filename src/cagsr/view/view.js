@@ -41,7 +41,28 @@
   const promptList = makeList(byId("prompt"), prompt.tokens, "prompt", 0, (i) => (prompt.word[i] < 0 ? "grey" : ""));
   const answerLists = answers.map((answer, a) =>
     makeList(cards[a].querySelector(".tokens"), answer.tokens, "answer", a, (i) => (answer.repeated[i] ? "repeated" : "")));
-  const lists = [promptList, ...answerLists];
+  const regions = prompt.regions, G = regions.length;
+  const regionList = makeRegions();
+  const lists = [promptList, ...answerLists, ...(G ? [regionList] : [])];
+
+  // The regions of the images are tokens like others, but lie over the images.
+  function makeRegions() {
+    const list = { box: byId("images"), tokens: regions.map((one) => one.name), kind: "region", index: 0, spans: [], base: [],
+      level: new Uint8Array(G), tops: [], current: 0, badges: [] };
+    regions.forEach((one, i) => {
+      const span = document.createElement("span"), [left, top, right, bottom] = one.place;
+      list.base.push(one.share > 0 ? "t region" : "t region grey");
+      span.className = list.base[i];
+      span.setAttribute("role", "option");
+      span.tabIndex = i === 0 ? 0 : -1;
+      span.place = i;
+      Object.assign(span.style, { left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * (right - left)}%`,
+        height: `${100 * (bottom - top)}%` });
+      list.spans.push(span);
+      list.box.querySelector(`figure[data-image="${one.image}"]`).append(span);
+    });
+    return list;
+  }
 
   // ---- Shading -----------------------------------------------------------------------------------------------
   // Only tokens whose step changes are touched: that is what keeps thousands of them quick.
@@ -82,8 +103,10 @@
   }
 
   // ---- Attention ---------------------------------------------------------------------------------------------
-  const maps = answers.map(() => null);
+  const maps = answers.map(() => null), looks = answers.map(() => null);
   let plane = 0;
+  const regionAt = (a, t, r) => (looks[a] ? VALUE[looks[a][t * G + r]] : 0);
+  const bestAt = (a, r) => answers[a].tokens.reduce((best, _, t) => Math.max(best, regionAt(a, t, r)), 0);
   const at = (a, t, j) => VALUE[maps[a][(plane * answers[a].tokens.length + t) * P + j]];
 
   async function unpack(text) {
@@ -167,9 +190,12 @@
       const most = prompt.share.reduce((x, y) => Math.max(x, y), 0);
       shade(promptList, (j) => (word[j] < 0 ? 0 : prompt.share[word[j]]), most);
       legend(percent(most), "share of the prompt’s salience");
+      const heaviest = regions.reduce((x, one) => Math.max(x, one.share), 0);
+      shade(regionList, (r) => regions[r].share, heaviest);
     } else {
       const best = summary(chosen).best;
       shade(promptList, (j) => (word[j] < 0 ? 0 : best[word[j]]), data.threshold);
+      shade(regionList, (r) => bestAt(chosen, r), data.region_threshold);
       const which = answers.length > 1 ? `the ${chosen + 1}. answer` : "the answer";
       legend(`${data.threshold} or more`, `best attention that a word got from ${which} (coverage)`);
     }
@@ -196,6 +222,7 @@
     });
     lists.forEach((list) => markTops(list, []));
     if (point && point.list.kind === "answer") renderAnswerToken(point);
+    else if (point && point.list.kind === "region") renderRegion(point);
     else if (point) renderPromptToken(point);
     else {
       colourPrompt();
@@ -226,9 +253,25 @@
     let mass = 0;
     for (let j = 0; j < P; j++) mass += look(j);
     const parts = top.map((one) => `${quote(prompt.tokens[one.i])} ${number(one.value)}`).join(", ");
+    const [spot] = strongest(G, (r) => regionAt(a, i, r), 0);
+    shade(regionList, (r) => regionAt(a, i, r), spot ? spot.value : 0);
+    markTops(regionList, spot ? [spot.i] : []);
+    const there = spot ? ` Of the images most at ${regions[spot.i].name} (${number(spot.value)}).` : "";
     const own = plane === 0 ? ` It adds ${number(answer.gains[i])} to the coverage.` : "";
     const sink = first ? `, ${percent(look(0))} on the first token` : "";
-    status.textContent = `${head}, looked at ${parts || "nothing"}; ${percent(Math.min(1, mass))} on the prompt${sink}; focus ${summary(a).focus[i].toFixed(2)}.${own}`;
+    status.textContent = `${head}, looked at ${parts || "nothing"}; ${percent(Math.min(1, mass))} on the prompt${sink}; focus ${summary(a).focus[i].toFixed(2)}.${there}${own}`;
+  }
+  function renderRegion({ list, i }) {
+    colourPrompt();
+    const tops = answerLists.map((one, a) => strongest(one.spans.length, (t) => regionAt(a, t, i), 0));
+    const scale = Math.max(0, ...tops.map((top) => (top.length ? top[0].value : 0)));
+    answerLists.forEach((one, a) => {
+      shade(one, (t) => regionAt(a, t, i), scale);
+      markTops(one, tops[a].map((top) => top.i));
+    });
+    const best = bestAt(chosen, i), worth = regions[i].share > 0 ? `${percent(regions[i].share)} of the images’ weight` : "it weighs nothing";
+    const parts = tops[chosen].map((top) => `${quote(answers[chosen].tokens[top.i])} ${number(top.value)}`).join(", ");
+    status.textContent = `${list.tokens[i]}: ${worth}, best attention ${number(best)} (${percent(Math.min(1, best / data.region_threshold))} covered); looked at most by ${parts || "no token"}. Full colour in the answers: ${number(scale)}.`;
   }
   function renderPromptToken({ list, i }) {
     colourPrompt();
@@ -376,6 +419,7 @@
   } else {
     await Promise.all(answers.map(async (answer, a) => {
       if (answer.map) maps[a] = await unpack(answer.map);
+      if (answer.regions) looks[a] = await unpack(answer.regions);
     }));
     render();
   }

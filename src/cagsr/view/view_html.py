@@ -26,7 +26,11 @@ def quantise(attention: Floats) -> NDArray[np.uint8]:
 
 def pack(answer: Answer, planes: Sequence[Plane]) -> str:
     """Give an answer's planes one after the other, ``(planes, response, prompt)`` bytes, deflated, in base64."""
-    content = b"".join(quantise(answer.planes[plane]).tobytes() for plane in planes)
+    return _packed([answer.planes[plane] for plane in planes])
+
+
+def _packed(maps: Sequence[Floats]) -> str:
+    content = b"".join(quantise(one).tobytes() for one in maps)
     return base64.b64encode(zlib.compress(content, 9 if len(content) < 1_000_000 else 6)).decode("ascii")
 
 
@@ -53,6 +57,7 @@ def page_data(measured: Measured) -> dict[str, Any]:
             "word": list(measured.prompt.words),
             "words": list(measured.words),
             "share": _rounded(measured.share),
+            "regions": _regions(measured),
         },
         "answers": [
             {
@@ -63,14 +68,29 @@ def page_data(measured: Measured) -> dict[str, Any]:
                 "repeated": [int(one) for one in answer.repeated],
                 "best": _rounded(answer.best),
                 "map": one,
+                "regions": None if answer.regions is None else _packed([answer.regions]),
             }
             for answer, one in zip(measured.answers, packed, strict=True)
         ],
         "planes": [[plane.layer, plane.head] for plane in planes],
         "threshold": measured.reward.coverage.threshold,
+        "region_threshold": measured.reward.image_coverage.threshold,
         "pooling": measured.pooling,
         "floor": measured.reward.focus.entropy_floor,
     }
+
+
+def _regions(measured: Measured) -> list[dict[str, Any]]:
+    """Each region of the images: its place in shares of its image, what it is called, and its share of the weight."""
+    regions = measured.prompt.regions
+    total = sum(one.weight for one in regions) or 1.0
+    found = []
+    for number, one in enumerate(regions):
+        own = number - next(place for place, other in enumerate(regions) if other.image == one.image)
+        name = f"region {own + 1} of image {one.image + 1}"
+        place = [round(side, 5) for side in (one.left, one.top, one.right, one.bottom)]
+        found.append({"image": one.image, "place": place, "name": name, "share": round(one.weight / total, 5)})
+    return found
 
 
 def _rounded(values: Floats) -> list[float]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cagsr.config import AttentionConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig, validate
 from cagsr.errors import ConfigError, DataError
@@ -74,15 +75,17 @@ def view(
     scales: Scales | None = None,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
+    images: Sequence[Any] = (),
 ) -> View:
     """See what answers to a prompt looked at and what each term of the reward gave them.
 
-    ``answers`` are how many to sample (as ``sampling`` says, with ``seed``), or the answers themselves. Settings that are None
-    are the defaults. Words are counted in ``frequency``, that of a run or a prompt set; None: in this prompt alone, so that all
-    words weigh alike. Without ``associations`` the terms that read them are left out; without a run's ``scales`` those of
-    these answers are used. The temperature of ``sampling`` also divides the logits for self-certainty. Raises ConfigError for
-    no answers, or settings that can't be used; DataError for a prompt that can't be used, an answer of zero tokens, or one too
-    long for the model's context; ModelError where the model can't be loaded or its attention can't be read.
+    ``images`` are the prompt's: files' paths or PIL images. ``answers`` are how many to sample (as ``sampling`` says, with
+    ``seed``), or the answers themselves. Settings that are None are the defaults. Words are counted in ``frequency``, that of a
+    run or a prompt set; None: in this prompt alone, so that all words weigh alike. Without ``associations`` the terms that read
+    them are left out; without a run's ``scales`` those of these answers are used. The temperature of ``sampling`` also divides
+    the logits for self-certainty. Raises ConfigError for no answers, or settings that can't be used; DataError for a prompt that
+    can't be used, an answer of zero tokens, or one too long for the model's context; ModelError where the model can't be loaded
+    or its attention can't be read.
     """
     reward = reward or RewardConfig()
     validate(reward, "reward.")
@@ -100,7 +103,14 @@ def view(
     if not isinstance(prompt, EncodedPrompt):
         room = loaded.room_for_prompts(sampling.max_new_tokens if isinstance(answers, int) else 0)
         prompt = encode_texts(
-            [prompt], loaded.tokenizer, salience, room, frequency, source="the prompt", vision=loaded.vision
+            [prompt],
+            loaded.tokenizer,
+            salience,
+            room,
+            frequency,
+            source="the prompt",
+            images=[images],
+            vision=loaded.vision,
         )[0]
     scorer = AnswerScorer(
         loaded,
