@@ -12,7 +12,7 @@ from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
 from cagsr.models.gguf import Source, drop_foreign_tokens, find_source, make_plain, read_quantisation
-from cagsr.models.vision import Vision, load_tokenizer_of
+from cagsr.models.vision import KNOWN, Vision, load_tokenizer_of
 from cagsr.support.extras import install_command, is_installed
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -126,7 +126,12 @@ def _load_vision(
     with loading(f"--model.path {config.path}: its processor can't be loaded"):
         vision = Vision.of(source.path, model_config, source.options)
     if vision is None:
-        notes.append("Images: not read, because the model has no processor beside it that is known.")
+        why = (
+            "it has no processor beside it"
+            if model_config.model_type in KNOWN
+            else "its kind is none of those that are"
+        )
+        notes.append(f"Images: not read by this {model_config.model_type} model, because {why} (docs/images.md).")
     return vision
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ _FILES = (
     "chat_template.json",
 )  # fmt: skip
 """What a processor is stored in, besides the tokenizer's own files; one of the first two is always there."""
+KNOWN = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "gemma3", "mllama")
+"""Kinds of models whose arguments and layouts are known: others may mean other things by the same names (PaliGemma's token types
+are not Gemma 3's)."""
+_SIZES_KEPT = 1_000
+"""Sizes of images whose points are remembered."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +88,20 @@ class Vision:
 
     @classmethod
     def of(cls, path: str, config: PretrainedConfig, options: Mapping[str, Any]) -> Vision | None:
-        """The processor beside a model, None where there is none (a text-only copy).
+        """The processor beside a model, None where there is none (a text-only copy), or the kind of model isn't known.
 
         Nothing of it is used that reads videos, so that ``torchvision`` isn't needed. Raises OSError, ValueError and what else
         transformers raises for files that can't be read.
         """
         kind = PROCESSOR_MAPPING.get(type(config), None)
-        if kind is None or not _has_processor(path):
+        if kind is None or config.model_type not in KNOWN or not _has_processor(path):
             return None
         without_video: Any = type(
             kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: _without_video(kind))}
         )
         processor = without_video.from_pretrained(path, **options)
         cross = getattr(config.get_text_config(), "cross_attention_layers", None) is not None
-        token_id = next(
-            (
-                value
-                for name in ("image_token_id", "image_token_index")
-                if (value := getattr(config, name, None)) is not None
-            ),
-            None,
-        )
-        if token_id is None or getattr(processor, "image_token", None) is None:
-            return None
+        token_id = config.image_token_index if cross else config.image_token_id
         seen = config.vision_config
         states = seen.max_num_tiles * ((seen.image_size // seen.patch_size) ** 2 + 1) if cross else None
         return cls(processor, path, int(token_id), str(config.model_type), states)
@@ -114,13 +111,11 @@ class Vision:
         """The text that stands for an image in a prompt."""
         return str(self.processor.image_token)
 
-    @property
+    @cached_property
     def by_row(self) -> bool:
         """Whether the processor's tensors count prompts, in their first dimension, and not images: asked of it once."""
-        if "by_row" not in self.__dict__:
-            made = self._pixels([[_plain((32, 32), 0), _plain((32, 32), 255)]])
-            self.__dict__["by_row"] = made["pixel_values"].shape[0] == 1
-        return bool(self.__dict__["by_row"])
+        made = self._pixels([[_plain((32, 32), 0), _plain((32, 32), 255)]])
+        return int(made["pixel_values"].shape[0]) == 1
 
     def read(self, text: str, pictures: Sequence[Picture], *, special: bool, where: str) -> ReadPrompt:
         """Turn a prompt into token ids and tensors.
@@ -216,6 +211,8 @@ class Vision:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     shares = ((ramps - black) / (white - black))[:, :2]
                 shares[~np.isfinite(shares).all(axis=1)] = np.nan
+                if len(self._points) == _SIZES_KEPT:
+                    self._points.clear()
                 self._points[image.size] = shares
             points.append(self._points[image.size])
         return points

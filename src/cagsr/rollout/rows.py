@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from cagsr.flow import EncodedPrompt, EpisodeBatch, PromptBatch
+from cagsr.flow import EncodedPrompt, EpisodeBatch, ImageInputs, PromptBatch
 from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
 
@@ -65,7 +65,14 @@ def episode_rows(episodes: EpisodeBatch, index: Tensor) -> EpisodeBatch:
 def prompt_batch(
     loaded: LoadedModel, prompts: Sequence[EncodedPrompt], num_generations: int = 1, first_group: int = 0
 ) -> PromptBatch:
-    """Pad prompts as a model reads them, each ``num_generations`` times in a row (:func:`collate_prompts`)."""
+    """Pad prompts as a model reads them, each ``num_generations`` times in a row (:func:`collate_prompts`).
+
+    The images of a prompt that stands several times are read once.
+    """
+    seen: dict[int, ImageInputs | None] = {}
+    for one in prompts:
+        if loaded.vision is not None and id(one) not in seen:
+            seen[id(one)] = loaded.vision.inputs(one, loaded.device)
     return collate_prompts(
         prompts,
         pad_token_id=loaded.pad_token_id,
@@ -73,5 +80,5 @@ def prompt_batch(
         num_generations=num_generations,
         device=loaded.device,
         first_group=first_group,
-        images=[None if loaded.vision is None else loaded.vision.inputs(one, loaded.device) for one in prompts],
+        images=[seen.get(id(one)) for one in prompts],
     )

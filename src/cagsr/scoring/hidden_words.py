@@ -32,8 +32,12 @@ class HiddenWords:
         """Give ``(batch, response)`` float32 log-probabilities, 0 where nothing was sampled.
 
         ``hidden`` ``(batch, prompt)`` bool: tokens of the prompts that are left out, as if nobody had said them. Of
-        single answers: episodes of one turn. ``same``: in all rows of a prompt, which is then read once for them.
+        single answers: episodes of one turn. ``same``: in all rows of a prompt, which is then read once for them. Of a prompt with
+        images its salient words alone are left out: the images stay, and the marks around them.
         """
+        seen = torch.tensor([one is not None for one in episodes.prompts.images or ()], device=hidden.device)
+        if len(seen):
+            hidden = hidden & ((episodes.prompts.words >= 0) | ~seen[:, None])
         found = torch.zeros(episodes.ids.shape, dtype=torch.float32, device=episodes.ids.device)
         model = self.loaded.model
         with torch.no_grad(), gathered(model), evaluating(model), self.loaded.autocast():
