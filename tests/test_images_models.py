@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 import seeing
 from cagsr.config import AttentionConfig, ModelConfig, SalienceConfig, SamplingConfig
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Readings
-from cagsr.models.image_arguments import stacked
+from cagsr.models import sharing
+from cagsr.models.image_arguments import ImageArguments, stacked
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.models.sharing import shares_prompts
 from cagsr.prompts.prepare import encode_texts
@@ -184,3 +185,21 @@ def test_images_of_a_shared_prompt_are_encoded_once(loaded: LoadedModel, monkeyp
         Scorer(loaded, AttentionConfig(), SamplingConfig(), 8).policy(episodes)
     tower._forward_pre_hooks.clear()
     assert seen[1] == 2 * seen[0]
+
+
+def test_the_probe_notices_positions_that_are_wrong_behind_a_prefix(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions of answers that count tokens, as a text's do, are others where an image has fewer positions than tokens."""
+    if kind_of(loaded) != "qwen2_5_vl":
+        pytest.skip("one axis of positions")
+    known = sharing._KNOWN.pop(loaded.model)
+    right = ImageArguments.of_forward
+
+    def wrong(self: ImageArguments, *where: Any, with_images: bool) -> dict[str, Any]:
+        found = right(self, *where, with_images=with_images)
+        return found if with_images else {name: value for name, value in found.items() if name != "position_ids"}
+
+    monkeypatch.setattr(ImageArguments, "of_forward", wrong)
+    assert not shares_prompts(loaded, two_answers_each(loaded))
+    sharing._KNOWN[loaded.model] = known
