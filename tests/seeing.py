@@ -30,7 +30,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tiny
-from cagsr.models.vision import _without_video
+from cagsr.models.vision import image_only
 
 KINDS = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "mllama")
 MARKS = ["<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<boi>", "<eoi>", "<soft>", "<|image|>",
@@ -74,10 +74,7 @@ def processor(kind: str, own: PreTrainedTokenizerFast) -> Any:
         images = Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
         )
-        plain = type("Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), {
-            "get_attributes": classmethod(lambda _: _without_video(Qwen2_5_VLProcessor))
-        })  # fmt: skip
-        return plain(images, own, None, own.chat_template)
+        return image_only(Qwen2_5_VLProcessor)(images, own, None, own.chat_template)
     if kind == "idefics3":
         images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
         return Idefics3Processor(images, own, 4, own.chat_template)

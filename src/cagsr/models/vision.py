@@ -96,10 +96,7 @@ class Vision:
         kind = PROCESSOR_MAPPING.get(type(config), None)
         if kind is None or config.model_type not in KNOWN or not _has_processor(path):
             return None
-        without_video: Any = type(
-            kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: _without_video(kind))}
-        )
-        processor = without_video.from_pretrained(path, **options)
+        processor = image_only(kind).from_pretrained(path, **options)
         cross = getattr(config.get_text_config(), "cross_attention_layers", None) is not None
         token_id = config.image_token_index if cross else config.image_token_id
         seen = config.vision_config
@@ -258,8 +255,22 @@ def load_tokenizer_of(vision: Vision) -> Any:
     return tokenizer
 
 
-def _without_video(kind: Any) -> list[str]:
-    return [name for name in kind.get_attributes() if "video" not in name]
+def image_only(kind: Any) -> Any:
+    """A class of processors without the part that reads videos, which needs ``torchvision``."""
+    names = kind.get_attributes()
+
+    def arguments(cls: Any, *given: Any, **options: Any) -> list[Any]:
+        found = iter(kind._get_arguments_from_pretrained.__func__(cls, *given, **options))
+        return [None if "video" in name else next(found) for name in names]
+
+    return type(
+        kind.__name__,
+        (kind,),
+        {
+            "get_attributes": classmethod(lambda _: [name for name in names if "video" not in name]),
+            "_get_arguments_from_pretrained": classmethod(arguments),
+        },
+    )
 
 
 def _has_processor(path: str) -> bool:
