@@ -66,7 +66,11 @@ def test_answers_are_sampled_scored_ranked_judged_and_seen(tmp_path: Path, capsy
     page = out / "page.html"
     assert main(["view", *where, *pays, "--data.path", str(out / "made.jsonl"), "--row", "3", "--out", str(page)]) == 0
     assert page.read_text().count("<figure data-image=") == 2
-    capsys.readouterr()
+    typed = ["--prompt", "the cat", "--image", str(tmp_path / "0-0.png"), "--salience.weighting", "uniform"]
+    assert main(["view", *where, *typed, "--answer", "a dog", "--out", str(page)]) == 0
+    assert page.read_text().count("<figure data-image=") == 1
+    assert main(["generate", *where, "--data.path", str(data), "--image", "a.png"]) == 2
+    assert "--image belongs to --prompt" in capsys.readouterr().err
     assert main(["sft", *where, "--data.path", str(out / "made.jsonl"), "--output_dir", str(out / "sft")]) == 2
     assert "the prompt has images, which nothing reads here" in capsys.readouterr().err
     assert not (out / "sft").exists()

@@ -28,6 +28,8 @@ class Config:
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
     prompt: str | None = None
     """One prompt, instead of --data."""
+    image: list[str] = field(default_factory=list)
+    """Image files that belong to --prompt."""
     output: OutputFile | None = None
     """JSONL file for the answers; None writes them to standard output."""
     sampling: GenerateSampling = field(default_factory=GenerateSampling)
@@ -42,7 +44,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from data_or_prompt(self.data, self.prompt)
+        yield from data_or_prompt(self.data, self.prompt, self.image)
 
 
 def run(config: Config) -> None:
@@ -54,7 +56,8 @@ def run(config: Config) -> None:
     from cagsr.rollout.sample_prompts import sample_in_batches
 
     loaded = load_model(config.model, for_training=False)
-    prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, config.sampling.max_new_tokens)
+    room = config.sampling.max_new_tokens
+    prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, room, images=config.image)
     say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes)
     rows: list[dict[str, Any]] = []
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

@@ -28,8 +28,10 @@ class OptionalDataConfig(DataConfig):
     """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
 
 
-def data_or_prompt(data: DataConfig, prompt: str | None) -> Iterator[str]:
-    """Yield a sentence if neither or both of the two were given."""
+def data_or_prompt(data: DataConfig, prompt: str | None, images: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence if neither or both of the two were given, or images without the prompt that they belong to."""
+    if images and prompt is None:
+        yield "--image belongs to --prompt; the rows of --data name their images in a column 'images'."
     if (prompt is None) == (data.path == ""):
         yield "Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both.")
 
@@ -42,8 +44,9 @@ def read_prompts(
     loaded: LoadedModel,
     max_new_tokens: int,
     text_columns: Sequence[str] = (),
+    images: Sequence[str] = (),
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
-    """Read and encode the prompts of a file, or the one of ``--prompt``, with what is worth saying about them.
+    """Read and encode the prompts of a file, or the one of ``--prompt`` with its ``images``, with what is worth saying about them.
 
     ``salience`` None: which words matter makes no difference, so all do, and no prompt is refused for its words.
     ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
@@ -56,7 +59,14 @@ def read_prompts(
     salience = salience or SalienceConfig(weighting="uniform", skip_sink=False)
     if prompt is not None:
         return encode_texts(
-            [prompt], loaded.tokenizer, salience, limit, frequency, source="--prompt", vision=loaded.vision
+            [prompt],
+            loaded.tokenizer,
+            salience,
+            limit,
+            frequency,
+            source="--prompt",
+            images=[images],
+            vision=loaded.vision,
         ), ()
     found = prepare_prompts(
         data,

@@ -27,6 +27,8 @@ class Config:
     data: inputs.OptionalDataConfig = field(default_factory=inputs.OptionalDataConfig)
     prompt: str | None = None
     """One prompt, instead of --data; the ranking is then printed."""
+    image: list[str] = field(default_factory=list)
+    """Image files that belong to --prompt."""
     output: OutputFile | None = None
     """JSONL file for the rankings; None prints that of --prompt, and writes those of --data to standard output."""
     candidates_column: str | None = None
@@ -45,7 +47,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from inputs.data_or_prompt(self.data, self.prompt)
+        yield from inputs.data_or_prompt(self.data, self.prompt, self.image)
         if self.candidates_column is None and self.sampling.num_generations < 2:
             yield "--sampling.num_generations 1: ranking needs 2 answers or more."
         if self.candidates_column is not None and self.prompt is not None:
@@ -78,7 +80,9 @@ def run(config: Config) -> None:
     frequency = None if learned is None else learned.frequency
     room = 0 if given else config.sampling.max_new_tokens
     columns = [] if config.candidates_column is None else [config.candidates_column]
-    prompts, notes = inputs.read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
+    prompts, notes = inputs.read_prompts(
+        config.data, config.prompt, config.salience, frequency, loaded, room, columns, config.image
+    )
     if frequency is None and config.prompt is None:  # of one prompt there is nothing to count
         frequency = DocumentFrequency.fit(one.prompt for one in prompts)
     associations = None

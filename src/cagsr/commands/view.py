@@ -29,6 +29,8 @@ class Config:
     """Which row of --data, from 1."""
     prompt: str | None = None
     """The prompt, instead of --data."""
+    image: list[str] = field(default_factory=list)
+    """Image files that belong to --prompt."""
     answers: NonNegativeInt = 0
     """Sample this many answers."""
     answer: list[str] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from data_or_prompt(self.data, self.prompt)
+        yield from data_or_prompt(self.data, self.prompt, self.image)
         if self.answers and self.answer:
             yield "Give either --answers N to sample or --answer TEXT, not both."
         if self.prompt is not None and not self.answers and not self.answer:
@@ -84,7 +86,9 @@ def run(config: Config) -> None:
     loaded = load_model(config.model, for_training=False)
     frequency = None if learned is None else learned.frequency
     room, columns = config.sampling.max_new_tokens if config.answers else 0, [config.response_column]
-    prompts, notes = read_prompts(config.data, config.prompt, config.salience, frequency, loaded, room, columns)
+    prompts, notes = read_prompts(
+        config.data, config.prompt, config.salience, frequency, loaded, room, columns, config.image
+    )
     prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
     answers: int | Sequence[str | Response]
     answers = config.answers or config.answer or _answers_of(config, loaded, prompt)
