@@ -60,6 +60,8 @@ def test_where_an_image_may_stand(llava: LoadedModel, tmp_path: Path) -> None:
     assert written.prompt.given is None
     assert written.words[:2] == (-1, 0)  # the sink, "the"; then 16 pieces of the image, and "cat"
     assert written.words[2:] == (-1,) * 16 + (1,)
+    bare = read(llava, tmp_path, {"prompt": "<image>", "images": ["a.png"]})
+    assert (set(bare.words), bare.salience, len(bare.regions)) == ({-1}, (), 4)
     talk = [{"role": "user", "content": "the cat"}]
     parts = [{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "the cat"}]}]
     in_chat = [read(llava, tmp_path, {"prompt": talk, "images": ["a.png"]}), read(llava, tmp_path, {"prompt": parts})]

@@ -142,9 +142,7 @@ def _unexpanded(start: int, end: int, read: ReadPrompt) -> tuple[int, int]:
     for one in read.placeholders:
         if end <= one.expanded_start:
             break
-        if (
-            start < one.expanded_end
-        ):  # within an expansion, or reaching into one: the placeholder's, and the text beside it
+        if start < one.expanded_end:  # of the placeholder, and of the text beside it where a token reaches out of it
             before, after = max(0, one.expanded_start - start), max(0, end - one.expanded_end)
             return one.start - before, one.end + after
         moved = one.end - one.expanded_end

@@ -10,6 +10,7 @@ from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.vision import Vision
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_images, encode_prompt, truncate_prompt
+from cagsr.prompts.find_words import find_words
 from cagsr.prompts.load import Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
 from cagsr.prompts.regions import with_regions
@@ -149,8 +150,11 @@ class _Pipeline:
             return None, True
         if too_long:
             prompt, tokens = truncate_prompt(*self._drop_turns(row, prompt, tokens), self.limit, where)
-        salient = salient_words(prompt, self.salience, frequency, where)
-        encoded = words_of_tokens(prompt, tokens, salient, self.salience, where)
+        if prompt.images and not any(find_words(prompt.text, prompt.template)):
+            encoded = EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ())  # nothing but an image
+        else:
+            salient = salient_words(prompt, self.salience, frequency, where)
+            encoded = words_of_tokens(prompt, tokens, salient, self.salience, where)
         if prompt.images and self.vision is not None:
             encoded = with_regions(encoded, counts, self.vision, self.salience, where)
         return encoded, too_long

@@ -51,12 +51,12 @@ def render_prompt(
     columns = {name: entry for name, entry in values.items() if name != config.prompt_column}
     given = _given_spans(values, config, salience, where)
     if isinstance(value, str):
-        if not value.strip():
+        pictures = _pictures(row, None, tokenizer, vision, where)
+        if not value.strip() and not pictures:
             raise _empty(where, config)
         text, marked = _take_markers(value, salience, where)
         if given is not None:
             _check_spans(given, len(text), where)
-        pictures = _pictures(row, None, tokenizer, vision, where)
         before = ""
         if vision is not None and pictures and vision.placeholder not in text:
             before = image_mark(tokenizer, vision.placeholder) * len(pictures)
@@ -131,7 +131,7 @@ def _conversation(
         texts.append(content)
         marked.append(ranges)
     messages = with_texts(messages, texts)
-    if not any((said or "").strip() for said in texts):
+    if not pictures and not any((said or "").strip() for said in texts):
         raise _empty(where, config)
     if given is not None:
         owners = [messages[number]["role"] for number, _ in texts_in(messages)]
