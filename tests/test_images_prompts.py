@@ -127,6 +127,7 @@ def bad(tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
     (tmp_path / "text.png").write_text("no image at all")
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     cat = {"prompt": "the cat"}
+    hole = [{"type": "image"}, {"type": "text", "text": "the cat"}]
     part = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]
     return [
         ({**cat, "images": ["none.png"]}, r"row 1, image 1 \(none\.png\): there is no such image file"),
@@ -143,6 +144,7 @@ def bad(tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
         ({**cat, "images": ["a.png"], "boxes": "x"}, r"column 'boxes' must hold a list of boxes"),
         ({**cat, "images": ["a.png"], "boxes": [[], []]}, r"holds boxes for 2 images, and the prompt has 1"),
         ({"prompt": part, "images": ["a.png"]}, r"give each image once"),
+        ({"prompt": [{"role": "user", "content": hole}]}, r"the placeholder <image> and no image"),
     ]
 
 

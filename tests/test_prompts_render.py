@@ -199,7 +199,8 @@ def test_empty_prompts(value: Any) -> None:
         (["a", "b"], "holds a list"),
         ({"role": "user"}, "holds an object"),
         ([{"role": "user"}], "message 1 needs a role and a content"),
-        ([user("a"), user([{"type": "image"}])], "message 2 needs a role and a content"),
+        ([user("a"), user([{"type": "audio"}])], "message 2 needs a role and a content"),
+        ([user("a"), user([{"type": "image"}])], "the prompt has images, which nothing reads here"),
     ],
 )
 def test_prompts_of_a_wrong_type(value: Any, message: str) -> None:

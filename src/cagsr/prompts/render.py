@@ -67,7 +67,8 @@ def render_prompt(
         return Prompt(row.number, text, template, spans or None, columns=columns, images=pictures, given=given_as)
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
         pictures = _pictures(row, value, tokenizer, vision, where)
-        return _conversation(value, row.number, columns, given, config, salience, tokenizer, pictures, where)
+        seen = None if vision is None else pictures
+        return _conversation(value, row.number, columns, given, config, salience, tokenizer, seen, where)
     if value is None or value in ([], ()):
         raise _empty(where, config)
     raise DataError(
@@ -118,10 +119,11 @@ def _conversation(
     config: DataConfig,
     salience: SalienceConfig,
     tokenizer: Any,
-    pictures: tuple[Picture, ...],
+    seen: tuple[Picture, ...] | None,
     where: str,
 ) -> Prompt:
-    written = messages_of(value, where, images=bool(pictures))
+    pictures = seen or ()
+    written = messages_of(value, where, images=seen is not None)
     messages = _with_images(written, len(pictures), where)
     put_in = len(pictures) > 0 and not any(image_parts(message["content"]) for message in written)
     marked: list[tuple[Range, ...]] = []
