@@ -251,7 +251,7 @@ def _with_images_closed(data: Any) -> Any:
     """A dataset whose images stay files: each is opened when its prompt is read, and not all are held as pixels."""
     from datasets import Image, List
 
-    for name, feature in dict(data.features or {}).items():
+    for name, feature in dict(getattr(data, "features", None) or {}).items():
         if isinstance(feature, Image):
             data = data.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
