@@ -125,7 +125,8 @@ def test_500_requests_while_a_version_is_trained_and_put_in_place(
             for prompt in {prompt for prompt, _ in answers}
         }
         some = answers[0][0]
-        assert known[0, some] != pytest.approx(known[1, some], abs=0.05)
+        # The versions differ by far more than what each is held to.
+        assert any(known[0, prompt] != pytest.approx(known[1, prompt], abs=0.02) for prompt, _ in answers)
         for prompt, one in answers:
             chances = one["choices"][0]["logprobs"]["token_logprobs"]
             assert chances == pytest.approx(known[one["cagsr"]["version"], prompt], abs=1e-3)
