@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -141,7 +142,12 @@ def draw_counts(items: int, resamples: int, generator: np.random.Generator | Non
 def _resampled_means(table: Floats, resamples: int) -> Floats:
     """Means ``(resamples,)`` of seeds and prompts drawn with replacement."""
     seeds, prompts = table.shape
-    generator = np.random.default_rng(0)
-    seed_counts = draw_counts(seeds, resamples, generator)
-    prompt_counts = draw_counts(prompts, resamples, generator)
+    seed_counts, prompt_counts = _drawn(seeds, prompts, resamples)
     return np.einsum("rs,sp,rp->r", seed_counts, table, prompt_counts, optimize=True) / (seeds * prompts)
+
+
+@lru_cache(maxsize=4)
+def _drawn(seeds: int, prompts: int, resamples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How often each seed and prompt is drawn: always the same, and drawing takes most of the time that a report takes."""
+    generator = np.random.default_rng(0)
+    return draw_counts(seeds, resamples, generator), draw_counts(prompts, resamples, generator)
