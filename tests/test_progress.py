@@ -394,7 +394,7 @@ def test_a_comparison_says_what_its_jobs_do(
 
     def poll(seconds: float) -> None:
         said.extend(capfd.readouterr().err.splitlines())
-        if any("step 3/9" in line for line in said) and not (tmp_path / "enough").exists():
+        if any("one-seed0" in line and ": step 3/9 (0:05); method-two" in line for line in said):
             (tmp_path / "enough").touch()
         sleep(min(seconds, 0.02))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from cagsr.serving.job import Job, JobFolder
 from cagsr.serving.learner import Learner
 from cagsr.serving.prompt_store import PromptStore
 from cagsr.serving.settings import ConsentConfig, LearningConfig, ServeConfig
+from cagsr.serving.training_process import heed_interrupts
 from cagsr.serving.versions import Versions
 
 HELD_OUT = [{"prompt": f"held out {number}"} for number in range(4)]
@@ -33,7 +35,11 @@ HELD_OUT = [{"prompt": f"held out {number}"} for number in range(4)]
 def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A learner with two kept prompts, whose training is a program that sleeps; nothing looks by itself."""
     program = tmp_path / "sleeps"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    # Whoever runs the tests in the background has SIGINT ignored by all that he starts; a training's process is not.
+    program.write_text(
+        f"#!{sys.executable} -IS\nimport pathlib, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)\n"
+    )
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     store = PromptStore(tmp_path / "p.sqlite", ConsentConfig(), hold_out=False)
@@ -93,13 +99,16 @@ def test_a_training_stands_still_while_somebody_is_answered(learner: Any) -> Non
 
 @pytest.mark.parametrize(
     ("budget", "told"),
-    [({"memory_mb": 1}, "It took more than 1 MiB"), ({"seconds": 0.05}, "The training ended with status -2")],
+    [({"memory_mb": 1}, "It took more than 1 MiB"), ({"seconds": 900.0}, "The training ended with status -2")],
     ids=["memory", "seconds"],
 )
-def test_a_training_is_held_to_its_budget(budget: dict[str, Any], told: str, learner: Any) -> None:
+def test_a_training_is_held_to_its_budget(budget: dict[str, Any], told: str, learner: Any, tmp_path: Path) -> None:
     spending = learner(**budget)
-    _until(spending, lambda: spending.status()["state"] == "training")
+    spending._look()
     process = psutil.Process(spending._process.pid)
+    if "seconds" in budget:
+        _until(spending, (tmp_path / "ready").exists)
+        spending._worked += 900.0
     _until(spending, lambda: spending._process is None)
     assert not process.is_running()
     assert told in spending.status()["last"]["failed"]  # SIGINT, at which this program ends
@@ -108,6 +117,15 @@ def test_a_training_is_held_to_its_budget(budget: dict[str, Any], told: str, lea
     spending._rests_until = 0.0
     spending._look()
     assert spending.status()["for"] == "2 more prompts"
+
+
+def test_a_server_in_the_background_can_say_that_the_time_is_up() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts with &
+    try:
+        heed_interrupts()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_training_that_a_server_left_is_gone_on_with_unless_a_prompt_is_gone(learner: Any, tmp_path: Path) -> None:

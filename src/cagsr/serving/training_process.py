@@ -5,6 +5,7 @@ That is looked after before anything is imported that takes its time.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,8 +25,14 @@ def leave_with(server: int) -> None:
     threading.Thread(target=look, name="cagsr-leaves", daemon=True).start()
 
 
+def heed_interrupts() -> None:
+    """SIGINT, by which the server says that the time is up, is heard: what a shell starts in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 if __name__ == "__main__":
     leave_with(int(sys.argv[2]))
+    heed_interrupts()
     from cagsr.serving.work import begin
 
     sys.exit(begin(sys.argv[1]))
