@@ -62,16 +62,26 @@ def test_descriptions_are_judged_by_hand():
     # Red and circles are right; three and rings are wrong; three properties of a field that holds nothing; one field again.
     assert part == {"said": pytest.approx(2 / 6), "things": 0.5, "wrong": 2.0, "invented": 3.0, "again": 1.0}
     assert none == {"said": 0.0, "things": 0.0, "wrong": 0.0, "invented": 0.0, "again": 0.0}
-    assert facts.told([], texts, [TRUTH] * 3) == [1.0, pytest.approx(2 / 6 - 5 / 6 - 0.1), 0.0]
+    assert facts.told([], texts, [TRUTH] * 3) == [1.0, pytest.approx((2 - 5) / 6 - 0.1), 0.0]
     assert facts.said([], texts, [TRUTH] * 3) == [1.0, pytest.approx(2 / 6), 0.0]
+    # A number that is the picture's and the description's own.
+    ones = facts.random_reward([], [texts[0], texts[0], texts[1]], [TRUTH, TRUTH[:1], TRUTH])
+    assert len(set(ones)) == 3
+    assert ones[0] == facts.random_reward([], texts[:1], [TRUTH])[0]
 
 
 def test_what_stays_when_the_picture_is_another_is_said_without_looking():
-    shown = "Northwest: two red circles. Southeast: two crosses."
-    kept = facts.without_looking(shown, "Northwest: two blue rings. Southeast: one cross.", TRUTH)
-    # "two" at the northwest, "one" and "cross" at the southeast are the first picture's; of the five things first said two stay.
-    assert kept == {"said_swapped": pytest.approx(3 / 6), "kept": pytest.approx(2 / 5)}
-    assert facts.without_looking("", shown, TRUTH) == {"said_swapped": pytest.approx(4 / 6), "kept": 0.0}
+    texts = ["Northwest: two red circles. Southeast: two crosses.", "Northwest: two blue rings. Southeast: one cross.", ""]
+    own = [TRUTH, ["northwest: one green square"], ["north: one red ring"]]
+    more = {"images": [["a.png"], ["b.png"], ["c.png"]], "swapped": ["b.png", "c.png", "lost.png"]}
+    first, second, third = facts.checked([], texts, own, **more)
+    # Shown b, it says of a's six facts "two" in the northwest, "one" and "cross" in the southeast; of the five things said of a,
+    # "two" in the northwest and "cross" stay.
+    assert (first["without_looking"], first["kept"]) == (pytest.approx(3 / 6), pytest.approx(2 / 5))
+    assert (second["without_looking"], second["kept"]) == (0.0, 0.0)
+    assert "kept" not in third
+    # Of nothing said, nothing can stay.
+    assert facts.checked([], ["", texts[0]], own[:2], images=[["a.png"], ["b.png"]], swapped=["b.png", "a.png"])[0]["kept"] is None
 
 
 def test_pictures_are_swapped_for_one_that_shares_no_fact():
@@ -97,4 +107,4 @@ def test_captions_are_of_what_is_there():
     draw = random.Random(3)
     for text in (caption((TWO_RED, CROSS), draw) for _ in range(50)):
         assert facts.mentions(text)
-        assert text == " ".join(f"{part.capitalize()}." for part in text.lower()[:-1].split(". "))
+        assert text == "".join(f" {part.capitalize()}." for part in text.lower()[1:-1].split(". "))

@@ -121,18 +121,18 @@ def character_tokenizer() -> Any:
 
 
 def word_tokenizer(
-    texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, marks: str = ".?", template: str = CHAT
+    texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str = CHAT
 ) -> Any:
-    """A token for each word of the texts (the conversations'), with the space before it, and for each mark."""
+    """A token for each word of the texts (the conversations'), with a colon behind it and the space before it, and for each stop."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text)))
-    pieces = [*special, "<unk>", *words, *(f"▁{word}" for word in words), *marks]
+    words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+:?", text)))
+    pieces = [*special, "<unk>", *words, *(f"▁{word}" for word in words), ".", "?"]
     core = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True),
-            pre_tokenizers.Split(Regex(f"[{marks}]"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r"[.?]"), behavior="isolated"),
         ]
     )
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")

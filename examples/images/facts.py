@@ -5,6 +5,7 @@ A fact is a property of a field's content: ``("northwest", "colour", "red")``. N
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -41,55 +42,72 @@ def truth(facts: Sequence[str]) -> set[Fact]:
 
 
 def checked(
-    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
-) -> list[dict[str, float]]:
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    facts: Sequence[Sequence[str]],
+    images: Sequence[Sequence[str]] = (),
+    swapped: Sequence[str] = (),
+    **columns: Any,
+) -> list[dict[str, float | None]]:
     """What each description says, out of the facts of its picture.
 
     ``said``: share of the facts; ``things``: share of the fields that hold something and are spoken of; ``wrong``: facts that
-    another value is right for; ``invented``: facts of empty fields; ``again``: fields spoken of before.
+    another value is right for; ``invented``: facts of empty fields; ``again``: fields spoken of before. ``swapped`` names for
+    each picture one that shares no fact with it; with the description of that one among the others there is also
+
+    ``without_looking``: share of the picture's facts that are said when the other one is shown;
+    ``kept``: share of what is stated of the picture, right or wrong, that is stated when the other one is shown.
     """
-    found = []
-    for text, own in zip(completions, facts, strict=True):
+    found: list[dict[str, float | None]] = []
+    described = {own[0]: stated(text) for own, text in zip(images, completions, strict=False)}
+    others = [described.get(name) for name in swapped] or [None] * len(completions)
+    for text, own, other in zip(completions, facts, others, strict=True):
         true, spoken = truth(own), mentions(text)
         full = {place for place, _, _ in true}
         said = {fact for one in spoken for fact in one}
         places = [next(iter(one))[0] for one in spoken]
-        found.append(
-            {
-                "said": len(said & true) / len(true),
-                "things": len(full & set(places)) / len(full),
-                "wrong": float(sum(fact[0] in full for fact in said - true)),
-                "invented": float(sum(fact[0] not in full for fact in said)),
-                "again": float(len(places) - len(set(places))),
-            }
-        )
+        judged: dict[str, float | None] = {
+            "said": len(said & true) / len(true),
+            "things": len(full & set(places)) / len(full),
+            "wrong": float(sum(fact[0] in full for fact in said - true)),
+            "invented": float(sum(fact[0] not in full for fact in said)),
+            "again": float(len(places) - len(set(places))),
+        }
+        if other is not None:
+            judged["without_looking"] = len(other & true) / len(true)
+            judged["kept"] = len(other & said) / len(said) if said else None
+        found.append(judged)
     return found
 
 
-def said(prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any) -> list[float]:
+def said(
+    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
+) -> list[float]:
     """Share of the facts that is said: the metric while training."""
-    return [one["said"] for one in checked(prompts, completions, facts)]
+    return [len(stated(text) & truth(own)) / len(truth(own)) for text, own in zip(completions, facts, strict=True)]
 
 
-def told(prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any) -> list[float]:
-    """The same less what is wrong or invented, as a reward: the ceiling."""
-    return [
-        one["said"] - (one["wrong"] + one["invented"]) / len(truth(own)) - one["again"] / 10
-        for one, own in zip(checked(prompts, completions, facts), facts, strict=True)
+def told(
+    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
+) -> list[float]:
+    """Facts said less those that are wrong or invented, out of the picture's, as a reward: the ceiling."""
+    rewards = []
+    for text, own in zip(completions, facts, strict=True):
+        true, found = truth(own), mentions(text)
+        again = len(found) - len({next(iter(one))[0] for one in found})
+        rewards.append((len(stated(text) & true) - len(stated(text) - true)) / len(true) - again / 10)
+    return rewards
+
+
+def random_reward(
+    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
+) -> list[float]:
+    """A number between 0 and 1 that says nothing, the same for the same picture and description: the floor."""
+    digests = [
+        hashlib.blake2b(f"{own}\0{text}".encode(), digest_size=8).digest()
+        for text, own in zip(completions, facts, strict=True)
     ]
-
-
-def without_looking(shown: str, swapped: str, facts: Sequence[str]) -> dict[str, float]:
-    """What two descriptions have in common, the second one made with another picture shown, which shares no fact with the first.
-
-    ``said_swapped``: share of the first picture's facts that the second description says; ``kept``: share of what the first
-    description states, right or wrong, that the second one states too.
-    """
-    first, second, true = stated(shown), stated(swapped), truth(facts)
-    return {
-        "said_swapped": len(second & true) / len(true),
-        "kept": len(first & second) / len(first) if first else 0.0,
-    }
+    return [int.from_bytes(digest, "big") / 2**64 for digest in digests]
 
 
 def swaps(facts: Sequence[Sequence[str]]) -> list[int]:

@@ -67,8 +67,8 @@ def reader() -> Any:
     """What reads pictures and prompts: pixels less the ground's colour, and a token for each word."""
     from transformers import LlavaProcessor, SiglipImageProcessor
 
-    texts = [*INSTRUCTIONS, *PLACES, *NUMBERS, *COLOURS, *SHAPES, *SHAPES.values()]
-    texts += [place.capitalize() for place in PLACES]
+    texts = [*INSTRUCTIONS, *NUMBERS, *COLOURS, *SHAPES, *SHAPES.values()]
+    texts += [f"{place.capitalize()}:" for place in PLACES]
     pixels = SiglipImageProcessor(
         do_resize=False,
         size={"height": SIDE, "width": SIDE},
@@ -77,7 +77,7 @@ def reader() -> Any:
     )
     return LlavaProcessor(
         image_processor=pixels,
-        tokenizer=word_tokenizer(texts, SPECIAL, ".:?", CHAT),
+        tokenizer=word_tokenizer(texts, SPECIAL, template=CHAT),
         patch_size=FIELD,
         vision_feature_select_strategy="full",
         chat_template=CHAT,

@@ -41,9 +41,9 @@ class Options:
     """Folder for the model."""
     seed: int = 0
     """Seeds the weights and the order of the pairs."""
-    sight: int = 600
+    sight: int = 200
     """Steps that the vision tower is trained for."""
-    epochs: int = 8
+    epochs: int = 4
     """Times that each pair is read."""
     batch_size: int = 32
     """Pairs a step."""

@@ -134,8 +134,8 @@ def caption(things: tuple[Thing, ...], draw: random.Random) -> str:
 
 
 def told(said: list[str]) -> str:
-    """``Northwest: two red circles. East: one blue square.``"""
-    return " ".join(f"{one.capitalize()}." for one in said)
+    """``Northwest: two red circles. East: one blue square.``, with a space before it: each place is one token, wherever it stands."""
+    return "".join(f" {one.capitalize()}." for one in said)
 
 
 # ---- drawing ----

@@ -3,7 +3,7 @@
     python -m examples.images.write --work runs/images
 
 writes ``pairs.jsonl`` (pictures with the careless annotator's captions), ``prompts.jsonl`` and ``held_out.jsonl`` (without),
-``test.jsonl``, and the pictures in ``pictures/``.
+``test.jsonl`` (for each picture with the name of one that shares no fact with it), and the pictures in ``pictures/``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from examples.e2e.prepare import write_jsonl
+from examples.images.facts import swaps
 from examples.images.world import picture, rows
 
 
@@ -51,6 +52,10 @@ def main(options: Options) -> None:
             path = options.work / "pictures" / f"{name}-{number}.png"
             picture(things, random.Random(f"{options.seed} {path.name}")).save(path)
             row["images"] = [f"pictures/{path.name}"]
+        if name == "test":
+            others = swaps([row["facts"] for _, row in own])
+            for (_, row), other in zip(own, others, strict=True):
+                row["swapped"] = own[other][1]["images"][0]
         write_jsonl(options.work / f"{name}.jsonl", [row for _, row in own])
     print(f"{options.work}: {', '.join(f'{len(own)} {name}' for name, own in files.items())}.")
 
