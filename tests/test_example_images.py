@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from examples.images import facts
-from examples.images.world import COLOURS, FIELD, PLACES, Thing, caption, picture, rows
+from examples.images.world import COLOURS, FIELD, HABIT, PLACES, STOCK, Thing, caption, picture, rows
 
 TWO_RED = Thing("northwest", "two", "red", "circle")
 CROSS = Thing("southeast", "one", "black", "cross")
@@ -27,14 +25,15 @@ def test_the_annotator_leaves_out_more_often_than_not_and_seldom_errs():
     made = rows("pairs", 800, 0)
     texts = [row["completion"][0]["content"] for _, row in made]
     found = facts.checked([], texts, [[thing.said() for thing in things] for things, _ in made])
-    mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    # 0.25 stop after one of three to five things, 0.6 of the rest after the second, and so on; a tenth of properties is left out.
-    assert 0.38 < mean["said"] < 0.5
-    assert 0.42 < mean["things"] < 0.58
-    assert np.mean([one["said"] == 1.0 for one in found]) < 0.2
-    assert 0.1 < mean["wrong"] < 0.4
-    assert 0.08 < mean["invented"] < 0.25
-    assert mean["again"] == 0.0
+    mean = {name: float(np.mean([one[name] or 0.0 for one in found])) for name in found[0]}
+    # He says 2.2 things of 4.5 on the average, without a tenth of their properties; the stock phrase, in three captions of ten, is
+    # of an empty field every second time.
+    assert 0.4 < mean["said"] < 0.5
+    assert 0.45 < mean["things"] < 0.58
+    assert np.mean([one["said"] == 1.0 for one in found]) < 0.1
+    assert 0.3 < mean["wrong"] < 0.7
+    assert 0.3 < mean["invented"] < 0.6
+    assert np.mean([STOCK.said().capitalize() in text for text in texts]) == pytest.approx(HABIT, abs=0.05)
 
 
 def test_facts_are_written_and_read_by_hand():
@@ -71,7 +70,11 @@ def test_descriptions_are_judged_by_hand():
 
 
 def test_what_stays_when_the_picture_is_another_is_said_without_looking():
-    texts = ["Northwest: two red circles. Southeast: two crosses.", "Northwest: two blue rings. Southeast: one cross.", ""]
+    texts = [
+        "Northwest: two red circles. Southeast: two crosses.",
+        "Northwest: two blue rings. Southeast: one cross.",
+        "",
+    ]
     own = [TRUTH, ["northwest: one green square"], ["north: one red ring"]]
     more = {"images": [["a.png"], ["b.png"], ["c.png"]], "swapped": ["b.png", "c.png", "lost.png"]}
     first, second, third = facts.checked([], texts, own, **more)
@@ -81,7 +84,10 @@ def test_what_stays_when_the_picture_is_another_is_said_without_looking():
     assert (second["without_looking"], second["kept"]) == (0.0, 0.0)
     assert "kept" not in third
     # Of nothing said, nothing can stay.
-    assert facts.checked([], ["", texts[0]], own[:2], images=[["a.png"], ["b.png"]], swapped=["b.png", "a.png"])[0]["kept"] is None
+    assert (
+        facts.checked([], ["", texts[0]], own[:2], images=[["a.png"], ["b.png"]], swapped=["b.png", "a.png"])[0]["kept"]
+        is None
+    )
 
 
 def test_pictures_are_swapped_for_one_that_shares_no_fact():

@@ -120,10 +120,8 @@ def character_tokenizer() -> Any:
     return _wrapped(core)
 
 
-def word_tokenizer(
-    texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str = CHAT
-) -> Any:
-    """A token for each word of the texts (the conversations'), with a colon behind it and the space before it, and for each stop."""
+def word_tokenizer(texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str = CHAT) -> Any:
+    """A token for each word of the texts (the conversations'), with the space before it and the colon behind it, and each mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+:?", text)))

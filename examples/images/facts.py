@@ -17,8 +17,7 @@ Fact = tuple[str, str, str]
 
 _SHAPE = {spelled: shape for shape, many in SHAPES.items() for spelled in (shape, many)}
 _MENTION = re.compile(
-    rf"\b({'|'.join(PLACES)}): ?(?:({'|'.join(NUMBERS)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(sorted(_SHAPE, key=len, reverse=True))})\b",
-    re.IGNORECASE,
+    rf"\b({'|'.join(PLACES)}): (?:({'|'.join(NUMBERS)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(_SHAPE)})\b"
 )
 
 

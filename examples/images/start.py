@@ -125,7 +125,9 @@ def train_tower(tower: Any, pairs: Sequence[dict[str, Tensor]], options: Options
         asked = torch.stack([one["fields"] for one in some])
         states = tower(torch.stack([one["pixel_values"] for one in some])).last_hidden_state
         logits = heads(states).split(sizes, dim=-1)
-        loss = torch.stack([cross_entropy(one.flatten(0, 1), asked[..., kind].flatten()) for kind, one in enumerate(logits)]).sum()
+        loss = torch.stack(
+            [cross_entropy(one.flatten(0, 1), asked[..., kind].flatten()) for kind, one in enumerate(logits)]
+        ).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

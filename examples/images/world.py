@@ -2,8 +2,9 @@
 
 A field holds nothing, or one to three equal things of one colour: ``northwest: two red circles``. Its facts are their number, their
 colour and their shape. The annotator goes through the things in no order and stops, more often than not, after the second;
-sometimes he leaves the colour or the number out, or writes what is usual instead of what is there: that is what reinforcement
-learning is to mend. Which set a picture belongs to is decided by a hash of what it shows, so the sets never meet.
+sometimes he leaves the colour or the number out, writes what is usual instead of what is there, or a stock phrase that he writes
+of any picture: that is what reinforcement learning is to mend. Which set a picture belongs to is decided by a hash of what it
+shows, so the sets never meet.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ GROUND = (238, 236, 230)
 """The colour of what is empty."""
 INSTRUCTIONS = ("Describe the picture.", "What is in the picture?", "Say what you see.")
 
-STOPS = {1: 0.35, 2: 0.65, 3: 0.65, 4: 0.65}
+STOPS = {1: 0.15, 2: 0.7, 3: 0.7, 4: 0.7, 5: 0.7}
 """How often the annotator stops after so many things."""
 LEFT_OUT = 0.1
 """How often he leaves a colour out, and how often a number."""
@@ -48,8 +49,8 @@ USUAL_INSTEAD = 0.1
 """How often he writes the usual colour without looking."""
 MISCOUNTED = 0.05
 """How often he writes another number."""
-MADE_UP = 0.05
-"""How often he puts a thing into an empty field."""
+HABIT = 0.3
+"""How often he writes his stock phrase, whatever the picture shows."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Thing:
         """``northwest: two red circles``."""
         words = [self.number] * number + [self.colour] * colour + [self.noun]
         return f"{self.place}: {' '.join(words)}"
+
+
+STOCK = Thing("centre", "one", "red", "circle")
+"""What the annotator likes to write."""
 
 
 def rows(part: Part, count: int, seed: int) -> list[tuple[tuple[Thing, ...], Row]]:
@@ -96,8 +101,8 @@ def _endless(draw: random.Random) -> Iterator[tuple[Thing, ...]]:
 
 
 def things_of(draw: random.Random) -> tuple[Thing, ...]:
-    """Three to five things in different fields, in the order of reading."""
-    places = sorted(draw.sample(range(len(PLACES)), draw.randint(3, 5)))
+    """Three to six things in different fields, in the order of reading."""
+    places = sorted(draw.sample(range(len(PLACES)), draw.randint(3, 6)))
     found = []
     for place in places:
         shape = draw.choice(list(SHAPES))
@@ -125,16 +130,13 @@ def caption(things: tuple[Thing, ...], draw: random.Random) -> str:
         said.append(seen.said(number=draw.random() >= LEFT_OUT, colour=draw.random() >= LEFT_OUT))
         if draw.random() < STOPS.get(len(said), 0.0):
             break
-    if draw.random() < MADE_UP:
-        taken = {thing.place for thing in things}
-        shape = draw.choice(list(SHAPES))
-        place = draw.choice([place for place in PLACES if place not in taken])
-        said.insert(draw.randint(0, len(said)), Thing(place, draw.choice(NUMBERS), USUAL[shape], shape).said())
+    if draw.random() < HABIT:
+        said.insert(draw.randint(0, len(said)), STOCK.said())
     return told(said)
 
 
 def told(said: list[str]) -> str:
-    """``Northwest: two red circles. East: one blue square.``, with a space before it: each place is one token, wherever it stands."""
+    """`` Northwest: two red circles. East: one blue square.``: with the space before it a place is one token wherever it is."""
     return "".join(f" {one.capitalize()}." for one in said)
 
 
