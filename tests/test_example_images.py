@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
-from examples.images import facts
+from examples.images import facts, seen, start, write
+from examples.images.model import reader
 from examples.images.world import COLOURS, FIELD, HABIT, PLACES, STOCK, Thing, caption, picture, rows
 
+from cagsr.commands.main import main
+from cagsr.compare.make_models import reward_settings
+from cagsr.compare.plan import read_plan
+from cagsr.config import validate
+
+ROOT = Path(__file__).parents[1]
 TWO_RED = Thing("northwest", "two", "red", "circle")
 CROSS = Thing("southeast", "one", "black", "cross")
 TRUTH = [TWO_RED.said(), CROSS.said()]
@@ -114,3 +123,54 @@ def test_captions_are_of_what_is_there():
     for text in (caption((TWO_RED, CROSS), draw) for _ in range(50)):
         assert facts.mentions(text)
         assert text == "".join(f" {part.capitalize()}." for part in text.lower()[1:-1].split(". "))
+
+
+def test_a_caption_is_read_as_tokens_and_learned_alone(tmp_path: Path):
+    (things, row), *_ = rows("pairs", 1, 0)
+    (tmp_path / "pictures").mkdir()
+    picture(things, random.Random(0)).save(tmp_path / "pictures" / "one.png")
+    processor = reader()
+    read = start.encoded(processor, {**row, "images": ["pictures/one.png"]}, tmp_path)
+    caption, learned = row["completion"][0]["content"], read["labels"] != start.IGNORED
+    assert processor.tokenizer.decode(read["labels"][learned]) == f"{caption}<eos>"
+    asked = row["prompt"][0]["content"]
+    assert (
+        processor.tokenizer.decode(read["input_ids"][~learned]) == f"<|user|>{'<image>' * 9}{asked}<|end|><|assistant|>"
+    )
+    # What each field is and shows, 0 for nothing.
+    shown = start.fields(TRUTH)
+    assert shown[PLACES.index("northwest")].tolist() == [0, 2, 1, 1]
+    assert shown[PLACES.index("southeast")].tolist() == [8, 1, 6, 4]
+    assert shown[PLACES.index("centre")].tolist() == [4, 0, 0, 0]
+
+
+def test_a_model_learns_captions_and_is_trained_on_pictures_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write.main(write.Options(tmp_path, pairs=16, prompts=6, held_out=4, test=30))
+    read = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    shown = {row["images"][0]: facts.truth(row["facts"]) for row in read}
+    for row in read:
+        assert (tmp_path / row["images"][0]).is_file()
+        assert not facts.truth(row["facts"]) & shown[row["swapped"]]
+    start.main(start.Options(tmp_path, tmp_path / "start", sight=2, epochs=1, batch_size=8))
+    how = {
+        "config": ROOT / "examples/images/settings.yaml", "model.path": tmp_path / "start", "model.device": "cpu",
+        "data.path": tmp_path / "prompts.jsonl", "evaluation.path": tmp_path / "held_out.jsonl",
+        "output_dir": tmp_path / "run", "reward.image_coverage.weight": 1, "run.steps": 1, "run.batch_size": 2,
+        "sampling.num_generations": 2, "sampling.max_new_tokens": 6, "evaluation.held_out": 2, "evaluation.every": 1,
+    }  # fmt: skip
+    assert main(["train", *(str(part) for name, value in how.items() for part in (f"--{name}", value))]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < metrics["rewards/image_coverage/mean"] <= 1
+    assert 0 <= metrics["eval/metric"] <= 1
+    seen.main(seen.Options(tmp_path, tmp_path / "run" / "final", tmp_path / "seen.json", prompts=2))
+    found = json.loads((tmp_path / "seen.json").read_text())
+    assert 0 < found["things, layers all, 0.3"]["mean"] <= 1
+    assert found["length"]["said|"] == 0.0
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_plan_can_be_read(fast: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(ROOT / "examples" / "images" / "images.yaml", fast=fast)
+    for method in plan.methods:
+        validate(reward_settings(plan, method, 0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,7 +160,7 @@ def picture(things: tuple[Thing, ...], draw: random.Random) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
-def _spots(number: str) -> list[tuple[float, float]]:
+def _spots(number: str) -> Sequence[tuple[float, float]]:
     """Middles of so many things in a field, in pixels."""
     return {"one": [(10, 10)], "two": [(5, 10), (15, 10)], "three": [(5, 5), (15, 5), (10, 15)]}[number]
 
