@@ -66,10 +66,10 @@ def test_descriptions_are_judged_by_hand():
         "",
     ]
     whole, part, none = facts.checked([], texts, [TRUTH] * 3)
-    assert whole == {"said": 1.0, "things": 1.0, "wrong": 0.0, "invented": 0.0, "again": 0.0}
+    assert whole == {"said": 1.0, "things": 1.0, "right": 1.0, "wrong": 0.0, "invented": 0.0, "again": 0.0}
     # Red and circles are right; three and rings are wrong; three properties of a field that holds nothing; one field again.
-    assert part == {"said": pytest.approx(2 / 6), "things": 0.5, "wrong": 2.0, "invented": 3.0, "again": 1.0}
-    assert none == {"said": 0.0, "things": 0.0, "wrong": 0.0, "invented": 0.0, "again": 0.0}
+    assert part == {"said": pytest.approx(2 / 6), "things": 0.5, "right": 2 / 7, "wrong": 2.0, "invented": 3.0, "again": 1.0}
+    assert none == {"said": 0.0, "things": 0.0, "right": None, "wrong": 0.0, "invented": 0.0, "again": 0.0}
     assert facts.told([], texts, [TRUTH] * 3) == [1.0, pytest.approx((2 - 5) / 6 - 0.1), 0.0]
     assert facts.said([], texts, [TRUTH] * 3) == [1.0, pytest.approx(2 / 6), 0.0]
     # A number that is the picture's and the description's own.

@@ -50,8 +50,9 @@ def checked(
 ) -> list[dict[str, float | None]]:
     """What each description says, out of the facts of its picture.
 
-    ``said``: share of the facts; ``things``: share of the fields that hold something and are spoken of; ``wrong``: facts that
-    another value is right for; ``invented``: facts of empty fields; ``again``: fields spoken of before. ``swapped`` names for
+    ``said``: share of the facts; ``things``: share of the fields that hold something and are spoken of; ``right``: share of what
+    is stated that is right; ``wrong``: facts that another value is right for; ``invented``: facts of empty fields; ``again``:
+    fields spoken of before. ``swapped`` names for
     each picture one that shares no fact with it; with the description of that one among the others there is also
 
     ``without_looking``: share of the picture's facts that are said when the other one is shown;
@@ -68,6 +69,7 @@ def checked(
         judged: dict[str, float | None] = {
             "said": len(said & true) / len(true),
             "things": len(full & set(places)) / len(full),
+            "right": len(said & true) / len(said) if said else None,
             "wrong": float(sum(fact[0] in full for fact in said - true)),
             "invented": float(sum(fact[0] not in full for fact in said)),
             "again": float(len(places) - len(set(places))),
