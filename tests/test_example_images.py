@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from examples.images import facts, seen, start, write
+from examples.images.empty import EmptyCoverage, empty_coverage
 from examples.images.model import reader
 from examples.images.world import COLOURS, FIELD, HABIT, PLACES, STOCK, Thing, caption, picture, rows
 
@@ -68,7 +72,14 @@ def test_descriptions_are_judged_by_hand():
     whole, part, none = facts.checked([], texts, [TRUTH] * 3)
     assert whole == {"said": 1.0, "things": 1.0, "right": 1.0, "wrong": 0.0, "invented": 0.0, "again": 0.0}
     # Red and circles are right; three and rings are wrong; three properties of a field that holds nothing; one field again.
-    assert part == {"said": pytest.approx(2 / 6), "things": 0.5, "right": 2 / 7, "wrong": 2.0, "invented": 3.0, "again": 1.0}
+    assert part == {
+        "said": pytest.approx(2 / 6),
+        "things": 0.5,
+        "right": 2 / 7,
+        "wrong": 2.0,
+        "invented": 3.0,
+        "again": 1.0,
+    }
     assert none == {"said": 0.0, "things": 0.0, "right": None, "wrong": 0.0, "invented": 0.0, "again": 0.0}
     assert facts.told([], texts, [TRUTH] * 3) == [1.0, pytest.approx((2 - 5) / 6 - 0.1), 0.0]
     assert facts.said([], texts, [TRUTH] * 3) == [1.0, pytest.approx(2 / 6), 0.0]
@@ -123,6 +134,16 @@ def test_captions_are_of_what_is_there():
     for text in (caption((TWO_RED, CROSS), draw) for _ in range(50)):
         assert facts.mentions(text)
         assert text == "".join(f" {part.capitalize()}." for part in text.lower()[1:-1].split(". "))
+
+
+def test_looking_at_what_shows_nothing_by_hand():
+    # Two tokens and a padded one look at three regions, of which the last two show nothing.
+    looked = torch.tensor([[[0.9, 0.03, 0.15], [0.1, 0.15, 0.0], [0.0, 0.9, 0.9]]])
+    images = (SimpleNamespace(weights=torch.tensor([0.7, 0.0, 0.0])),)
+    episodes = SimpleNamespace(sampled=torch.tensor([[True, True, False]]), prompts=SimpleNamespace(images=images))
+    batch: Any = SimpleNamespace(attention=SimpleNamespace(regions=looked), episodes=episodes)
+    assert EmptyCoverage()(batch).tolist() == pytest.approx([0.5])  # 0.15 of 0.3, in either
+    assert empty_coverage(batch, 0.15).tolist() == pytest.approx([1.0])
 
 
 def test_a_caption_is_read_as_tokens_and_learned_alone(tmp_path: Path):

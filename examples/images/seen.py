@@ -29,6 +29,7 @@ from cagsr.reward.terms.image_coverage import weights_of
 from cagsr.rollout.sample_prompts import sample_in_batches
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import say, shown
+from examples.images.empty import empty_coverage
 from examples.images.facts import checked
 
 ANSWERS = 8
@@ -83,17 +84,15 @@ def measured(options: Options) -> tuple[dict[str, Floats], dict[str, Floats]]:
             assert batch.attention is not None
             assert batch.attention.regions is not None
             weights = weights_of(batch)
-            empty = (weights <= 1e-6).to(weights)
             words = batch.episodes.salience
             for tau in THRESHOLDS:
                 looked = (batch.attention.regions, weights, rollout.sampled, tau)
                 of_image = saturating_coverage(*looked)
                 of_words = saturating_coverage(batch.attention.words, words, rollout.sampled, tau)
-                nothing = saturating_coverage(batch.attention.regions, empty, rollout.sampled, tau)
                 for kind, values in (
                     ("things", of_image),
                     ("balance", torch.minimum(of_image, of_words)),
-                    ("empty fields", nothing),
+                    ("empty fields", empty_coverage(batch, tau)),
                 ):
                     found.setdefault(f"{kind}, layers {name}, {tau}", []).append(values.double().numpy())
         rows = [prompt.prompt.columns["facts"] for prompt in some for _ in range(ANSWERS)]
