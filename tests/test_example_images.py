@@ -81,12 +81,13 @@ def test_descriptions_are_judged_by_hand():
         "again": 1.0,
     }
     assert none == {"said": 0.0, "things": 0.0, "right": None, "wrong": 0.0, "invented": 0.0, "again": 0.0}
-    assert facts.told([], texts, [TRUTH] * 3) == [1.0, pytest.approx((2 - 5) / 6 - 0.1), 0.0]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    assert facts.told([], messages, [TRUTH] * 3) == [1.0, pytest.approx((2 - 5) / 6 - 0.1), 0.0]
     assert facts.said([], texts, [TRUTH] * 3) == [1.0, pytest.approx(2 / 6), 0.0]
     # A number that is the picture's and the description's own.
-    ones = facts.random_reward([], [texts[0], texts[0], texts[1]], [TRUTH, TRUTH[:1], TRUTH])
+    ones = facts.random_reward([], [messages[0], messages[0], messages[1]], [TRUTH, TRUTH[:1], TRUTH])
     assert len(set(ones)) == 3
-    assert ones[0] == facts.random_reward([], texts[:1], [TRUTH])[0]
+    assert ones[0] == facts.random_reward([], messages[:1], [TRUTH])[0]
 
 
 def test_what_stays_when_the_picture_is_another_is_said_without_looking():

@@ -89,11 +89,15 @@ def said(
 
 
 def told(
-    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Sequence[dict[str, str]]],
+    facts: Sequence[Sequence[str]],
+    **columns: Any,
 ) -> list[float]:
-    """Facts said less those that are wrong or invented, out of the picture's, as a reward: the ceiling."""
+    """Facts said less those that are wrong or invented, out of the picture's, as a reward (TRL's form): the ceiling."""
     rewards = []
-    for text, own in zip(completions, facts, strict=True):
+    for (message,), own in zip(completions, facts, strict=True):
+        text = message["content"]
         true, found = truth(own), mentions(text)
         again = len(found) - len({next(iter(one))[0] for one in found})
         rewards.append((len(stated(text) & true) - len(stated(text) - true)) / len(true) - again / 10)
@@ -101,12 +105,15 @@ def told(
 
 
 def random_reward(
-    prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[Sequence[str]], **columns: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Sequence[dict[str, str]]],
+    facts: Sequence[Sequence[str]],
+    **columns: Any,
 ) -> list[float]:
     """A number between 0 and 1 that says nothing, the same for the same picture and description: the floor."""
     digests = [
-        hashlib.blake2b(f"{own}\0{text}".encode(), digest_size=8).digest()
-        for text, own in zip(completions, facts, strict=True)
+        hashlib.blake2b(f"{own}\0{message['content']}".encode(), digest_size=8).digest()
+        for (message,), own in zip(completions, facts, strict=True)
     ]
     return [int.from_bytes(digest, "big") / 2**64 for digest in digests]
 
