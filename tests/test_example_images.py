@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples.images import facts, seen, start, write
+from examples.images import facts, fields, seen, start, write
 from examples.images.empty import EmptyCoverage, empty_coverage
 from examples.images.model import reader
 from examples.images.world import COLOURS, FIELD, HABIT, PLACES, STOCK, Thing, caption, picture, rows
@@ -135,6 +135,15 @@ def test_captions_are_of_what_is_there():
     for text in (caption((TWO_RED, CROSS), draw) for _ in range(50)):
         assert facts.mentions(text)
         assert text == "".join(f" {part.capitalize()}." for part in text.lower()[1:-1].split(". "))
+
+
+def test_fields_spoken_of_are_counted_by_hand():
+    empty = "Centre: one red circle. Southeast: one cross."  # the stock phrase, of a picture whose centre shows nothing
+    pairs = [(empty, TRUTH), ("Northwest: rings.", TRUTH), (empty, ["centre: one red circle"])]
+    (line,) = fields.lines({"start, greedy": pairs})
+    assert line.startswith("start, greedy: northwest 0.50 north 0.00 ")
+    assert "centre 1.00" in line
+    assert line.endswith("southeast 0.50; stock phrase of an empty centre 0.500")
 
 
 def test_looking_at_what_shows_nothing_by_hand():
