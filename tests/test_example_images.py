@@ -139,11 +139,15 @@ def test_captions_are_of_what_is_there():
 
 def test_fields_spoken_of_are_counted_by_hand():
     empty = "Centre: one red circle. Southeast: one cross."  # the stock phrase, of a picture whose centre shows nothing
-    pairs = [(empty, TRUTH), ("Northwest: rings.", TRUTH), (empty, ["centre: one red circle"])]
-    (line,) = fields.lines({"start, greedy": pairs})
-    assert line.startswith("start, greedy: northwest 0.50 north 0.00 ")
-    assert "centre 1.00" in line
-    assert line.endswith("southeast 0.50; stock phrase of an empty centre 0.500")
+    own = [TRUTH, TRUTH, ["centre: one red circle"]]
+    seeds = [[empty, "Northwest: rings.", empty], ["", "", ""]]
+    spoken = fields.spoken_of(seeds, own)
+    assert {place: share for place, share in spoken.items() if share} == {
+        "northwest": 1 / 4,
+        "southeast": 1 / 4,
+        "centre": 1 / 2,
+    }
+    assert fields.habit(seeds, own).tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
 def test_looking_at_what_shows_nothing_by_hand():

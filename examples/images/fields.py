@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
-from examples.images.facts import stated, truth
+from cagsr.compare.jobs import MATCHED, SAMPLED
+from cagsr.evaluation.intervals import Floats, paired_difference
+from examples.images.facts import Fact, stated, truth
 from examples.images.world import PLACES, STOCK
 
 
@@ -29,32 +32,43 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Print a line for each method and way of answering, over all its seeds."""
+    """Print a line for each method and way of answering, over all its seeds, and the habit against the start's."""
     rows = [json.loads(line) for line in (options.work / "test.jsonl").read_text().splitlines()]
     facts = [row["facts"] for row in rows]
-    answers: dict[str, list[tuple[str, Sequence[str]]]] = defaultdict(list)
+    answers: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((options.work / "results").glob("*.json")):
         found = json.loads(path.read_text())
         for how, texts in found["texts"].items():
-            answers[f"{found['method']}, {how}"] += zip(texts, facts, strict=False)
-    for line in lines(answers):
-        print(line)
+            answers[found["method"]][how].append(texts)
+    for method, hows in answers.items():
+        for how, seeds in hows.items():
+            shares = " ".join(f"{place} {share:.2f}" for place, share in spoken_of(seeds, facts).items())
+            print(f"{method}, {how}: {shares}; stock phrase of an empty centre {habit(seeds, facts).mean():.3f}")
+        if MATCHED in hows:
+            less = paired_difference(habit(hows[SAMPLED], facts), habit(hows[MATCHED], facts))
+            print(f"{method}, {SAMPLED} less {MATCHED}: stock phrase of an empty centre {less}")
 
 
-def lines(answers: dict[str, list[tuple[str, Sequence[str]]]]) -> Iterator[str]:
-    """``name: northwest 0.45 ... ; stock phrase of an empty centre 0.29``; answers with the facts of their pictures."""
+def spoken_of(seeds: Sequence[Sequence[str]], facts: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Of the pictures that show something in a field the share whose description speaks of it; a description a picture and seed."""
+    said: dict[str, list[bool]] = {place: [] for place in PLACES}
+    for texts in seeds:
+        for text, own in zip(texts, facts, strict=True):
+            told = _places(stated(text))
+            for place in _places(truth(own)):
+                said[place].append(place in told)
+    return {place: sum(own) / max(1, len(own)) for place, own in said.items()}
+
+
+def habit(seeds: Sequence[Sequence[str]], facts: Sequence[Sequence[str]]) -> Floats:
+    """``(seeds, pictures with an empty centre)``: 1 where the stock phrase is said all the same."""
     phrase = truth([STOCK.said()])
-    for name, pairs in answers.items():
-        said: dict[str, list[bool]] = {place: [] for place in PLACES}
-        habit: list[bool] = []
-        for text, own in pairs:
-            told, full = stated(text), {place for place, _, _ in truth(own)}
-            for place in full:
-                said[place].append(any(place == one for one, _, _ in told))
-            if STOCK.place not in full:
-                habit.append(phrase <= told)
-        shares = " ".join(f"{place} {sum(own) / max(1, len(own)):.2f}" for place, own in said.items())
-        yield f"{name}: {shares}; stock phrase of an empty centre {sum(habit) / max(1, len(habit)):.3f}"
+    empty = [number for number, own in enumerate(facts) if STOCK.place not in _places(truth(own))]
+    return np.array([[float(phrase <= stated(texts[number])) for number in empty] for texts in seeds])
+
+
+def _places(facts: set[Fact]) -> set[str]:
+    return {place for place, _, _ in facts}
 
 
 if __name__ == "__main__":
