@@ -9,6 +9,7 @@ writes ``sft.jsonl`` (the hasty annotator's pairs), ``prompts.jsonl`` and ``held
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,11 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>")
+TALK = (
+    *(ASK, "My name is", "You are", "and", *NAMES),
+    *(part for told, phrase, values in FACTS.values() for part in (told, phrase, values)),
+)
+"""All words of the conversations."""
 SPELLED = 'abcdefghijklmnopqrstuvwxyzASMTR0123456789 \n.,:=+-*%()#"_'
 
 
@@ -114,14 +120,12 @@ def character_tokenizer() -> Any:
     return _wrapped(core)
 
 
-def word_tokenizer() -> Any:
-    """A token for each word of the conversations, with the space before it, and for each mark."""
+def word_tokenizer(texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str = CHAT) -> Any:
+    """A token for each word of the texts (the conversations'), with the space before it and the colon behind it, and each mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    texts = [ASK, "My name is", "You are", "and", *NAMES]
-    texts += [part for told, phrase, values in FACTS.values() for part in (told, phrase, values)]
-    words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text)))
-    pieces = [*SPECIAL, "<unk>", *words, *(f"▁{word}" for word in words), ".", "?"]
+    words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+:?", text)))
+    pieces = [*special, "<unk>", *words, *(f"▁{word}" for word in words), ".", "?"]
     core = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -130,7 +134,7 @@ def word_tokenizer() -> Any:
         ]
     )
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
-    return _wrapped(core, chat_template=CHAT, additional_special_tokens=list(SPECIAL[3:]))
+    return _wrapped(core, chat_template=template, additional_special_tokens=list(special[3:]))
 
 
 def _wrapped(core: Any, **more: Any) -> Any:
