@@ -66,7 +66,6 @@ def main(options: Options) -> None:
     trained = [weights for weights in model.parameters() if weights.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    losses = []
     for epoch in range(options.epochs):
         order = torch.randperm(len(pairs)).split(options.batch_size)
         total = 0.0
@@ -79,8 +78,7 @@ def main(options: Options) -> None:
             schedule.step()
             optimizer.zero_grad()
             total += loss.item()
-        losses.append(total / len(order))
-        say(f"epoch {epoch + 1}: loss {losses[-1]:.3f}")
+        say(f"epoch {epoch + 1}: loss {total / len(order):.3f}")
     with replace_folder(options.output) as new:
         model.save_pretrained(new)
         processor.save_pretrained(new)
