@@ -85,13 +85,26 @@ def main(options: Options) -> None:
 
 def save_model(options: Options) -> int:
     """Write ``init/`` and give its number of weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = word_tokenizer() if options.task == "conversation" else character_tokenizer()
-    sizes = {"hidden_size": options.hidden_size, "intermediate_size": 2 * options.hidden_size}
-    config = LlamaConfig(
+    torch.manual_seed(options.seed)
+    model = LlamaForCausalLM(small_llama(tokenizer, options.hidden_size, options.layers))
+    with replace_folder(options.work / "init") as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return int(model.num_parameters())
+
+
+def small_llama(tokenizer: Any, width: int, layers: int) -> Any:
+    """The config of a Llama for a tokenizer's vocabulary, whose output layer is its embeddings."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=len(tokenizer),
-        num_hidden_layers=options.layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -99,14 +112,7 @@ def save_model(options: Options) -> int:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
     )
-    torch.manual_seed(options.seed)
-    model = LlamaForCausalLM(config)
-    with replace_folder(options.work / "init") as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-    return int(model.num_parameters())
 
 
 def character_tokenizer() -> Any:

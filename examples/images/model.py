@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from examples.generated.write import word_tokenizer
+from examples.generated.write import small_llama, word_tokenizer
 from examples.images.world import COLOURS, FIELD, GROUND, INSTRUCTIONS, NUMBERS, PLACES, SHAPES, SIDE
 
 IMAGE = "<image>"
@@ -25,7 +25,7 @@ CHAT = (
 
 def untrained(processor: Any, seed: int, *, width: int = 128, layers: int = 2, vision: int = 64) -> Any:
     """A LLaVA of random weights: ``width`` and ``layers`` of its Llama, ``vision`` the width of a tower of two layers."""
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
     tokenizer = processor.tokenizer
     tower = SiglipVisionConfig(
@@ -37,22 +37,9 @@ def untrained(processor: Any, seed: int, *, width: int = 128, layers: int = 2, v
         patch_size=FIELD,
         vision_use_head=False,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     config = LlavaConfig(
         vision_config=tower,
-        text_config=text,
+        text_config=small_llama(tokenizer, width, layers),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=len(PLACES),
         vision_feature_select_strategy="full",

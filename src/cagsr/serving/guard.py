@@ -50,7 +50,7 @@ class Guard:
             await self._app(scope, receive, sending)
         except ClientDisconnect:
             return  # nobody reads an answer
-        except Exception as error:
+        except Exception as error:  # whatever it is, its text may quote a prompt: nobody else may print it
             print(f"cagsr serve: {where(error)}", file=sys.stderr, flush=True)
             if not begun:
                 await answer_error(sending, ApiError(500, f"The server failed ({type(error).__name__})."))
