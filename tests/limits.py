@@ -68,14 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if MARK in os.environ:
         os.environ.pop(MARK)
-        if left := _left_behind():
+        if left := _left_behind(min(10.0, float(session.config.getini("timeout")))):
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
             print(f"\nThe tests left processes behind (ended now): {'; '.join(left)}", file=sys.stderr)
     # Nothing cancels this one: what hangs may be a destructor or a thread at the interpreter's end.
     faulthandler.dump_traceback_later(60, exit=True, file=session.config.stash[_STDERR])
 
 
-def _left_behind(patience: float = 10.0) -> list[str]:
+def _left_behind(patience: float) -> list[str]:
     """End the processes of this run's tests that have not ended by themselves; returns their commands.
 
     A worker that faulthandler ended could not end its test's processes. A browser's take a moment.

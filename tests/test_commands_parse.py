@@ -315,7 +315,10 @@ def test_help_and_mistakes_of_commands_without_a_reward_need_no_torch() -> None:
         "import sys\nfrom cagsr.commands.main import main\n"
         f"assert main(['--help']) == 0 and not any(main([name, '--help']) for name in {names})\n"
         "assert main(['sft', '--modle', 'x']) == 2 and main(['trian']) == 2\n"
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        # settings, plans and runs are read without what models are made of, whose import takes seconds
+        "import cagsr.compare.worker, cagsr.compare.comparison_report, cagsr.run_page.read_run\n"
+        "assert not {'transformers.modeling_utils', 'accelerate', 'peft', 'scipy.stats'} & set(sys.modules)"
     )
     said = apart.finish(apart.python("-c", code))
     assert "did you mean '--model'?" in said

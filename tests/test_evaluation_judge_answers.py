@@ -16,8 +16,9 @@ from transformers import LlamaForSequenceClassification
 
 import tiny
 from cagsr.errors import ConfigError, ModelError
-from cagsr.evaluation.judge_answers import AnswerJudge, Judges
+from cagsr.evaluation.judge_answers import AnswerJudge
 from cagsr.evaluation.judged_policies import Evaluated, compare, corrected, evaluate_answers
+from cagsr.evaluation.judges import Judges
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.reward.model import load_reward_model
 

@@ -63,14 +63,14 @@ def run_pytest(folder: Path, *flags: str) -> tuple[int, str]:
 
 
 def test_a_test_that_hangs_fails_with_its_stack_and_the_others_run(tmp_path: Path) -> None:
-    flags = ("--numprocesses", "1", "--override-ini", "timeout=1", "--override-ini", "faulthandler_timeout=4")
+    flags = ("--numprocesses", "1", "--override-ini", "timeout=1", "--override-ini", "faulthandler_timeout=2")
     status, said = run_pytest(tmp_path, *flags)
     assert status == pytest.ExitCode.TESTS_FAILED, said
     assert re.search(r"^4 failed, 1 passed", said, re.M), said  # one of them failed, and ended its worker after that
     # The signal: the test's own failure, with the line that waits.
     assert re.search(r"^>\s+time\.sleep\(1000\)\nE\s+Failed: Timeout \(>1\.0s\)", said, re.M), said
     # The last resort, in a test and in what follows a failure: faulthandler's stacks, and xdist names the test.
-    assert len(re.findall(r"Timeout \(0:00:04\)!$", said, re.M)) == 2
+    assert len(re.findall(r"Timeout \(0:00:02\)!$", said, re.M)) == 2
     for where in ("test_holding_the_lock", "hanging_destructor"):
         assert re.search(
             rf'test_hanging\.py", line \d+ in hangs_in_c\n  File .*test_hanging\.py", line \d+ in {where}\n', said

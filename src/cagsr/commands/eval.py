@@ -128,7 +128,8 @@ def _sampling(config: Config, temperature: float) -> SamplingConfig:
 
 
 def _judge(config: Config, device: torch.device) -> AnswerJudge:
-    from cagsr.evaluation.judge_answers import AnswerJudge, Judges
+    from cagsr.evaluation.judge_answers import AnswerJudge
+    from cagsr.evaluation.judges import Judges
 
     judges = (config.checker, config.judge_model, config.embedding_model, config.reward_model, config.follow_up_column)
     return AnswerJudge(Judges(*judges), device)

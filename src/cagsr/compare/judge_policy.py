@@ -17,7 +17,8 @@ from cagsr.compare.make_models import reward_settings
 from cagsr.compare.plan import START, Plan
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig, TrainConfig
 from cagsr.errors import ModelError
-from cagsr.evaluation.judge_answers import AnswerJudge, Judges
+from cagsr.evaluation.judge_answers import AnswerJudge
+from cagsr.evaluation.judges import Judges
 from cagsr.evaluation.matched_entropy import SampledAnswers, answers_at, matching_temperature
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import LoadedModel, load_model

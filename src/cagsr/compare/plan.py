@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cagsr.compare.plan_variables import with_variables
 from cagsr.errors import ConfigError
-from cagsr.evaluation.judge_answers import Judges
+from cagsr.evaluation.judges import Judges
 from cagsr.parse import suggestion
 
 START = "start"

@@ -1,7 +1,6 @@
 """Everything that is measured of a finished answer, by judges that share nothing with the reward."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ import torch
 from cagsr.errors import ConfigError, ModelError
 from cagsr.evaluation.held_out import call_checked
 from cagsr.evaluation.intervals import Floats
+from cagsr.evaluation.judges import Judges
 from cagsr.evaluation.metrics import lexical_relevance, repetition, rouge_l, word_weights, words
 from cagsr.evaluation.perplexity import follow_up_nll, load_judge
 from cagsr.flow import EncodedPrompt, Prompt
@@ -25,22 +25,6 @@ BUILT_IN = (
     *("tokens", "ended", "entropy", "self_bleu", "win_rate"),  # added by whoever samples or compares the answers
 )
 """Names of measures that a checker can't take."""
-
-
-@dataclass(frozen=True)
-class Judges:
-    """What judges the answers, besides the measures that need nothing; None: not measured."""
-
-    checker: str | None = None
-    """Dotted path of f(prompts, completions, **columns) -> a number for each answer, or a dict of named numbers."""
-    judge_model: str | None = None
-    """Decoder-only model for the follow-up perplexity."""
-    embedding_model: str | None = None
-    """sentence-transformers model for the relevance of an answer to its prompt."""
-    reward_model: str | None = None
-    """Reward model that no side was trained with."""
-    follow_up_column: str | None = None
-    """Column of the true follow-up; None: follow_up, else the first reference."""
 
 
 class AnswerJudge:

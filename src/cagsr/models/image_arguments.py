@@ -11,10 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
 
 from cagsr.errors import ModelError
 from cagsr.flow import ImageInputs
@@ -115,6 +111,9 @@ def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _cross_attention_mask(images: Sequence[ImageInputs | None], ids: Tensor, token_id: int) -> Tensor:
     """``(rows, tokens, images, tiles)`` int64: which images each token looks at, those that stand right before it."""
+    # Here, where it is needed: terms read weights of regions in this file, and a list of terms need not wait for models.
+    from transformers.models.mllama import processing_mllama as mllama
+
     counts = {0 if one is None else one.tensors["pixel_values"].shape[1] for one in images}
     if len(counts) > 1:
         raise ModelError(
@@ -123,8 +122,8 @@ def _cross_attention_mask(images: Sequence[ImageInputs | None], ids: Tensor, tok
         )
     tiles = [one.tensors["aspect_ratio_mask"][0].sum(dim=-1).tolist() for one in images if one is not None]
     most = next(one.tensors["aspect_ratio_mask"].shape[-1] for one in images if one is not None)
-    spans = [get_cross_attention_token_mask(row, token_id) for row in ids.tolist()]
-    found = convert_sparse_cross_attention_mask_to_dense(spans, tiles, most, ids.shape[1])
+    spans = [mllama.get_cross_attention_token_mask(row, token_id) for row in ids.tolist()]
+    found = mllama.convert_sparse_cross_attention_mask_to_dense(spans, tiles, most, ids.shape[1])
     return torch.from_numpy(found).to(ids.device)
 
 

@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file
 
 from cagsr.errors import DataError
@@ -28,6 +26,7 @@ from cagsr.models.pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import PretrainedConfig
 
 Points = NDArray[np.float64]
 _OF_TOKENS = frozenset((
@@ -93,9 +92,12 @@ class Vision:
         Nothing of it is used that reads videos, so that ``torchvision`` isn't needed. Raises OSError, ValueError and what else
         transformers raises for files that can't be read.
         """
-        kind = PROCESSOR_MAPPING.get(type(config), None)
-        if kind is None or config.model_type not in KNOWN or not _has_processor(path):
+        if config.model_type not in KNOWN or not _has_processor(path):
             return None
+        # brings all that models are made of, which takes seconds that whoever only reads prompts need not wait
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+        kind = PROCESSOR_MAPPING[type(config)]
         processor = image_only(kind).from_pretrained(path, **options)
         cross = getattr(config.get_text_config(), "cross_attention_layers", None) is not None
         token_id = config.image_token_index if cross else config.image_token_id

@@ -13,8 +13,10 @@ from cagsr.errors import DataError
 from cagsr.models.files import is_lfs_pointer
 from cagsr.prompts.rows import TEXT_COLUMNS, Row, Rows, number_as_text, turn_by_turn, with_text, without_messages
 
-__all__ = ["Row", "Rows", "load_rows"]
+__all__ = ["HEAD_ROWS", "Row", "Rows", "load_rows"]
 
+HEAD_ROWS = 1_000
+"""Rows of a streamed set that are kept in memory for evaluation and inspection."""
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},

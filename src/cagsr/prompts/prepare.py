@@ -11,7 +11,7 @@ from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.vision import Vision
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_images, encode_prompt, truncate_prompt
 from cagsr.prompts.find_words import find_words
-from cagsr.prompts.load import Row, Rows, load_rows
+from cagsr.prompts.load import HEAD_ROWS, Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
 from cagsr.prompts.regions import with_regions
 from cagsr.prompts.render import render_prompt
@@ -23,8 +23,6 @@ from cagsr.support.progress import working
 _Done = tuple[list[tuple[Row, Prompt]], DocumentFrequency, list[tuple[EncodedPrompt | None, bool]]]
 FREQUENCY_ROWS = 10_000
 """Rows of a streamed set on which document frequencies are estimated."""
-HEAD_ROWS = 1_000
-"""Rows of a streamed set that are kept in memory for evaluation and inspection."""
 
 
 @working("reading the prompts")

@@ -1,15 +1,19 @@
 """Rows of what flows: of its dataclasses as they are, of episodes cut to their own longest prompt and answer."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from cagsr.flow import EncodedPrompt, EpisodeBatch, ImageInputs, PromptBatch
-from cagsr.models.load import LoadedModel
 from cagsr.prompts.batch import collate_prompts
+
+if TYPE_CHECKING:
+    from cagsr.models.load import LoadedModel
 
 RowsT = TypeVar("RowsT")
 

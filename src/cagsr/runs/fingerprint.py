@@ -14,8 +14,7 @@ from pathlib import Path
 from cagsr.config import DataConfig, RewardModelConfig, TrainConfig, TrainerConfig
 from cagsr.errors import RunError
 from cagsr.models.files import fingerprint_model
-from cagsr.prompts.load import load_rows
-from cagsr.prompts.prepare import HEAD_ROWS
+from cagsr.prompts.load import HEAD_ROWS, load_rows
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import working
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from cagsr.config.ranges import PositiveShare
@@ -116,6 +115,8 @@ def same_meanings(vectors: NDArray[np.float64], similarity: float) -> list[int]:
 
     A vector of zeros (a text without a word) is like no other.
     """
+    from scipy.cluster.hierarchy import fcluster, linkage  # nobody else waits for them
+
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     cosine = (vectors / np.where(lengths > 0, lengths, 1.0)) @ (vectors / np.where(lengths > 0, lengths, 1.0)).T
     above = np.triu_indices(len(vectors), 1)
