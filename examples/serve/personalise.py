@@ -5,7 +5,8 @@
 
 starts ``cagsr serve``, sends the prompts that hold the ``domain`` text, with consent, through the OpenAI-compatible addresses, lets
 the server train, and has the base and the new version answer test prompts of the domain (the user's) and all others (the general
-set), greedily and sampled. ``result.json`` in the work folder has the means and the differences by prompt, with 95 % intervals.
+set), greedily and sampled. ``result.json`` in the work folder has the means and the differences by prompt and seed, with 95 % intervals.
+Each seed's numbers are kept beside its server's folder (``seed0.json``): one that is done is not done again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tyro
 from cagsr.evaluation.held_out import HeldOutMetric, choose_metric, judge
 from cagsr.evaluation.intervals import mean_interval, paired_difference
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.support.atomic import write_text_atomically
 from cagsr.support.dotted_path import import_dotted
 
 CLIENTS = 8
@@ -67,12 +69,32 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run each seed, and write what was measured."""
-    results = [_seed(options, seed) for seed in options.seeds]
+    """Run each seed that isn't done, and write what was measured of all of them."""
     options.work.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.work / "result.json").write_text(text, encoding="utf-8")
+    results = []
+    for seed in options.seeds:
+        file = options.work / f"seed{seed}.json"
+        if not file.exists():
+            write_text_atomically(file, json.dumps(_seed(options, seed), indent=1) + "\n")
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    together = {name: _together([one[name] for one in results]) for name in ("domain", "general")}
+    text = json.dumps({"seeds": options.seeds, **together}, indent=1) + "\n"
+    write_text_atomically(options.work / "result.json", text)
     print(text)
+
+
+def _together(seeds: Sequence[dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Of each measure the mean before and after, and the difference, over seeds and prompts."""
+    found: dict[str, Any] = {}
+    for name in seeds[0]:
+        before, after = ([one[name][when] for one in seeds] for when in ("before", "after"))
+        found[name] = {
+            "before": asdict(mean_interval(before)),
+            "after": asdict(mean_interval(after)),
+            "difference": asdict(paired_difference(after, before)),
+            "differences of each seed": [paired_difference(*pair).mean for pair in zip(after, before, strict=True)],
+        }
+    return found
 
 
 def _seed(options: Options, seed: int) -> dict[str, Any]:
@@ -96,30 +118,31 @@ def _seed(options: Options, seed: int) -> dict[str, Any]:
         after = client.get("/cagsr/status")["model"]
         for name, prompts in sets.items():
             some = prompts[: options.measured]
-            found[name] = {"prompts": len(some), **_measured(options, client, before, after, some)}
+            found[name] = _measured(options, client, before, after, some)
         return found
     finally:
         server.terminate()
         server.wait()
 
 
-def _measured(options: Options, client: _Client, before: str, after: str, prompts: Sequence[str]) -> dict[str, Any]:
-    """Every metric of both versions, greedy and sampled: means, and the difference by prompt."""
+def _measured(
+    options: Options, client: _Client, before: str, after: str, prompts: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """Of each measure, greedy and sampled, the values of both versions by prompt."""
     asked = [Prompt(number, text) for number, text in enumerate(prompts, start=1)]
     measures = [choose_metric(None, [EncodedPrompt(one, (), (), ()) for one in asked])]
     measures += [HeldOutMetric(path, import_dotted(path, "--metrics")) for path in options.metrics]
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for how, n, temperature in (("greedy", 1, 0.0), ("sampled", options.samples, 1.0)):
-        said = [client.answers(model, prompts, n=n, temperature=temperature) for model in (before, after)]
+        said = {
+            when: client.answers(model, prompts, n=n, temperature=temperature)
+            for when, model in (("before", before), ("after", after))
+        }
         for measure in measures:
-            values = [_by_prompt(measure, asked, answers) for answers in said]
-            found[f"{measure.name}, {how}"] = {
-                "before": asdict(mean_interval(values[0])),
-                "after": asdict(mean_interval(values[1])),
-                "difference": asdict(paired_difference(values[1], values[0])),
-            }
-        lengths = [[sum(len(text.split()) for text in own) / len(own) for own in answers] for answers in said]
-        found[f"words, {how}"] = asdict(paired_difference(lengths[1], lengths[0]))
+            found[f"{measure.name}, {how}"] = {when: _by_prompt(measure, asked, own) for when, own in said.items()}
+        found[f"words, {how}"] = {
+            when: [sum(len(text.split()) for text in texts) / len(texts) for texts in own] for when, own in said.items()
+        }
     return found
 
 
