@@ -5,8 +5,8 @@
 
 starts ``cagsr serve``, sends the prompts that hold the ``domain`` text, with consent, through the OpenAI-compatible addresses, lets
 the server train, and has the base and the new version answer test prompts of the domain (the user's) and all others (the general
-set), greedily and sampled. ``result.json`` in the work folder has the means and the differences by prompt and seed, with 95 % intervals.
-Each seed's numbers are kept beside its server's folder (``seed0.json``): one that is done is not done again.
+set), greedily and sampled. ``result.json`` in the work folder has the means and the differences over seeds and prompts, with 95 %
+intervals. Each seed's numbers are kept beside its server's folder (``seed0.json``): one that is done is not done again.
 """
 
 from __future__ import annotations
