@@ -175,11 +175,11 @@ def as_markdown(rows: Mapping[str, Row]) -> str:
     ]
     for name, row in rows.items():
         cells = [
-            _signed(row.said),
-            _signed(row.added),
+            signed_text(row.said),
+            signed_text(row.added),
             f"{row.length.mean:+.2f}",
-            _share(row.share),
-            _share(row.net_share),
+            share_text(row.share),
+            share_text(row.net_share),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -195,7 +195,7 @@ def differences_as_markdown(rows: Mapping[tuple[str, str], Difference]) -> str:
         net = row.net_share
         mean, low, high = (_rounded(100 * number, 0) for number in (net.mean, net.low, net.high))
         points = f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
-        lines.append(f"| {first} | {second} | {_signed(row.said)} | {_signed(row.added)} | {points} points |")
+        lines.append(f"| {first} | {second} | {signed_text(row.said)} | {signed_text(row.added)} | {points} points |")
     return "\n".join(lines)
 
 
@@ -204,11 +204,13 @@ def _rounded(value: float, digits: int = 2) -> float:
     return round(value, digits) + 0.0
 
 
-def _signed(value: Interval) -> str:
+def signed_text(value: Interval) -> str:
+    """A correlation as tables have it."""
     mean, low, high = (_rounded(number) for number in (value.mean, value.low, value.high))
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _share(value: Interval) -> str:
+def share_text(value: Interval) -> str:
+    """A share as tables have it."""
     mean, low, high = (_rounded(100 * number, 0) for number in (value.mean, value.low, value.high))
     return f"{mean:.0f}% [{low:.0f}, {high:.0f}]"
