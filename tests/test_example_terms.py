@@ -43,6 +43,12 @@ def test_length_held_fixed() -> None:
     assert terms.fixed_of(terms.fixed_parts(x, y, x).sum(axis=0)) == 0.0  # nothing of x is left
 
 
+def test_where_a_term_does_not_apply_it_pays_nothing() -> None:
+    nan = float("nan")
+    found = terms.without_gaps(np.array([[1.0, nan, 3.0], [nan, nan, nan]]))
+    assert found.tolist() == [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
+
+
 def test_a_term_that_counts_facts_and_one_that_counts_against_them(tmp_path: Path) -> None:
     file = ranked(tmp_path / "first.jsonl", right=[3.0, 2.0, 1.0], flat=[1.0, 1.0, 1.0])
     other = ranked(tmp_path / "kind.jsonl", right=[3.0, 2.0, 1.0], flat=[0.0, 1.0, 2.0])

@@ -96,8 +96,15 @@ def signals_of(files: list[Path]) -> tuple[dict[str, Floats], Ranked]:
         for name, values in other.terms.items():
             if name not in first.terms or not np.allclose(values, first.terms[name], equal_nan=True):
                 found[f"{name} ({file.stem})"] = values
-    usable = {name: one for name, one in found.items() if np.isfinite(one).all() and np.ptp(one, axis=1).any()}
-    return {**usable, "length": first.length}, first
+    usable = {name: without_gaps(one) for name, one in found.items()}
+    return {**{name: one for name, one in usable.items() if np.ptp(one, axis=1).any()}, "length": first.length}, first
+
+
+def without_gaps(values: Floats) -> Floats:
+    """Where a term does not apply (NaN), the mean of the prompt's other answers: there it pays nothing, either way."""
+    known = np.isfinite(values)
+    mean = np.where(known, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
+    return np.where(known, values, mean)
 
 
 def fixed_parts(x: Floats, y: Floats, z: Floats) -> Floats:
