@@ -90,7 +90,9 @@ def test_talks_are_judged_by_hand():
     assert found[0] == {"said": 0.75, "said_early": 1.0, "said_late": 0.5, "made_up": 0.0, "again": 1.0}
     assert found[1] == {"said": 0.0, "said_early": 0.0, "said_late": 0.0, "made_up": 1.0, "again": 0.0}
     assert measures.said([f"… {ASK}<|end|><|assistant|>", "…"], [texts[0], "what"], [facts] * 2) == [0.75, 1.0]
-    assert measures.told([[{"role": "user", "content": ASK}], "no"], [texts[1], texts[0]], [facts] * 2) == [-0.25, 0.0]
+    asked, other = ([{"role": "user", "content": content}] for content in (ASK, "no"))
+    answers = [[{"role": "assistant", "content": text}] for text in (texts[0], texts[1], texts[0])]
+    assert measures.told([asked, asked, other], answers, [facts] * 3) == [0.75, -0.25, 0.0]
 
 
 def test_what_was_said_long_ago_is_forgotten_most():

@@ -33,7 +33,7 @@ from cagsr.models.texts import token_texts
 from cagsr.reward import build
 from cagsr.reward.build import reward_warnings, weighted_terms
 from cagsr.reward.function import RewardFunction
-from cagsr.reward.metrics import reward_metrics, variance_share, within_group_correlation
+from cagsr.reward.metrics import flat_share, reward_metrics, variance_share, within_group_correlation
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.reward.registry import Resources
 from cagsr.reward.term import PartialValues, RewardTerm, by_micro_batch
@@ -435,6 +435,14 @@ def test_variance_shares_by_hand_sum_to_one() -> None:
     assert variance_share(a, a + b) == pytest.approx(1 / 3)
     assert variance_share(b, a + b) == pytest.approx(2 / 3)
     assert variance_share(a, torch.zeros(3)) == 0.0
+
+
+def test_prompts_whose_answers_are_all_worth_the_same():
+    nan = float("nan")
+    values = torch.tensor([1.0, 1.0 + 1e-8, 0.0, 0.0, 0.0, 0.5, nan, 2.0, 7.0])
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 2, 3, 4])  # groups 3 and 4 have one answer, which is not compared
+    assert flat_share(values, group) == pytest.approx(2 / 3)
+    assert flat_share(values[-2:], group[-2:]) == 0.0
 
 
 def test_metrics_of_a_reward(make_reward_batch: MakeBatch) -> None:

@@ -37,6 +37,7 @@ def test_kl_needs_patience_and_fires_once_an_excursion() -> None:
         ("response/ended", "ended", {}, 0.9, 0.11, 0.09),
         ("policy/entropy_avg", "entropy", {"entropy": 0.3}, 2.0, 0.61, 0.59),
         ("objective/kl", "kl", {"kl": 20.0}, 0, 19.9, 20.1),
+        ("rewards/total/flat", "flat", {"flat": 0.9}, 0, 0.89, 0.91),
         ("objective/kl", "negative_kl", {}, 0, -0.49, -0.51),
     ],
 )

@@ -65,14 +65,18 @@ def said(prompts: Sequence[str], completions: Sequence[str], facts: Sequence[lis
     ]
 
 
-def told(prompts: Sequence[Any], completions: Sequence[str], facts: Sequence[list[str]], **columns: Any) -> list[float]:
-    """The same less what is made up, as a reward: the ceiling."""
-    judged = conversation([], completions, facts)
-    texts = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
+def told(prompts: Sequence[Any], completions: Sequence[Any], facts: Sequence[list[str]], **columns: Any) -> list[float]:
+    """The same less what is made up, as a reward, which gets prompts and answers as lists of messages: the ceiling."""
+    judged = conversation([], [_last(answer) for answer in completions], facts)
     return [
-        one["said"] - one["made_up"] / 4 if ASK in prompt[-len(ASK) - 20 :] else 0.0
-        for prompt, one in zip(texts, judged, strict=True)
+        one["said"] - one["made_up"] / 4 if ASK in _last(prompt)[-len(ASK) - 20 :] else 0.0
+        for prompt, one in zip(prompts, judged, strict=True)
     ]
+
+
+def _last(said: str | Sequence[dict[str, Any]]) -> str:
+    """A text, or the last of a list of messages."""
+    return said if isinstance(said, str) else str(said[-1]["content"])
 
 
 def stated_facts(text: str) -> set[tuple[str, str]]:

@@ -351,6 +351,10 @@ class MonitorConfig:
     """Warn when one term of several holds more than this share of the reward's variance."""
     dominance_action: Action = "warn"
     """What to do then."""
+    flat: float = 0.9
+    """Warn when the answers to more than this share of the prompts are all worth the same: nothing is learned from these."""
+    flat_action: Action = "warn"
+    """What to do then."""
     metric_drop: float = 0.05
     """Warn when the held-out metric lies this share below its best while the reward has risen."""
     metric_drop_action: Action = "warn"

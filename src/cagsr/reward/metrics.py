@@ -44,6 +44,18 @@ def variance_share(contribution: Tensor, total: Tensor) -> float:
     return float((summand - summand.mean()) @ centred) / variance if variance > 1e-12 else 0.0
 
 
+def flat_share(values: Tensor, group: Tensor) -> float:
+    """Share of the groups of two answers or more in which all are worth the same, up to rounding (TRL: frac_reward_zero_std).
+
+    Both ``(batch,)``, ``group`` equal for answers to a prompt; rows with a NaN are left out. 0.0 where no group has two.
+    """
+    known = torch.isfinite(values)
+    values, group = values[known].cpu().double(), group[known].cpu()
+    found = [own for number in torch.unique(group) if len(own := values[group == number]) > 1]
+    flat = [float(own.max() - own.min()) <= 1e-6 * float(own.abs().max()) for own in found]
+    return sum(flat) / len(flat) if flat else 0.0
+
+
 def best_of_gain(signal: Tensor, reward: Tensor, group: Tensor, n: int) -> float:
     """How much more of a ``signal`` the best of ``n`` answers by ``reward`` has than an average one, in standard deviations of it.
 
@@ -78,9 +90,10 @@ def reward_metrics(returns: Returns, length: Tensor, group: Tensor) -> dict[str,
     answers the term applies to, ``/length_correlation`` (within the answers to one prompt, by ``length`` in tokens); for each
     term ``/share`` of the total's variance; for each that is watched and not paid ``/agreement``, its correlation with the total
     within prompts, and ``/gain_2`` and ``/gain_all``, what the best of two and the best of all answers to a prompt have of it
-    (:func:`best_of_gain`). All are finite; a term that applies to no answer gives zeros.
+    (:func:`best_of_gain`); ``rewards/total/flat``, the share of prompts whose answers are all worth the same. All are finite; a
+    term that applies to no answer gives zeros.
     """
-    metrics: dict[str, float] = {}
+    metrics = {"rewards/total/flat": flat_share(returns.total, group)}
     for name, values in {**returns.terms, "total": returns.total}.items():
         known = values[torch.isfinite(values)].cpu().double()
         metrics[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else 0.0

@@ -26,7 +26,7 @@ ANSWERS = 4
 """Of each version to each prompt."""
 AT_ONCE = 8
 """Prompts."""
-OF_THE_REWARD = ("dominance", "shared_prompts")
+OF_THE_REWARD = ("dominance", "flat", "shared_prompts")
 """Warnings of a training that say nothing against the policy."""
 
 

@@ -7,6 +7,7 @@ the answers get worse. Each monitor compares one metric with its threshold or wi
 
 Metrics read: ``objective/kl`` (nats per sequence), ``response/length`` (tokens), ``response/repetition`` and
 ``response/ended`` (shares), ``policy/entropy_avg`` (nats per token), ``rewards/<name>/share`` (of the reward's variance),
+``rewards/total/flat`` (share of the prompts whose answers are all worth the same),
 ``eval/metric`` (higher is better) and ``objective/raw_scores`` or ``objective/scores`` (mean reward before the KL penalty).
 """
 
@@ -112,6 +113,9 @@ class Monitors:
         if len(shares) > 1:
             largest = max(shares, key=lambda name: shares[name])
             yield "dominance", shares[largest] > config.dominance, {"largest": largest, "share": shares[largest]}
+
+        if (flat := seen.get("rewards/total/flat")) is not None:
+            yield "flat", flat > config.flat, {"flat": flat}
 
     def _metric_drop(self, seen: Mapping[str, float]) -> Iterator[_Judgement]:
         """Reward up while the held-out metric falls: over-optimisation.
