@@ -30,6 +30,9 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tiny
+from cagsr.flow import Prompt
+from cagsr.models.load import LoadedModel
+from cagsr.models.pictures import open_picture
 from cagsr.models.vision import image_only
 
 KINDS = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "mllama")
@@ -152,6 +155,27 @@ def save_model(folder: Path, kind: str, *, seed: int = 0, scale: float = 4.0) ->
     model.save_pretrained(folder)
     processor(kind, own).save_pretrained(folder)
     return folder
+
+
+def alone(loaded: LoadedModel, model: Any, prompt: Prompt, answer: list[int]) -> tuple[Any, int]:
+    """A prompt and its answer by themselves, as a user of transformers reads them: nothing padded, nothing shared."""
+    assert loaded.vision is not None
+    processor = loaded.vision.processor
+    images = [open_picture(picture) for picture in prompt.images]
+    # A template has written the BOS, or mllama's processor has put it in.
+    written = prompt.messages is not None or loaded.vision.model_type == "mllama"
+    special = {"add_special_tokens": False} if written else {}
+    made = processor(text=[prompt.text], images=[images], return_tensors="pt", **special)
+    width = made["input_ids"].shape[1]
+    made["input_ids"] = torch.cat([made["input_ids"], torch.tensor([answer])], dim=1)
+    made["attention_mask"] = torch.ones_like(made["input_ids"])
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in made:
+            made[name] = torch.nn.functional.pad(made[name], (0, len(answer)))
+    if (mask := made.get("cross_attention_mask")) is not None:
+        made["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(answer), -1, -1)], dim=1)
+    with torch.no_grad():
+        return model(**made, output_attentions=True, use_cache=False), width
 
 
 def picture(colour: str, size: tuple[int, int] = (24, 24), box: Sequence[int] = (4, 4, 12, 12)) -> Image.Image:

@@ -71,9 +71,11 @@ def test_answers_are_sampled_scored_ranked_judged_and_seen(tmp_path: Path, capsy
     assert page.read_text().count("<figure data-image=") == 1
     assert main(["generate", *where, "--data.path", str(data), "--image", "a.png"]) == 2
     assert "--image belongs to --prompt" in capsys.readouterr().err
-    assert main(["sft", *where, "--data.path", str(out / "made.jsonl"), "--output_dir", str(out / "sft")]) == 2
+    rated = [{**row, "chosen": row["completion"], "rejected": "a"} for row in said]
+    (out / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    assert main(["dpo", *where, "--data.path", str(out / "rated.jsonl"), "--output_dir", str(out / "dpo")]) == 2
     assert "the prompt has images, which nothing reads here" in capsys.readouterr().err
-    assert not (out / "sft").exists()
+    assert not (out / "dpo").exists()
 
 
 def test_what_reads_texts_alone_is_refused_before_anything_is_written(

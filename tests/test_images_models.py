@@ -78,24 +78,6 @@ class Kept:
             self.maps[row], self.regions[row] = attention[place, :length][:, real], regions[place, :length]
 
 
-def alone(loaded: LoadedModel, model: Any, text: str, images: list[Any], answer: list[int]) -> tuple[Any, int]:
-    """A prompt and its answer by themselves, as a user of transformers reads them: nothing padded, nothing shared."""
-    assert loaded.vision is not None
-    processor = loaded.vision.processor
-    special = {"add_special_tokens": False} if kind_of(loaded) == "mllama" else {}  # its processor has put a BOS in
-    made = processor(text=[text], images=[images], return_tensors="pt", **special)
-    width = made["input_ids"].shape[1]
-    made["input_ids"] = torch.cat([made["input_ids"], torch.tensor([answer])], dim=1)
-    made["attention_mask"] = torch.ones_like(made["input_ids"])
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in made:
-            made[name] = torch.nn.functional.pad(made[name], (0, len(answer)))
-    if (mask := made.get("cross_attention_mask")) is not None:
-        made["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(answer), -1, -1)], dim=1)
-    with torch.no_grad():
-        return model(**made, output_attentions=True, use_cache=False), width
-
-
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "plain"])
 def test_captured_equals_eager(loaded: LoadedModel, eager: Any, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images, prompts padded on the left, two answers to each; a prompt alone in the eager model is the measure."""
@@ -109,7 +91,7 @@ def test_captured_equals_eager(loaded: LoadedModel, eager: Any, share: bool, mon
     assert (across is not None) == (kind_of(loaded) == "mllama")
     for row, answer in enumerate(ANSWERS):
         prompt = encoded(loaded)[row // 2]
-        output, width = alone(loaded, eager, prompt.prompt.text, images_of(loaded)[row // 2], answer)
+        output, width = seeing.alone(loaded, eager, prompt.prompt, answer)
         assert width == len(prompt.ids)
         rows = slice(width - 1, width - 1 + len(answer))
         seen = mean_of(output.attentions, scorer.reader.layers)[rows, :width]

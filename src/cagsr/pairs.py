@@ -5,15 +5,17 @@ from typing import Any, NamedTuple
 
 from cagsr.config import SalienceConfig, SftConfig
 from cagsr.errors import DataError
-from cagsr.flow import Prompt
+from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.architecture import Architecture
 from cagsr.models.continuation import encode_continuation
 from cagsr.models.decoder_only import DecoderOnly
 from cagsr.models.stops import turn_end
+from cagsr.models.vision import Vision
 from cagsr.prompts.answer_text import text_after
-from cagsr.prompts.encode import TextEncoder, encode_prompt
+from cagsr.prompts.encode import TextEncoder, encode_asked
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.notes import about_form, about_messages
+from cagsr.prompts.prepare import check_numbers
 from cagsr.prompts.render import is_parts, messages_of, render_prompt, text_of
 from cagsr.support.progress import working
 
@@ -26,6 +28,8 @@ class Pair(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
+    seen: EncodedPrompt | None = None
+    """The prompt with its images, which are opened when they are needed; None: it has none."""
 
     def one_sequence(self) -> dict[str, list[int]]:
         """As a decoder-only model learns it: prompt tokens have the label ``IGNORED``."""
@@ -39,8 +43,9 @@ def encode_pairs(
     max_length: int | None,
     notes: list[str] | None = None,
     architecture: Architecture | None = None,
+    vision: Vision | None = None,
 ) -> tuple[list[Pair], int]:
-    """Read the pairs and encode each.
+    """Read the pairs and encode each, prompts with images by ``vision`` (None: they are refused).
 
     The completion is encoded as what a rollout could write behind the prompt (``models/continuation.py``), an encoder-decoder's
     as a text of its own. A plain one gets the end token; a conversation's gets what its chat template writes, up to the token
@@ -51,7 +56,8 @@ def encode_pairs(
 
     Raises:
         DataError: a row without the prompt or completion column or with an empty one, a pair that is too long
-            (unless ``long_pairs`` drops it), a chat template that can't render a conversation, no pair left.
+            (unless ``long_pairs`` drops it), a chat template that can't render a conversation, images that can't be read,
+            no pair left.
     """
     architecture = architecture or DecoderOnly()
     encoder, encoded, dropped = TextEncoder(tokenizer), list[Pair](), 0
@@ -59,11 +65,17 @@ def encode_pairs(
     from_messages = False
     for row in load_rows(config.data, [config.completion_column]):
         where = f"{row.source}, row {row.number}"
-        prompt = render_prompt(row, config.data, SalienceConfig(), tokenizer)
-        prompts.append(prompt)
+        rendered = render_prompt(row, config.data, SalienceConfig(), tokenizer, vision)
+        prompts.append(rendered)
         from_messages |= row.from_messages
-        answer = encode_answer(prompt, config.completion_column, encoder, where, architecture)
-        pair = Pair(list(encode_prompt(prompt, encoder).ids), answer)
+        prompt, tokens, _ = encode_asked(rendered, encoder, vision, where)
+        answer = encode_answer(rendered, config.completion_column, encoder, where, architecture, behind=prompt.text)
+        if vision is not None and vision.token_id in answer:
+            raise DataError(
+                f"{where}: the answer holds an image's token, which no answer can; mend the row or remove it."
+            )
+        seen = EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ()) if prompt.images else None
+        pair = Pair(list(tokens.ids), answer, seen)
         lengths = {"prompt": len(pair.prompt), "answer": len(pair.answer)}
         if architecture.one_sequence:
             lengths = {"pair": sum(lengths.values())}
@@ -81,17 +93,24 @@ def encode_pairs(
         raise DataError(
             f"{config.data.path}: all {dropped} pairs are longer than {max_length} tokens and were dropped."
         )
+    check_numbers([len(pair.seen.prompt.images) if pair.seen else 0 for pair in encoded], vision, config.data.path)
     if notes is not None:
         notes += [about_messages(config.data)] * from_messages + about_form(prompts, tokenizer)
     return encoded, dropped
 
 
 def encode_answer(
-    prompt: Prompt, column: str, encoder: TextEncoder, where: str, architecture: Architecture | None = None
+    prompt: Prompt,
+    column: str,
+    encoder: TextEncoder,
+    where: str,
+    architecture: Architecture | None = None,
+    behind: str | None = None,
 ) -> list[int]:
     """The tokens that follow the prompt's when it is answered with its column ``column``, the end token included.
 
-    ``architecture`` None: a decoder-only model's.
+    ``architecture`` None: a decoder-only model's. ``behind``: the prompt's text as the model reads it, where what reads images
+    has put something into it.
 
     DataError for no such column, an empty answer, one that the chat template can't render.
     """
@@ -100,7 +119,7 @@ def encode_answer(
     end = turn_end(tokenizer)
     if prompt.messages is not None and end is not None:
         text = end.cut(text)
-    ids = encode_continuation(tokenizer, (architecture or DecoderOnly()).text_before(prompt.text), text)
+    ids = encode_continuation(tokenizer, (architecture or DecoderOnly()).text_before(behind or prompt.text), text)
     # A conversation that is written out as text may end with the template's own token.
     ends = (tokenizer.eos_token_id, None if end is None else end.stop)
     if prompt.messages is None and (not ids or ids[-1] not in ends):

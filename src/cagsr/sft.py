@@ -19,11 +19,14 @@ from trl import SFTConfig, SFTTrainer
 
 from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
+from cagsr.flow import ImageInputs
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import check_files
 from cagsr.models.generation import decoder_prefix
 from cagsr.models.gguf import find_source
+from cagsr.models.image_arguments import ImageArguments
 from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.vision import copy_processor
 from cagsr.pairs import IGNORED, Pair, encode_pairs, unending
 from cagsr.runs.saved import TEXTS, answers_probe
 from cagsr.runs.trainer_folder import settings_file
@@ -47,11 +50,14 @@ def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Train
     read: list[str] = []
     if limit is not None:
         limit -= len(loaded.generation.forced)  # which the decoder has positions for too
-    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read, loaded.architecture)
+    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read, loaded.architecture, loaded.vision)
     fact = (
         f"Data: {len(pairs):,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only."
     )
     make = _one_sequence if loaded.architecture.one_sequence else _two_sequences
+    if any(pair.seen for pair in pairs):
+        make = _with_images
+    some = pairs[:TEXTS]
     trainer, arguments, rows = make(loaded, pairs, limit)
     return Training(
         trainer=trainer,
@@ -59,7 +65,11 @@ def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Train
         rows=rows,
         dropped=dropped,
         notes=[*read, *unending([pair.answer for pair in pairs], loaded.stop_ids)],
-        probe=answers_probe(loaded, pairs[:TEXTS]),
+        probe=answers_probe(
+            loaded,
+            [(pair.prompt, pair.answer) for pair in some],
+            [_images(pair, loaded, loaded.device) for pair in some],
+        ),
         describe=lambda trainer, saved: Outcome([fact]),
         what=f"Supervised fine-tuning from {'random weights' if config.from_scratch else f'`{config.model.path}`'}",
         library="TRL's SFTTrainer" if loaded.architecture.one_sequence else "transformers' Seq2SeqTrainer",
@@ -85,6 +95,33 @@ def _one_sequence(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None)
     return partial(SFTTrainer, loaded.model), arguments, [pair.one_sequence() for pair in pairs]
 
 
+def _with_images(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None) -> _Made:
+    trainer, arguments, _ = _one_sequence(loaded, pairs, limit)
+    return (
+        partial(trainer, data_collator=partial(_collate_with_images, pairs=pairs, loaded=loaded)),
+        # Not every batch reaches all that reads images, and some models leave a part of it out (LLaVA's last layers).
+        partial(arguments, remove_unused_columns=False, ddp_find_unused_parameters=True),
+        [{"pair": number} for number in range(len(pairs))],
+    )
+
+
+def _images(pair: Pair, loaded: LoadedModel, device: torch.device) -> ImageInputs | None:
+    return None if pair.seen is None or loaded.vision is None else loaded.vision.inputs(pair.seen, device)
+
+
+def _collate_with_images(
+    rows: Sequence[Mapping[str, int]], pairs: Sequence[Pair], loaded: LoadedModel
+) -> dict[str, Tensor]:
+    """Pad the pairs of a batch on the right, and read their images: anew for each batch, and not all are held as pixels."""
+    chosen = [pairs[row["pair"]] for row in rows]
+    batch = _padded([pair.one_sequence() for pair in chosen], {"input_ids": loaded.pad_token_id, "labels": IGNORED})
+    images = [_images(pair, loaded, torch.device("cpu")) for pair in chosen]
+    if not any(images):
+        return batch
+    seen = ImageArguments.of(loaded.model, images, batch["input_ids"], batch["attention_mask"].bool())
+    return {**batch, **seen.of_forward(with_images=True)}
+
+
 def _two_sequences(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None) -> _Made:
     # Read here: while it trains the model has another generation config.
     prefix = list(decoder_prefix(loaded.model))
@@ -101,14 +138,18 @@ def _two_sequences(loaded: LoadedModel, pairs: Sequence[Pair], limit: int | None
             "decoder_input_ids": prefix + answer[:-1],
             "labels": [IGNORED] * (len(prefix) - 1) + answer,
         }
-        for prompt, answer in pairs
+        for prompt, answer, _ in pairs
     ]
     return trainer, partial(Seq2SeqTrainingArguments, remove_unused_columns=False), rows
 
 
 def _collate(rows: Sequence[Mapping[str, Sequence[int]]], pad: int) -> dict[str, Tensor]:
     """Pad a batch on the right; labels with ``IGNORED``."""
-    fillings = {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORED}
+    return _padded(rows, {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORED})
+
+
+def _padded(rows: Sequence[Mapping[str, Sequence[int]]], fillings: Mapping[str, int]) -> dict[str, Tensor]:
+    """The columns of ``fillings`` as tensors ``(rows, longest)`` padded on the right with those, and the mask of ``input_ids``."""
     found = {
         name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=filling)
         for name, filling in fillings.items()
@@ -133,7 +174,10 @@ def _load(config: SftConfig) -> LoadedModel:
             loaded = load_model(replace(config.model, path=path), config.lora)
         except ModelError as error:
             raise ModelError(str(error).replace(path, config.model.path)) from error
-    return replace(loaded, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch)."))
+    vision = None if loaded.vision is None else replace(loaded.vision, path=config.model.path)
+    return replace(
+        loaded, vision=vision, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch).")
+    )
 
 
 @contextmanager
@@ -156,4 +200,5 @@ def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="cagsr-scratch-") as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        copy_processor(source.path, Path(path))
         yield path

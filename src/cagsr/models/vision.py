@@ -239,14 +239,19 @@ class Vision:
 
     def save(self, folder: Path) -> None:
         """Put the processor's files, as they were found, beside a model that is saved; those that are there stay."""
-        for name in _FILES:
-            source = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
-            if source is not None and not (folder / name).exists():
-                shutil.copyfile(source, folder / name)
+        copy_processor(self.path, folder)
 
     def _pixels(self, images: list[list[Any]]) -> Mapping[str, Tensor]:
         made: Mapping[str, Tensor] = self.processor.image_processor(images, return_tensors="pt")
         return made
+
+
+def copy_processor(path: str, folder: Path) -> None:
+    """Put the files of a model's processor, where it has one, into a folder; those that are there stay."""
+    for name in _FILES:
+        source = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if source is not None and not (folder / name).exists():
+            shutil.copyfile(source, folder / name)
 
 
 def load_tokenizer_of(vision: Vision) -> Any:

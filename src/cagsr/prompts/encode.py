@@ -110,6 +110,24 @@ def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
     return encoder.encode(prompt.text, add_special_tokens=prompt.messages is None)
 
 
+def encode_asked(
+    prompt: Prompt, encoder: TextEncoder, vision: Vision | None, where: str
+) -> tuple[Prompt, Tokens, tuple[int, ...]]:
+    """Encode a prompt as what the model is asked, with images or without: the prompt as it is read, its tokens, and at how many
+    places the model holds each of its images.
+
+    DataError, which ``where`` (file and row) opens, for a placeholder without an image.
+    """
+    if prompt.images and vision is not None:
+        return encode_images(prompt, encoder, vision, where)
+    if vision is not None and vision.placeholder in prompt.text:
+        raise DataError(
+            f"{where}: the prompt has the placeholder {vision.placeholder} and no image; name its image in the column 'images', or "
+            "take the placeholder out."
+        )
+    return prompt, encode_prompt(prompt, encoder), ()
+
+
 def encode_images(
     prompt: Prompt, encoder: TextEncoder, vision: Vision, where: str
 ) -> tuple[Prompt, Tokens, tuple[int, ...]]:

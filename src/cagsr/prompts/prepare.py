@@ -9,7 +9,7 @@ from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
 from cagsr.models.vision import Vision
-from cagsr.prompts.encode import TextEncoder, Tokens, encode_images, encode_prompt, truncate_prompt
+from cagsr.prompts.encode import TextEncoder, Tokens, encode_asked, encode_prompt, truncate_prompt
 from cagsr.prompts.find_words import find_words
 from cagsr.prompts.load import HEAD_ROWS, Row, Rows, load_rows
 from cagsr.prompts.notes import about_messages, describe
@@ -65,7 +65,7 @@ def prepare_prompts(
     long = sum(too_long for _, too_long in results)
     if not encoded:
         raise pipeline.all_dropped(f"all {len(results)}")
-    _check_numbers(encoded, vision, data.path)
+    check_numbers([len(one.prompt.images) for one in encoded], vision, data.path)
     asked = {one.prompt.asked for one in encoded}
     different = f" ({len(asked):,} different)" if len(asked) < len(encoded) else ""
     notes = [f"{len(encoded):,} {'prompt' if len(encoded) == 1 else 'prompts'}{different} from {data.path}."]
@@ -132,7 +132,7 @@ class _Pipeline:
     def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> tuple[EncodedPrompt | None, bool]:
         """Turn a prompt into tokens and words, and tell whether it was too long; None where it is and such are dropped."""
         where = f"{row.source}, row {row.number}"
-        prompt, tokens, counts = self._tokens(prompt, where)
+        prompt, tokens, counts = encode_asked(prompt, self.encoder, self.vision, where)
         too_long = len(tokens.ids) > self.limit
         if too_long and self.data.long_prompts == "error":
             cause = (
@@ -156,17 +156,6 @@ class _Pipeline:
         if prompt.images and self.vision is not None:
             encoded = with_regions(encoded, counts, self.vision, self.salience, where)
         return encoded, too_long
-
-    def _tokens(self, prompt: Prompt, where: str) -> tuple[Prompt, Tokens, tuple[int, ...]]:
-        """A prompt as tokens, and at how many places the model holds each of its images."""
-        if prompt.images and self.vision is not None:
-            return encode_images(prompt, self.encoder, self.vision, where)
-        if self.vision is not None and self.vision.placeholder in prompt.text:
-            raise DataError(
-                f"{where}: the prompt has the placeholder {self.vision.placeholder} and no image; name its image in the column "
-                "'images', or take the placeholder out."
-            )
-        return prompt, encode_prompt(prompt, self.encoder), ()
 
     def all_dropped(self, which: str) -> DataError:
         """What is wrong where no prompt is left."""
@@ -222,9 +211,9 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
     return PromptSet(head, fitted, tuple(notes), reopen)
 
 
-def _check_numbers(encoded: Sequence[EncodedPrompt], vision: Vision | None, path: str) -> None:
-    """DataError where a model that looks at images by cross-attention has prompts with different numbers of them."""
-    counts = sorted({len(one.prompt.images) for one in encoded})
+def check_numbers(images: Iterable[int], vision: Vision | None, path: str) -> None:
+    """DataError where a model that looks at images by cross-attention has prompts with different numbers of ``images``."""
+    counts = sorted(set(images))
     if vision is not None and vision.states is not None and len(counts) > 1:
         raise DataError(
             f"{path}: the prompts have {' or '.join(map(str, counts))} images, and in a {vision.model_type} model tokens before an "

@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cagsr.config import SamplingConfig
 from cagsr.errors import RunError
-from cagsr.flow import EncodedPrompt
+from cagsr.flow import EncodedPrompt, ImageInputs
 from cagsr.models.architecture import architecture_of
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.inputs import PassInputs
@@ -61,15 +61,22 @@ Probe = Callable[[nn.Module], Outputs]
 """Runs a model on a few texts, in the precision of its weights: the trained one, with or without adapters, or the saved one."""
 
 
-def answers_probe(loaded: LoadedModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Probe:
-    """A language model's logits at the tokens of a few answers, all in one pass; ``texts``: ids of prompts and answers."""
+def answers_probe(
+    loaded: LoadedModel,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    images: Sequence[ImageInputs | None] = (),
+) -> Probe:
+    """A language model's logits at the tokens of a few answers, all in one pass; ``texts``: ids of prompts and answers,
+    ``images``: those of each prompt (empty: none has any).
+    """
     texts = texts[:TEXTS]
+    seen = tuple(images[:TEXTS]) if any(images[:TEXTS]) else None
 
     def outputs(model: nn.Module) -> Outputs:
         ids, mask = _padded([prompt for prompt, _ in texts], loaded, loaded.architecture.padding_side, model)
         answers, answer_mask = _padded([answer[:TOKENS] for _, answer in texts], loaded, "right", model)
         with torch.no_grad(), without_checkpointing(model), _plain_attention(model):
-            logits = loaded.teacher_forced(PassInputs(ids, mask, answers, answer_mask), model)
+            logits = loaded.teacher_forced(PassInputs(ids, mask, answers, answer_mask, images=seen), model)
         found = logits[answer_mask].float().cpu()
         logprobs = found.log_softmax(dim=-1).gather(1, answers[answer_mask].cpu()[:, None])[:, 0]
         return Outputs(found, logprobs, "log-probabilities")
@@ -372,4 +379,5 @@ def greedy_probe(loaded: LoadedModel, prompts: Sequence[EncodedPrompt], longest:
     batch = prompt_batch(loaded, some)
     rollout = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=min(TOKENS, longest)))
     answers = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.sampled, strict=True)]
-    return answers_probe(loaded, [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)])
+    texts = [(prompt.ids, answer) for prompt, answer in zip(some, answers, strict=True)]
+    return answers_probe(loaded, texts, batch.images or ())
