@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers import (
@@ -19,15 +21,23 @@ from transformers import (
     LlavaProcessor,
     MllamaConfig,
     MllamaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLProcessor,
+    SmolVLMConfig,
+    SmolVLMProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import tiny
 from cagsr.flow import Prompt
@@ -35,7 +45,14 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.pictures import open_picture
 from cagsr.models.vision import image_only
 
-KINDS = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "mllama")
+KINDS = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "paligemma", "mllama")
+SIBLINGS = (
+    "qwen2_vl",
+    pytest.param(
+        "smolvlm", marks=pytest.mark.skipif(find_spec("num2words") is None, reason="its processor needs num2words")
+    ),
+)
+"""Kinds that share the code of one of those."""
 MARKS = ["<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<boi>", "<eoi>", "<soft>", "<|image|>",
          "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<user>", "<assistant>"]  # fmt: skip
 SHORT = {
@@ -43,10 +60,14 @@ SHORT = {
     "qwen2_5_vl": "<|image_pad|>",
     "idefics3": "<image>",
     "gemma3": "<boi>",
+    "paligemma": "<image>",
+    "qwen2_vl": "<|image_pad|>",
+    "smolvlm": "<image>",
     "mllama": "<|image|>",
 }
 """What stands for an image in a prompt."""
-IN_CHAT = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "llava": "<image>near "}
+_MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
+IN_CHAT = {"qwen2_5_vl": _MARKED, "qwen2_vl": _MARKED, "llava": "<image>near "}
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<user>{% for part in m.content %}{% if part.type == 'image' %}IMAGE"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
@@ -73,17 +94,25 @@ def processor(kind: str, own: PreTrainedTokenizerFast) -> Any:
     if kind == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
         return LlavaProcessor(images, own, 4, "default", own.chat_template, "<image>", 1)
-    if kind == "qwen2_5_vl":
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
         images = Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
         )
-        return image_only(Qwen2_5_VLProcessor)(images, own, None, own.chat_template)
+        made = Qwen2_5_VLProcessor if kind == "qwen2_5_vl" else Qwen2VLProcessor
+        return image_only(made)(images, own, None, own.chat_template)
     if kind == "idefics3":
         images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
         return Idefics3Processor(images, own, 4, own.chat_template)
     if kind == "gemma3":
         images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
         return Gemma3Processor(images, own, own.chat_template, 4)
+    if kind == "smolvlm":
+        images = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+        return image_only(SmolVLMProcessor)(images, own, None, 4, own.chat_template)
+    if kind == "paligemma":
+        images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        images.image_seq_length = 16
+        return PaliGemmaProcessor(images, own, own.chat_template)
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=4)
     return MllamaProcessor(images, own, own.chat_template)
 
@@ -115,8 +144,23 @@ def config(kind: str, own: PreTrainedTokenizerFast) -> Any:
             image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"], **common,
         )  # fmt: skip
-    if kind == "idefics3":
-        return Idefics3Config(
+    if kind == "qwen2_vl":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        return Qwen2VLConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4,
+                           "spatial_merge_size": 2, "temporal_patch_size": 2},
+            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"], **common,
+        )  # fmt: skip
+    if kind == "paligemma":
+        return PaliGemmaConfig(
+            text_config={**text, "model_type": "gemma", "head_dim": 8},
+            vision_config={**seen, "model_type": "siglip_vision_model", "vision_use_head": False},
+            image_token_index=ids["<image>"], projection_dim=32, hidden_size=32, **common,
+        )  # fmt: skip
+    if kind in ("idefics3", "smolvlm"):
+        return (Idefics3Config if kind == "idefics3" else SmolVLMConfig)(
             text_config={**text, "model_type": "llama"},
             vision_config=seen,
             image_token_id=ids["<image>"],
@@ -144,6 +188,7 @@ def save_model(folder: Path, kind: str, *, seed: int = 0, scale: float = 4.0) ->
     """Save a random model that sees, sharp enough to look somewhere, with its processor; returns the folder."""
     torch.manual_seed(seed)
     own = tokenizer(kind)
+    reads = processor(kind, own)  # first: PaliGemma's adds tokens
     model = AutoModelForImageTextToText.from_config(config(kind, own))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -153,25 +198,33 @@ def save_model(folder: Path, kind: str, *, seed: int = 0, scale: float = 4.0) ->
                 parameter.fill_(0.8)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
-    processor(kind, own).save_pretrained(folder)
+    reads.save_pretrained(folder)
     return folder
 
 
-def alone(loaded: LoadedModel, model: Any, prompt: Prompt, answer: list[int]) -> tuple[Any, int]:
-    """A prompt and its answer by themselves, as a user of transformers reads them: nothing padded, nothing shared."""
+def read_alone(loaded: LoadedModel, prompt: Prompt) -> dict[str, Any]:
+    """What a user of transformers makes of a prompt by itself."""
     assert loaded.vision is not None
     processor = loaded.vision.processor
     images = [open_picture(picture) for picture in prompt.images]
     # A template has written the BOS, or mllama's processor has put it in.
     written = prompt.messages is not None or loaded.vision.model_type == "mllama"
     special = {"add_special_tokens": False} if written else {}
-    made = processor(text=[prompt.text], images=[images], return_tensors="pt", **special)
+    made = dict(processor(text=[prompt.text], images=[images], return_tensors="pt", **special))
+    made.pop("labels", None)  # PaliGemma's, of no use without a suffix
+    return made
+
+
+def alone(loaded: LoadedModel, model: Any, prompt: Prompt, answer: list[int]) -> tuple[Any, int]:
+    """A prompt and its answer by themselves, as a user of transformers reads them: nothing padded, nothing shared."""
+    assert loaded.vision is not None
+    made, suffix = read_alone(loaded, prompt), int(loaded.vision.model_type == "paligemma")
     width = made["input_ids"].shape[1]
     made["input_ids"] = torch.cat([made["input_ids"], torch.tensor([answer])], dim=1)
     made["attention_mask"] = torch.ones_like(made["input_ids"])
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in made:
-            made[name] = torch.nn.functional.pad(made[name], (0, len(answer)))
+            made[name] = torch.nn.functional.pad(made[name], (0, len(answer)), value=suffix)
     if (mask := made.get("cross_attention_mask")) is not None:
         made["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(answer), -1, -1)], dim=1)
     with torch.no_grad():

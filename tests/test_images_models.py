@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
 
 import seeing
 from cagsr.config import AttentionConfig, ModelConfig, SalienceConfig, SamplingConfig
+from cagsr.errors import DataError, ModelError
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Readings
 from cagsr.models import sharing
 from cagsr.models.image_arguments import ImageArguments, stacked
@@ -30,7 +32,7 @@ WORDS = SalienceConfig(weighting="uniform", image_grid=2)
 ANSWERS = [[9, 12, 2], [20, 6, 7, 10, 2], [5, 2], [22, 23, 24, 2]]
 
 
-@pytest.fixture(scope="module", params=seeing.KINDS)
+@pytest.fixture(scope="module", params=[*seeing.KINDS, *seeing.SIBLINGS])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = seeing.save_model(tmp_path_factory.mktemp("seeing") / request.param, request.param)
     return load_model(ModelConfig(str(folder), device="cpu"))
@@ -121,9 +123,9 @@ def test_only_the_language_model_is_read(loaded: LoadedModel) -> None:
 
 
 def test_what_is_decoded_is_what_is_scored(loaded: LoadedModel) -> None:
-    """Rows of other lengths leave at other times; one prompt has no image (mllama's must all have as many)."""
+    """Rows of other lengths leave at other times; one prompt has no image, where a model takes such."""
     prompts = encoded(loaded)
-    if kind_of(loaded) != "mllama":
+    if kind_of(loaded) not in ("mllama", "paligemma"):
         prompts += encode_texts(["the small bird"], loaded.tokenizer, WORDS, 200, vision=loaded.vision)
     torch.manual_seed(3)
     found = sample_responses(loaded, prompt_batch(loaded, prompts, 3), SamplingConfig(max_new_tokens=7))
@@ -133,6 +135,39 @@ def test_what_is_decoded_is_what_is_scored(loaded: LoadedModel) -> None:
     assert found.decoded_logprobs is not None
     drawn = readings.logprobs - readings.sampling_correction
     torch.testing.assert_close(drawn, found.decoded_logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_answers_are_those_of_transformers(loaded: LoadedModel, eager: Any) -> None:
+    [_, prompt] = encoded(loaded)
+    assert loaded.vision is not None
+    made = seeing.read_alone(loaded, prompt.prompt)
+    said = eager.generate(**made, do_sample=False, max_new_tokens=6, suppress_tokens=[loaded.vision.token_id])
+    batch = prompt_batch(loaded, encoded(loaded))  # padded beside the other
+    found = sample_responses(loaded, batch, SamplingConfig(temperature=0.0, max_new_tokens=6))
+    assert found.ids[1][found.real[1]].tolist() == said[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("loaded", ["paligemma"], indirect=True)
+def test_a_text_is_laid_out_once(loaded: LoadedModel, tmp_path: Path) -> None:
+    """PaliGemma's processor puts in a BOS and a new line; a prompt's text has them from the start, and they are no words of it."""
+    text, images = "tell me <image> about <image> the cat", [seeing.picture("red"), seeing.picture("blue")]
+    assert loaded.vision is not None
+    made = PaliGemmaProcessor.__call__(
+        PaliGemmaProcessor(loaded.vision.processor.image_processor, loaded.tokenizer), text=[text], images=[images]
+    )
+    [prompt] = encode_texts([text], loaded.tokenizer, WORDS, 200, images=[images], vision=loaded.vision)
+    assert list(prompt.ids) == made["input_ids"][0]
+    assert prompt.prompt.text == "tell me <image> about <image><bos> the cat\n"
+    words = [prompt.prompt.text[start:end] for start, end in sorted(prompt.prompt.template)]
+    assert words == ["<image>", "<image>", "<bos>", "\n"]
+    again = encode_texts([prompt.prompt.text], loaded.tokenizer, WORDS, 200, images=[images], vision=loaded.vision)
+    assert again[0].ids == prompt.ids
+    with pytest.raises(DataError, match="the prompt has no image, and a paligemma model takes none without"):
+        encode_texts(["the cat"], loaded.tokenizer, WORDS, 200, vision=loaded.vision)
+    blind = Path(shutil.copytree(loaded.path, tmp_path / "blind"))
+    (blind / "processor_config.json").unlink()
+    with pytest.raises(ModelError, match=r"it has no processor beside it .* takes no prompt without one"):
+        load_model(ModelConfig(str(blind), device="cpu"))
 
 
 def test_tensors_are_the_processors_own_for_a_batch(loaded: LoadedModel) -> None:

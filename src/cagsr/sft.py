@@ -118,7 +118,8 @@ def _collate_with_images(
     images = [_images(pair, loaded, torch.device("cpu")) for pair in chosen]
     if not any(images):
         return batch
-    seen = ImageArguments.of(loaded.model, images, batch["input_ids"], batch["attention_mask"].bool())
+    real, answers = batch["attention_mask"].bool(), batch["labels"] != IGNORED
+    seen = ImageArguments.of(loaded.model, images, batch["input_ids"], real, answers)
     return {**batch, **seen.of_forward(with_images=True)}
 
 

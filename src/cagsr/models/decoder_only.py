@@ -89,7 +89,10 @@ class DecoderOnly:
         mask = torch.cat([fed.prompt_real, fed.response_real[:, :-1]], dim=1)
         ids = torch.cat([fed.prompt_ids, response], dim=1)
         first = None if fed.shared is None else fed.shared.first
-        images = None if fed.images is None else ImageArguments.of(model, fed.images, ids, mask, first)
+        images = None
+        if fed.images is not None:
+            answers = (torch.arange(ids.shape[1], device=ids.device) >= fed.prompt_ids.shape[1]).expand_as(ids)
+            images = ImageArguments.of(model, fed.images, ids, mask, answers, first)
         if fed.shared is not None:
             return _prefix_pass(model, fed, fed.shared, response, mask, images)
         seen = {} if images is None else images.of_forward(with_images=True)

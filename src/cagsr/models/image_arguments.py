@@ -34,9 +34,11 @@ class ImageArguments:
         images: Sequence[ImageInputs | None],
         ids: Tensor,
         mask: Tensor,
+        answers: Tensor,
         first: Tensor | None = None,
     ) -> ImageArguments:
-        """Of rows whose prompts and answers are ``ids`` ``(rows, tokens)`` int64, real where ``mask`` is.
+        """Of rows whose prompts and answers are ``ids`` ``(rows, tokens)`` int64, real where ``mask`` is, of answers where
+        ``answers`` is.
 
         An answer can't hold an image: what looks like one in it is refused where answers are made. ``first``: the rows whose
         images are read, ``(n,)`` int64; None: all. ModelError where a cross-attention model's prompts have different numbers.
@@ -47,7 +49,13 @@ class ImageArguments:
         tensors = stacked(read, lambda name: name in accepted)
         token_id = next(one.token_id for one in images if one is not None)
         is_image = (ids == token_id) & mask
-        by_token = {name: is_image.long() for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+        # PaliGemma's tell prompts, whose tokens all see each other, from answers.
+        types = answers if base.config.model_type == "paligemma" else is_image
+        by_token = {
+            name: tensor.long()
+            for name, tensor in (("token_type_ids", types), ("mm_token_type_ids", is_image))
+            if name in accepted
+        }
         if "cross_attention_mask" in accepted:
             by_token["cross_attention_mask"] = _cross_attention_mask(images, ids, token_id)
         return cls(tensors, by_token, _positions(base, images, ids, mask, is_image))

@@ -12,7 +12,7 @@ from cagsr.errors import ModelError
 from cagsr.models.architecture import architecture_of
 from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
 from cagsr.models.gguf import Source, drop_foreign_tokens, find_source, make_plain, read_quantisation
-from cagsr.models.vision import KNOWN, Vision, load_tokenizer_of
+from cagsr.models.vision import KNOWN, NEEDS_IMAGE, Vision, load_tokenizer_of
 from cagsr.support.extras import install_command, is_installed
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -120,19 +120,20 @@ def _load_vision(
     """What reads images, for a model that sees and has its processor beside it."""
     if model_config.is_encoder_decoder or not hasattr(model_config, "vision_config") or source.gguf is not None:
         return None
+    kind, why = model_config.model_type, "its kind is none of those that are"
     if not is_installed("PIL"):
-        notes.append(f"Images: not read, because pillow is not installed ({install_command('images')}).")
-        return None
-    with loading(f"--model.path {config.path}: its processor can't be loaded"):
-        vision = Vision.of(source.path, model_config, source.options)
-    if vision is None:
-        why = (
-            "it has no processor beside it"
-            if model_config.model_type in KNOWN
-            else "its kind is none of those that are"
-        )
-        notes.append(f"Images: not read by this {model_config.model_type} model, because {why} (docs/images.md).")
-    return vision
+        why = f"pillow is not installed ({install_command('images')})"
+    elif kind in KNOWN:
+        why = "it has no processor beside it"
+        with loading(f"--model.path {config.path}: its processor can't be loaded"):
+            vision = Vision.of(source.path, model_config, source.options)
+        if vision is not None:
+            return vision
+    told = f"not read by this {kind} model, because {why} (docs/images.md)."
+    if kind in NEEDS_IMAGE:
+        raise ModelError(f"--model.path {config.path}: images are {told[:-1]}, and it takes no prompt without one.")
+    notes.append(f"Images: {told}")
+    return None
 
 
 def _load_tokenizer(config: ModelConfig, source: Source) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Points = NDArray[np.float64]
 _OF_TOKENS = frozenset((
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "text_replacement_offsets",
+    "labels",
 ))  # fmt: skip
 """What processors give for tokens; all else they give is the images'."""
 _FILES = (
@@ -38,9 +39,11 @@ _FILES = (
     "chat_template.json",
 )  # fmt: skip
 """What a processor is stored in, besides the tokenizer's own files; one of the first two is always there."""
-KNOWN = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "gemma3", "mllama")
+KNOWN = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "gemma3", "paligemma", "mllama")
 """Kinds of models whose arguments and layouts are known: others may mean other things by the same names (PaliGemma's token types
 are not Gemma 3's)."""
+NEEDS_IMAGE = ("paligemma",)
+"""Kinds whose processor takes no prompt without an image."""
 _SIZES_KEPT = 1_000
 """Sizes of images whose points are remembered."""
 
@@ -263,21 +266,28 @@ def load_tokenizer_of(vision: Vision) -> Any:
 
 
 def image_only(kind: Any) -> Any:
-    """A class of processors without the part that reads videos, which needs ``torchvision``."""
+    """A class of processors without the part that reads videos, which needs ``torchvision``; one that puts something into a text
+    (PaliGemma's) does so once.
+    """
     names = kind.get_attributes()
 
     def arguments(cls: Any, *given: Any, **options: Any) -> list[Any]:
         found = iter(kind._get_arguments_from_pretrained.__func__(cls, *given, **options))
         return [None if "video" in name else next(found) for name in names]
 
-    return type(
-        kind.__name__,
-        (kind,),
-        {
-            "get_attributes": classmethod(lambda _: [name for name in names if "video" not in name]),
-            "_get_arguments_from_pretrained": classmethod(arguments),
-        },
-    )
+    def laid_out(self: Any, images: Any = None, text: Any = None, **options: Any) -> Any:
+        # A BOS behind the last image and a new line at the end: not again whenever the text is read.
+        done = isinstance(text, list) and all(f"{self.image_token}{self.tokenizer.bos_token}" in one for one in text)
+        layout = super(kind, self).prepare_inputs_layout if done else partial(kind.prepare_inputs_layout, self)
+        return layout(images=images, text=text, **options)
+
+    members: dict[str, Any] = {
+        "get_attributes": classmethod(lambda _: [name for name in names if "video" not in name]),
+        "_get_arguments_from_pretrained": classmethod(arguments),
+    }
+    if kind.__name__ == "PaliGemmaProcessor":
+        members["prepare_inputs_layout"] = laid_out
+    return type(kind.__name__, (kind,), members)
 
 
 def _has_processor(path: str) -> bool:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import Prompt
-from cagsr.models.vision import ReadPrompt, Vision
+from cagsr.models.vision import NEEDS_IMAGE, ReadPrompt, Vision
 from cagsr.prompts.character_ranges import cut, not_empty, overlaps
 
 
@@ -116,10 +117,16 @@ def encode_asked(
     """Encode a prompt as what the model is asked, with images or without: the prompt as it is read, its tokens, and at how many
     places the model holds each of its images.
 
-    DataError, which ``where`` (file and row) opens, for a placeholder without an image.
+    DataError, which ``where`` (file and row) opens, for a placeholder without an image, and where the model reads no prompt
+    without one.
     """
     if prompt.images and vision is not None:
         return encode_images(prompt, encoder, vision, where)
+    if vision is not None and vision.model_type in NEEDS_IMAGE:
+        raise DataError(
+            f"{where}: the prompt has no image, and a {vision.model_type} model takes none without; name it in the column "
+            "'images'."
+        )
     if vision is not None and vision.placeholder in prompt.text:
         raise DataError(
             f"{where}: the prompt has the placeholder {vision.placeholder} and no image; name its image in the column 'images', or "
@@ -139,7 +146,7 @@ def encode_images(
     """
     special = prompt.messages is None
     read = vision.read(prompt.text, prompt.images, special=special, where=where)
-    prompt = _moved(prompt, read.text)
+    prompt = _moved(prompt, read.text, encoder.tokenizer.bos_token or "")
     tokens = encoder.encode(read.expanded, add_special_tokens=special)
     if tokens.ids != read.ids:
         tokens = encoder.encode(read.expanded, add_special_tokens=False)
@@ -167,12 +174,19 @@ def _unexpanded(start: int, end: int, read: ReadPrompt) -> tuple[int, int]:
     return start + moved, end + moved
 
 
-def _moved(prompt: Prompt, text: str) -> Prompt:
-    """A prompt whose text a processor has put something into, in one place."""
+def _moved(prompt: Prompt, text: str, bos: str) -> Prompt:
+    """A prompt whose text a processor has put something into: ``bos`` in one place, and perhaps more at its end."""
     if text == prompt.text:
         return prompt
-    more = len(text) - len(prompt.text)
-    cut_at = next(place for place in range(len(text)) if text[:place] + text[place + more :] == prompt.text)
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt.text, text, strict=False)))
+    found = [
+        (end, text.startswith(bos, place), place)
+        for end in range(len(prompt.text), len(text) + 1)
+        for place in range(alike + 1)
+        if text[place + end - len(prompt.text) : end] == prompt.text[place:]
+    ]
+    end, _, cut_at = max(found)  # `<a><bos>` has `><bos` put in as well
+    more = end - len(prompt.text)
 
     def moved(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         return tuple((start + more * (start >= cut_at), end + more * (end > cut_at)) for start, end in ranges)
@@ -181,7 +195,7 @@ def _moved(prompt: Prompt, text: str) -> Prompt:
     return replace(
         prompt,
         text=text,
-        template=(*moved(prompt.template), (cut_at, cut_at + more)),
+        template=not_empty((*moved(prompt.template), (cut_at, cut_at + more), (end, len(text)))),
         spans=None if prompt.spans is None else moved(prompt.spans),
         spoken=tuple(one._replace(start=start, end=end) for one, (start, end) in zip(prompt.spoken, said, strict=True)),
     )

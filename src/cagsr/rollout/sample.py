@@ -73,7 +73,9 @@ def sample_responses(
             rows = slice(at, at + per_batch, many)
             asked, there = ids_read[rows], real_read[rows]
             images = None if prompts.images is None else prompts.images[rows]
-            seen = None if images is None or not any(images) else ImageArguments.of(base, images, asked, there)
+            seen = None
+            if images is not None and any(images):
+                seen = ImageArguments.of(base, images, asked, there, torch.zeros_like(there))
             found = loaded.model.generate(
                 input_ids=asked,
                 attention_mask=there.long(),
