@@ -303,8 +303,14 @@ def test_a_version_that_is_worse_is_not_put_in_place(changes: dict[str, Any], re
         (
             ChatRequest,
             '{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
-            None,
-            "messages.0.content",
+            "messages.0.content.parts.0.image_url.image_url.url",
+            "Field required",
+        ),
+        (
+            ChatRequest,
+            '{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://secret"}}]}]}',
+            "messages.0.content.parts.0.image_url.image_url.url",
+            "must be the image itself",
         ),
         (
             ChatRequest,

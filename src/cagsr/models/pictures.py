@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cagsr.errors import DataError
@@ -30,20 +32,34 @@ def as_data_url(picture: Picture, most: int | None = None) -> str:
 
 def open_picture(picture: Picture) -> Image:
     """The image in RGB, transparent parts white; DataError, in one sentence, where it can't be read or is too large."""
+    with _opened(picture) as found:
+        from PIL import Image, ImageOps
+
+        found = ImageOps.exif_transpose(found)  # as a viewer shows it, and as boxes count
+        if found.has_transparency_data:
+            layers = found.convert("RGBA")
+            white = Image.new("RGBA", layers.size, "white")
+            return Image.alpha_composite(white, layers).convert("RGB")
+        return found.convert("RGB")
+
+
+def pixels_of(picture: Picture) -> int:
+    """How many pixels an image says it has, before any is read; DataError as :func:`open_picture`."""
+    with _opened(picture) as found:
+        return int(found.width * found.height)
+
+
+@contextmanager
+def _opened(picture: Picture) -> Iterator[Image]:
+    """The image, whose pixels are read inside the block."""
     require("A prompt with images", "images", modules=["PIL"])
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     source: Any = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            found = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-            found = ImageOps.exif_transpose(found)  # as a viewer shows it, and as boxes count
-            if found.has_transparency_data:
-                layers = found.convert("RGBA")
-                white = Image.new("RGBA", layers.size, "white")
-                return Image.alpha_composite(white, layers).convert("RGB")
-            return found.convert("RGB")
+            yield source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
     except FileNotFoundError as error:
         raise DataError(
             f"{picture.name}: there is no such image file; its path counts from the data's folder."

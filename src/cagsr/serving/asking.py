@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import UNLIMITED, LoadedModel
-from cagsr.prompts.encode import TextEncoder, encode_prompt
+from cagsr.models.pictures import pixels_of
+from cagsr.prompts.encode import TextEncoder, encode_asked
+from cagsr.prompts.images import pictures_of
 from cagsr.prompts.prepare import encode_texts
 from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import Row
@@ -24,6 +27,10 @@ class Reader:
 
     def __init__(self, loaded: LoadedModel, config: ServeConfig, judging: Callable[[int], Judging]) -> None:
         self._tokenizer = copy.deepcopy(loaded.tokenizer)  # the engine decodes with the other one meanwhile
+        self._vision = None
+        if loaded.vision is not None:
+            self._vision = replace(loaded.vision, processor=copy.copy(loaded.vision.processor), path=config.served_name)
+            self._vision.processor.tokenizer = self._tokenizer
         self._context = loaded.context_length()
         self._shared = loaded.architecture.one_sequence
         self._config, self._judging = config, judging
@@ -32,12 +39,14 @@ class Reader:
         """The prompt, its words weighed as the version ``judged`` weighs them (None: nothing is judged), and the answer's longest
         length where ``longest`` was asked for.
 
-        Raises ApiError: it can't be read, or prompt and answer are too long.
+        Raises ApiError: it can't be read, has images that are too many, too large or not for this model, or prompt and answer are
+        too long.
         """
         try:
+            self._check_images(text)
             encoded = self._plain(text) if judged is None else self._weighed(text, self._judging(judged))
         except DataError as error:
-            told = str(error).removeprefix(f"{SOURCE}, row 1: ")
+            told = str(error).removeprefix(f"{SOURCE}, row 1").lstrip(":, ")
             raise ApiError(
                 400, told[0].upper() + told[1:], param="prompt" if isinstance(text, str) else "messages"
             ) from None
@@ -45,14 +54,37 @@ class Reader:
 
     def _plain(self, text: PromptText) -> EncodedPrompt:
         """Where nothing is judged no word matters, and a prompt may have none ("?")."""
-        prompt = render_prompt(Row(1, SOURCE, {"prompt": text}), DataConfig(SOURCE), SalienceConfig(), self._tokenizer)
-        ids = encode_prompt(prompt, TextEncoder(self._tokenizer)).ids
-        return EncodedPrompt(prompt, ids, (-1,) * len(ids), ())
+        row = Row(1, SOURCE, {"prompt": text})
+        prompt = render_prompt(row, DataConfig(SOURCE), SalienceConfig(), self._tokenizer, self._vision)
+        prompt, tokens, _ = encode_asked(prompt, TextEncoder(self._tokenizer), self._vision, f"{SOURCE}, row 1")
+        return EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ())
 
     def _weighed(self, text: PromptText, judging: Judging) -> EncodedPrompt:
         """With the weights of its words."""
-        [encoded] = encode_texts([text], self._tokenizer, judging.salience, UNLIMITED, judging.frequency, source=SOURCE)
+        [encoded] = encode_texts(
+            [text],
+            self._tokenizer,
+            judging.salience,
+            UNLIMITED,
+            judging.frequency,
+            source=SOURCE,
+            vision=self._vision,
+        )
         return encoded
+
+    def _check_images(self, text: PromptText) -> None:
+        """Before any pixel is read."""
+        row, limits = f"{SOURCE}, row 1", self._config.limits
+        pictures = () if isinstance(text, str) else pictures_of(Row(1, SOURCE, {}), text, row)
+        if pictures and self._vision is None:
+            raise DataError(f"{row}: this model reads no images; leave them out.")
+        if len(pictures) > limits.images:
+            raise DataError(f"{row}: {len(pictures)} images are more than the {limits.images} that are read.")
+        for picture in pictures:
+            if (pixels := pixels_of(picture)) > limits.image_pixels:
+                raise DataError(
+                    f"{picture.name}: {pixels:,} pixels are more than the {limits.image_pixels:,} that are read; make it smaller."
+                )
 
     def _longest(self, tokens: int, longest: int | None) -> int:
         limits, context = self._config.limits, self._context

@@ -68,10 +68,13 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def key(self) -> tuple[int, int, float, float]:
-        """Requests of one key can be sampled in one batch: the others' settings are those of single rows."""
+    def key(self) -> tuple[int, int, float, float, int]:
+        """Requests of one key can be sampled in one batch: the others' settings are those of single rows.
+
+        Their prompts have as many images: some models take no others together.
+        """
         asked = self.asked
-        return asked.version, asked.sampled, asked.temperature, asked.top_p
+        return asked.version, asked.sampled, asked.temperature, asked.top_p, len(asked.prompt.prompt.images)
 
 
 class Busy(RolloutError):

@@ -6,10 +6,20 @@ change no answer are accepted, and the answer says that they were ignored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+)
 
 from cagsr.serving.writing import Piece, TokenChance, Writing
 
@@ -96,11 +106,49 @@ class TextPart(_Fields):
     text: str
 
 
+def _embedded(url: str) -> str:
+    if not re.match(r"data:image/[\w.+-]+;base64,", url):
+        raise ValueError(
+            "must be the image itself, data:image/...;base64,...: nothing is downloaded, and no file is read"
+        )
+    return url
+
+
+class ImageUrl(_Fields):
+    """An image."""
+
+    url: Annotated[str, AfterValidator(_embedded)]
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(_Fields):
+    """A part of a message's content that is an image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+_Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+_Content = Annotated[
+    # One kind is tried, the one that is meant, so that its errors are told.
+    Annotated[str, Tag("text")] | Annotated[list[_Part], Tag("parts")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
+]
+
+
 class Message(_Fields):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: _Content
+
+    def given(self) -> str | list[dict[str, Any]]:
+        """The content as one text, or, with images, as parts."""
+        if isinstance(self.content, str):
+            return self.content
+        if any(isinstance(part, ImagePart) for part in self.content):
+            return [part.model_dump(exclude_none=True) for part in self.content]
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
 
 class ChatRequest(Request):
@@ -118,13 +166,9 @@ class ChatRequest(Request):
     prompt_cache_key: str | None = None
 
     def prompt_text(self) -> list[dict[str, Any]]:
-        """The conversation, each content as one text; templates know a developer as system."""
+        """The conversation, each content as one text or, with images, as parts; templates know a developer as system."""
         return [
-            {
-                "role": "system" if one.role == "developer" else one.role,
-                "content": one.content if isinstance(one.content, str) else "".join(part.text for part in one.content),
-            }
-            for one in self.messages
+            {"role": "system" if one.role == "developer" else one.role, "content": one.given()} for one in self.messages
         ]
 
     def top(self) -> int | None:

@@ -164,9 +164,13 @@ def _held_out(config: ServeConfig, loaded: LoadedModel) -> _HeldOut:
         kept = "Versions are compared on a fifth of the prompts that are kept, which is never trained on."
         return None, None, (kept,) if config.learning.enabled else ()
     data = DataConfig(path, limit=config.learning.held_out_prompts)
-    found = prepare_prompts(
-        data, config.salience, loaded.tokenizer, max_length=loaded.room_for_prompts(config.sampling.max_new_tokens)
-    )
+    limit = loaded.room_for_prompts(config.sampling.max_new_tokens)
+    found = prepare_prompts(data, config.salience, loaded.tokenizer, max_length=limit, vision=loaded.vision)
+    if seen := next((one.prompt.row for one in found.prompts if one.prompt.images), None):
+        raise ConfigError(
+            f"--learning.held_out {path}: row {seen} has images; give prompts of text alone, or leave the flag out, and versions "
+            "are compared on a fifth of the prompts that are kept, with their images."
+        )
     rows = [{"prompt": row.values["prompt"]} for row in load_rows(data)]
     if len(rows) < FEWEST:
         raise ConfigError(

@@ -37,6 +37,10 @@ class LimitsConfig:
     """Longest prompt; None: what the model's context leaves beside the answer."""
     max_tokens: PositiveInt = 1024
     """Longest answer that can be asked for."""
+    images: PositiveInt = 8
+    """Most images in a request."""
+    image_pixels: PositiveInt = 2**24
+    """Most pixels of an image, width times height."""
     answers: PositiveInt = 16
     """Most answers to a prompt (n, best_of)."""
     waiting: PositiveInt = 128

@@ -83,7 +83,9 @@ def _compare(place: JobFolder, job: Job, config: ServeConfig, versions: Versions
     prompts = [
         one
         for text in _texts(place.held_out)
-        for one in encode_texts([text], loaded.tokenizer, judging.salience, limit, judging.frequency)
+        for one in encode_texts(
+            [text], loaded.tokenizer, judging.salience, limit, judging.frequency, vision=loaded.vision
+        )
     ]
     warnings = {str(row["name"]): str(row["sentence"]) for row in read_lines(place.run / "warnings.jsonl")}
     return compare(policies, job.parent, job.number, prompts, judging, config.sampling, warnings)
@@ -115,7 +117,7 @@ def _encoded(
 ) -> Sequence[EncodedPrompt]:
     """The prompt, in a list; an empty one where it can't be used."""
     try:
-        return encode_texts([text], loaded.tokenizer, config.salience, limit, frequency)
+        return encode_texts([text], loaded.tokenizer, config.salience, limit, frequency, vision=loaded.vision)
     except DataError:
         return []
 
