@@ -15,7 +15,7 @@ from cagsr.config import TrainConfig
 from cagsr.errors import DataError
 from cagsr.parse import parse_command
 from cagsr.preferences.calibrate import agreement, as_strong_as, calibrated, cross_fitted, fit_weights
-from cagsr.rating.disagreement import disagreement, questions_by_disagreement, term_scales
+from cagsr.rating.disagreement import differences, disagreement, questions_by_disagreement, term_scales
 
 
 def judged(weights: list[float], pairs: int, seed: int = 0) -> np.ndarray:
@@ -132,8 +132,9 @@ def test_people_are_asked_where_terms_disagree(tmp_path: Path, capsys: pytest.Ca
     scales = term_scales([row["candidates"] for row in rows])  # type: ignore[misc]
     assert scales["coverage"] > 0 > scales["repetition"]
     one, two = rows[0]["candidates"][:2]  # type: ignore[index]
-    assert disagreement(one, two, scales) == pytest.approx(min(scales["coverage"], -0.4 * scales["repetition"]))
-    assert disagreement(one, two, scales) == disagreement(two, one, scales)
+    moves = np.array([differences(one, two, scales), differences(two, one, scales)])
+    assert disagreement(moves) == pytest.approx(min(scales["coverage"], -0.4 * scales["repetition"]))
+    assert disagreement(np.array([[1.0, -2.0, 0.5], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])).tolist() == [1.5, 0.0, 0.0]
     found = questions_by_disagreement(str(path), 2)
     assert [(one.prompt, one.a, one.b) for one in found.questions] == [
         ("torn", "much, twice twice", "little"),

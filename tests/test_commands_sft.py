@@ -137,8 +137,13 @@ def test_from_scratch_needs_no_weights_and_follows_the_seed(config: SftConfig, b
     bare.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((blank / name).read_bytes())
+    (bare / "tokenizer.model").write_text(
+        "pieces"
+    )  # of SentencePiece: transformers does not write it, and llama.cpp reads it
     scratch = replace(config, model=replace(config.model, path=str(bare)), from_scratch=True, steps=1)
-    first = weights(sft(scratch, quiet=True))
+    folder = sft(scratch, quiet=True)
+    assert (folder / "tokenizer.model").read_text() == "pieces"
+    first = weights(folder)
     again = weights(sft(replace(scratch, overwrite=True), quiet=True))
     other = weights(sft(replace(scratch, output_dir=str(tmp_path / "other"), seed=1), quiet=True))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from examples.e2e.calibration import Choice, disagreement, folds, table
+from examples.e2e.calibration import Choice, folds, table
 
 
 def test_a_prompt_is_in_one_fold():
@@ -13,11 +13,6 @@ def test_a_prompt_is_in_one_fold():
     assert set(found) == {0, 1, 2, 3}
     for prompt in set(prompts):
         assert len({int(one) for one, own in zip(found, prompts, strict=True) if own == prompt}) == 1
-
-
-def test_terms_disagree_as_much_as_the_weaker_side_says():
-    moves = np.array([[1.0, 2.0], [1.0, -2.0], [0.0, 0.0]])
-    assert disagreement(moves, np.array([1.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_table_by_hand():

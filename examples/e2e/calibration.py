@@ -29,6 +29,7 @@ from cagsr.models.load import load_model
 from cagsr.preferences.calibrate import agreement, calibrated
 from cagsr.preferences.term_differences import pair_differences, term_scales
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.rating.disagreement import disagreement
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.learn_associations import associations_of
 from cagsr.reward.model import load_reward_model
@@ -143,7 +144,7 @@ def main(options: Options) -> None:
         prior = np.array([given.get(term, 0.0) for term in scales.names])
         said, added = picked(answers @ prior)
         choices.append(Choice(f"{name} weights", 0, agreement(judged.differences @ prior), said[None], added[None]))
-        torn = disagreement(judged.differences, np.sign(answers.T @ (answers @ prior)))
+        torn = disagreement(judged.differences * np.sign(answers.T @ (answers @ prior)))
         for how, order in (("", None), (", asked where terms disagree", torn)):
             done = _calibrated(options, judged.differences, prior, fold_of, order, lambda w: picked(answers @ w))
             choices.append(replace(done, name=f"{name}, calibrated{how}"))
@@ -161,12 +162,6 @@ def folds(prompts: Sequence[str], count: int) -> NDArray[np.int64]:
     known = sorted(set(prompts))
     place = dict(zip(known, np.random.default_rng(0).permutation(len(known)) % count, strict=True))
     return np.array([place[one] for one in prompts])
-
-
-def disagreement(differences: Floats, signs: Floats) -> Floats:
-    """``(pairs,)`` the smaller of what the terms say for one answer and for the other (``rating/disagreement.py``)."""
-    moves = differences * signs
-    return np.minimum(moves.clip(min=0).sum(axis=1), -moves.clip(max=0).sum(axis=1))
 
 
 def _calibrated(

@@ -21,12 +21,12 @@ from cagsr.config import ModelConfig, SftConfig
 from cagsr.errors import ModelError
 from cagsr.flow import ImageInputs
 from cagsr.models.architecture import architecture_of
-from cagsr.models.files import check_files
+from cagsr.models.files import check_files, copy_beside
 from cagsr.models.generation import decoder_prefix
 from cagsr.models.gguf import find_source
 from cagsr.models.image_arguments import ImageArguments
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.models.vision import copy_processor
+from cagsr.models.vision import PROCESSOR_FILES
 from cagsr.pairs import IGNORED, Pair, encode_pairs, unending
 from cagsr.runs.saved import TEXTS, answers_probe
 from cagsr.runs.trainer_folder import settings_file
@@ -175,10 +175,9 @@ def _load(config: SftConfig) -> LoadedModel:
             loaded = load_model(replace(config.model, path=path), config.lora)
         except ModelError as error:
             raise ModelError(str(error).replace(path, config.model.path)) from error
+    told = f"Random weights from seed {config.seed} (--from_scratch)."
     vision = None if loaded.vision is None else replace(loaded.vision, path=config.model.path)
-    return replace(
-        loaded, vision=vision, notes=(*loaded.notes, f"Random weights from seed {config.seed} (--from_scratch).")
-    )
+    return replace(loaded, path=config.model.path, vision=vision, notes=(*loaded.notes, told))
 
 
 @contextmanager
@@ -201,5 +200,5 @@ def _random_weights(config: ModelConfig, seed: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="cagsr-scratch-") as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        copy_processor(source.path, Path(path))
+        copy_beside(source.path, PROCESSOR_FILES, Path(path))
         yield path

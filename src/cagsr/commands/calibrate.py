@@ -72,7 +72,6 @@ def run(config: Config) -> None:
     from cagsr.preferences.pairs import subset
     from cagsr.preferences.term_differences import pair_differences, term_scales
     from cagsr.prompts.salience import DocumentFrequency
-    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
     from cagsr.reward.learn_probe import named_probe
     from cagsr.support.atomic import write_text_atomically
@@ -94,12 +93,10 @@ def run(config: Config) -> None:
             f"The reward needs associations, and {len(prompts)} prompts are too few to learn them from: name the file of a "
             "training run with --reward.associations.path RUN/associations.json."
         )
-    scorer = AnswerScorer(
+    scorer = inputs.answer_scorer(
+        config,
         loaded,
-        config.reward,
-        config.attention,
-        config.salience,
-        temperature=config.sampling.temperature,
+        config.sampling.temperature,
         micro_batch_size=config.batch_size,
         associations=associations,
         probe=named_probe(config.reward),

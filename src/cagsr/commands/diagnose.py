@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from cagsr.commands.inputs import read_prompts, table_console
+from cagsr.commands.inputs import answer_scorer, read_prompts, table_console
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
 from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.support.progress import say, working
@@ -69,7 +69,6 @@ def run(config: Config) -> None:
     from cagsr.models.generation import generation_notes
     from cagsr.models.load import load_model
     from cagsr.prompts.salience import DocumentFrequency
-    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.build import reward_warnings
     from cagsr.reward.learn_associations import FEWEST_PROMPTS, associations_of
     from cagsr.reward.learn_probe import named_probe, probe_of
@@ -92,11 +91,10 @@ def run(config: Config) -> None:
     probe = named_probe(config.reward)
     if probe is None and config.reward.needs(SUPPORT):
         probe = probe_of(loaded, everyone, frequency, config.sampling, config.reward.probe, seed=config.seed)
-    judged_by = (config.reward, config.attention, config.salience)
-    scorer = AnswerScorer(
+    scorer = answer_scorer(
+        config,
         loaded,
-        *judged_by,
-        temperature=config.sampling.temperature,
+        config.sampling.temperature,
         associations=associations,
         probe=probe,
         frequency=frequency,

@@ -51,12 +51,14 @@ def run(config: Config) -> None:
     from cagsr.flow import EncodedPrompt, Prompt
     from cagsr.models.load import load_model
     from cagsr.prompts.encode import TextEncoder
-    from cagsr.runs.export import export_adapter, export_gguf, export_merged, free
+    from cagsr.runs.export import export_adapter, export_gguf, export_merged, find_converter, free
     from cagsr.runs.onnx import export_onnx
     from cagsr.support.atomic import disk_errors
 
     place = Path(config.output).resolve()
     free(place, config.model, file=config.format == "gguf", overwrite=config.overwrite)
+    # Looked for before a model is loaded for nothing.
+    script = find_converter(config.converter) if config.format == "gguf" else None
     texts = list(TEXTS) if config.prompt is None else [config.prompt]
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +75,8 @@ def run(config: Config) -> None:
     loaded = load_model(config.model, for_training=False)
     say(*loaded.notes)
     asked = prompts(loaded.tokenizer)
-    if config.format == "gguf":
-        told = export_gguf(config.model, loaded, place, config.outtype, config.converter, asked)
+    if script is not None:
+        told = export_gguf(config.model, loaded, place, config.outtype, script, asked)
     elif config.format == "onnx":
         told = export_onnx(loaded, place, asked)
     else:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cagsr.flow import EncodedPrompt, Picture
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
+    from cagsr.reward.answers import AnswerScorer
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ def read_prompts(
     )
     notes = tuple(note for note in found.notes if not any_word or "--salience." not in note)
     return list(found.prompts if found.reopen is None else found.reopen()), notes
+
+
+def answer_scorer(config: Any, loaded: LoadedModel, temperature: float, **learned: Any) -> AnswerScorer:
+    """Who reads the terms, by a command's settings with ``reward``, ``attention``, ``salience``; the rest as ``AnswerScorer``."""
+    from cagsr.reward.answers import AnswerScorer
+
+    return AnswerScorer(loaded, config.reward, config.attention, config.salience, temperature=temperature, **learned)
 
 
 def groups_of(prompts: Sequence[EncodedPrompt]) -> list[int]:

@@ -62,7 +62,6 @@ def run(config: Config) -> None:
     from cagsr.models.load import load_model
     from cagsr.models.stops import endless
     from cagsr.prompts.salience import DocumentFrequency
-    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import associations_of
     from cagsr.reward.learn_probe import named_probe, probe_of
     from cagsr.reward.term import SUPPORT
@@ -91,11 +90,10 @@ def run(config: Config) -> None:
     probe = named_probe(config.reward)
     if probe is None and not given and frequency is not None and config.reward.needs(SUPPORT):
         probe = probe_of(loaded, prompts, frequency, config.sampling, config.reward.probe, seed=config.seed)
-    judged_by = (config.reward, config.attention, config.salience)
-    scorer = AnswerScorer(
+    scorer = inputs.answer_scorer(
+        config,
         loaded,
-        *judged_by,
-        temperature=config.sampling.temperature,
+        config.sampling.temperature,
         associations=associations,
         probe=probe,
         frequency=frequency,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cagsr.commands.inputs import about_idf, groups_of, prompt_as_given, write_rows
+from cagsr.commands.inputs import about_idf, answer_scorer, groups_of, prompt_as_given, write_rows
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig
 from cagsr.config.ranges import OutputFile, PositiveFloat, PositiveInt
 from cagsr.errors import ConfigError, DataError
@@ -53,7 +53,6 @@ def run(config: Config) -> None:
 
     from cagsr.models.load import load_model
     from cagsr.prompts.salience import DocumentFrequency
-    from cagsr.reward.answers import AnswerScorer
     from cagsr.reward.learn_associations import read_associations
     from cagsr.reward.learn_probe import named_probe
     from cagsr.reward.weigh import weigh
@@ -68,14 +67,13 @@ def run(config: Config) -> None:
         )
     associations = None if file is None else read_associations(Path(file))
     loaded = load_model(config.model, for_training=False)
-    judged_by, size = (config.reward, config.attention, config.salience), config.batch_size
     frequency = None if learned is None else learned.frequency
     prompts, responses, notes = read_pairs(config, loaded, frequency)
-    scorer = AnswerScorer(
+    scorer = answer_scorer(
+        config,
         loaded,
-        *judged_by,
-        temperature=config.temperature,
-        micro_batch_size=size,
+        config.temperature,
+        micro_batch_size=config.batch_size,
         associations=associations,
         probe=named_probe(config.reward),
         frequency=frequency or DocumentFrequency.fit(one.prompt for one in prompts),

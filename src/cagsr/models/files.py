@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from cagsr.errors import ModelError
@@ -23,8 +25,22 @@ TEXTS = (
 """Files beside the weights that make a model and its tokenizer."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER = "adapter_config.json"
+SENTENCEPIECE = "tokenizer.model"
+"""What llama.cpp reads the vocabulary of SentencePiece models (Llama 2, Mistral, Gemma) from, where it is there; transformers
+writes ``tokenizer.json`` alone."""
 BLOCK = 4096
 """Bytes read at the start, in the middle and at the end of each tensor for its fingerprint."""
+
+
+def copy_beside(path: str, names: Sequence[str], folder: Path) -> None:
+    """Put files of a model, a folder or a Hub id, into a folder, those that are at hand; what is there already stays."""
+    for name in names:
+        source: Any = Path(path) / name
+        if not source.is_file():
+            with suppress(HFValidationError):  # it is no id
+                source = try_to_load_from_cache(path, name)
+        if isinstance(source, str | Path) and Path(source).is_file() and not (folder / name).exists():
+            shutil.copyfile(source, folder / name)
 
 
 def is_lfs_pointer(path: Path) -> bool:

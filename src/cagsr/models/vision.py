@@ -5,7 +5,6 @@ The ids that the processor makes are the prompt's for good: a placeholder is exp
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,6 +21,7 @@ from transformers.utils import cached_file
 
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt, ImageInputs, Picture
+from cagsr.models.files import copy_beside
 from cagsr.models.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _OF_TOKENS = frozenset((
     "labels",
 ))  # fmt: skip
 """What processors give for tokens; all else they give is the images'."""
-_FILES = (
+PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
@@ -242,19 +242,11 @@ class Vision:
 
     def save(self, folder: Path) -> None:
         """Put the processor's files, as they were found, beside a model that is saved; those that are there stay."""
-        copy_processor(self.path, folder)
+        copy_beside(self.path, PROCESSOR_FILES, folder)
 
     def _pixels(self, images: list[list[Any]]) -> Mapping[str, Tensor]:
         made: Mapping[str, Tensor] = self.processor.image_processor(images, return_tensors="pt")
         return made
-
-
-def copy_processor(path: str, folder: Path) -> None:
-    """Put the files of a model's processor, where it has one, into a folder; those that are there stay."""
-    for name in _FILES:
-        source = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if source is not None and not (folder / name).exists():
-            shutil.copyfile(source, folder / name)
 
 
 def load_tokenizer_of(vision: Vision) -> Any:
@@ -291,7 +283,9 @@ def image_only(kind: Any) -> Any:
 
 
 def _has_processor(path: str) -> bool:
-    return any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None for name in _FILES[:2])
+    return any(
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None for name in PROCESSOR_FILES[:2]
+    )
 
 
 def _grid(places: int, height: int, width: int) -> tuple[int, int] | None:

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cagsr.config import DataConfig
 from cagsr.errors import DataError
 from cagsr.prompts.load import Row, load_rows
@@ -25,10 +28,12 @@ def questions_by_disagreement(path: str, count: int) -> RatingQuestions:
     scales = term_scales([candidates for _, candidates in ranked])
     found = []
     for row, candidates in ranked:
-        pairs = [(disagreement(a, b, scales), a, b) for a, b in combinations(candidates, 2)]
-        score, a, b = max(pairs, key=lambda one: one[0])
-        if score > 0:
-            found.append((score, RatingQuestion(prompt_of(row), str(a["completion"]), str(b["completion"]))))
+        pairs = list(combinations(candidates, 2))
+        scores = disagreement(np.array([differences(a, b, scales) for a, b in pairs]))
+        most = int(scores.argmax())
+        if scores[most] > 0:
+            a, b = (str(one["completion"]) for one in pairs[most])
+            found.append((float(scores[most]), RatingQuestion(prompt_of(row), a, b)))
     if not found:
         raise DataError(f"{path}: the terms agree on every pair; rank with a reward of two terms or more.")
     found.sort(key=lambda one: -one[0])
@@ -57,11 +62,18 @@ def term_scales(rankings: Sequence[Candidates]) -> dict[str, float]:
     return found
 
 
-def disagreement(a: Mapping[str, Any], b: Mapping[str, Any], scales: Mapping[str, float]) -> float:
-    """How much the terms together say for one of two answers *and* for the other: the smaller of the two sums, deviations."""
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], scales: Mapping[str, float]) -> list[float]:
+    """What each term says for one of two answers, in deviations: above 0 where it is better; 0 of a term that doesn't apply."""
     says = [(a["terms"].get(name), b["terms"].get(name), scale) for name, scale in scales.items()]
-    moves = [(x - y) * scale for x, y, scale in says if x is not None and y is not None]
-    return min(sum(move for move in moves if move > 0), -sum(move for move in moves if move < 0))
+    return [0.0 if x is None or y is None else (x - y) * scale for x, y, scale in says]
+
+
+def disagreement(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``(pairs,)`` how much the terms together say for one of two answers *and* for the other: the smaller of the two sums.
+
+    ``differences`` ``(pairs, terms)``: above 0 where the first answer is better.
+    """
+    return np.minimum(differences.clip(min=0).sum(axis=1), -differences.clip(max=0).sum(axis=1))
 
 
 def _candidates(row: Row) -> Candidates:

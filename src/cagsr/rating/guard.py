@@ -7,6 +7,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
+from cagsr.support.localhost import own_host
+
 HEADERS = {
     # Only the page's own files; no inline script, no plug-in, no frame, nothing from elsewhere.
     "Content-Security-Policy": (
@@ -28,7 +30,7 @@ READS = frozenset({"GET", "HEAD"})
 class Guard(BaseHTTPMiddleware):
     """Middleware that turns away every request but the page's own, and puts our headers on every answer.
 
-    - Host must be this machine's address with our port. A foreign name that was made to point here (DNS rebinding) is not.
+    - Host must be this machine's address with our port.
     - The token must come in the link that was printed (on the page itself only), in the cookie that the page then sets, or in
       the header ``X-Cagsr-Token``. It is compared in constant time.
     - What writes must name our own address as its Origin: another page open in the same browser can't.
@@ -36,8 +38,7 @@ class Guard(BaseHTTPMiddleware):
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
         super().__init__(app)
-        self._token = token.encode()
-        self._hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        self._token, self._port = token.encode(), port
         self._cookie = cookie_name(port)
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -47,8 +48,8 @@ class Guard(BaseHTTPMiddleware):
         return response
 
     def _refusal(self, request: Request) -> Response | None:
-        hosts, path = request.headers.getlist("host"), request.scope["path"]
-        if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
+        host, path = own_host(request, self._port), request.scope["path"]
+        if host is None:
             return PlainTextResponse("This address is not the one that cagsr rate serve printed.\n", 421)
         if not any(hmac.compare_digest(one.encode(), self._token) for one in self._tokens(request, path)):
             sentence = "Open the link that cagsr rate serve printed: it holds the token that this page asks for."
@@ -56,7 +57,7 @@ class Guard(BaseHTTPMiddleware):
                 return JSONResponse({"error": sentence}, 403)
             return PlainTextResponse(sentence + "\n", 403)
         if request.method not in READS:
-            own = request.headers.getlist("origin") == [f"http://{hosts[0].lower()}"]
+            own = request.headers.getlist("origin") == [f"http://{host}"]
             if not own or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return JSONResponse({"error": "Ratings are taken from the rating page alone."}, 403)
         return None

@@ -30,6 +30,7 @@ from cagsr.runs.saved import (
     greedy_probe,
     save_adapter_compared,
     save_compared,
+    write_tokenizer,
 )
 from cagsr.support.atomic import disk_errors, replace_folder
 from cagsr.support.extras import require
@@ -37,8 +38,6 @@ from cagsr.support.progress import working
 
 CONVERTER = "convert_hf_to_gguf.py"
 """llama.cpp's, of which this is the name in its repository."""
-SENTENCEPIECE = "tokenizer.model"
-"""What the converter reads the vocabulary of SentencePiece models (Llama 2, Mistral, Gemma) from, where it is there."""
 HELD = ("checkpoints", "run.lock", "metrics.jsonl")
 """What a run's folder holds."""
 LEAST_AGREEMENT = 0.9
@@ -130,23 +129,19 @@ def export_gguf(
     loaded: LoadedModel,
     place: Path,
     outtype: str,
-    converter: str | None,
+    script: Path,
     prompts: Sequence[EncodedPrompt],
 ) -> str:
-    """Write a GGUF file by llama.cpp's converter, read it again and compare; a sentence for the user.
+    """Write a GGUF file by llama.cpp's converter (``find_converter``), read it again and compare; a sentence for the user.
 
-    ConfigError: no converter is at hand; RunError: it fails, or what it wrote is another model.
+    RunError: the converter fails, or what it wrote is another model.
     """
-    script = find_converter(converter)
-    require("--format gguf, which reads the file again,", "gguf")
     probe = greedy_probe(loaded, prompts, TOKENS)
     trained = probe(loaded.model)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
         source, made = Path(folder) / "model", Path(folder) / "model.gguf"
         loaded.model.save_pretrained(source)
-        loaded.tokenizer.save_pretrained(source)
-        if (pieces := Path(loaded.path) / SENTENCEPIECE).is_file():  # transformers writes tokenizer.json alone
-            shutil.copyfile(pieces, source / SENTENCEPIECE)
+        write_tokenizer(source, loaded)
         command = [sys.executable, str(script), str(source), "--outfile", str(made), "--outtype", outtype]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode != 0 or not made.is_file():
@@ -176,7 +171,11 @@ def copy_card(model: Path, place: Path) -> None:
 
 
 def find_converter(named: str | None) -> Path:
-    """llama.cpp's converter: the one that was named, in ``$LLAMA_CPP``, or on the path; ConfigError where there is none."""
+    """llama.cpp's converter: the one that was named, in ``$LLAMA_CPP``, or on the path.
+
+    ConfigError where there is none, or nothing here could read what it writes.
+    """
+    require("--format gguf, which reads the file again,", "gguf")
     places = [named, os.environ.get("LLAMA_CPP"), shutil.which(CONVERTER)]
     for place in (Path(one) for one in places if one):
         for file in (place, place / CONVERTER):

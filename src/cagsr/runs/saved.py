@@ -28,6 +28,7 @@ from cagsr.errors import RunError
 from cagsr.flow import EncodedPrompt, ImageInputs
 from cagsr.models.architecture import architecture_of
 from cagsr.models.checkpointing import without_checkpointing
+from cagsr.models.files import SENTENCEPIECE, adapter_base, copy_beside, is_adapter
 from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
 from cagsr.models.tied import UNTIED
@@ -161,7 +162,7 @@ def save_compared(
             "back to an earlier checkpoint, or start anew with a lower learning rate."
         )
     _write(folder, full, dtype, generation)
-    _write_tokenizer(folder, loaded)
+    write_tokenizer(folder, loaded)
     again = _load(folder, full)
     found = probe(again)
     problem = (
@@ -173,7 +174,7 @@ def save_compared(
         delete(kept)
         kept.mkdir()
         _write(kept, full, torch.float32, generation)
-        _write_tokenizer(kept, loaded)
+        write_tokenizer(kept, loaded)
         raise RunError(
             f"{place} was not written, because in {precision} the trained model gives no numbers any more (save_dtype): it "
             f"is in {kept} instead, in float32."
@@ -216,7 +217,7 @@ def save_adapter_compared(
             weights = {**load_file(file), **cast}
             save_file(weights, file, {"format": "pt"})
         if loaded.grown:
-            _write_tokenizer(folder, loaded)  # AutoPeftModel grows the base to its size
+            write_tokenizer(folder, loaded)  # AutoPeftModel grows the base to its size
         active, again = model.active_adapter, "loaded-again"
         model.load_adapter(str(folder), again)
         try:
@@ -281,9 +282,10 @@ def _write(folder: Path, model: PreTrainedModel, dtype: torch.dtype, generation:
             model.generation_config = own
 
 
-def _write_tokenizer(folder: Path, loaded: LoadedModel) -> None:
-    """The tokenizer, and what reads images."""
+def write_tokenizer(folder: Path, loaded: LoadedModel) -> None:
+    """The tokenizer, with its SentencePiece file where the model's folder has one, and what reads images."""
     loaded.tokenizer.save_pretrained(folder)
+    copy_beside(adapter_base(loaded.path) if is_adapter(loaded.path) else loaded.path, (SENTENCEPIECE,), folder)
     if loaded.vision is not None:
         loaded.vision.save(folder)
 

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from cagsr.flow import EpisodeBatch, PromptBatch
-from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.models.sharding import gathered
-from cagsr.models.sharing import shares_prompts
-from cagsr.rollout.rows import episode_rows
-from cagsr.scoring.micro_batches import micro_batches
-from cagsr.scoring.scorer import evaluating
-from cagsr.scoring.statistics import logprobs_and
-
-AT_ONCE = 16
-"""Answers in a pass."""
+from cagsr.scoring.answer_logprobs import answer_logprobs
 
 
 @dataclass(frozen=True)
@@ -38,21 +29,13 @@ class HiddenWords:
         seen = torch.tensor([one is not None for one in episodes.prompts.images or ()], device=hidden.device)
         if len(seen):
             hidden = hidden & ((episodes.prompts.words >= 0) | ~seen[:, None])
-        found = torch.zeros(episodes.ids.shape, dtype=torch.float32, device=episodes.ids.device)
-        model = self.loaded.model
-        with torch.no_grad(), gathered(model), evaluating(model), self.loaded.autocast():
-            share = same and shares_prompts(self.loaded, episodes)
-            for index in micro_batches(episodes, AT_ONCE, share=share):
-                part = episode_rows(episodes, index)
-                columns = episodes.prompts.real[index].any(dim=0).nonzero().flatten()
-                own = hidden[index, int(columns[0]) : int(columns[-1]) + 1]
-                masked = replace(part, prompts=self._without(part.prompts, own))
-                statistics = logprobs_and(temperature=self.temperature)
-                said = self.loaded.token_statistics(PassInputs.of(masked, share=share), statistics, part.sampled)[
-                    ..., 0
-                ]
-                found[index, : said.shape[1]] = torch.where(part.sampled, said.float(), 0.0)
-        return found
+
+        def masked(part: EpisodeBatch, index: Tensor) -> EpisodeBatch:
+            columns = episodes.prompts.real[index].any(dim=0).nonzero().flatten()
+            own = hidden[index, int(columns[0]) : int(columns[-1]) + 1]
+            return replace(part, prompts=self._without(part.prompts, own))
+
+        return answer_logprobs(self.loaded, episodes, self.temperature, masked, share=same)
 
     def _without(self, prompts: PromptBatch, hidden: Tensor) -> PromptBatch:
         """Prompts without some of their tokens, padded as the model reads them: what comes last predicts the answer's first."""

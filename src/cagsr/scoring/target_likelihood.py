@@ -11,15 +11,9 @@ from torch import Tensor
 
 from cagsr.flow import EpisodeBatch
 from cagsr.models.continuation import encode_continuation
-from cagsr.models.inputs import PassInputs
 from cagsr.models.load import LoadedModel
-from cagsr.models.sharding import gathered
-from cagsr.rollout.rows import episode_rows, take_rows
-from cagsr.scoring.scorer import evaluating
-from cagsr.scoring.statistics import logprobs_and
-
-AT_ONCE = 16
-"""Answers in a pass."""
+from cagsr.rollout.rows import take_rows
+from cagsr.scoring.answer_logprobs import answer_logprobs
 
 
 @dataclass(frozen=True)
@@ -74,15 +68,9 @@ class TargetLikelihoodOf:
         longest = max(1, *(len(one) for one in endings))
         found = torch.zeros(len(rows), longest, device=device)
         there = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
-        model = self.loaded.model
-        with torch.no_grad(), gathered(model), evaluating(model), self.loaded.autocast():
-            for index in torch.arange(len(rows), device=device).split(AT_ONCE):
-                part = episode_rows(made, index)
-                statistics = logprobs_and(temperature=self.temperature)
-                said = self.loaded.token_statistics(PassInputs.of(part), statistics, part.sampled)[..., 0]
-                for place, row in enumerate(index.tolist()):
-                    own = said[place][part.sampled[place]].float()
-                    found[row, : len(own)], there[row, : len(own)] = own, True
+        for row, said in enumerate(answer_logprobs(self.loaded, made, self.temperature)):
+            own = said[made.sampled[row]]
+            found[row, : len(own)], there[row, : len(own)] = own, True
         return found, there
 
     def _until(self, ids: list[int], start: int) -> list[int]:

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cagsr.serving.protocol import ApiError
+from cagsr.support.localhost import own_host
 
 HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -22,14 +23,13 @@ HEADERS = {
 class Guard:
     """ASGI middleware around everything: turns strangers away, and says of an error of ours where it is, never what was sent.
 
-    - Host must be this machine's address with our port: a foreign name that was made to point here (DNS rebinding) is not.
+    - Host must be this machine's address with our port.
     - The token must come as ``Authorization: Bearer``; it is compared in constant time.
     - A request that names an origin comes from a page in a browser: only one of our own address could be meant.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self._app, self._token = app, token.encode()
-        self._hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        self._app, self._token, self._port = app, token.encode(), port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
@@ -56,11 +56,11 @@ class Guard:
                 await answer_error(sending, ApiError(500, f"The server failed ({type(error).__name__})."))
 
     def _refusal(self, request: Request) -> ApiError | None:
-        hosts = request.headers.getlist("host")
-        if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
+        host = own_host(request, self._port)
+        if host is None:
             return ApiError(421, "This address is not the one that cagsr serve printed.")
         origins = request.headers.getlist("origin")
-        foreign = any(one != f"http://{hosts[0].lower()}" for one in origins)
+        foreign = any(one != f"http://{host}" for one in origins)
         if foreign or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return ApiError(403, "Pages of other origins may not talk to this server.")
         given = request.headers.getlist("authorization")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from cagsr.errors import ConfigError
@@ -26,6 +27,14 @@ def listen(port: int) -> socket.socket:
         why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
         raise ConfigError(f"--port {port}: {why}; give another one, or 0 for any that is free.") from None
     return taken
+
+
+def own_host(request: Request, port: int) -> str | None:
+    """The address that a request names as its host, if it is this machine's own with our port; None: it is another one, as a
+    foreign name that was made to point here (DNS rebinding).
+    """
+    hosts = [one.lower() for one in request.headers.getlist("host")]
+    return hosts[0] if hosts in ([f"{HOST}:{port}"], [f"localhost:{port}"]) else None
 
 
 def serve_until_interrupted(application: ASGIApp, taken: socket.socket, ready: Callable[[], None]) -> None:

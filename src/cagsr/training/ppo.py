@@ -30,9 +30,9 @@ from cagsr.models.load import LoadedModel
 from cagsr.models.reference import Reference
 from cagsr.models.sharding import first_pass, full_tensor, gathered, shard
 from cagsr.models.sharing import shares_prompts, sharing_stopped, stop_sharing
+from cagsr.objectives.ask import logged_of, loss_of
 from cagsr.objectives.build import build_objectives
-from cagsr.objectives.objective import Objective, ObjectiveLoss, UpdateBatch
-from cagsr.objectives.policy import PolicyObjective
+from cagsr.objectives.objective import UpdateBatch
 from cagsr.reward.function import RewardFunction
 from cagsr.reward.micro_batch import TermVisitor
 from cagsr.rollout.episodes import Player, played
@@ -288,9 +288,12 @@ class PPO:
                 batch = self._pass(experience, chunk, part, totals, share)
                 loss = torch.zeros((), device=self.loaded.device)
                 for objective in self.objectives:
-                    one = _asked(objective, batch)
+                    one = loss_of(objective, batch)
                     loss = loss + objective.coefficient * one.loss
-                    for name, value in {f"{objective.name}_loss": one.loss.detach(), **_named(objective, one)}.items():
+                    for name, value in {
+                        f"{objective.name}_loss": one.loss.detach(),
+                        **logged_of(objective, one),
+                    }.items():
                         found[name] = found.get(name, torch.zeros_like(value)) + value
                 with self.clock.part("backward"):
                     self.accelerator.backward(loss)
@@ -387,24 +390,3 @@ def learning_rate_factor(step: int, ppo: PPOConfig, steps: int) -> float:
     if ppo.lr_scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
-
-
-def _asked(objective: Objective, batch: UpdateBatch) -> ObjectiveLoss:
-    """The loss of a micro-batch; a user's code can raise anything, which is told in a sentence."""
-    try:
-        found = objective(batch)
-    except CagsrError:
-        raise
-    except Exception as error:  # a user's code can raise anything; the cause stays attached
-        raise CagsrError(
-            f"The objective {objective.name!r} failed with {type(error).__name__}: {error}; mend it."
-        ) from error
-    if not isinstance(found, ObjectiveLoss):
-        raise CagsrError(f"The objective {objective.name!r} returned {type(found).__name__}; return an ObjectiveLoss.")
-    return found
-
-
-def _named(objective: Objective, found: ObjectiveLoss) -> dict[str, Tensor]:
-    """What an objective wants logged: the policy's under TRL's names, the others' under their own."""
-    own = isinstance(objective, PolicyObjective)
-    return {name if own else f"{objective.name}/{name}": value.detach() for name, value in found.metrics.items()}

@@ -11,7 +11,7 @@ from cagsr.flow import Prompt, RewardBatch
 from cagsr.reward.registry import TermConfig, register
 from cagsr.reward.term import ATTENTION, PartialValues
 from cagsr.reward.terms.coverage import saturating_coverage
-from cagsr.reward.terms.image_coverage import weights_of
+from cagsr.reward.terms.image_coverage import no_image, weights_of
 
 
 @dataclass(frozen=True)
@@ -52,4 +52,4 @@ class ImageBalance:
     @staticmethod
     def missing(settings: ImageBalanceConfig, prompts: Iterable[Prompt]) -> str | None:
         """An image."""
-        return None if any(one.images for one in prompts) else "an image (column 'images')"
+        return no_image(prompts)

@@ -52,7 +52,12 @@ class ImageCoverage:
     @staticmethod
     def missing(settings: ImageCoverageConfig, prompts: Iterable[Prompt]) -> str | None:
         """An image."""
-        return None if any(one.images for one in prompts) else "an image (column 'images')"
+        return no_image(prompts)
+
+
+def no_image(prompts: Iterable[Prompt]) -> str | None:
+    """What a term about images misses; None: there is one."""
+    return None if any(one.images for one in prompts) else "an image (column 'images')"
 
 
 def weights_of(batch: RewardBatch) -> Tensor:
