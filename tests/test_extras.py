@@ -40,7 +40,7 @@ def test_the_extras_are_those_that_are_declared() -> None:
         name: sorted(_named(one) for one in OPTIONAL[name] if not one.startswith("cagsr[")) for name in EXTRAS
     }
     assert [one for one in OPTIONAL["compare"] if one.startswith("cagsr[")] == ["cagsr[trl,nltk]"]
-    assert OPTIONAL["all"] == ["cagsr[pages,rate,serve,compare,trl,nltk,gguf,images]"]
+    assert OPTIONAL["all"] == ["cagsr[pages,rate,serve,compare,trl,nltk,gguf,images,audio]"]
     assert set(COMMANDS["compare"].extras) == {"compare", "trl", "nltk"}
 
 

@@ -16,7 +16,17 @@ import seeing
 import tiny
 from cagsr.config import DataConfig, ModelConfig, SalienceConfig
 from cagsr.errors import DataError
-from cagsr.flow import Attention, EncodedPrompt, EpisodeBatch, ImageInputs, Prompt, PromptBatch, Readings, RewardBatch
+from cagsr.flow import (
+    Attention,
+    EncodedPrompt,
+    EpisodeBatch,
+    ImageInputs,
+    Picture,
+    Prompt,
+    PromptBatch,
+    Readings,
+    RewardBatch,
+)
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.prepare import encode_texts, prepare_prompts
 from cagsr.reward.terms.image_balance import ImageBalance, ImageBalanceConfig
@@ -204,7 +214,7 @@ def looked(regions: torch.Tensor | None) -> RewardBatch:
     images = None if regions is None else (image, None)
     ids = torch.zeros(2, 3, dtype=torch.int64)
     prompts = PromptBatch(
-        (Prompt(1, "a"), Prompt(2, "b")),
+        (Prompt(1, "a", images=(Picture("a.png", "a"),)), Prompt(2, "b")),
         ids,
         real,
         ids - 1,

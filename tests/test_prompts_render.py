@@ -199,7 +199,8 @@ def test_empty_prompts(value: Any) -> None:
         (["a", "b"], "holds a list"),
         ({"role": "user"}, "holds an object"),
         ([{"role": "user"}], "message 1 needs a role and a content"),
-        ([user("a"), user([{"type": "audio"}])], "message 2 needs a role and a content"),
+        ([user("a"), user([{"type": "video"}])], "message 2 needs a role and a content"),
+        ([user("a"), user([{"type": "audio"}])], "the prompt has a sound, which nothing reads here"),
         ([user("a"), user([{"type": "image"}])], "the prompt has images, which nothing reads here"),
     ],
 )

@@ -126,7 +126,7 @@ def character_tokenizer() -> Any:
     return _wrapped(core)
 
 
-def word_tokenizer(texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str = CHAT) -> Any:
+def word_tokenizer(texts: Sequence[str] = TALK, special: Sequence[str] = SPECIAL, template: str | None = CHAT) -> Any:
     """A token for each word of the texts (the conversations'), with the space before it and the colon behind it, and each mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 

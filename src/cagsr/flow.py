@@ -40,11 +40,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """A sound of a prompt, read when it is needed."""
+
+    source: Any
+    """A file's path, a sound file's bytes, or samples ``(time,)`` or ``(channels, time)`` with their rate in Hz, as a pair."""
+    name: str
+    """What it is called in messages."""
+    spans: tuple[tuple[float, float], ...] | None = None
+    """Its regions as the data gives them, (start, end) in seconds; None: it gives none."""
+
+
+@dataclass(frozen=True)
 class Region:
-    """A part of an image that an answer can look at, its sides in shares of the image's width and height."""
+    """A part of an image, or of a sound's time, that an answer can look at.
+
+    Its sides are shares of the image's width and height. Of a sound ``left`` and ``right`` are shares of its length, from ``top`` 0
+    to ``bottom`` 1.
+    """
 
     image: int
-    """Which of the prompt's images, from 0."""
+    """Which of the prompt's images, from 0; 0 of a sound."""
     left: float
     top: float
     right: float
@@ -73,16 +89,17 @@ class Prompt:
     """The row's other columns, handed to reward functions and metrics by name."""
     images: tuple[Picture, ...] = ()
     """Its images, in the order of their placeholders in ``text``, which stand there once each."""
+    sounds: tuple[Sound, ...] = ()
+    """Its sounds."""
     given: Any = None
-    """The prompt as its row has it, where placeholders for images were put in; None: as ``text`` or ``messages`` say."""
+    """The prompt as its row has it, where placeholders for images, or what opens a transcript, were put in; None: as ``text`` or
+    ``messages`` say."""
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """What makes two prompts the same: the text, and each image (a PIL image is the same as itself alone)."""
-        return (
-            self.text,
-            *(one.source if isinstance(one.source, str | bytes) else id(one.source) for one in self.images),
-        )
+        """What makes two prompts the same: the text, and each image and sound (in memory one is the same as itself alone)."""
+        media: tuple[Picture | Sound, ...] = (*self.images, *self.sounds)
+        return (self.text, *(one.source if isinstance(one.source, str | bytes) else id(one.source) for one in media))
 
 
 @dataclass(frozen=True)
@@ -97,22 +114,24 @@ class EncodedPrompt:
     salience: tuple[float, ...]
     """Weight of each salient word, > 0; their number is ``max(words) + 1``."""
     regions: tuple[Region, ...] = ()
-    """The regions of its images."""
+    """The regions of its images, or of its sound."""
     places: tuple[int, ...] = ()
-    """The region of each place at which the model holds a piece of an image, -1 for none: of each token of the prompt, or, where
-    the model looks at images by cross-attention, of each state of them. Empty: no images."""
+    """The region of each place at which the model holds a piece of an image or a sound, -1 for none: of each token of the prompt,
+    or, where the model looks at them by cross-attention, of each state of them. Empty: neither."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """The images of one prompt as a model takes them: made once, and the same object in all rows that answer the prompt."""
+    """The images, or the sound, of one prompt as a model takes them: made once, and the same object in all rows that answer the
+    prompt.
+    """
 
     tensors: Mapping[str, Tensor]
     """By the names of the model's forward, as its processor makes them of this prompt alone."""
     by_row: bool
     """Their first dimension counts prompts (of length 1 here); False: images, or patches of them."""
     token_id: int
-    """The token that stands where an image is read."""
+    """The token that stands where an image is read; -1: none does, as for a sound."""
     places: Tensor
     """(places,) int64, as ``EncodedPrompt.places``."""
     weights: Tensor
@@ -135,7 +154,7 @@ class PromptBatch:
     group: Tensor
     """(batch,) int64: sequences with the same number answer the same prompt."""
     images: tuple[ImageInputs | None, ...] | None = None
-    """Of each sequence, shared by those that answer the same prompt; None: no prompt of the batch has images."""
+    """Of each sequence, shared by those that answer the same prompt; None: no prompt of the batch has images or a sound."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +291,7 @@ class Attention:
     words: Tensor
     """(batch, response, words) the same, pieces of a word pooled."""
     regions: Tensor | None = None
-    """(batch, response, regions) the same of the regions of images, whose pieces are added up; None: there are no images."""
+    """(batch, response, regions) the same of the regions of images or sounds, whose pieces are added up; None: there are none."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from cagsr.models.generation import decoder_prefix
 from cagsr.models.gguf import find_source
 from cagsr.models.image_arguments import ImageArguments
 from cagsr.models.load import LoadedModel, load_model
-from cagsr.models.vision import PROCESSOR_FILES
+from cagsr.models.vision import PROCESSOR_FILES, Vision
 from cagsr.pairs import IGNORED, Pair, encode_pairs, unending
 from cagsr.runs.saved import TEXTS, answers_probe
 from cagsr.runs.trainer_folder import settings_file
@@ -50,7 +50,8 @@ def _prepare(config: SftConfig, loaded: LoadedModel, limit: int | None) -> Train
     read: list[str] = []
     if limit is not None:
         limit -= len(loaded.generation.forced)  # which the decoder has positions for too
-    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read, loaded.architecture, loaded.vision)
+    vision = loaded.vision if isinstance(loaded.vision, Vision) else None  # one that hears has been refused
+    pairs, dropped = encode_pairs(config, loaded.tokenizer, limit, read, loaded.architecture, vision)
     fact = (
         f"Data: {len(pairs):,} prompt-completion pairs from `{config.data.path}`; the loss is on the completions only."
     )

@@ -109,7 +109,7 @@ def train(
     train_set, held_out = _prompt_sets(config, loaded)
     metric = choose_metric(config.evaluation.metric, held_out.prompts)
     _check_columns(config, [*train_set.prompts, *held_out.prompts])
-    _check_images(config, [*train_set.prompts, *held_out.prompts])
+    _check_media(config, [*train_set.prompts, *held_out.prompts])
     associations = _associations(config, loaded, train_set, accelerator, console)
     probe = _probe(config, loaded, train_set, accelerator, console)
     reward = build_reward(
@@ -221,9 +221,11 @@ def _check_columns(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> Non
             raise ConfigError(f"--reward.{flag}: no row of {config.data.path} has {missing}.")
 
 
-def _check_images(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None:
-    """ConfigError where images meet what does not read them."""
-    if not any(one.prompt.images for one in prompts):
+def _check_media(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None:
+    """ConfigError where images or sounds meet what does not read them."""
+    kinds = {"images": any(one.prompt.images for one in prompts), "sounds": any(one.prompt.sounds for one in prompts)}
+    kind = next((name for name, there in kinds.items() if there), None)
+    if kind is None:
         return
     refused = {
         "--rollout.engine vllm": config.rollout.engine == "vllm",  # it is sent token ids alone
@@ -233,7 +235,7 @@ def _check_images(config: TrainConfig, prompts: Sequence[EncodedPrompt]) -> None
     }
     for flag in (flag for flag, asked in refused.items() if asked):
         raise ConfigError(
-            f"{flag}: works with texts alone, and prompts of {config.data.path} have images; leave it out."
+            f"{flag}: works with texts alone, and prompts of {config.data.path} have {kind}; leave it out."
         )
 
 

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from cagsr.attention.intercept import Intercepted, listening
 from cagsr.errors import AttentionError
@@ -65,21 +67,35 @@ def layer_count(model: PreTrainedModel) -> int:
 
 
 def looks_across(model: nn.Module) -> bool:
-    """Whether a decoder looks at images by cross-attention, in layers of their own (mllama)."""
-    return "cross_attention_states" in inspect.signature(transformers_model(model).forward).parameters
+    """Whether a decoder looks at images or sounds by cross-attention, beside what it looks at of the text: images in layers of
+    their own (mllama), sounds in every layer (Whisper).
+    """
+    inner = transformers_model(model)
+    return "cross_attention_states" in inspect.signature(inner.forward).parameters or hears(inner)
+
+
+def hears(model: PreTrainedModel) -> bool:
+    """Whether an encoder reads sounds, so that the text is the decoder's alone."""
+    return bool(model.config.is_encoder_decoder) and "input_features" in inspect.signature(model.forward).parameters
+
+
+def silence(model: PreTrainedModel, states: int = 1) -> BaseModelOutput:
+    """Encoder states ``(1, states, width)`` of no sound, for a model that :func:`hears`: its encoder takes sounds of one length."""
+    width, like = int(model.config.hidden_size), next(model.parameters())
+    return BaseModelOutput(last_hidden_state=torch.zeros(1, states, width, dtype=like.dtype, device=like.device))
 
 
 def find_attention_layers(model: nn.Module, *, images: bool = False) -> AttentionLayers:
     """Run a forward over a few tokens and note which modules call transformers' attention interface.
 
-    No image takes part, so what encodes images is never among them. ``images``: of a model that :func:`looks_across`, the layers
-    that look at images, which are handed a few states of one.
+    No image or sound takes part, so what encodes them is never among them. ``images``: of a model that :func:`looks_across`, the
+    layers that look at images or sounds, which are handed a few states of one.
 
     Evaluation mode, no gradients; training flags and random number generators are restored. AttentionError where no layer of the
     model calls the interface (the message names the model type and the layers), or the tiny forward fails.
     """
     inner = transformers_model(model)
-    cross = images or bool(getattr(inner.config, "is_encoder_decoder", False))
+    cross = images or (bool(getattr(inner.config, "is_encoder_decoder", False)) and not hears(inner))
     model_type = str(getattr(inner.config, "model_type", type(inner).__name__))
     total = layer_count(inner)
     calls: Counter[nn.Module] = Counter()
@@ -123,9 +139,11 @@ def _tiny_forward(model: PreTrainedModel, cross: bool, model_type: str, images: 
         # Low ids are in every vocabulary; all alike would also do, but some models look for padding among them.
         return (torch.arange(count, device=device) % max(1, min(vocabulary - 1, 8)) + 1).clamp(max=vocabulary - 1)[None]
 
-    inputs = {"input_ids": ids(_ENCODER_TOKENS if cross and not images else _DECODER_TOKENS)}
+    inputs: dict[str, Any] = {"input_ids": ids(_ENCODER_TOKENS if cross and not images else _DECODER_TOKENS)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if images:
+    if hears(model):
+        inputs = {"decoder_input_ids": ids(_DECODER_TOKENS), "encoder_outputs": silence(model, _ENCODER_TOKENS)}
+    elif images:
         width = int(model.config.get_text_config(decoder=True).hidden_size)
         inputs["cross_attention_states"] = torch.zeros(1, _ENCODER_TOKENS, width, dtype=model.dtype, device=device)
     elif cross:

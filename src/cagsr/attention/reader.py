@@ -46,13 +46,14 @@ class PromptAttentionReader:
         ``model`` may be wrapped by peft, DDP, ``torch.compile`` or a module of your own. ``layers`` as for
         ``parse_layers``, ``heads`` as for ``parse_heads``. A model that looks at images by cross-attention has layers of two
         kinds: the reader is of those that look at the text, with ``images`` of the others, each of the layers of its kind that
-        ``layers`` names.
+        ``layers`` names. One that hears looks at both in every layer.
         """
         found = find_attention_layers(model, images=images)
         self.model_type, self.cross = found.model_type, found.cross
         available = sorted({layer.number for layer in found.layers})
         if looks_across(model):
-            other = {layer.number for layer in find_attention_layers(model, images=not images).layers}
+            elsewhere = find_attention_layers(model, images=not images).layers
+            other = {layer.number for layer in elsewhere} - set(available)
             layers = _without(layers, other, available, images)
         unreadable = set(range(found.total)) - set(available)
         if not isinstance(layers, str) or not layers.strip().startswith(("last-", "all")):

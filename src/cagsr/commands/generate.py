@@ -30,6 +30,8 @@ class Config:
     """One prompt, instead of --data."""
     image: list[str] = field(default_factory=list)
     """Image files that belong to --prompt."""
+    audio: str | None = None
+    """Sound file that belongs to --prompt (which may be '')."""
     output: OutputFile | None = None
     """JSONL file for the answers; None writes them to standard output."""
     sampling: GenerateSampling = field(default_factory=GenerateSampling)
@@ -44,7 +46,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from data_or_prompt(self.data, self.prompt, self.image)
+        yield from data_or_prompt(self.data, self.prompt, self.image, self.audio)
 
 
 def run(config: Config) -> None:
@@ -57,7 +59,9 @@ def run(config: Config) -> None:
 
     loaded = load_model(config.model, for_training=False)
     room = config.sampling.max_new_tokens
-    prompts, notes = read_prompts(config.data, config.prompt, None, None, loaded, room, images=config.image)
+    prompts, notes = read_prompts(
+        config.data, config.prompt, None, None, loaded, room, images=config.image, audio=config.audio
+    )
     say(*loaded.notes, *generation_notes(loaded, config.sampling), *notes)
     rows: list[dict[str, Any]] = []
     for some, rollout in sample_in_batches(loaded, prompts, config.sampling, config.seed, config.batch_size):

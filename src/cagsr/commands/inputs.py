@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from cagsr.support.tables import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cagsr.flow import EncodedPrompt, Picture
+    from cagsr.flow import EncodedPrompt, Picture, Sound
     from cagsr.models.load import LoadedModel
     from cagsr.prompts.salience import DocumentFrequency
     from cagsr.reward.answers import AnswerScorer
@@ -29,10 +30,14 @@ class OptionalDataConfig(DataConfig):
     """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
 
 
-def data_or_prompt(data: DataConfig, prompt: str | None, images: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence if neither or both of the two were given, or images without the prompt that they belong to."""
+def data_or_prompt(
+    data: DataConfig, prompt: str | None, images: Sequence[str], audio: str | None = None
+) -> Iterator[str]:
+    """Yield a sentence if neither or both of the two were given, or images or a sound without the prompt that they belong to."""
     if images and prompt is None:
         yield "--image belongs to --prompt; the rows of --data name their images in a column 'images'."
+    if audio is not None and prompt is None:
+        yield "--audio belongs to --prompt, which may be ''; the rows of --data name their sounds in a column 'audio'."
     if (prompt is None) == (data.path == ""):
         yield "Give either --data FILE or --prompt TEXT" + ("." if prompt is None else ", not both.")
 
@@ -46,8 +51,10 @@ def read_prompts(
     max_new_tokens: int,
     text_columns: Sequence[str] = (),
     images: Sequence[str] = (),
+    audio: str | None = None,
 ) -> tuple[list[EncodedPrompt], tuple[str, ...]]:
-    """Read and encode the prompts of a file, or the one of ``--prompt`` with its ``images``, with what is worth saying about them.
+    """Read and encode the prompts of a file, or the one of ``--prompt`` with its ``images`` or ``audio``, with what is worth saying
+    about them.
 
     ``salience`` None: which words matter makes no difference, so all do, and no prompt is refused for its words.
     ``frequency`` is a run's IDF table; None: words are counted in these prompts. ``text_columns`` are text beside the usual
@@ -67,6 +74,7 @@ def read_prompts(
             frequency,
             source="--prompt",
             images=[images],
+            audio=[audio],
             vision=loaded.vision,
         ), ()
     found = prepare_prompts(
@@ -116,11 +124,15 @@ def write_rows(rows: Iterable[Mapping[str, Any]], output: str | None) -> None:
 
 
 def prompt_as_given(encoded: EncodedPrompt) -> dict[str, Any]:
-    """The prompt in the form of its row: column ``prompt`` with text or chat messages, and ``images`` where it has some."""
+    """The prompt as its row has it: column ``prompt`` with text or chat messages, ``images`` and ``audio`` where it has some."""
     prompt = encoded.prompt
     asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
     found: dict[str, Any] = {"prompt": asked if prompt.given is None else prompt.given}
-    return {**found, "images": [_image_as_given(one) for one in prompt.images]} if prompt.images else found
+    if prompt.images:
+        found["images"] = [_image_as_given(one) for one in prompt.images]
+    if prompt.sounds:
+        found["audio"] = _sound_as_given(prompt.sounds[0])
+    return found
 
 
 def _image_as_given(picture: Picture) -> str:
@@ -128,6 +140,18 @@ def _image_as_given(picture: Picture) -> str:
     from cagsr.models.pictures import as_data_url
 
     return str(Path(picture.source).resolve()) if isinstance(picture.source, str) else as_data_url(picture)
+
+
+def _sound_as_given(sound: Sound) -> str:
+    """A file's whole path, or the sound itself as a data URL: a file's bytes as they are, samples as a WAV file."""
+    from cagsr.models.sounds import as_data_url
+
+    if isinstance(sound.source, str):
+        return str(Path(sound.source).resolve())
+    if isinstance(sound.source, bytes):
+        return f"data:audio;base64,{base64.b64encode(sound.source).decode('ascii')}"
+    samples, rate = sound.source
+    return as_data_url(samples, rate)
 
 
 def table_console() -> Console:

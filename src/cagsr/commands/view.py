@@ -31,6 +31,8 @@ class Config:
     """The prompt, instead of --data."""
     image: list[str] = field(default_factory=list)
     """Image files that belong to --prompt."""
+    audio: str | None = None
+    """Sound file that belongs to --prompt (which may be '')."""
     answers: NonNegativeInt = 0
     """Sample this many answers."""
     answer: list[str] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Config:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not go together, a sentence each."""
-        yield from data_or_prompt(self.data, self.prompt, self.image)
+        yield from data_or_prompt(self.data, self.prompt, self.image, self.audio)
         if self.answers and self.answer:
             yield "Give either --answers N to sample or --answer TEXT, not both."
         if self.prompt is not None and not self.answers and not self.answer:
@@ -87,7 +89,7 @@ def run(config: Config) -> None:
     frequency = None if learned is None else learned.frequency
     room, columns = config.sampling.max_new_tokens if config.answers else 0, [config.response_column]
     prompts, notes = read_prompts(
-        config.data, config.prompt, config.salience, frequency, loaded, room, columns, config.image
+        config.data, config.prompt, config.salience, frequency, loaded, room, columns, config.image, config.audio
     )
     prompt = prompts[0] if config.prompt is not None else _row(config, prompts)
     answers: int | Sequence[str | Response]

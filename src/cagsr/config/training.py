@@ -41,6 +41,10 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     pad_token: str | None = None
     """PAD for a tokenizer that has none or whose PAD is its EOS; added to the vocabulary if it is new, as <pad>."""
+    language: str | None = None
+    """Language of sounds, as de, for a Whisper model; None: as its generation config says, else en."""
+    speech_task: Literal["transcribe", "translate"] | None = None
+    """What a Whisper model does; None: as its generation config says, else transcribe."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,10 @@ class SalienceConfig:
     """An image without boxes is looked at in so many by so many regions."""
     image_weights: Literal["contrast", "uniform"] = "contrast"
     """contrast: regions count by how far their pixels are from the colour that most of the image has; uniform: all alike."""
+    audio_seconds: PositiveFloat = 0.5
+    """A sound without spans of its own is looked at in regions of so many seconds."""
+    audio_weights: Literal["loudness", "uniform"] = "loudness"
+    """loudness: regions count by how loud they are, silence nothing; uniform: all alike."""
 
     def role_weight(self, role: str) -> float:
         """What words that ``role`` said are multiplied with."""

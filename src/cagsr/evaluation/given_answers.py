@@ -12,12 +12,13 @@ import numpy as np
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.intervals import Floats
-from cagsr.flow import EncodedPrompt, Picture, Prompt
+from cagsr.flow import EncodedPrompt, Picture, Prompt, Sound
 from cagsr.prompts.images import pictures_of
 from cagsr.prompts.load import Row, load_rows
 from cagsr.prompts.references import contents
 from cagsr.prompts.render import messages_of, render_prompt, text_of
 from cagsr.prompts.rows import split_texts
+from cagsr.prompts.sounds import sounds_of
 
 _RECORDED = ("tokens", "ended")
 """Columns of ``cagsr generate`` that are measures themselves."""
@@ -116,18 +117,20 @@ def _messages(row: Row, config: DataConfig) -> tuple[dict[str, Any], ...] | None
 
 
 def _key(row: Row, config: DataConfig) -> str:
-    """What makes two rows ask the same: the prompt, and its images wherever the files stand that name them."""
+    """What makes two rows ask the same: the prompt, its images and its sound, wherever the files stand that name them."""
     value = row.values.get(config.prompt_column)
-    images = pictures_of(row, value if isinstance(value, list) else None, f"{row.source}, row {row.number}")
-    return json.dumps([_messages(row, config) or value, *map(_same_image, images)], sort_keys=True, default=str)
+    messages, where = value if isinstance(value, list) else None, f"{row.source}, row {row.number}"
+    media: list[Picture | Sound] = [*pictures_of(row, messages, where), *sounds_of(row, messages, where)]
+    asked = _messages(row, config) or value or ""  # a sound may be all there is
+    return json.dumps([asked, *(_same(one.source) for one in media)], sort_keys=True, default=str)
 
 
-def _same_image(picture: Picture) -> str:
-    if isinstance(picture.source, str):
-        return str(Path(picture.source).resolve())
-    return hashlib.sha256(picture.source).hexdigest() if isinstance(picture.source, bytes) else str(id(picture.source))
+def _same(source: Any) -> str:
+    if isinstance(source, str):
+        return str(Path(source).resolve())
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else str(id(source))
 
 
 def _prompt_key(prompt: Prompt) -> str:
     asked = prompt.text if prompt.messages is None else prompt.messages
-    return json.dumps([asked, prompt.columns.get("images")], sort_keys=True, default=str)
+    return json.dumps([asked, prompt.columns.get("images"), prompt.columns.get("audio")], sort_keys=True, default=str)

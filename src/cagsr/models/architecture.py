@@ -1,4 +1,5 @@
-"""The two kinds of language models behind one interface: everything in which decoder-only and encoder-decoder models differ.
+"""The kinds of language models behind one interface: everything in which decoder-only and encoder-decoder models, and those that
+hear, differ.
 
 Whoever samples, scores, reads attention or saves asks ``LoadedModel.architecture``; nobody else asks which kind a model is.
 """
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
+from cagsr.flow import ImageInputs
 from cagsr.models.decoder_only import DecoderOnly, of_batch
 from cagsr.models.encoder_decoder import EncoderDecoder
+from cagsr.models.hearing import KNOWN
 from cagsr.models.inputs import PassInputs
+from cagsr.models.speech_to_text import SpeechToText
 
 
 class Architecture(Protocol):
@@ -22,9 +26,11 @@ class Architecture(Protocol):
     padding_side: ClassVar[Literal["left", "right"]]
     """Where prompts are padded."""
     one_sequence: ClassVar[bool]
-    """Prompt and answer are one sequence of tokens, which share the model's context."""
-    peft_task: ClassVar[str]
-    """Peft's task type."""
+    """Prompt and answer are one sequence of tokens, and all that the model reads."""
+    shares_context: ClassVar[bool]
+    """Prompt and answer share the model's positions."""
+    peft_task: ClassVar[str | None]
+    """Peft's task type; None: its plain class."""
 
     @property
     def auto_class(self) -> Any:
@@ -50,7 +56,14 @@ class Architecture(Protocol):
         """Put together what was read in ``regions``: ``(batch, response, prompt)`` float32, zero on padding."""
 
     def image_regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
-        """Which cross-attention to images to read of each forward of a pass, with pieces of a region added up."""
+        """Which cross-attention to images or sounds to read of each forward of a pass, with pieces of a region added up."""
+
+    def generate(
+        self, model: nn.Module, ids: Tensor, real: Tensor, images: Sequence[ImageInputs | None] | None, **options: Any
+    ) -> Tensor:
+        """Transformers' ``generate`` for prompts ``ids`` ``(prompts, prompt)`` int64, real where ``real`` is, with their images or
+        sounds; ``options`` go to it.
+        """
 
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Columns of what ``generate`` returns that stand before the answer."""
@@ -64,6 +77,8 @@ class Architecture(Protocol):
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Which kind of model a transformers config describes."""
+    if config.model_type in KNOWN:
+        return SpeechToText()
     if config.is_encoder_decoder:
         return EncoderDecoder()
     return DecoderOnly(sees=hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)

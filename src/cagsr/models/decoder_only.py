@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from cagsr.attention.region import AttentionRegion
 from cagsr.errors import ModelError
+from cagsr.flow import ImageInputs
 from cagsr.models.continuation import continuation_text
 from cagsr.models.image_arguments import ImageArguments, padded_places
 from cagsr.models.inputs import PassInputs, SharedPrompts
@@ -31,7 +32,8 @@ class DecoderOnly:
 
     padding_side: ClassVar[Literal["left", "right"]] = "left"
     one_sequence: ClassVar[bool] = True
-    peft_task: ClassVar[str] = "CAUSAL_LM"
+    shares_context: ClassVar[bool] = True
+    peft_task: ClassVar[str | None] = "CAUSAL_LM"
 
     def __init__(self, *, sees: bool = False) -> None:
         """``sees``: the model reads images too."""
@@ -140,6 +142,16 @@ class DecoderOnly:
         first, *rest = self.regions(model, replace(inputs, looked_at=None))
         own = places if inputs.shared is None else places[inputs.shared.first]
         return [first.looking_at(own, regions), *(one.looking_at(places, regions) for one in rest)]
+
+    def generate(
+        self, model: nn.Module, ids: Tensor, real: Tensor, images: Sequence[ImageInputs | None] | None, **options: Any
+    ) -> Tensor:
+        """With what goes by token of images beside the prompts' tokens."""
+        seen = None
+        if images is not None and any(images):
+            seen = ImageArguments.of(model, images, ids, real, torch.zeros_like(real))
+        more = {} if seen is None else {**seen.by_token, **seen.tensors, "images": tuple(seen.tensors)}
+        return model.generate(input_ids=ids, attention_mask=real.long(), **more, **options)
 
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Behind the prompt."""

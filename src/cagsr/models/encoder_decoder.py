@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from cagsr.attention.region import AttentionRegion
 from cagsr.errors import ModelError
+from cagsr.flow import ImageInputs
 from cagsr.models.generation import decoder_prefix
 from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
@@ -19,8 +20,9 @@ class EncoderDecoder:
 
     padding_side: ClassVar[Literal["left", "right"]] = "right"
     one_sequence: ClassVar[bool] = False
+    shares_context: ClassVar[bool] = False
     auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
-    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
+    peft_task: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     pipeline_tag: ClassVar[str] = "text2text-generation"
 
     def rows_fed(self, model: nn.Module, inputs: PassInputs) -> tuple[PassInputs, Tensor | None]:
@@ -69,6 +71,12 @@ class EncoderDecoder:
     def image_regions(self, model: nn.Module, inputs: PassInputs) -> list[AttentionRegion]:
         """None: its prompts are texts."""
         return []
+
+    def generate(
+        self, model: nn.Module, ids: Tensor, real: Tensor, images: Sequence[ImageInputs | None] | None, **options: Any
+    ) -> Tensor:
+        """The prompts are the encoder's."""
+        return model.generate(input_ids=ids, attention_mask=real.long(), **options)
 
     def answer_start(self, model: nn.Module, prompt_width: int) -> int:
         """Behind the start token and a forced one."""

@@ -29,6 +29,7 @@ HONOURED: Mapping[str, str] = _FIELDS["honoured"]
 SETTINGS: Mapping[str, str] = _FIELDS["settings"]
 OFF: Mapping[str, Sequence[Any]] = _FIELDS["switched_off"]
 INERT = frozenset[str](_FIELDS["inert"])
+SPEECH = frozenset[str](_FIELDS["speech"])
 REFUSED: Mapping[str, str] = _FIELDS["refused"]
 
 
@@ -77,7 +78,7 @@ def read_generation_rules(
         )
     known = vars(GenerationConfig())
     off = {name: given[name] for name, neutral in OFF.items() if name in given and given[name] not in neutral}
-    treated = HONOURED.keys() | SETTINGS.keys() | OFF.keys() | INERT
+    treated = HONOURED.keys() | SETTINGS.keys() | OFF.keys() | INERT | SPEECH
     off |= {name: value for name, value in given.items() if name in known and name not in treated}
     bad_words = [list(words) for words in given.get("bad_words_ids", ())]
     if longer := [words for words in bad_words if len(words) > 1]:

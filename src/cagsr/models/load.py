@@ -19,6 +19,7 @@ from cagsr.models.architecture import Architecture, architecture_of, teacher_for
 from cagsr.models.checkpointing import checkpoint_without_dropout
 from cagsr.models.files import loading
 from cagsr.models.generation import GenerationRules, read_generation_rules
+from cagsr.models.hearing import Hearing
 from cagsr.models.inputs import PassInputs
 from cagsr.models.lengths import length_borders
 from cagsr.models.logit_rule import LogitRule, find_logit_rule
@@ -63,8 +64,8 @@ class LoadedModel:
     """Whether the vocabulary has more rows than the stored model has."""
     untied: bool = False
     """Whether matrices that the stored model shares were made apart for the adapters."""
-    vision: Vision | None = None
-    """What reads the images of prompts; None: prompts are text."""
+    vision: Vision | Hearing | None = None
+    """What reads the images, or the sounds, of prompts; None: prompts are text."""
 
     @cached_property
     def logit_rule(self) -> LogitRule | None:
@@ -144,7 +145,7 @@ class LoadedModel:
 
     def pair_context(self) -> int | None:
         """The longest prompt + answer; None where they do not share the model's positions, or it states no limit."""
-        return self.context_length() if self.architecture.one_sequence else None
+        return self.context_length() if self.architecture.shares_context else None
 
     def context_length(self) -> int | None:
         """The longest prompt + response the model has positions for, None where it states no limit."""
@@ -158,12 +159,12 @@ class LoadedModel:
         context = self.context_length()
         if context is None:
             return UNLIMITED
-        if not self.architecture.one_sequence and max_new_tokens + len(self.generation.forced) > context:
+        if not self.architecture.shares_context and max_new_tokens + len(self.generation.forced) > context:
             raise ConfigError(
                 f"--sampling.max_new_tokens {max_new_tokens}: the decoder of {self.path} has positions for {context} tokens; "
                 f"lower it."
             )
-        room = context - max_new_tokens if self.architecture.one_sequence else context
+        room = context - max_new_tokens if self.architecture.shares_context else context
         if room < 1:
             raise ConfigError(
                 f"--sampling.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context of {context} tokens "
@@ -173,12 +174,13 @@ class LoadedModel:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The number of tokens a model has positions for (its encoder, for encoder-decoder models), by its transformers config.
+    """The number of tokens a model has positions for (its encoder, for encoder-decoder models; its decoder, for those that hear),
+    by its transformers config.
 
     None where that states none (relative positions, as T5).
     """
     text_config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions"):
         value = getattr(text_config, name, None)
         if isinstance(value, int) and value > 0 and text_config.model_type not in ("t5", "mt5", "umt5"):
             return value
@@ -201,7 +203,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     use_lora = lora is not None and lora.r > 0
     dtype = compute_dtype if use_lora or not for_training else torch.float32
     model, tokenizer, stored_dtype, untied, vision = load_parts(config, dtype, notes)
-    if vision is not None:
+    if isinstance(vision, Vision):
         vision.processor.tokenizer = tokenizer  # an adapter has its own
     added_pad = _choose_pad(config, tokenizer, for_training=for_training, notes=notes)
     grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
@@ -214,7 +216,7 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, for_train
     generation = read_generation_rules(
         model.generation_config, encoder_decoder=not architecture.one_sequence, stop_ids=stop_ids, path=config.path
     )
-    if vision is not None and vision.token_id < model.config.get_text_config().vocab_size:
+    if vision is not None and 0 <= vision.token_id < model.config.get_text_config().vocab_size:
         # Where it stood in an answer, the model would look for an image to put there.
         generation = replace(generation, never=tuple(sorted({*generation.never, vision.token_id})))
     policy: nn.Module = model
@@ -331,8 +333,8 @@ def _stop_ids(
     return ids
 
 
-def add_lora(model: PreTrainedModel, lora: LoraConfig, task: str) -> PeftModel:
-    """Put fresh adapters on a model, in place; its weights are frozen. ``task`` is peft's task type, as CAUSAL_LM.
+def add_lora(model: PreTrainedModel, lora: LoraConfig, task: str | None) -> PeftModel:
+    """Put fresh adapters on a model, in place; its weights are frozen. ``task`` is peft's task type, as CAUSAL_LM, or None.
 
     ConfigError where a name in ``lora.target_modules`` fits no module that can have an adapter.
     """

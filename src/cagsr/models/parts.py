@@ -5,24 +5,34 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CTC_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cagsr.config import ModelConfig
-from cagsr.errors import ModelError
-from cagsr.models.architecture import architecture_of
+from cagsr.errors import ConfigError, ModelError
+from cagsr.models.architecture import Architecture, architecture_of
 from cagsr.models.files import adapter_base, check_files, check_safetensors, is_adapter, loading, weights_problem
 from cagsr.models.gguf import Source, drop_foreign_tokens, find_source, make_plain, read_quantisation
+from cagsr.models.hearing import Hearing
+from cagsr.models.speech_to_text import SpeechToText
 from cagsr.models.vision import KNOWN, NEEDS_IMAGE, Vision, load_tokenizer_of
 from cagsr.support.extras import install_command, is_installed
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Precisions that weights are saved in, by their names in safetensors."""
-_Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool, Vision | None]
+_Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, bool, Vision | Hearing | None]
 
 
 def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Parts:
     """The model in precision ``dtype``, its tokenizer, its files' precision, whether a matrix that it uses twice was made two,
-    and what reads images for it (None: nothing does).
+    and what reads images or sounds for it (None: nothing does).
 
     Of a PEFT adapter it is the base with the adapter merged into it; of a GGUF file its weights dequantised, as any model's.
     Sentences for the user are added to ``notes``. Raises ModelError, in one sentence; ConfigError where a package is missing.
@@ -37,8 +47,10 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
     model_config = stored_config(config)
     if source.gguf is None:
         check_safetensors(path, what)
-    vision = _load_vision(config, source, model_config, notes)
-    tokenizer = _load_tokenizer(config, source) if vision is None else load_tokenizer_of(vision)
+    architecture = architecture_of(model_config)
+    _check_hears(config, model_config, architecture)
+    sight = _load_vision(config, source, model_config, notes)
+    tokenizer = _load_tokenizer(config, source) if sight is None else load_tokenizer_of(sight)
     _check_fast(tokenizer, config.path)
     if source.gguf is None:
         stored_dtype = _stored_dtype(path, model_config)
@@ -50,7 +62,7 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
             f"GGUF: {source.gguf} ({found.name}), its weights dequantised to {str(dtype).removeprefix('torch.')}."
         )
     with loading(f"{what}: the {model_config.model_type} model can't be loaded as a language model"):
-        model, info = architecture_of(model_config).auto_class.from_pretrained(
+        model, info = architecture.auto_class.from_pretrained(
             source.path,
             config=model_config,
             dtype=dtype,
@@ -63,13 +75,18 @@ def load_parts(config: ModelConfig, dtype: torch.dtype, notes: list[str]) -> _Pa
         )
     if (problem := weights_problem(info)) is not None:
         raise ModelError(f"{what}: {problem}.")
+    senses: Vision | Hearing | None = sight
+    if isinstance(architecture, SpeechToText):
+        with loading(f"{what}: its feature extractor can't be loaded"):
+            senses = Hearing.of(config, source.path, source.options, model_config, model.generation_config, tokenizer)
+        notes.append(senses.note())
     if unused := sorted(info["unexpected_keys"]):
         notes.append(
             f"Weights: {len(unused):,} in the file have no place in this model and are left out ({unused[0]}, ...)."
         )
     if source.gguf is not None:
         make_plain(model, source.gguf)
-    return model, tokenizer, stored_dtype, False, vision
+    return model, tokenizer, stored_dtype, False, senses
 
 
 def stored_config(config: ModelConfig) -> PretrainedConfig:
@@ -134,6 +151,22 @@ def _load_vision(
         raise ModelError(f"--model.path {config.path}: images are {told[:-1]}, and it takes no prompt without one.")
     notes.append(f"Images: {told}")
     return None
+
+
+def _check_hears(config: ModelConfig, model_config: PretrainedConfig, architecture: Architecture) -> None:
+    """ModelError for a model that reads sound in a way that isn't known; ConfigError for settings of sound where none is heard."""
+    if isinstance(architecture, SpeechToText):
+        return
+    if type(model_config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING or type(model_config) in MODEL_FOR_CTC_MAPPING:
+        raise ModelError(
+            f"--model.path {config.path}: how {model_config.model_type} models read sound isn't known here; of those that do "
+            "Whisper models are read (docs/audio.md)."
+        )
+    for name in ("language", "speech_task"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"--model.{name}: is for models that hear (Whisper), and {config.path} is a {model_config.model_type} model."
+            )
 
 
 def _load_tokenizer(config: ModelConfig, source: Source) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from cagsr.attention.probe import hears, silence
 from cagsr.errors import ConfigError, ModelError
 
 UNTIED = "Untied:"
@@ -123,7 +124,8 @@ def _tiny_logits(model: nn.Module, base: PreTrainedModel, watched: Iterable[str]
             hook = base.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.add(name))
             stack.callback(hook.remove)
         decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-        return model(input_ids=ids, use_cache=False, **decoder).logits, ran
+        read = {"encoder_outputs": silence(base)} if hears(base) else {"input_ids": ids}
+        return model(**read, use_cache=False, **decoder).logits, ran
 
 
 def _and(names: list[str]) -> str:

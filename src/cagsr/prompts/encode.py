@@ -8,6 +8,7 @@ from typing import Any
 
 from cagsr.errors import DataError, ModelError
 from cagsr.flow import Prompt
+from cagsr.models.hearing import Hearing
 from cagsr.models.vision import NEEDS_IMAGE, ReadPrompt, Vision
 from cagsr.prompts.character_ranges import cut, not_empty, overlaps
 
@@ -112,7 +113,7 @@ def encode_prompt(prompt: Prompt, encoder: TextEncoder) -> Tokens:
 
 
 def encode_asked(
-    prompt: Prompt, encoder: TextEncoder, vision: Vision | None, where: str
+    prompt: Prompt, encoder: TextEncoder, vision: Vision | Hearing | None, where: str
 ) -> tuple[Prompt, Tokens, tuple[int, ...]]:
     """Encode a prompt as what the model is asked, with images or without: the prompt as it is read, its tokens, and at how many
     places the model holds each of its images.
@@ -120,6 +121,8 @@ def encode_asked(
     DataError, which ``where`` (file and row) opens, for a placeholder without an image, and where the model reads no prompt
     without one.
     """
+    if isinstance(vision, Hearing):  # its tokenizer would put another opening before the prompt's own
+        return prompt, encoder.encode(prompt.text, add_special_tokens=False), ()
     if prompt.images and vision is not None:
         return encode_images(prompt, encoder, vision, where)
     if vision is not None and vision.model_type in NEEDS_IMAGE:

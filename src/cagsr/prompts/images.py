@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cagsr.errors import DataError
 from cagsr.flow import Picture
+from cagsr.prompts.media import folder_of, inside, parts_of, source_of
 from cagsr.prompts.rows import Row
 
 IMAGES, BOXES = "images", "boxes"
@@ -20,6 +19,8 @@ IMAGES, BOXES = "images", "boxes"
 _BOX = tuple[float, float, float, float]
 _BOXES = TypeAdapter(list[_BOX])
 _BOXES_OF_IMAGES = TypeAdapter(list[list[_BOX]])
+KINDS = ("image", "image_url")
+"""Types of parts that are images: transformers' and OpenAI's."""
 _IN_PARTS = ("image", "path", "url", "image_url")
 """Keys under which a part of type image may hold the image itself."""
 
@@ -31,18 +32,12 @@ def pictures_of(row: Row, messages: Sequence[Mapping[str, Any]] | None, where: s
     """
     value = row.values.get(IMAGES)
     given = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    inside = [
-        part[key]
-        for message in messages or ()
-        for part in image_parts(message.get("content"))
-        for key in _IN_PARTS
-        if part.get(key) is not None
-    ]
-    if given and inside:
+    within = inside(messages, KINDS, _IN_PARTS)
+    if given and within:
         raise DataError(f"{where}: has images in a column and within its messages; give each image once.")
-    folder = Path(row.source).parent if Path(row.source).is_file() else Path()
+    folder = folder_of(row)
     pictures = tuple(
-        _picture(one, folder, f"{where}, image {number}") for number, one in enumerate(given or inside, start=1)
+        _picture(one, folder, f"{where}, image {number}") for number, one in enumerate(given or within, start=1)
     )
     return _with_boxes(pictures, row.values.get(BOXES), where)
 
@@ -54,29 +49,13 @@ def has_images(row: Row, messages: Sequence[Mapping[str, Any]] | None) -> bool:
 
 def image_parts(content: Any) -> list[Mapping[str, Any]]:
     """The parts of a message's content that are images."""
-    if not isinstance(content, list | tuple):
-        return []
-    return [part for part in content if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")]
+    return parts_of(content, KINDS)
 
 
 def _picture(value: Any, folder: Path, name: str) -> Picture:
-    if isinstance(value, Mapping):  # as datasets holds an image that is not decoded, and OpenAI's image_url
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
-    if isinstance(value, bytes) or hasattr(value, "convert"):
+    if hasattr(value, "convert"):
         return Picture(value, name)
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{name}: an image is a file's path or a PIL image, and this is a {type(value).__name__}.")
-    if value.startswith("data:"):
-        try:
-            return Picture(base64.b64decode(value.partition(",")[2], validate=True), name)
-        except binascii.Error as error:
-            raise DataError(f"{name}: its data URL holds no base64 ({error}).") from error
-    if "://" in value and not value.startswith("file://"):
-        raise DataError(f"{name}: {value} is not on this machine; download it and give the file's path.")
-    path = value.removeprefix("file://")
-    return Picture(str(folder / path), f"{name} ({path})")
+    return Picture(*source_of(value, folder, name, "an image", "a PIL image"))
 
 
 def _with_boxes(pictures: tuple[Picture, ...], value: Any, where: str) -> tuple[Picture, ...]:

@@ -228,7 +228,7 @@ def _local(kind: str, path: Path, **options: Any) -> Iterator[Row]:
         if path.stat().st_size == 0:
             return ()
         # Streaming reads the file in place; without it datasets would copy it into its cache first.
-        return _with_images_closed(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options))
+        return _with_media_closed(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options))
 
     return _dataset(str(path), opened, f"not a readable {kind.upper()} file after row {{row}} ({{reason}}).")
 
@@ -249,13 +249,15 @@ def _dataset(source: str, opened: Callable[[], Iterable[Any]], problem: str) -> 
         raise DataError(f"{source}: {problem.format(row=number, reason=reason)}") from error
 
 
-def _with_images_closed(data: Any) -> Any:
-    """A dataset whose images stay files: each is opened when its prompt is read, and not all are held as pixels."""
-    from datasets import Image, List
+def _with_media_closed(data: Any) -> Any:
+    """A dataset whose images and sounds stay files: each is opened when its prompt is read, and not all are held decoded."""
+    from datasets import Audio, Image, List
 
     for name, feature in dict(getattr(data, "features", None) or {}).items():
         if isinstance(feature, Image):
             data = data.cast_column(name, Image(decode=False))
+        elif isinstance(feature, Audio):
+            data = data.cast_column(name, Audio(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
             data = data.cast_column(name, List(Image(decode=False)))
     return data
@@ -267,13 +269,13 @@ def _saved(folder: Path, config: DataConfig) -> Iterator[Row]:
 
         data = load_from_disk(str(folder))
         if not isinstance(data, DatasetDict):
-            return _with_images_closed(data)
+            return _with_media_closed(data)
         wanted = _names_of(config.split)
         name = config.split if config.split in data else next((name for name in data if name in wanted), None)
         if name is None:
             found = ", ".join(map(str, data))
             raise DataError(f"{folder}: no split '{config.split}' (found: {found}); set --data.split.")
-        return _with_images_closed(data[name])
+        return _with_media_closed(data[name])
 
     return _dataset(str(folder), opened, "the dataset saved there can't be read ({reason}).")
 
@@ -284,7 +286,7 @@ def _hub(config: DataConfig) -> Iterator[Row]:
 
         # A limited set is streamed too: only its first rows are downloaded.
         streaming = config.streaming or config.limit is not None
-        return _with_images_closed(load_dataset(config.path, config.name, split=config.split, streaming=streaming))
+        return _with_media_closed(load_dataset(config.path, config.name, split=config.split, streaming=streaming))
 
     problem = (
         "neither a file or folder here nor a dataset that the Hugging Face Hub gave ({reason}); check --data.path, "

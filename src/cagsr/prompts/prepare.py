@@ -8,6 +8,8 @@ from typing import Any
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import EncodedPrompt, Prompt
+from cagsr.models.hearing import Hearing
+from cagsr.models.sounds import seconds_of
 from cagsr.models.vision import Vision
 from cagsr.prompts.encode import TextEncoder, Tokens, encode_asked, encode_prompt, truncate_prompt
 from cagsr.prompts.find_words import find_words
@@ -18,6 +20,7 @@ from cagsr.prompts.render import render_prompt
 from cagsr.prompts.rows import split_texts
 from cagsr.prompts.salience import DocumentFrequency, salient_words, words_of_tokens
 from cagsr.prompts.stream import PromptSet
+from cagsr.prompts.time_regions import with_time_regions
 from cagsr.support.progress import working
 
 _Done = tuple[list[tuple[Row, Prompt]], DocumentFrequency, list[tuple[EncodedPrompt | None, bool]]]
@@ -34,7 +37,7 @@ def prepare_prompts(
     max_length: int,
     frequency: DocumentFrequency | None = None,
     text_columns: Sequence[str] = (),
-    vision: Vision | None = None,
+    vision: Vision | Hearing | None = None,
 ) -> PromptSet:
     """Read the prompts that ``data`` names and encode them with their salience.
 
@@ -48,7 +51,7 @@ def prepare_prompts(
         frequency: document frequencies of an earlier run; None: counted on these prompts (on the first
             ``FREQUENCY_ROWS`` rows when ``data.streaming``).
         text_columns: as ``load_rows`` takes them.
-        vision: what reads images; None: a prompt with images is refused.
+        vision: what reads images, or sounds; None: a prompt with one is refused.
 
     Raises:
         DataError: a row that can't be used, with file and row; no prompt is left. Of a streamed set rows behind the
@@ -75,7 +78,8 @@ def prepare_prompts(
             if data.long_prompts == "drop"
             else ("were", "; their earliest turns or text were cut, the end kept")
         )
-        than = f"longer than {pipeline.limit:,} tokens{done} (--data.long_prompts {data.long_prompts})"
+        heard = f" or {vision.seconds:g} seconds" if isinstance(vision, Hearing) else ""
+        than = f"longer than {pipeline.limit:,} tokens{heard}{done} (--data.long_prompts {data.long_prompts})"
         notes.append(f"{long:,} of {len(results):,} prompts {are} {than}.")
     if located[0][0].from_messages:
         notes.append(about_messages(data))
@@ -92,19 +96,22 @@ def encode_texts(
     *,
     source: str = "command line",
     images: Sequence[Sequence[Any]] = (),
-    vision: Vision | None = None,
+    audio: Sequence[Any] = (),
+    vision: Vision | Hearing | None = None,
 ) -> list[EncodedPrompt]:
     """Encode prompts that come from no file: texts, or conversations as lists of chat messages.
 
     ``frequency`` None: words are counted on ``texts`` themselves. ``source`` is where they come from, for messages; ``images``
-    are those of each text, files' paths or PIL images, none where it is empty; the rest as :func:`prepare_prompts`.
+    are those of each text, files' paths or PIL images, none where it is empty, and ``audio`` is the sound of each, None where it
+    has none; the rest as :func:`prepare_prompts`.
     """
     data = DataConfig(path=source)
     pipeline = _Pipeline(data, salience, TextEncoder(tokenizer), _limit(data, max_length), vision)
-    given = [{"images": list(own)} for own in images] or [{}] * len(texts)
+    seen = [{"images": list(own)} for own in images] or [{}] * len(texts)
+    heard = [{"audio": own} for own in audio] or [{}] * len(texts)
     rows = (
-        Row(number, source, {"prompt": text, **own})
-        for number, (text, own) in enumerate(zip(texts, given, strict=True), start=1)
+        Row(number, source, {"prompt": text, **of_image, **of_sound})
+        for number, (text, of_image, of_sound) in enumerate(zip(texts, seen, heard, strict=True), start=1)
     )
     return [encoded for encoded, _ in pipeline.run(rows, frequency)[2] if encoded is not None]
 
@@ -117,7 +124,7 @@ class _Pipeline:
     salience: SalienceConfig
     encoder: TextEncoder
     limit: int
-    vision: Vision | None
+    vision: Vision | Hearing | None
 
     def render(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Prompt]]:
         """Yield each row with its prompt."""
@@ -132,6 +139,8 @@ class _Pipeline:
     def encode(self, row: Row, prompt: Prompt, frequency: DocumentFrequency) -> tuple[EncodedPrompt | None, bool]:
         """Turn a prompt into tokens and words, and tell whether it was too long; None where it is and such are dropped."""
         where = f"{row.source}, row {row.number}"
+        if self._too_long_to_hear(prompt, where):
+            return None, True
         prompt, tokens, counts = encode_asked(prompt, self.encoder, self.vision, where)
         too_long = len(tokens.ids) > self.limit
         if too_long and self.data.long_prompts == "error":
@@ -148,20 +157,37 @@ class _Pipeline:
             return None, True
         if too_long:
             prompt, tokens = truncate_prompt(*self._drop_turns(row, prompt, tokens), self.limit, where)
-        if prompt.images and not any(find_words(prompt.text, prompt.template)):
-            encoded = EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ())  # nothing but an image
+        if (prompt.images or prompt.sounds) and not any(find_words(prompt.text, prompt.template)):
+            encoded = EncodedPrompt(prompt, tokens.ids, (-1,) * len(tokens.ids), ())  # nothing but an image or a sound
         else:
             salient = salient_words(prompt, self.salience, frequency, where)
             encoded = words_of_tokens(prompt, tokens, salient, self.salience, where)
-        if prompt.images and self.vision is not None:
+        if isinstance(self.vision, Hearing):
+            encoded = with_time_regions(encoded, self.vision, self.salience, where)
+        elif prompt.images and self.vision is not None:
             encoded = with_regions(encoded, counts, self.vision, self.salience, where)
         return encoded, too_long
 
+    def _too_long_to_hear(self, prompt: Prompt, where: str) -> bool:
+        """Whether a prompt's sound is longer than the model hears, and such prompts are dropped; DataError where they are not."""
+        if not isinstance(self.vision, Hearing):
+            return False
+        seconds = seconds_of(prompt.sounds[0])
+        if seconds <= self.vision.seconds:
+            return False
+        if self.data.long_prompts != "drop":
+            raise DataError(
+                f"{where}: the sound lasts {seconds:.1f} seconds, and the model hears {self.vision.seconds:g}; a sound is never "
+                "cut here: cut it up yourself, or leave such rows out with --data.long_prompts drop."
+            )
+        return True
+
     def all_dropped(self, which: str) -> DataError:
         """What is wrong where no prompt is left."""
+        heard = f" or {self.vision.seconds:g} seconds" if isinstance(self.vision, Hearing) else ""
         return DataError(
-            f"{self.data.path}: {which} prompts are longer than {self.limit} tokens and were dropped; set --data.long_prompts "
-            "truncate or allow longer prompts."
+            f"{self.data.path}: {which} prompts are longer than {self.limit} tokens{heard} and were dropped; set "
+            "--data.long_prompts truncate or allow longer prompts."
         )
 
     def _drop_turns(self, row: Row, prompt: Prompt, tokens: Tokens) -> tuple[Prompt, Tokens]:
@@ -211,10 +237,10 @@ def _prepare_stream(rows: Rows, pipeline: _Pipeline, frequency: DocumentFrequenc
     return PromptSet(head, fitted, tuple(notes), reopen)
 
 
-def check_numbers(images: Iterable[int], vision: Vision | None, path: str) -> None:
+def check_numbers(images: Iterable[int], vision: Vision | Hearing | None, path: str) -> None:
     """DataError where a model that looks at images by cross-attention has prompts with different numbers of ``images``."""
     counts = sorted(set(images))
-    if vision is not None and vision.states is not None and len(counts) > 1:
+    if isinstance(vision, Vision) and vision.states is not None and len(counts) > 1:
         raise DataError(
             f"{path}: the prompts have {' or '.join(map(str, counts))} images, and in a {vision.model_type} model tokens before an "
             "image look at those of the whole batch, so that such prompts would change each other; give all as many."

@@ -34,7 +34,7 @@ def with_regions(
     regions: list[Region] = []
     for number, points in enumerate(vision.points(pictures, images, counts, where)):
         cells = _cells(pictures[number], images[number], number, salience.image_grid, where)
-        own = _boxes_of(points, cells) if pictures[number].boxes else _cells_of(points, salience.image_grid)
+        own = boxes_of(points, cells) if pictures[number].boxes else _cells_of(points, salience.image_grid)
         held = sorted(set(own[own >= 0].tolist()))
         place_of = {cell: len(regions) + place for place, cell in enumerate(held)}
         places[owner == number] = [place_of.get(cell, -1) for cell in own.tolist()]
@@ -82,7 +82,7 @@ def _cells_of(points: Points, grid: int) -> np.ndarray:
     return np.where(inside, row * grid + column, -1)
 
 
-def _boxes_of(points: Points, boxes: Sequence[Region]) -> np.ndarray:
+def boxes_of(points: Points, boxes: Sequence[Region]) -> np.ndarray:
     """The smallest box that each point lies in, -1 for none; a box in which none lies has the one next to its middle."""
     x, y = points.T
     own = np.full(len(points), -1)

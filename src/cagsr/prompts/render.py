@@ -9,17 +9,22 @@ from pydantic import StrictInt, TypeAdapter, ValidationError
 from cagsr.config import DataConfig, SalienceConfig
 from cagsr.errors import ConfigError, DataError
 from cagsr.flow import Picture, Prompt
+from cagsr.models.hearing import BEFORE, START, Hearing
 from cagsr.models.vision import Vision
 from cagsr.prompts.character_ranges import Range, cut, not_empty, outside
 from cagsr.prompts.chat import Places, image_mark, render_chat, spoken_in, texts_in, with_texts, written_marks
+from cagsr.prompts.images import KINDS as IMAGES
 from cagsr.prompts.images import has_images, image_parts, pictures_of
+from cagsr.prompts.media import parts_of
 from cagsr.prompts.rows import Row, content_of
+from cagsr.prompts.sounds import KINDS as SOUNDS
+from cagsr.prompts.sounds import has_sound, sounds_of
 
 _SPANS = TypeAdapter(tuple[tuple[StrictInt, StrictInt], ...])
 
 
 def render_prompt(
-    row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any, vision: Vision | None = None
+    row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any, vision: Vision | Hearing | None = None
 ) -> Prompt:
     """Turn a row into a Prompt.
 
@@ -33,7 +38,8 @@ def render_prompt(
 
     Images are those of the column ``images``, or of the messages' parts; ``vision`` reads them. Where a prompt has no
     placeholder for them they stand before it: before the first thing that the user says (as in TRL), or before a plain text, as
-    the chat template writes an image (LLaVA's with a new line behind it).
+    the chat template writes an image (LLaVA's with a new line behind it). A model that hears reads prompts with a sound alone
+    (:func:`_with_sound`).
 
     Raises:
         DataError: the prompt is missing, empty or of a wrong type, a marker has no partner, a span lies outside the
@@ -41,6 +47,17 @@ def render_prompt(
         ConfigError: markers that are empty, or markers together with a spans column.
     """
     where, values = f"{row.source}, row {row.number}", row.values
+    messages = values.get(config.prompt_column)
+    sounds = has_sound(row, messages if is_conversation(messages) else None)
+    if isinstance(vision, Hearing):
+        return _with_sound(row, config, salience, tokenizer, vision, where)
+    if sounds and tokenizer is not None:
+        raise DataError(
+            f"{where}: the prompt has a sound, which nothing reads here: the model does not hear, or this command takes texts; "
+            "name a Whisper model (docs/audio.md), or leave the row's sound out."
+        )
+    if sounds and messages is None:  # it may be all there is
+        values = {**values, config.prompt_column: ""}
     if config.prompt_column not in values:
         present = ", ".join(map(str, values)) or "none"
         raise DataError(
@@ -52,7 +69,7 @@ def render_prompt(
     given = _given_spans(values, config, salience, where)
     if isinstance(value, str):
         pictures = _pictures(row, None, tokenizer, vision, where)
-        if not value.strip() and not pictures:
+        if not value.strip() and not pictures and not (tokenizer is None and (sounds or has_images(row, None))):
             raise _empty(where, config)
         text, marked = _take_markers(value, salience, where)
         if given is not None:
@@ -65,7 +82,7 @@ def render_prompt(
         template = written_marks(text, tokenizer)
         given_as = value if before else None
         return Prompt(row.number, text, template, spans or None, columns=columns, images=pictures, given=given_as)
-    if isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
+    if is_conversation(value):
         pictures = _pictures(row, value, tokenizer, vision, where)
         seen = None if vision is None else pictures
         return _conversation(value, row.number, columns, given, config, salience, tokenizer, seen, where)
@@ -108,6 +125,66 @@ def is_parts(value: Any) -> bool:
         isinstance(value, list)
         and bool(value)
         and all(isinstance(part, Mapping) and "type" in part and part.get("role") is None for part in value)
+    )
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _with_sound(
+    row: Row, config: DataConfig, salience: SalienceConfig, tokenizer: Any, hearing: Hearing, where: str
+) -> Prompt:
+    """The prompt of a row with a sound: what opens the transcript, behind the row's own text where it has some.
+
+    That text comes before as Whisper takes one (names that may be said, what was said before); it may also write the opening
+    itself, and is then the whole prompt. A conversation must be one message of a user. DataError as :func:`render_prompt`.
+    """
+    value = row.values.get(config.prompt_column)
+    messages = value if is_conversation(value) else None
+    _pictures(row, messages, tokenizer, None, where)
+    sounds = sounds_of(row, messages, where)
+    if len(sounds) != 1:
+        has = "no sound" if not sounds else f"{len(sounds)} sounds"
+        raise DataError(
+            f"{where}: the prompt has {has}, and a model that hears answers one: name its file in the column 'audio'."
+        )
+    if config.spans_column == "spans":
+        raise ConfigError(
+            "--data.spans_column spans: of rows with a sound this column holds times; name the column otherwise."
+        )
+    text, given_as = value, value or ""
+    if messages is not None:
+        if len(messages) > 1 or messages[0].get("role") != "user":
+            raise DataError(
+                f"{where}: a model that hears holds no conversation; give one message of a user, with its sound."
+            )
+        given_as = list(messages_of(messages, where, images=True))
+        content = given_as[0]["content"]
+        text = content_of(
+            [part for part in content if part["type"] == "text"] if isinstance(content, list) else content
+        )
+    elif value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: column '{config.prompt_column}' holds {_kind(value)}; a prompt is text, or nothing.")
+    given = _given_spans(row.values, config, salience, where)
+    text, marked = _take_markers(text or "", salience, where)
+    if given is not None:
+        _check_spans(given, len(text), where)
+    before = ""
+    if START not in text:
+        before = f"{BEFORE} " if text.strip() else ""
+        text = f"{before}{text.rstrip()}{hearing.opening}"
+    spans = tuple((start + len(before), end + len(before)) for start, end in given or marked)
+    columns = {name: entry for name, entry in row.values.items() if name != config.prompt_column}
+    return Prompt(
+        row.number,
+        text,
+        written_marks(text, tokenizer),
+        spans or None,
+        columns=columns,
+        sounds=sounds,
+        given=given_as,
     )
 
 
@@ -213,16 +290,10 @@ def _message(entry: Mapping[str, Any], position: int, where: str, images: bool) 
     The content of a message that only calls tools is None, as in OpenAI's format: templates ask for that.
     """
     content: str | list[dict[str, Any]] | None = content_of(entry.get("content"))
-    if content is None and images and image_parts(entry.get("content")):
+    if content is None and images and (media := parts_of(entry.get("content"), (*IMAGES, *SOUNDS))):
         parts = entry["content"]
-        if all(
-            isinstance(part, Mapping) and (part in image_parts(parts) or isinstance(part.get("text"), str))
-            for part in parts
-        ):
-            content = [
-                {"type": "image"} if part in image_parts(parts) else {"type": "text", "text": part["text"]}
-                for part in parts
-            ]
+        if all(isinstance(part, Mapping) and (part in media or isinstance(part.get("text"), str)) for part in parts):
+            content = [_without_file(part) for part in parts]
     if not isinstance(entry.get("role"), str) or (content is None and not only_calls(entry)):
         raise DataError(
             f"{where}: message {position} needs a role and a content that are text (images are not supported); "
@@ -230,6 +301,14 @@ def _message(entry: Mapping[str, Any], position: int, where: str, images: bool) 
         )
     # Arrow gives every message the fields of all, None where it has none.
     return {name: part for name, part in entry.items() if part is not None} | {"content": content}
+
+
+def _without_file(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a message's content as a template takes it: a text, or that an image or a sound stands there."""
+    kind = part.get("type")
+    if kind in IMAGES or kind in SOUNDS:
+        return {"type": "image" if kind in IMAGES else "audio"}
+    return {"type": "text", "text": part["text"]}
 
 
 def only_calls(message: Mapping[str, Any]) -> bool:
@@ -240,7 +319,7 @@ def only_calls(message: Mapping[str, Any]) -> bool:
 def messages_of(value: Sequence[Mapping[str, Any]], where: str, *, images: bool = False) -> tuple[dict[str, Any], ...]:
     """Check chat messages and take their contents as text, without a template; DataError for one without a role or a text.
 
-    ``images``: a content that has some stays a list of parts.
+    ``images``: a content that has some, or a sound, stays a list of parts.
     """
     return tuple(_message(entry, position, where, images) for position, entry in enumerate(value, start=1))
 

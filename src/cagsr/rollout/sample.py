@@ -13,7 +13,6 @@ from cagsr.config import SamplingConfig
 from cagsr.flow import EpisodeBatch, PromptBatch
 from cagsr.models.checkpointing import without_checkpointing
 from cagsr.models.generation import sampled_with
-from cagsr.models.image_arguments import ImageArguments
 from cagsr.models.load import LoadedModel
 from cagsr.models.merged import merged_adapters
 from cagsr.rollout.decode import Variates, Watch, decode
@@ -71,15 +70,11 @@ def sample_responses(
         for at in range(0, len(ids_read), per_batch):
             drawn: list[Tensor] = []
             rows = slice(at, at + per_batch, many)
-            asked, there = ids_read[rows], real_read[rows]
-            images = None if prompts.images is None else prompts.images[rows]
-            seen = None
-            if images is not None and any(images):
-                seen = ImageArguments.of(base, images, asked, there, torch.zeros_like(there))
-            found = loaded.model.generate(
-                input_ids=asked,
-                attention_mask=there.long(),
-                **({} if seen is None else {**seen.by_token, **seen.tensors, "images": tuple(seen.tensors)}),
+            found = loaded.architecture.generate(
+                loaded.model,
+                ids_read[rows],
+                real_read[rows],
+                None if prompts.images is None else prompts.images[rows],
                 custom_generate=decode,
                 answers_per_prompt=many,
                 drawn=drawn,

@@ -23,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cagsr.errors import ConfigError, RunError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.decoder_only import forward
+from cagsr.models.hearing import Hearing
 from cagsr.models.lengths import length_borders
 from cagsr.models.load import LoadedModel
 from cagsr.runs.export import compared, copy_card
@@ -42,6 +43,8 @@ def export_onnx(loaded: LoadedModel, place: Path, prompts: Sequence[EncodedPromp
     ConfigError: what it needs is not installed, or the model is one that no graph holds; RunError: the exporter fails, or what
     it wrote is another model.
     """
+    if isinstance(loaded.vision, Hearing):
+        raise ConfigError("--format onnx: the graphs take texts, and this model hears; export safetensors instead.")
     require("--format onnx", "onnx")
     from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
 

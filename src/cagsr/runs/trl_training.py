@@ -21,6 +21,7 @@ from cagsr import __version__
 from cagsr.config import RewardModelConfig, SftConfig, TrainerConfig
 from cagsr.errors import ConfigError, ModelError
 from cagsr.models.generation import ending_as
+from cagsr.models.hearing import Hearing
 from cagsr.models.load import LoadedModel
 from cagsr.runs.final import render_card
 from cagsr.runs.numbers import StepNumbers
@@ -148,6 +149,10 @@ def train_with_trl(
 
 def _check_start(config: TrainerConfig, loaded: LoadedModel, command: str) -> None:
     """Refuse what can't be trained: by TRL encoder-decoder models and adapters on the output head; answers that never end."""
+    if isinstance(loaded.vision, Hearing):
+        raise ModelError(
+            f"--model {config.model.path} hears, and {command} trains on texts; teach it with transformers' Seq2SeqTrainer."
+        )
     if not loaded.architecture.one_sequence and not isinstance(config, SftConfig):
         raise ModelError(
             f"--model {config.model.path} is an encoder-decoder model, and {command} (TRL) trains decoder-only ones; start with "

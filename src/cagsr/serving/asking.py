@@ -9,6 +9,7 @@ from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt
 from cagsr.models.load import UNLIMITED, LoadedModel
 from cagsr.models.pictures import pixels_of
+from cagsr.models.vision import Vision
 from cagsr.prompts.encode import TextEncoder, encode_asked
 from cagsr.prompts.images import pictures_of
 from cagsr.prompts.prepare import encode_texts
@@ -28,11 +29,11 @@ class Reader:
     def __init__(self, loaded: LoadedModel, config: ServeConfig, judging: Callable[[int], Judging]) -> None:
         self._tokenizer = copy.deepcopy(loaded.tokenizer)  # the engine decodes with the other one meanwhile
         self._vision = None
-        if loaded.vision is not None:
+        if isinstance(loaded.vision, Vision):  # one that hears has been refused
             self._vision = replace(loaded.vision, processor=copy.copy(loaded.vision.processor), path=config.served_name)
             self._vision.processor.tokenizer = self._tokenizer
         self._context = loaded.context_length()
-        self._shared = loaded.architecture.one_sequence
+        self._shared = loaded.architecture.shares_context
         self._config, self._judging = config, judging
 
     def read(self, text: PromptText, judged: int | None, longest: int | None) -> tuple[EncodedPrompt, int]:

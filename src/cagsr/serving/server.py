@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cagsr.config import DataConfig
-from cagsr.errors import ConfigError, RunError
+from cagsr.errors import ConfigError, ModelError, RunError
 from cagsr.models.files import fingerprint_model
 from cagsr.models.generation import generation_notes
+from cagsr.models.hearing import Hearing
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.load import load_rows
 from cagsr.prompts.prepare import prepare_prompts
@@ -50,6 +51,10 @@ def serve(config: ServeConfig) -> None:
         token, new = read_token(folder)
         config, _ = with_run_reward(config, config.sampling.temperature)
         loaded = load_model(config.model, for_training=False)
+        if isinstance(loaded.vision, Hearing):
+            raise ModelError(
+                f"--model {config.model.path} hears, and clients of this server send no sound; name a model that reads texts."
+            )
         check_base(folder, config)
         rows, frequency, notes = _held_out(config, loaded)
         _check_trainable(config, loaded)

@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "images": ("PIL",),
+    "audio": ("soundfile", "soxr", "jiwer"),
     "embeddings": ("sentence_transformers",),
 }
 """Extra -> the modules it brings (of ``compare`` those beyond ``trl`` and ``nltk``, which it brings too)."""

@@ -14,8 +14,11 @@ from cagsr.attention.probe import AttentionLayers, find_attention_layers
 from cagsr.config import RewardConfig
 from cagsr.diagnosis.signals import read_separately
 from cagsr.flow import EncodedPrompt, EpisodeBatch, RewardBatch
+from cagsr.models.hearing import Hearing
 from cagsr.models.load import LoadedModel
 from cagsr.models.pictures import as_data_url
+from cagsr.models.sounds import open_sound
+from cagsr.models.vision import Vision
 from cagsr.prompts.salience import explain_salience
 from cagsr.reward.answers import AnswerScorer
 from cagsr.reward.terms.coverage import coverage_gains
@@ -23,6 +26,7 @@ from cagsr.reward.terms.focus import focus
 from cagsr.reward.terms.repetition import repeated_ngrams, without_stop_token
 from cagsr.reward.weigh import Scales, weigh
 from cagsr.scoring.answers import Response
+from cagsr.view.sound_strip import playable, waveform
 
 Floats = NDArray[np.float32]
 
@@ -73,7 +77,7 @@ class Answer:
     planes: Mapping[Plane, Floats]
     """``(response, prompt)`` attention: what the reward reads, and single layers and heads."""
     regions: Floats | None = None
-    """``(response, regions)`` the reward's attention to the regions of the prompt's images; None: it has none."""
+    """``(response, regions)`` the reward's attention to the regions of the prompt's images or its sound; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ class Measured:
     """What the contributions are, in a sentence."""
     model: str
     pictures: tuple[str, ...] = ()
-    """The prompt's images as data URLs."""
+    """The prompt's images, or the waveform of its sound, as data URLs."""
+    sound: str = ""
+    """The sound to listen to, as a data URL; empty: there is none."""
+    seconds: float = 0.0
+    """How long the sound lasts."""
 
     @property
     def most(self) -> float:
@@ -168,8 +176,20 @@ def measure(
         pooling=scorer.salience.pooling,
         scale=weighed.note,
         model=loaded.path,
-        pictures=tuple(as_data_url(picture, LARGEST) for picture in prompt.prompt.images),
+        **_media(loaded.vision, prompt),
     )
+
+
+def _media(vision: Vision | Hearing | None, prompt: EncodedPrompt) -> dict[str, Any]:
+    """The prompt's images; or its sound as a picture, to listen to, and its length."""
+    if not isinstance(vision, Hearing):
+        return {"pictures": tuple(as_data_url(picture, LARGEST) for picture in prompt.prompt.images)}
+    samples = open_sound(prompt.prompt.sounds[0], vision.rate)
+    return {
+        "pictures": (waveform(samples),),
+        "sound": playable(samples, vision.rate),
+        "seconds": len(samples) / vision.rate,
+    }
 
 
 def _regions(batch: RewardBatch, row: int, length: int, count: int) -> Floats | None:

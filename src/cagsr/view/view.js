@@ -45,7 +45,7 @@
   const regionList = makeRegions();
   const lists = [promptList, ...answerLists, ...(G ? [regionList] : [])];
 
-  // The regions of the images are tokens like others, but lie over the images.
+  // The regions of the images, or of a sound's time, are tokens like others, but lie over the images, or over the waveform.
   function makeRegions() {
     const list = { box: byId("images"), tokens: regions.map((one) => one.name), kind: "region", index: 0, spans: [], base: [],
       level: new Uint8Array(G), tops: [], current: 0, badges: [] };
@@ -256,7 +256,7 @@
     const [spot] = strongest(G, (r) => regionAt(a, i, r), 0);
     shade(regionList, (r) => regionAt(a, i, r), spot ? spot.value : 0);
     markTops(regionList, spot ? [spot.i] : []);
-    const there = spot ? ` Of the images most at ${regions[spot.i].name} (${number(spot.value)}).` : "";
+    const there = spot ? ` Of ${data.regions_of} most at ${regions[spot.i].name} (${number(spot.value)}).` : "";
     const own = plane === 0 ? ` It adds ${number(answer.gains[i])} to the coverage.` : "";
     const sink = first ? `, ${percent(look(0))} on the first token` : "";
     status.textContent = `${head}, looked at ${parts || "nothing"}; ${percent(Math.min(1, mass))} on the prompt${sink}; focus ${summary(a).focus[i].toFixed(2)}.${there}${own}`;
@@ -269,7 +269,7 @@
       shade(one, (t) => regionAt(a, t, i), scale);
       markTops(one, tops[a].map((top) => top.i));
     });
-    const best = bestAt(chosen, i), worth = regions[i].share > 0 ? `${percent(regions[i].share)} of the images’ weight` : "it weighs nothing";
+    const best = bestAt(chosen, i), worth = regions[i].share > 0 ? `${percent(regions[i].share)} of the weight of ${data.regions_of}` : "it weighs nothing";
     const parts = tops[chosen].map((top) => `${quote(answers[chosen].tokens[top.i])} ${number(top.value)}`).join(", ");
     status.textContent = `${list.tokens[i]}: ${worth}, best attention ${number(best)} (${percent(Math.min(1, best / data.region_threshold))} covered); looked at most by ${parts || "no token"}. Full colour in the answers: ${number(scale)}.`;
   }

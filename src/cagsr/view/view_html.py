@@ -74,20 +74,29 @@ def page_data(measured: Measured) -> dict[str, Any]:
         ],
         "planes": [[plane.layer, plane.head] for plane in planes],
         "threshold": measured.reward.coverage.threshold,
-        "region_threshold": measured.reward.image_coverage.threshold,
+        "region_threshold": region_threshold(measured),
+        "regions_of": "the sound" if measured.sound else "the images",
         "pooling": measured.pooling,
         "floor": measured.reward.focus.entropy_floor,
     }
 
 
+def region_threshold(measured: Measured) -> float:
+    """The attention at which a region of the images, or of the sound, counts as covered."""
+    reward = measured.reward
+    return reward.audio_coverage.threshold if measured.sound else reward.image_coverage.threshold
+
+
 def _regions(measured: Measured) -> list[dict[str, Any]]:
-    """Each region of the images: its place in shares of its image, what it is called, and its share of the weight."""
+    """Each region of the images, or of the sound: its place in shares of it, what it is called, and its share of the weight."""
     regions = measured.prompt.regions
     total = sum(one.weight for one in regions) or 1.0
     found = []
     for number, one in enumerate(regions):
         own = number - next(place for place, other in enumerate(regions) if other.image == one.image)
         name = f"region {own + 1} of image {one.image + 1}"
+        if measured.sound:
+            name = f"{one.left * measured.seconds:.2f} to {one.right * measured.seconds:.2f} s"
         place = [round(side, 5) for side in (one.left, one.top, one.right, one.bottom)]
         found.append({"image": one.image, "place": place, "name": name, "share": round(one.weight / total, 5)})
     return found
@@ -112,6 +121,7 @@ def render_page(measured: Measured) -> str:
         answers=measured.answers,
         maps=[one["map"] for one in data["answers"]],
         planes=data["planes"],
+        region_threshold=data["region_threshold"],
         single_layers=sorted({layer for layer, _ in data["planes"] if layer is not None}),
         headed_layers=sorted({layer for layer, head in data["planes"] if head is not None}),
         heads=1 + max((head for _, head in data["planes"] if head is not None), default=-1),

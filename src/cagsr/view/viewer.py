@@ -76,10 +76,12 @@ def view(
     sampling: SamplingConfig | None = None,
     seed: int = 0,
     images: Sequence[Any] = (),
+    audio: Any = None,
 ) -> View:
     """See what answers to a prompt looked at and what each term of the reward gave them.
 
-    ``images`` are the prompt's: files' paths or PIL images. ``answers`` are how many to sample (as ``sampling`` says, with
+    ``images`` are the prompt's: files' paths or PIL images; ``audio`` is its sound: a file's path, or samples with their rate
+    ``{"array", "sampling_rate"}``. ``answers`` are how many to sample (as ``sampling`` says, with
     ``seed``), or the answers themselves. Settings that are None are the defaults. Words are counted in ``frequency``, that of a
     run or a prompt set; None: in this prompt alone, so that all words weigh alike. Without ``associations`` the terms that read
     them are left out; without a run's ``scales`` those of these answers are used. The temperature of ``sampling`` also divides
@@ -110,6 +112,7 @@ def view(
             frequency,
             source="the prompt",
             images=[images],
+            audio=[audio],
             vision=loaded.vision,
         )[0]
     scorer = AnswerScorer(

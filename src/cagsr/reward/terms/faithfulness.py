@@ -77,4 +77,6 @@ def most_and_least(word_attention: Tensor, salience: Tensor, mask: Tensor, share
 
 def tokens_of(words: Tensor, word_of_token: Tensor) -> Tensor:
     """The tokens of some words, ``(batch, prompt)`` bool: ``words`` ``(batch, words)`` bool, ``word_of_token`` -1 for none."""
+    if words.shape[1] == 0:  # prompts that are an image or a sound, and nothing else
+        return torch.zeros_like(word_of_token, dtype=torch.bool)
     return words.gather(1, word_of_token.clamp(min=0)) & (word_of_token >= 0)

@@ -47,7 +47,8 @@ class ImageBalance:
             return PartialValues(of_text, torch.zeros_like(of_text, dtype=torch.bool))
         weights = weights_of(batch)
         of_image = saturating_coverage(attention.regions, weights, episodes.sampled, threshold)
-        return PartialValues(torch.minimum(of_image, of_text), weights.sum(dim=1) > 0)
+        with_images = torch.tensor([bool(one.images) for one in episodes.prompts.prompts], device=weights.device)
+        return PartialValues(torch.minimum(of_image, of_text), with_images & (weights.sum(dim=1) > 0))
 
     @staticmethod
     def missing(settings: ImageBalanceConfig, prompts: Iterable[Prompt]) -> str | None:

@@ -1,6 +1,6 @@
 """Coverage of images: was each region that matters looked at?"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,15 +39,8 @@ class ImageCoverage:
 
     def __call__(self, batch: RewardBatch) -> PartialValues:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense; it applies to prompts with an image."""
-        assert batch.attention is not None
-        sampled, looked = batch.episodes.sampled, batch.attention.regions
-        if looked is None:
-            return PartialValues(
-                sampled.new_zeros(sampled.shape[:1], dtype=torch.float32), sampled.new_zeros(len(sampled))
-            )
-        weights = weights_of(batch)
-        measure = coverage_gains if self.settings.dense else saturating_coverage
-        return PartialValues(measure(looked, weights, sampled, self.settings.threshold), weights.sum(dim=1) > 0)
+        with_images = [bool(one.images) for one in batch.episodes.prompts.prompts]
+        return coverage_of_regions(batch, with_images, self.settings.threshold, dense=self.settings.dense)
 
     @staticmethod
     def missing(settings: ImageCoverageConfig, prompts: Iterable[Prompt]) -> str | None:
@@ -60,8 +53,20 @@ def no_image(prompts: Iterable[Prompt]) -> str | None:
     return None if any(one.images for one in prompts) else "an image (column 'images')"
 
 
+def coverage_of_regions(batch: RewardBatch, applies: Sequence[bool], threshold: float, *, dense: bool) -> PartialValues:
+    """``(batch,)`` the coverage of each prompt's regions, or the gains ``(batch, response)`` if dense, where it ``applies``."""
+    assert batch.attention is not None
+    sampled, looked = batch.episodes.sampled, batch.attention.regions
+    if looked is None:
+        return PartialValues(sampled.new_zeros(sampled.shape[:1], dtype=torch.float32), sampled.new_zeros(len(sampled)))
+    weights = weights_of(batch)
+    measure = coverage_gains if dense else saturating_coverage
+    has_some = torch.tensor(applies, device=weights.device) & (weights.sum(dim=1) > 0)
+    return PartialValues(measure(looked, weights, sampled, threshold), has_some)
+
+
 def weights_of(batch: RewardBatch) -> Tensor:
-    """``(batch, regions)`` what each region of a batch with images weighs; 0 where a prompt has none."""
+    """``(batch, regions)`` what each region of a batch with images or sounds weighs; 0 where a prompt has none."""
     images = batch.episodes.prompts.images
     assert images is not None
     return region_weights(images)
