@@ -84,7 +84,7 @@ def test_the_whole_loop_trains_and_what_it_saves_is_read(tmp_path: Path, capsys:
     capsys.readouterr()
     for command, told in (
         (["generate", *where, *flags(data__path=rows, audio="a.wav")], "--audio belongs to --prompt"),
-        (["sft", *where, *flags(data__path=made, output_dir=out / "sft")], "hears, and cagsr sft trains on texts"),
+        (["sft", *where, *flags(data__path=made, output_dir=out / "sft")], "hears, and sft trains on texts"),
         (["export", *flags(model=run / "final", output=out / "x", format="onnx")], "--format onnx"),
         (["train", *how, *flags(output_dir=out / "r", reward__image_coverage__weight=1)], "has an image"),
         (["train", *how, *flags(output_dir=out / "r", rollout__engine="vllm")], "--rollout.engine vllm"),

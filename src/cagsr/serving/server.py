@@ -53,7 +53,7 @@ def serve(config: ServeConfig) -> None:
         loaded = load_model(config.model, for_training=False)
         if isinstance(loaded.vision, Hearing):
             raise ModelError(
-                f"--model {config.model.path} hears, and clients of this server send no sound; name a model that reads texts."
+                f"--model {config.model.path} hears, and no client can send a sound; name one that reads texts."
             )
         check_base(folder, config)
         rows, frequency, notes = _held_out(config, loaded)
