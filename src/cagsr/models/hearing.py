@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import AutoFeatureExtractor, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from cagsr.config import ModelConfig
 from cagsr.errors import ConfigError, ModelError
@@ -17,6 +15,9 @@ from cagsr.flow import EncodedPrompt, ImageInputs
 from cagsr.models.files import copy_beside
 from cagsr.models.sounds import open_sound
 from cagsr.models.vision import PROCESSOR_FILES
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 KNOWN = ("whisper",)
 """Kinds of models that hear: others lay sounds out in time in ways of their own."""
@@ -54,6 +55,10 @@ class Hearing:
         where the extractor or what opens transcripts doesn't fit the model, ConfigError for a language or task of one that knows
         English alone, and what transformers raises for files that can't be read.
         """
+        # Here, where a model is loaded: whoever only reads prompts need not wait for them.
+        from transformers import AutoFeatureExtractor
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
         extractor = AutoFeatureExtractor.from_pretrained(source, **options)
         states = int(model_config.max_source_positions)
         frames = getattr(extractor, "nb_max_frames", None)
