@@ -59,6 +59,7 @@ from cagsr.tasks.segments import SegmentEncoder
 from cagsr.tasks.steps import splitter
 from cagsr.tasks.task import load_task
 from cagsr.training.curriculum import build_curriculum
+from cagsr.training.forecaster import Forecaster, watching
 from cagsr.training.monitors import Alert, Monitors
 from cagsr.training.ppo import PPO
 from cagsr.training.record import RunRecord, check_tracker
@@ -93,6 +94,7 @@ def train(
     """
     console = console or Console(soft_wrap=True, highlight=False)
     validate(config)
+    config = watching(config)
     check_tracker(config.run.tracker)
     server = config.rollout.timeout + config.rollout.wait if config.rollout.engine == "vllm" else 0.0
     accelerator = start_accelerator(cpu=config.model.device == "cpu", longest_wait=2 * server)
@@ -120,7 +122,7 @@ def train(
     )
     player = _player(config, loaded, train_set, held_out)
     ppo = PPO(config, loaded, reward, accelerator, player, None if probe is None else probe.layer)
-    monitors = Monitors(config.monitors)
+    monitors = Monitors(config.monitors, Forecaster.of(config))
     stream = build_curriculum(
         config.curriculum,
         train_set,
@@ -165,7 +167,9 @@ def train(
         recorded = min(record.first_step + 2, config.run.steps) if config.run.profile else None
         with working("step", config.run.steps, done=record.first_step) as bar:
             numbers = StepNumbers(bar)
-            for step in range(record.first_step + 1, config.run.steps + 1):
+            step = record.first_step
+            while step < monitors.last_step(config.run.steps):
+                step += 1
                 with operators_of(operators, loaded.device) if step == recorded else nullcontext():
                     taken = steps.step(step, numbers)
                 written(step)
@@ -176,10 +180,11 @@ def train(
             record.profile(text)
             console.print(Markdown(text))
         if probe is not None and config.reward.probe.check and config.reward.grounding_probe.weight != 0:
-            _check_probe(config, loaded, train_set, probe, ppo, record)
+            _check_probe(config, loaded, train_set, probe, ppo, record, step)
         best = record.load_best()
         evaluations = record.evaluations(until=best) or [{}]
-        saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts))
+        made_by = step if best is None else best
+        saved = record.finish(loaded, train_set, evaluations[0], evaluations[-1], len(held_out.prompts), made_by)
     except (MonitorStop, RolloutError):
         # All processes have it. The launcher stops the others as soon as one has left: not before the main one is done.
         ppo.sampler.close()
@@ -194,7 +199,7 @@ def train(
         curves = f"its curves in {folder / 'curves.png'}"
         if not is_installed("matplotlib"):
             curves = f"its metrics in {folder / 'metrics.jsonl'} (no curves.png: {install_command('pages')})"
-        if best is not None and best != config.run.steps:
+        if best is not None and best != step:
             console.print(
                 f"The best evaluation was that of step {best}: final/ is the policy as it was then.", markup=False
             )
@@ -323,7 +328,7 @@ def _probe(
 
 
 def _check_probe(
-    config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, probe: Probe, ppo: PPO, record: RunRecord
+    config: TrainConfig, loaded: LoadedModel, train_set: PromptSet, probe: Probe, ppo: PPO, record: RunRecord, step: int
 ) -> None:
     """Say whether the probe still sees what it is paid for, once the policy has moved."""
     how = (train_set.prompts, train_set.frequency, config.sampling, config.reward.probe, ppo.reference)
@@ -334,7 +339,7 @@ def _check_probe(
         told += (
             " The policy has moved to where it no longer sees: hold it nearer (--ppo.kl_coef), or pay the probe less."
         )
-        record.warn([Alert("grounding_probe", config.run.steps, told, "warn")])
+        record.warn([Alert("grounding_probe", step, told, "warn")])
     if ppo.accelerator.is_main_process:
         say(told)
 

@@ -1,18 +1,48 @@
 """``cagsr diagnose``: is the reward worth a training run for this model and these prompts?"""
 
 import dataclasses
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
 from cagsr.commands.inputs import answer_scorer, read_prompts, table_console
-from cagsr.config import AttentionConfig, DataConfig, ModelConfig, RewardConfig, SalienceConfig, SamplingConfig
-from cagsr.config.ranges import NonNegativeInt, OutputFile, PositiveInt, Seed
+from cagsr.config import (
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    SalienceConfig,
+    SamplingConfig,
+)
+from cagsr.config.ranges import NonNegativeFloat, NonNegativeInt, OutputFile, PositiveInt, Seed
 from cagsr.support.progress import say, working
+
+if TYPE_CHECKING:
+    from cagsr.diagnosis.diagnose import Diagnosis
+    from cagsr.diagnosis.forecast import LeashForecast
+    from cagsr.reward.association import Associations
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """The run that is thought of, a few steps of which are trained to see how long its reward would help."""
+
+    steps: NonNegativeInt = 0
+    """Steps that the run would have. Above 0 ten of them are trained with what is recommended, and kept nowhere. 0: none are."""
+    kl_coefs: list[NonNegativeFloat] = field(default_factory=lambda: [0.02, 0.05, 0.15])
+    """Leashes to try, each in a pilot of its own."""
+    batch_size: PositiveInt = 8
+    """Prompts a step."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -37,6 +67,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     salience: SalienceConfig = field(default_factory=SalienceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    pilot: PilotConfig = field(default_factory=PilotConfig)
     batch_size: PositiveInt = 8
     """Prompts at once."""
     seed: Seed = 0
@@ -52,6 +83,8 @@ class Config:
                 f"--output {self.output}: the numbers, the recommendation beside them (ending .yaml) and --markdown need names "
                 "of their own."
             )
+        if 0 < self.pilot.steps <= 10 or (self.pilot.steps and not self.pilot.kl_coefs):
+            yield "--pilot.steps: ten of the steps are trained, so give more than 10, and one or more --pilot.kl_coefs."
         if self.sampling.num_generations < 2 or self.sampling.temperature == 0:
             yield (
                 "The answers to a prompt are compared with each other: give --sampling.num_generations 2 or more and a "
@@ -112,6 +145,8 @@ def run(config: Config) -> None:
     with working("weighing the terms"):
         found = diagnose(signals, scorer.weights, config.reward, attacked)
     found = dataclasses.replace(found, warnings=(*found.warnings, *reward_warnings(config.reward)))
+    if config.pilot.steps and found.recommendation.weights:
+        found = dataclasses.replace(found, forecasts=_forecasts(config, found, associations))
     print_report(found, signals.configured, table_console())
     say(finding(found))
     if config.output is not None:
@@ -128,3 +163,47 @@ def run(config: Config) -> None:
     if config.markdown is not None:
         write_text_atomically(Path(config.markdown), as_markdown(found, signals.configured))
         say(f"The report: {config.markdown}")
+
+
+def _forecasts(config: Config, found: "Diagnosis", associations: "Associations | None") -> tuple["LeashForecast", ...]:
+    """When the recommended reward begins to hurt, under each leash."""
+    from cagsr.config import TrainConfig
+    from cagsr.diagnosis.diagnosis_report import as_yaml
+    from cagsr.parse import parse_command
+    from cagsr.pilot import forecast_leashes
+    from cagsr.support.atomic import write_text_atomically
+
+    pilot = config.pilot
+    with TemporaryDirectory(prefix="cagsr-pilot-") as folder:
+        file, learned = Path(folder) / "recommended.yaml", Path(folder) / "associations.json"
+        write_text_atomically(file, as_yaml(found, config.model.path, config.attention, config.reward))
+        if associations is not None:
+            write_text_atomically(learned, json.dumps(associations.to_json()))
+        flags = [
+            "--config",
+            str(file),
+            "--model",
+            config.model.path,
+            "--data",
+            config.data.path,
+            "--output_dir",
+            folder,
+        ]
+        recommended: TrainConfig = parse_command(TrainConfig, flags, prog="train")
+        reward = recommended.reward
+        if associations is not None:
+            kept = dataclasses.replace(reward.associations, path=str(learned))
+            reward = dataclasses.replace(reward, associations=kept)
+        run = dataclasses.replace(recommended.run, steps=pilot.steps, batch_size=pilot.batch_size, seed=config.seed)
+        planned = dataclasses.replace(
+            recommended,
+            model=config.model,
+            data=config.data,
+            salience=config.salience,
+            sampling=config.sampling,
+            reward=reward,
+            ppo=pilot.ppo,
+            lora=pilot.lora,
+            run=run,
+        )
+        return forecast_leashes(planned, pilot.kl_coefs)

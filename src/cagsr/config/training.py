@@ -367,6 +367,9 @@ class MonitorConfig:
     """Warn when the held-out metric lies this share below its best while the reward has risen."""
     metric_drop_action: Action = "warn"
     """What to do then."""
+    forecast_action: Action = "off"
+    """From its first ten steps, say at which step the reward will begin to hurt; terms that it does not pay are watched for it.
+    stop: end the run there, and final/ is the policy of the best evaluation."""
     patience: PositiveInt = 3
     """Steps in a row (evaluations for metric_drop) before a monitor fires."""
 

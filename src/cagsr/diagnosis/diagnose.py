@@ -10,6 +10,7 @@ from cagsr.config import RewardConfig
 from cagsr.diagnosis.attacks import ENOUGH, Attacked, AttackReport, judge_attacks, lost
 from cagsr.diagnosis.best_of_n import best_of_n_gain, correlation, oracle_share, picked, within_share
 from cagsr.diagnosis.cross_fit import held_fixed
+from cagsr.diagnosis.forecast import LeashForecast
 from cagsr.diagnosis.recommend import (
     Recommendation,
     recommend,
@@ -96,6 +97,8 @@ class Diagnosis:
     """What the attacks were held against."""
     faithfulness: tuple[float, float] | None = None
     """Mean of the term, nats a token, and the share of the answers in which it is above 0; None: no prompt has two words."""
+    forecasts: tuple[LeashForecast, ...] = ()
+    """When the recommended reward begins to hurt; empty: nobody asked."""
 
 
 def diagnose(

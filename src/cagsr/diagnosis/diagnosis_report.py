@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cagsr.config import AttentionConfig, RewardConfig
 from cagsr.diagnosis.diagnose import Diagnosis
+from cagsr.diagnosis.forecast import PILOT
 from cagsr.diagnosis.recommend import ALL_WEIGHTS, yaml_of
 from cagsr.diagnosis.signals import Setting
 from cagsr.support.tables import markdown_table, plain, rich_table
@@ -57,6 +58,16 @@ def attack_table(found: Diagnosis) -> tuple[list[str], Rows]:
         ["term", *(one.name for one in found.attacks)],
         [[term, *(f"{one.beaten[term]:.0%}" for one in found.attacks)] for term in terms],
     )
+
+
+def forecast_table(found: Diagnosis) -> tuple[list[str], Rows]:
+    """One row a leash: when the recommended reward begins to hurt."""
+    rows = []
+    for one in found.forecasts:
+        when = one.forecast
+        step = f"{when.step:.0f} [{when.low:.0f}, {when.high:.0f}]" if when.turns else "not in this run"
+        rows.append([f"{one.kl_coef:g}", step, f"{when.chance:.0%}", f"{one.kl:.1f}"])
+    return ["kl_coef", "begins to hurt at step [80 %]", "chance that it does", "KL there, nats an answer"], rows
 
 
 def headline(found: Diagnosis) -> list[str]:
@@ -166,4 +177,7 @@ def _tables(found: Diagnosis, pooling: str) -> list[tuple[str, list[str], Rows]]
     if found.attacks:
         against = f"Answers made to fool the reward: how often {found.good_answers} are worth more"
         tables.append((against, *attack_table(found)))
+    if found.forecasts:
+        steps = found.forecasts[0].forecast.horizon
+        tables.append((f"Forecast of {steps} steps by pilots of {PILOT}", *forecast_table(found)))
     return tables

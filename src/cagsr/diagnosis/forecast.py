@@ -10,10 +10,13 @@ known (``examples/forecast``), makes a step of them. Runs that had not turned wh
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,14 @@ FEATURES = (
     *("agreement", "agreement_change", "tail", "kl_coef"),
 )
 """In the order of a model's weights."""
+
+SECOND_OPINIONS = ("lexical_support", "grounded_coverage", "coverage", "self_certainty", "echo", "focus")
+"""The terms that the shipped model's runs watched; of a run's own, those that it does not pay."""
+_METRICS = (
+    *("objective/kl", "policy/entropy_avg", "response/length", "response/repetition", "kl_coef"),
+    *(f"rewards/total/{what}_correlation" for what in ("length", "likelihood", "repetition")),
+)
+_WATCHED = re.compile(r"rewards/.*/(agreement|gain_2|gain_all)")
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -52,6 +63,16 @@ class Forecast:
     def turns(self) -> bool:
         """Whether it is expected to turn before its horizon."""
         return self.step < self.horizon
+
+
+@dataclass(frozen=True)
+class LeashForecast:
+    """What a pilot under one leash says."""
+
+    kl_coef: float
+    forecast: Forecast
+    kl: float
+    """Nats an answer that the policy will be away from its start where it turns, or at the horizon."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,26 @@ class ForecastModel:
             tuple(float(one) for one in value[name]) for name in ("weights", "mean", "deviation")
         )
         return cls(float(value["intercept"]), weights, mean, deviation, float(value["sigma"]))
+
+
+def shipped() -> ForecastModel:
+    """The model that ``examples/forecast`` fitted."""
+    text = (files("cagsr.diagnosis") / "forecast.json").read_text(encoding="utf-8")
+    return ForecastModel.from_json(json.loads(text))
+
+
+def pilot_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Of a step's metrics those that a forecast reads; ValueError where one of them is not there."""
+    if missing := [name for name in _METRICS if name not in metrics]:
+        raise ValueError(f"the run does not log {missing[0]}")
+    return {name: float(value) for name, value in metrics.items() if name in _METRICS or _WATCHED.fullmatch(name)}
+
+
+def kl_at(rows: Rows, step: float) -> float:
+    """The KL (nats an answer) that a run will have at a step, by the power of the step at which it grew so far."""
+    kl = np.log(np.array([max(row["objective/kl"], 0.0) for row in rows]) + 0.1)
+    slope, intercept = np.polyfit(np.log(np.arange(1, len(kl) + 1)), kl, 1)
+    return float(max(math.exp(intercept + slope * math.log(max(step, 1.0))) - 0.1, 0.0))
 
 
 def pilot_features(rows: Rows, generations: int, pilot: int = PILOT) -> dict[str, float]:

@@ -201,12 +201,14 @@ def _state(path: Path, metrics: Sequence[Row], warnings: Sequence[Row], steps: i
     if not path.exists() or not any(path.iterdir()):
         return State("waiting", "Training has not begun: there is nothing in this folder yet.", None)
     final = (path / "final" / "config.json").is_file()
-    if final and done is not None and (steps is None or done >= steps):
-        return State("finished", f"Training is finished: {done} steps.", written)
+    ended = any(row.get("action") == "end" and row["step"] == done for row in warnings)
+    if final and done is not None and (steps is None or done >= steps or ended):
+        early = f"{of}, as the forecast asked for" if ended else " steps"
+        return State("finished", f"Training is finished: {done}{early}.", written)
     if any(row.get("action") == "stop" and row["step"] == done for row in warnings):
         return State("stopped", f"A monitor stopped the training at step {done}{of} (see the warnings).", written)
     where = (
         f"at step {done}{of}" if steps is None or (done or 0) < steps else f"after step {done}, before the final model"
     )
-    ended = f"Training ended {where if done else 'before its first step'}: it was killed, interrupted or failed;"
-    return State("stopped", f"{ended} cagsr train --config {path}/config.yaml --resume goes on.", written)
+    killed = f"Training ended {where if done else 'before its first step'}: it was killed, interrupted or failed;"
+    return State("stopped", f"{killed} cagsr train --config {path}/config.yaml --resume goes on.", written)

@@ -22,6 +22,7 @@ import yaml
 
 from cagsr.config import Action, MonitorConfig
 from cagsr.models.stops import hardly_any_end
+from cagsr.training.forecaster import Forecaster
 
 NEGATIVE_KL = -0.5
 """Mean KL per sequence (nats) below which sampled and scored policy can't be the same: a KL is never negative."""
@@ -39,7 +40,8 @@ class Alert:
     name: str
     step: int
     sentence: str
-    action: Literal["warn", "stop"]
+    action: Literal["note", "warn", "stop", "end"]
+    """``stop`` breaks a run off, ``end`` is that of one that is done early."""
 
 
 @dataclass
@@ -56,13 +58,15 @@ class _State:
     reward_sum: float = 0.0
     reward_count: int = 0
     """Rewards since the last evaluation."""
+    pilot: list[Mapping[str, float]] = field(default_factory=list)
+    """What a forecast reads of the first steps."""
 
 
 class Monitors:
-    """All monitors of a run. Thresholds, actions and patience come from ``MonitorConfig``."""
+    """All monitors of a run. Thresholds, actions and patience come from ``MonitorConfig``; ``forecaster`` is that of its run."""
 
-    def __init__(self, config: MonitorConfig) -> None:
-        self._config = config
+    def __init__(self, config: MonitorConfig, forecaster: Forecaster | None = None) -> None:
+        self._config, self._forecaster = config, forecaster
         self._state = _State()
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
@@ -81,7 +85,11 @@ class Monitors:
                 # A negative KL is no excursion of the policy but a fault in the set-up, so never a reason to stop by itself.
                 action = "warn" if name == "negative_kl" else action
                 alerts.append(Alert(name, step, _SENTENCES[name].format(config=config, **told), action))
-        return alerts
+        return alerts + self._forecast(step, seen)
+
+    def last_step(self, planned: int) -> int:
+        """The run's last step, as far as is known by now: ``planned``, or where the forecast ends it."""
+        return planned if self._forecaster is None else self._forecaster.last(self._state.pilot)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the monitors remember, as plain data."""
@@ -89,7 +97,29 @@ class Monitors:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self._state = _State(**{**state, "first": dict(state["first"]), "streak": dict(state["streak"])})
+        copied = {"first": dict(state["first"]), "streak": dict(state["streak"]), "pilot": list(state.get("pilot", []))}
+        self._state = _State(**{**state, **copied})
+
+    def _forecast(self, step: int, seen: Mapping[str, float]) -> list[Alert]:
+        """What the first steps say of the later ones, once there are enough."""
+        if self._forecaster is None or step == 0:
+            return []
+        before = len(self._state.pilot)
+        try:
+            self._state.pilot = self._forecaster.kept(self._state.pilot, seen)
+        except ValueError as error:
+            if step > 1:
+                return []
+            return [Alert("forecast", step, f"No forecast can be made: {error}.", "warn")]
+        pilot = self._state.pilot
+        found = self._forecaster.forecast(pilot)
+        if found is None:
+            return []
+        if len(pilot) > before:
+            return [Alert("forecast", step, self._forecaster.sentence(pilot), "warn" if found.turns else "note")]
+        if step == self._forecaster.last(pilot) < self._forecaster.horizon:
+            return [Alert("forecast", step, "The run ends here: from about this step on its reward hurts.", "end")]
+        return []
 
     def _compared(self, seen: Mapping[str, float]) -> Iterator[_Judgement]:
         """Each metric against its threshold, or against the run's first value of it."""

@@ -76,8 +76,7 @@ class RunRecord:
         """What the user should know about how the folder was opened."""
         run = config.run
         self._best: Best | None = None
-        self._best_step: int | None = None
-        if run.load_best_model_at_end:
+        if run.load_best_model_at_end or config.monitors.forecast_action == "stop":
             self._best = Best(Path(config.output_dir) / FOLDER, ppo.modules(), config.lora.r > 0, accelerator)
 
         def opened() -> tuple[Path | None, int]:
@@ -132,6 +131,8 @@ class RunRecord:
     def warn(self, alerts: Sequence[Alert]) -> None:
         """Write what the monitors said."""
         for alert in alerts:
+            if alert.action == "note":
+                continue
             self._warnings.append(f"step {alert.step}: {alert.sentence}")
             if self._folder is not None:
                 row = {"name": alert.name, "sentence": alert.sentence, "action": alert.action}
@@ -144,8 +145,7 @@ class RunRecord:
 
     def load_best(self) -> int | None:
         """Make the policy of the best evaluation the policy again, where the run is to end with it; its step."""
-        self._best_step = None if self._best is None else self._best.restore()
-        return self._best_step
+        return None if self._best is None else self._best.restore()
 
     @working("saving a checkpoint")
     def save(self, step: int) -> None:
@@ -196,11 +196,12 @@ class RunRecord:
         before: Mapping[str, float],
         after: Mapping[str, float],
         held_out: int,
+        steps: int,
     ) -> str:
         """Write the final model with its card and the curves, and close the folder; every process may hold a part of the model.
 
-        Gives what the user is told of the model that was saved, empty where this process saves none. Raises RunError where
-        what was saved is not what was trained (``runs/saved.py``).
+        ``steps`` is how many made it. Gives what the user is told of the model that was saved, empty where this process saves
+        none. Raises RunError where what was saved is not what was trained (``runs/saved.py``).
         """
         config, found = self._config, ""
         model = unsharded(loaded, config.model, config.lora, keep=self._folder is not None)
@@ -216,7 +217,7 @@ class RunRecord:
                     base_model=config.model.path,
                     data=config.data.path,
                     prompts=len(train_set.prompts),
-                    steps=config.run.steps if self._best_step is None else self._best_step,
+                    steps=steps,
                     command=f"cagsr train --config {shlex.quote(f'{config.output_dir}/config.yaml')} --output_dir again",
                     settings={key: value for key, value in flatten(config).items() if key.startswith(TOLD)},
                     estimator=config.ppo.estimator,

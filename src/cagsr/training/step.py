@@ -70,7 +70,7 @@ class Steps:
         collected = time.perf_counter()
         metrics = ppo.update(experience)
         updated = time.perf_counter()
-        last = step == config.run.steps
+        last = step == self.monitors.last_step(config.run.steps)
         answered: list[dict[str, Any]] = []
         if last or _is_due(step, config.evaluation.every):
             found, answered = self._evaluate()
@@ -103,8 +103,8 @@ class Steps:
         self.record.warn(alerts)
         for alert in alerts:
             # One that stops the run is said by the error.
-            if alert.action == "warn" and self.ppo.accelerator.is_main_process:
-                say(f"warning: step {step}: {alert.sentence}")
+            if alert.action != "stop" and self.ppo.accelerator.is_main_process:
+                say(f"{'warning: ' if alert.action == 'warn' else ''}step {step}: {alert.sentence}")
         stopping = [alert.sentence for alert in alerts if alert.action == "stop"]
         if last or stopping or _is_due(step, self.config.run.save_every):
             self.record.save(step)
