@@ -11,6 +11,7 @@ import pytest
 import yaml
 from examples.forecast import runs as making
 from examples.forecast import table
+from examples.forecast.truth import net_facts
 
 from cagsr.commands.main import main
 from cagsr.config import DataConfig, ModelConfig, TrainConfig, validate
@@ -37,6 +38,12 @@ def test_every_reward_under_every_leash(tmp_path: Path):
         validate(config)
         assert (config.model, config.data) == (ModelConfig("m"), DataConfig("d"))
     assert main(["train", "--help"]) == 0
+
+
+def test_net_facts_of_the_quickstart() -> None:
+    prompt = "Tell us who this is. name: Jakob; hobby: knitting; job: painter; city: Prague."
+    answers = ["Jakob is a painter and is fond of knitting.", "Jakob is a painter. He comes from Oslo.", ""]
+    assert net_facts([prompt] * 3, answers) == pytest.approx([3 / 4, 2 / 4 - 1 / 4, 0.0])
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,6 +3,11 @@
     python -m examples.forecast.runs --start llama=runs/paper/start-seed0 --train runs/paper/unlabelled.jsonl \
         --held_out runs/paper/held_out.jsonl --work runs/forecast
 
+or, from what ``cagsr quickstart`` leaves, in a quarter of the time:
+
+    python -m examples.forecast.runs --start quickstart=quickstart/start --train quickstart/prompts.jsonl \
+        --held_out quickstart/held_out.jsonl --metric examples.forecast.truth.net_facts --work runs/forecast --seeds 2
+
 A run that is done is not made again, so that the command goes on where it was interrupted. What they say is put together by
 ``python -m examples.forecast.table``.
 """
@@ -41,6 +46,8 @@ class Options:
     """Prompts that the checker judges."""
     work: Path
     """Where the runs' folders go."""
+    metric: str | None = None
+    """The checker, where it is another than the plan's: a dotted path, as evaluation.metric takes it."""
     plan: Path = PLAN
     """Settings, rewards and leashes."""
     seeds: int = 1
@@ -77,6 +84,7 @@ def main(options: Options) -> None:
     plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
     todo = list(runs_of(plan, options.seeds))
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    judged_by = {"path": str(options.held_out)} | ({} if options.metric is None else {"metric": options.metric})
     made = 0
     with shown("forecast runs"), working("runs", len(todo), "runs") as task:
         for label, settings in todo:
@@ -89,7 +97,7 @@ def main(options: Options) -> None:
                     **settings,
                     "model": {"path": folder, "device": "cpu"},
                     "data": {"path": str(options.train)},
-                    "evaluation": {**settings["evaluation"], "path": str(options.held_out)},
+                    "evaluation": {**settings["evaluation"], **judged_by},
                     "output_dir": str(run),
                 }
                 write_text_atomically(config, yaml.safe_dump(settings, sort_keys=False))
