@@ -14,7 +14,7 @@ from cagsr.config import DataConfig, ModelConfig, MonitorConfig, RewardConfig, R
 from cagsr.diagnosis.forecast import FEATURES, PILOT, SECOND_OPINIONS, ForecastModel, kl_at, pilot_features, shipped
 from cagsr.errors import ConfigError
 from cagsr.run_page.read_run import read_run
-from cagsr.training.forecaster import Forecaster, watching
+from cagsr.training.forecaster import Forecaster, forecast_sentence, watching
 from cagsr.training.monitors import Monitors
 from test_diagnosis_forecast import rows
 
@@ -51,6 +51,12 @@ def test_the_shipped_model_reads_the_features_of_today():
     assert 0.0 < found.low < found.step < found.high
 
 
+def test_a_turn_within_the_pilot_is_said_without_a_step():
+    found = always(4.0).predict(pilot_features(rows(), 8), 60)
+    assert found.has_turned
+    assert forecast_sentence(found, rows()) == "Forecast: by its first 10 steps this reward hurts already."
+
+
 def test_the_kl_there_by_hand():
     # 0.5 s - 0.1 nats: a power of one of the step.
     rising = [{"objective/kl": 0.5 * step - 0.1} for step in range(1, 11)]
@@ -59,12 +65,12 @@ def test_the_kl_there_by_hand():
 
 
 def test_monitors_say_it_once_and_end_the_run(monkeypatch: pytest.MonkeyPatch):
-    stops = Monitors(MonitorConfig(patience=99), Forecaster(40, 8, True, always(25.5)))
+    stops = Monitors(MonitorConfig(patience=99), Forecaster(40, 8, True, always(25.6)))
     said = [(alert.step, alert.action) for step in range(1, 26) for alert in stops.observe(step, rows()[0])]
     assert said == [(10, "warn"), (25, "end")]
     assert stops.last_step(40) == 25
     # A run that goes on from a checkpoint knows it too, with a pilot that was cut in two.
-    first, second = (Monitors(MonitorConfig(patience=99), Forecaster(40, 8, True, always(25.5))) for _ in range(2))
+    first, second = (Monitors(MonitorConfig(patience=99), Forecaster(40, 8, True, always(25.6))) for _ in range(2))
     for step in range(1, 8):
         assert first.observe(step, rows()[0]) == []
     assert first.last_step(40) == 40  # nothing is known yet
@@ -74,7 +80,7 @@ def test_monitors_say_it_once_and_end_the_run(monkeypatch: pytest.MonkeyPatch):
     assert "about step 26 of 40" in told[0].sentence
     assert "ends at step 25" in told[0].sentence
     # One that only warns goes on, one that turns later than it ends says so, and a turn within the pilot ends it right after.
-    assert Monitors(MonitorConfig(), Forecaster(40, 8, False, always(25.5))).last_step(40) == 40
+    assert Monitors(MonitorConfig(), Forecaster(40, 8, False, always(25.6))).last_step(40) == 40
     late = Monitors(MonitorConfig(patience=99), Forecaster(40, 8, True, always(80.0)))
     (alert,) = [alert for step in range(1, 41) for alert in late.observe(step, rows()[0])]
     assert (alert.step, alert.action, late.last_step(40)) == (10, "note", 40)
@@ -105,7 +111,7 @@ def test_a_run_ends_where_its_forecast_says(
     argv += ["--run.batch_size", "2", "--num_generations", "2", "--max_new_tokens", "4", "--steps", "20"]
     argv += ["--evaluation.held_out", "2", "--evaluation.every", "4", "--run.save_every", "8"]
     assert main([*argv, "--monitors.forecast_action", "stop"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().err.split())
     assert "step 10: Forecast: by its first 10 steps this reward begins to hurt at about step 12 of 20" in told
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == list(range(13))

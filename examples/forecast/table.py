@@ -109,21 +109,25 @@ def forecasts(runs: Sequence[Run], ridge: float) -> list[Forecast]:
 def summary(runs: Sequence[Run], found: Sequence[Forecast]) -> str:
     """How good they are, in sentences."""
     pairs = list(zip(runs, found, strict=True))
-    turned = [(run.turned, one) for run, one in pairs if run.turned is not None]
-    still = [one for run, one in pairs if run.turned is None]
-    right = [abs(one.step - step) <= WITHIN * step for step, one in turned]
-    missed = [not one.turns for _, one in turned]
-    alarms = [one.turns for one in still]
-    inside = [one.low <= step <= one.high for step, one in turned]
-    log_error = [abs(np.log(one.step / step)) for step, one in turned]
-    both = np.array([[np.log(step), np.log(one.step)] for step, one in turned])
+    early = [one.step <= PILOT * (1 + WITHIN) for run, one in pairs if run.turned is not None and run.turned <= PILOT]
+    later = [(run.turned, one) for run, one in pairs if run.turned is not None and run.turned > PILOT]
+    alarms = [one.turns for run, one in pairs if run.turned is None]
+    right = [abs(one.step - step) <= WITHIN * step for step, one in later]
+    missed = [not one.turns for run, one in pairs if run.turned is not None]
+    inside = [one.low <= step <= one.high for step, one in later]
+    log_error = [abs(np.log(one.step / step)) for step, one in later]
+    both = np.log([[max(run.turned, PILOT), max(one.step, PILOT)] for run, one in pairs if run.turned is not None])
     correlation = float(np.corrcoef(both.T)[0, 1]) if len(both) > 2 else float("nan")
-    alarm = np.mean(alarms) if alarms else 0.0
+
+    def share(values: Sequence[bool | np.bool_]) -> str:
+        return f"{sum(map(bool, values))} of {len(values)}"
+
     return (
-        f"{len(runs)} runs, {len(turned)} of which turn. Of these the forecast is within {WITHIN:.0%} of the true step for "
-        f"{np.mean(right):.0%}, by a factor of {np.exp(np.median(log_error)):.2f} off in the middle, its 80 % interval holds "
-        f"{np.mean(inside):.0%}, and the correlation of the logarithms is {correlation:+.2f}; {np.mean(missed):.0%} are "
-        f"missed. Of the {len(still)} that don't turn {alarm:.0%} are forecast to (false alarms)."
+        f"{len(runs)} runs. {len(early)} turned within the first {PILOT} steps; the forecast says so (step {PILOT * (1 + WITHIN):.0f} at "
+        f"the latest) of {share(early)}. {len(later)} turned later: it is within {WITHIN:.0%} of the true step for {share(right)}, by a "
+        f"factor of {np.exp(np.median(log_error)) if later else np.nan:.2f} off in the middle, and its 80 % interval holds {share(inside)}. "
+        f"Missed: {share(missed)} that turned. False alarms: {share(alarms)} that did not turn. Correlation of the logarithms of forecast "
+        f"and true step over those that turned, none taken for earlier than {PILOT}: {correlation:+.2f}."
     )
 
 

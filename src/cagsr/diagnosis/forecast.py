@@ -64,6 +64,11 @@ class Forecast:
         """Whether it is expected to turn before its horizon."""
         return self.step < self.horizon
 
+    @property
+    def has_turned(self) -> bool:
+        """Whether it is expected to have turned within the pilot already."""
+        return self.step <= PILOT
+
 
 @dataclass(frozen=True)
 class LeashForecast:
@@ -211,19 +216,25 @@ def turning_step(steps: Sequence[int], truth: Sequence[float], drop: float) -> f
 def fit_forecast(
     features: Sequence[Mapping[str, float]], turned: Sequence[float | None], horizon: Sequence[int], ridge: float = 1.0
 ) -> ForecastModel:
-    """Fit the model by maximum likelihood; ``turned`` is the step of each run, None where it had not turned at its ``horizon``."""
+    """Fit the model by maximum likelihood; ``turned`` is the step of each run, None where it had not turned at its ``horizon``.
+
+    Of a run that turned within the pilot no more is asked than that: nothing is left to forecast.
+    """
     x = np.array([[one[name] for name in FEATURES] for one in features])
     mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
     z = np.clip((x - mean) / deviation, -3.0, 3.0)
     seen = np.array([one is not None for one in turned])
     known = [float(end) if one is None else one for one, end in zip(turned, horizon, strict=True)]
-    log_time = np.log(np.maximum(known, 1.0))
+    within = seen & (np.array(known) <= PILOT)
+    log_time = np.log(np.maximum(known, PILOT))
 
     def loss(parameters: NDArray[np.float64]) -> float:
         intercept, log_sigma, weights = parameters[0], parameters[1], parameters[2:]
         sigma = math.exp(log_sigma)
         error = (log_time - intercept - z @ weights) / sigma
-        likelihood = np.where(seen, norm.logpdf(error) - log_sigma, norm.logsf(error)).sum()
+        likelihood = np.where(
+            within, norm.logcdf(error), np.where(seen, norm.logpdf(error) - log_sigma, norm.logsf(error))
+        ).sum()
         return float(-likelihood + ridge * (weights @ weights))
 
     start = np.concatenate([[float(log_time.mean()), 0.0], np.zeros(len(FEATURES))])

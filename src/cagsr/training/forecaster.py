@@ -96,6 +96,8 @@ def forecast_sentence(found: Forecast, pilot: Pilot) -> str:
             f"Forecast: by its first {PILOT} steps this reward is not expected to hurt within {found.horizon} steps (chance that "
             f"it does: {found.chance:.0%})."
         )
+    if found.has_turned:
+        return f"Forecast: by its first {PILOT} steps this reward hurts already."
     return (
         f"Forecast: by its first {PILOT} steps this reward begins to hurt at about step {found.step:.0f} of {found.horizon} (80 %: "
         f"{found.low:.0f} to {found.high:.0f}), at a KL of about {kl_at(pilot, found.step):.1f} nats an answer."
