@@ -42,7 +42,7 @@ class Options:
     """Where the model goes."""
     markdown: Path | None = None
     """Where the table goes."""
-    drop: float = 0.03
+    drop: float = 0.08
     """A run has turned whose truth ends so far below its highest point."""
     truth: str = "eval/metric_greedy"
     """The metric that nobody was trained on."""
@@ -123,11 +123,12 @@ def summary(runs: Sequence[Run], found: Sequence[Forecast]) -> str:
         return f"{sum(map(bool, values))} of {len(values)}"
 
     return (
-        f"{len(runs)} runs. {len(early)} turned within the first {PILOT} steps; the forecast says so (step {PILOT * (1 + WITHIN):.0f} at "
-        f"the latest) of {share(early)}. {len(later)} turned later: it is within {WITHIN:.0%} of the true step for {share(right)}, by a "
-        f"factor of {np.exp(np.median(log_error)) if later else np.nan:.2f} off in the middle, and its 80 % interval holds {share(inside)}. "
-        f"Missed: {share(missed)} that turned. False alarms: {share(alarms)} that did not turn. Correlation of the logarithms of forecast "
-        f"and true step over those that turned, none taken for earlier than {PILOT}: {correlation:+.2f}."
+        f"{len(runs)} runs. {len(early)} turned within the first {PILOT} steps; the forecast says so (step "
+        f"{PILOT * (1 + WITHIN):.0f} at the latest) of {share(early)}. {len(later)} turned later: it is within {WITHIN:.0%} of the "
+        f"true step for {share(right)}, by a factor of {np.exp(np.median(log_error)) if later else np.nan:.2f} off in the middle, "
+        f"and its 80 % interval holds {share(inside)}. Missed: {share(missed)} that turned. False alarms: {share(alarms)} that did "
+        "not turn. Correlation of the logarithms of forecast and true step over those that turned, none taken for earlier than "
+        f"{PILOT}: {correlation:+.2f}."
     )
 
 
