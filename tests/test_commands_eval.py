@@ -149,8 +149,8 @@ def test_messages_made_of_parts_are_their_text(tmp_path: Path, capsys: pytest.Ca
     measures = json.loads((tmp_path / "eval.json").read_text())["results"][0]["measures"]
     assert measures["words"]["per_prompt"] == [3]
     assert measures["lexical_relevance"]["per_prompt"] == [1]
-    sound = [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]
-    bad = write(tmp_path / "bad.jsonl", [{"prompt": sound, "completion": "a"}])
+    film = [{"role": "user", "content": [{"type": "video", "video": "x"}]}]
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": film, "completion": "a"}])
     assert evaluate("--answers", bad) == 2
     assert "row 1: message 1 needs a role and a content that are text" in capsys.readouterr().err
 

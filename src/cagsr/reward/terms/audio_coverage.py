@@ -35,8 +35,10 @@ class AudioCoverage:
 
     def __call__(self, batch: RewardBatch) -> PartialValues:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense; it applies to prompts with a sound."""
+        assert batch.attention is not None
         with_sound = [bool(one.sounds) for one in batch.episodes.prompts.prompts]
-        return coverage_of_regions(batch, with_sound, self.settings.threshold, dense=self.settings.dense)
+        looked, settings = batch.attention.regions, self.settings
+        return coverage_of_regions(batch, looked, with_sound, settings.threshold, dense=settings.dense)
 
     @staticmethod
     def missing(settings: AudioCoverageConfig, prompts: Iterable[Prompt]) -> str | None:

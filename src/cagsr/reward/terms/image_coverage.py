@@ -39,8 +39,10 @@ class ImageCoverage:
 
     def __call__(self, batch: RewardBatch) -> PartialValues:
         """Return ``(batch,)``, or the gains ``(batch, response)`` if dense; it applies to prompts with an image."""
+        assert batch.attention is not None
         with_images = [bool(one.images) for one in batch.episodes.prompts.prompts]
-        return coverage_of_regions(batch, with_images, self.settings.threshold, dense=self.settings.dense)
+        looked, settings = batch.attention.regions, self.settings
+        return coverage_of_regions(batch, looked, with_images, settings.threshold, dense=settings.dense)
 
     @staticmethod
     def missing(settings: ImageCoverageConfig, prompts: Iterable[Prompt]) -> str | None:
@@ -53,10 +55,14 @@ def no_image(prompts: Iterable[Prompt]) -> str | None:
     return None if any(one.images for one in prompts) else "an image (column 'images')"
 
 
-def coverage_of_regions(batch: RewardBatch, applies: Sequence[bool], threshold: float, *, dense: bool) -> PartialValues:
-    """``(batch,)`` the coverage of each prompt's regions, or the gains ``(batch, response)`` if dense, where it ``applies``."""
-    assert batch.attention is not None
-    sampled, looked = batch.episodes.sampled, batch.attention.regions
+def coverage_of_regions(
+    batch: RewardBatch, looked: Tensor | None, applies: Sequence[bool], threshold: float, *, dense: bool
+) -> PartialValues:
+    """``(batch,)`` the coverage of each prompt's regions, or the gains ``(batch, response)`` if dense, where it ``applies``.
+
+    ``looked`` is the attention to regions, ``(batch, response, regions)``; None: no prompt has any.
+    """
+    sampled = batch.episodes.sampled
     if looked is None:
         return PartialValues(sampled.new_zeros(sampled.shape[:1], dtype=torch.float32), sampled.new_zeros(len(sampled)))
     weights = weights_of(batch)
