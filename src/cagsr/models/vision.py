@@ -100,7 +100,9 @@ class Vision:
         # brings all that models are made of, which takes seconds that whoever only reads prompts need not wait
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-        kind = PROCESSOR_MAPPING[type(config)]
+        kind = PROCESSOR_MAPPING.get(type(config), None)
+        if kind is None:  # a class of its own by a known name
+            return None
         processor = image_only(kind).from_pretrained(path, **options)
         cross = getattr(config.get_text_config(), "cross_attention_layers", None) is not None
         token_id = config.image_token_index if cross else config.image_token_id
