@@ -179,33 +179,43 @@ def encode(loaded: LoadedModel, settings: Config, template: str, pairs: Sequence
 def shares(values: Floats, subsets: np.ndarray, length: Floats) -> dict[str, Interval]:
     """Share of the pairs whose better answer has the higher value (ties and NaN count half), with its interval.
 
-    For each set, for all adversarial ones, and ``balanced``: over all pairs, those whose better answer is longer and those whose
-    better one is shorter count as many.
+    For each set and for all adversarial ones; and with length held fixed (``natural balanced``, ``adversarial balanced``,
+    ``balanced``): pairs whose better answer is the longer one count as much as those whose better one is the shorter.
     """
     gap = values[:, 0] - values[:, 1]
     won = np.where(np.isnan(gap), 0.5, (np.sign(gap) + 1) / 2)
     found = {name: mean_interval(won[subsets == name]) for name in SETS if (subsets == name).any()}
-    if (subsets != "natural").any():
-        found["adversarial"] = mean_interval(won[subsets != "natural"])
+    natural = subsets == "natural"
+    if not natural.all():
+        found["adversarial"] = mean_interval(won[~natural])
     longer = np.sign(length[:, 0] - length[:, 1])
-    parts = [won[longer == side] for side in (1, -1)]
-    if all(len(part) for part in parts):
-        draw = np.random.default_rng(0)
-        drawn = [
-            np.mean([part[draw.integers(len(part), size=len(part))].mean() for part in parts]) for _ in range(2000)
-        ]
-        found["balanced"] = Interval.of(float(np.mean([part.mean() for part in parts])), np.array(drawn))
+    for name, of in {"natural balanced": natural, "adversarial balanced": ~natural, "balanced": natural | True}.items():
+        parts = [won[of & (longer == side)] for side in (1, -1)]
+        if all(len(part) for part in parts):
+            draw = np.random.default_rng(0)
+            drawn = [
+                np.mean([part[draw.integers(len(part), size=len(part))].mean() for part in parts]) for _ in range(2000)
+            ]
+            found[name] = Interval.of(float(np.mean([part.mean() for part in parts])), np.array(drawn))
     return found
 
 
 def as_markdown(rows: Mapping[str, Mapping[str, Interval]], subsets: np.ndarray) -> str:
     """The table; what is above or below chance with its whole interval is bold."""
     columns = list(next(iter(rows.values())))
+    natural = int((subsets == "natural").sum())
     counts = {name: int((subsets == name).sum()) for name in SETS} | {
-        "adversarial": int((subsets != "natural").sum()),
+        "adversarial": len(subsets) - natural,
+        "natural balanced": natural,
+        "adversarial balanced": len(subsets) - natural,
         "balanced": len(subsets),
     }
-    heads = {"adversarial": "all adversarial", "balanced": "all, balanced for length"}
+    heads = {
+        "adversarial": "all adversarial",
+        "natural balanced": "natural, length held fixed",
+        "adversarial balanced": "adversarial, length held fixed",
+        "balanced": "all, length held fixed",
+    }
     header = "| prefers by | " + " | ".join(f"{heads.get(name, name)} ({counts[name]})" for name in columns) + " |"
     lines = [header, "| --- |" + " --- |" * len(columns)]
     for name, row in rows.items():

@@ -27,6 +27,12 @@ def test_shares_by_hand():
     }
     # Of length alone nothing is left once longer and shorter better answers count as many.
     assert llmbar.shares(length, subsets, length)["balanced"].mean == 0.5
+    # Of the natural pairs three whose better answer is longer (right, wrong, tie) count as much as one that is shorter (right).
+    values = np.vstack([values, [[2.0, 1.0]]])
+    length = np.vstack([length, [[5.0, 9.0]]])
+    found = llmbar.shares(values, np.append(subsets, "natural"), length)
+    assert found["natural balanced"].mean == pytest.approx((0.5 + 1) / 2)
+    assert "adversarial balanced" not in found  # there all better answers are the shorter ones
 
 
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

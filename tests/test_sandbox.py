@@ -201,6 +201,19 @@ def test_programs_run_side_by_side_and_keep_their_order():
     assert [one.kind for one in found] == ["passed", "failed"] * 3
 
 
+def test_the_same_program_is_run_once(monkeypatch: pytest.MonkeyPatch):
+    ran_now: list[str] = []
+
+    def noted(program: str, config: SandboxConfig) -> run.Outcome:
+        ran_now.append(program)
+        return run.Outcome("passed", program, 0.0)
+
+    monkeypatch.setattr(run, "run_program", noted)
+    found = run_programs(["a", "b", "a", "a", "b"], SandboxConfig(at_once=1))
+    assert [one.output for one in found] == ["a", "b", "a", "a", "b"]
+    assert ran_now == ["a", "b"]
+
+
 def test_without_protection_code_is_refused_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch):
     assert "namespaces" not in unprotected(protection())
     assert check_protection(QUICK, "--x").startswith("Code of the model's runs under ")

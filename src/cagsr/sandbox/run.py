@@ -108,9 +108,14 @@ def check_protection(config: SandboxConfig, setting: str) -> str:
 
 
 def run_programs(programs: Sequence[str], config: SandboxConfig) -> list[Outcome]:
-    """Run programs, ``at_once`` at a time, each from nothing in an empty folder that is removed afterwards."""
+    """Run programs, ``at_once`` at a time, each from nothing in an empty folder that is removed afterwards.
+
+    What stands among them more than once, as a model's answers to one prompt often do, is run once.
+    """
+    different = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(config.at_once) as pool:
-        return list(pool.map(lambda one: run_program(one, config), programs))
+        outcomes = dict(zip(different, pool.map(lambda one: run_program(one, config), different), strict=True))
+    return [outcomes[one] for one in programs]
 
 
 def run_program(program: str, config: SandboxConfig) -> Outcome:
