@@ -189,7 +189,11 @@ def shares(values: Floats, subsets: np.ndarray, length: Floats) -> dict[str, Int
     if not natural.all():
         found["adversarial"] = mean_interval(won[~natural])
     longer = np.sign(length[:, 0] - length[:, 1])
-    for name, of in {"natural balanced": natural, "adversarial balanced": ~natural, "balanced": natural | True}.items():
+    for name, of in {
+        "natural balanced": natural,
+        "adversarial balanced": ~natural,
+        "balanced": natural | ~natural,
+    }.items():
         parts = [won[of & (longer == side)] for side in (1, -1)]
         if all(len(part) for part in parts):
             draw = np.random.default_rng(0)
