@@ -230,7 +230,7 @@ def compare(options: Options) -> tuple[dict[str, dict[str, float]], dict[str, In
     unique = list({one.prompt.text: one for one in test.prompts}.values())
     chosen = random.Random(options.seed).sample(unique, min(options.test_prompts, len(unique)))
     stating = StatingWords(pool.frequency)
-    asked, said = answers_to(loaded, chosen, sampling, options)
+    asked, said = answers_to(loaded, chosen, sampling, options.candidates, options.seed, options.batch_size)
     truth = judge(asked, said, options.candidates)
 
     def learned(swaps: object = None, seed: int = options.seed) -> Examples:
@@ -300,16 +300,21 @@ def compare(options: Options) -> tuple[dict[str, dict[str, float]], dict[str, In
 
 
 def answers_to(
-    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, options: Options
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    sampling: SamplingConfig,
+    candidates: int,
+    seed: int,
+    batch_size: int,
 ) -> tuple[list[EncodedPrompt], list[Response]]:
     """Sample the answers that are judged; the prompt of each, and the answer."""
-    each = dataclasses.replace(sampling, num_generations=options.candidates)
+    each = dataclasses.replace(sampling, num_generations=candidates)
     asked: list[EncodedPrompt] = []
     said: list[Response] = []
-    for some, rollout in sample_in_batches(loaded, prompts, each, options.seed, options.batch_size):
+    for some, rollout in sample_in_batches(loaded, prompts, each, seed, batch_size):
         for row, text in enumerate(rollout.completions):
             ids = rollout.ids[row][rollout.real[row]].tolist()
-            asked.append(some[row // options.candidates])
+            asked.append(some[row // candidates])
             said.append(Response(text, tuple(ids), bool(rollout.ended[row])))
     return asked, said
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,27 @@ def report(
     return found
 
 
+@dataclass(frozen=True)
+class Stated:
+    """A number or a name in a summary, the characters ``[start, end)``."""
+
+    start: int
+    end: int
+    number: bool
+    """Else a name."""
+    held: bool
+    """The abstract holds it."""
+
+
 def invented(prompt: str, text: str) -> tuple[set[str], set[str]]:
-    """The numbers and the names of a summary that its abstract doesn't hold, each once.
+    """The numbers and the names of a summary that its abstract doesn't hold, each once."""
+    made_up = [one for one in stated(prompt, text) if not one.held]
+    numbers, names = ({text[one.start : one.end] for one in made_up if one.number is kind} for kind in (True, False))
+    return numbers, names
+
+
+def stated(prompt: str, text: str) -> Iterator[Stated]:
+    """The numbers and the names of a summary, in order, and whether its abstract holds them.
 
     An abbreviation in capitals is held by words that begin with its letters, ``CNNs`` by ``convolutional neural networks``.
 
@@ -49,23 +69,19 @@ def invented(prompt: str, text: str) -> tuple[set[str], set[str]]:
     ``ImageNet``, ``L2``), at the start of a sentence only one with a capital or digit behind its first letter. Capitals and a
     plural's ``s`` make no difference to what is held.
     """
-    held = {_plain(word) for word in _WORD.findall(prompt)}
+    words = _WORD.findall(prompt)
+    held = {_plain(word) for word in words}
     held |= {str(number) for number, word in enumerate(_NUMBERS) if word in held}
-    initials = "".join(word[0] for word in _WORD.findall(prompt)).casefold()
-    numbers: set[str] = set()
-    names: set[str] = set()
+    initials = "".join(word[0] for word in words).casefold()
     for match in _WORD.finditer(text):
         word = match.group()
         letters = word.removesuffix("s")
-        if _plain(word) in held or (len(letters) > 1 and letters.isupper() and letters.casefold() in initials):
-            continue
+        abbreviates = len(letters) > 1 and letters.isupper() and letters.casefold() in initials
         before = text[: match.start()].rstrip()
         starts = not before or before[-1] in ".!?:"
-        if word[0].isnumeric():
-            numbers.add(word)
-        elif any(char.isupper() or char.isnumeric() for char in word[starts:]):
-            names.add(word)
-    return numbers, names
+        number = word[0].isnumeric()
+        if number or any(char.isupper() or char.isnumeric() for char in word[starts:]):
+            yield Stated(match.start(), match.end(), number, _plain(word) in held or abbreviates)
 
 
 def _plain(word: str) -> str:

@@ -105,11 +105,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class WordStates:
-    """Hidden states of words: layer -> ``(words, width)`` float32, and the pair and the key of each word."""
+    """Hidden states of words, and where each stands."""
 
     hidden: dict[int, Tensor]
+    """Layer -> ``(words, width)`` float32."""
     pair: NDArray[np.int64]
+    """``(words,)``: which pair it belongs to."""
+    number: NDArray[np.int64]
+    """``(words,)``: the how-manieth stating word of that pair's answer."""
     word: tuple[str, ...]
+    """Its key."""
 
 
 class Swaps(Protocol):
@@ -266,7 +271,8 @@ def hidden_of_words(
                         found.append((place, number, keys[number], own))
     found.sort(key=lambda one: one[:2])
     hidden = {layer: torch.stack([one[3][layer] for one in found]) if found else torch.zeros(0, 1) for layer in layers}
-    return WordStates(hidden, np.array([one[0] for one in found], dtype=np.int64), tuple(one[2] for one in found))
+    pair, number = (np.array([one[place] for one in found], dtype=np.int64) for place in (0, 1))
+    return WordStates(hidden, pair, number, tuple(one[2] for one in found))
 
 
 def spread(layers: Sequence[int]) -> tuple[int, ...]:
