@@ -98,7 +98,10 @@ def test_an_answer_is_judged_by_hand():
         assert found["taken_up"] == 0.5
         assert found["history_taken_up"] == 0.0
         assert found["said_before"] == pytest.approx(3 / 8)  # when do you, do you want, you want to
+        assert found["echoed"] == 0.0
         assert found["made_up"] == 1.0
+    (copied,) = measures.report([messages], ["On the 5th, from Oslo to Rome."])
+    assert copied["echoed"] == pytest.approx(3 / 5)  # on the 5th, the 5th from, 5th from oslo
     (none,) = measures.report([[{"role": "user", "content": "hello"}]], ["hi"])
     assert none["taken_up"] is None
 
