@@ -38,9 +38,12 @@ def test_length_held_fixed() -> None:
         np.corrcoef(*((one - one.mean(axis=1, keepdims=True)).ravel() for one in pair))[0, 1]
         for pair in ((x, y), (x, z), (y, z))
     )
-    found = terms.fixed_of(terms.fixed_parts(x, y, z).sum(axis=0))
-    assert found == pytest.approx((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
-    assert terms.fixed_of(terms.fixed_parts(x, y, x).sum(axis=0)) == 0.0  # nothing of x is left
+    none = np.zeros_like(z)
+    found = terms.length_fixed(x, terms.Ranked((), {}, said=y, added=none, wrong=none, length=z))
+    assert found.mean == pytest.approx((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
+    assert found.low < found.mean < found.high
+    nothing = terms.length_fixed(x, terms.Ranked((), {}, said=y, added=none, wrong=none, length=x))
+    assert (nothing.low, nothing.mean, nothing.high) == (0.0, 0.0, 0.0)  # nothing of x is left
 
 
 def test_where_a_term_does_not_apply_it_pays_nothing() -> None:

@@ -29,7 +29,7 @@ def test_partial_is_the_correlation_of_what_length_leaves():
     found = validity.numbers_of(x, truths)
     assert found["partial"] == pytest.approx(correlation(residual(x), residual(y)), abs=1e-6)
     assert (found["said"], found["length"]) == (correlation(x, y), correlation(x, z))
-    assert validity.partial(1.0, 1.0, 1.0) == 0.0
+    assert validity.numbers_of(z, truths)["partial"] == 0.0
 
 
 def test_a_layer_is_the_mean_of_its_heads():

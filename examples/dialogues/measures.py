@@ -14,8 +14,8 @@ _TURN = re.compile(r"<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>|\Z)", re.DOTALL
 
 def report(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[dict[str, float | None]]:
     """``taken_up``: share of the values in the user's last message that the answer says; ``history_taken_up``: the same of those in
-    his messages before; ``said_before``: share of the answer's 3-grams that earlier answers hold; ``echoed``: the same of what the user
-    said; ``made_up``: values that nobody said.
+    his messages before; ``said_before``: share of the answer's 3-grams that earlier answers hold; ``echoed``: the same of what
+    the user said; ``made_up``: values that nobody said.
     """
     found: list[dict[str, float | None]] = []
     for prompt, text in zip(prompts, completions, strict=True):

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from cagsr.config import DataConfig, ModelConfig, ProbeConfig, SalienceConfig, SamplingConfig
+from cagsr.diagnosis.cross_fit import held_fixed
 from cagsr.evaluation.intervals import Floats, Interval
 from cagsr.flow import EncodedPrompt, EpisodeBatch, Prompt
 from cagsr.models.load import LoadedModel, load_model
@@ -141,18 +142,13 @@ def within(x: Floats, y: Floats, group: np.ndarray) -> float:
     return float(a @ b / norm) if norm > 0 else 0.0
 
 
-def partial(x: Floats, y: Floats, z: Floats, group: np.ndarray) -> float:
-    """The same with a third held fixed."""
-    xy, xz, yz = within(x, y, group), within(x, z, group), within(y, z, group)
-    return (xy - xz * yz) / float(np.sqrt((1 - xz**2) * (1 - yz**2)))
-
-
 def row_of(values: Floats, truth: Judged) -> dict[str, float]:
     """The columns of the table."""
-    invented = truth.added + truth.wrong
+    invented, prompts = truth.added + truth.wrong, int(truth.group.max()) + 1
+    by_prompt = (one.reshape(prompts, -1) for one in (values, invented, truth.length))
     return {
         "invented": within(values, invented, truth.group),
-        "the same, length held fixed": partial(values, invented, truth.length, truth.group),
+        "the same, length held fixed": held_fixed(*by_prompt),
         "added": within(values, truth.added, truth.group),
         "wrong": within(values, truth.wrong, truth.group),
         "facts said": within(values, truth.said, truth.group),

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from cagsr.diagnosis.cross_fit import Products, held_fixed
 from cagsr.errors import CagsrError, DataError
-from cagsr.evaluation.intervals import Interval
+from cagsr.evaluation.intervals import Interval, draw_counts
 from cagsr.support.atomic import write_text_atomically
-from examples.e2e.signal_formulas import Floats, within_centred
+from examples.e2e.signal_formulas import Floats
 from examples.e2e.signal_table import (
     correlation_of,
     correlation_parts,
@@ -107,20 +108,14 @@ def without_gaps(values: Floats) -> Floats:
     return np.where(known, values, mean)
 
 
-def fixed_parts(x: Floats, y: Floats, z: Floats) -> Floats:
-    """Sums of products of the deviations within each prompt: xy, xz, yz, xx, yy, zz, ``(prompts, 6)``."""
-    a, b, c = (within_centred(one) for one in (x, y, z))
-    return np.stack(
-        [(one * other).sum(axis=1) for one, other in ((a, b), (a, c), (b, c), (a, a), (b, b), (c, c))], axis=1
+def length_fixed(values: Floats, truth: Ranked) -> Interval:
+    """Correlation with the facts said, length held fixed, with its interval over prompts."""
+    products = Products.of([values], truth.said, truth.length)
+    prompts = len(truth.said)
+    draws = draw_counts(prompts, 2000).astype(np.float64)
+    return Interval.of(
+        held_fixed(values, truth.said, truth.length), products.correlations(draws, hold_length=True)[:, 0]
     )
-
-
-def fixed_of(sums: Floats) -> Floats:
-    """Correlation of x and y with z held fixed, from :func:`fixed_parts`, ``(..., 6)``; 0 where nothing is left to vary."""
-    xy, xz, yz, xx, yy, zz = np.moveaxis(sums, -1, 0)
-    above = xy * zz - xz * yz
-    below = np.maximum((xx * zz - xz**2) * (yy * zz - yz**2), 0.0)
-    return np.where(below > 1e-12, above / np.sqrt(np.where(below > 1e-12, below, 1.0)), 0.0)
 
 
 def row_of(values: Floats, truth: Ranked) -> dict[str, Interval]:
@@ -134,7 +129,7 @@ def row_of(values: Floats, truth: Ranked) -> dict[str, Interval]:
 
     return {
         "facts said": with_(truth.said),
-        "length fixed": interval(fixed_parts(values, truth.said, truth.length), fixed_of),
+        "length fixed": length_fixed(values, truth),
         "added": with_(truth.added),
         "wrong": with_(truth.wrong),
         "length": with_(truth.length),

@@ -38,6 +38,7 @@ from cagsr.config import (
     SamplingConfig,
 )
 from cagsr.diagnosis.best_of_n import correlation
+from cagsr.diagnosis.cross_fit import held_fixed
 from cagsr.errors import ConfigError
 from cagsr.flow import EpisodeBatch
 from cagsr.models.load import load_model
@@ -197,19 +198,12 @@ def parts_of(model: str) -> tuple[str, str, str]:
 
 def numbers_of(values: Floats, truths: Truths) -> dict[str, float]:
     """A signal's correlations within prompts."""
-    said, added, length = (correlation(values, truth) for truth in (truths.said, truths.added, truths.length))
     return {
-        "said": said,
-        "partial": partial(said, length, correlation(truths.length, truths.said)),
-        "added": added,
-        "length": length,
+        "said": correlation(values, truths.said),
+        "partial": held_fixed(values, truths.said, truths.length),
+        "added": correlation(values, truths.added),
+        "length": correlation(values, truths.length),
     }
-
-
-def partial(xy: float, xz: float, yz: float) -> float:
-    """Correlation of x and y with z held fixed; 0 where z leaves nothing of one of them."""
-    left = (1 - xz**2) * (1 - yz**2)
-    return (xy - xz * yz) / left**0.5 if left > 1e-9 else 0.0
 
 
 def with_layer_means(read: Mapping[Plane, Tensor]) -> dict[Plane, Tensor]:
