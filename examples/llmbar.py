@@ -22,7 +22,7 @@ import tyro
 
 from cagsr.commands.score import Config
 from cagsr.errors import DataError
-from cagsr.evaluation.intervals import Floats, Interval, mean_interval
+from cagsr.evaluation.intervals import Floats, Interval, balanced_interval, mean_interval
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.parse import parse_command
 from cagsr.prompts.prepare import prepare_prompts
@@ -196,11 +196,7 @@ def shares(values: Floats, subsets: np.ndarray, length: Floats) -> dict[str, Int
     }.items():
         parts = [won[of & (longer == side)] for side in (1, -1)]
         if all(len(part) for part in parts):
-            draw = np.random.default_rng(0)
-            drawn = [
-                np.mean([part[draw.integers(len(part), size=len(part))].mean() for part in parts]) for _ in range(2000)
-            ]
-            found[name] = Interval.of(float(np.mean([part.mean() for part in parts])), np.array(drawn))
+            found[name] = balanced_interval(parts)
     return found
 
 

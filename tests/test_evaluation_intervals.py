@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cagsr.evaluation.intervals import holm, mean_interval, paired_p_value
+from cagsr.evaluation.intervals import Interval, balanced_interval, holm, mean_interval, paired_p_value
 
 
 def test_sign_flips_by_hand() -> None:
@@ -85,3 +85,14 @@ def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferroni(valu
         assert p <= corrected <= min(1.0, len(values) * p) + 1e-12
     order = np.argsort(values, kind="stable")
     assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+def test_strata_count_alike_whatever_their_sizes():
+    assert balanced_interval([np.ones(400), np.zeros(2)]) == Interval(0.5, 0.5, 0.5)
+    many, few = np.arange(400) % 4 == 0, np.arange(40) % 2 == 0
+    found = balanced_interval([many, few], resamples=8000)
+    assert found.mean == pytest.approx((0.25 + 0.5) / 2)
+    half = 1.96 * 0.5 * np.sqrt(0.25 * 0.75 / 400 + 0.5 * 0.5 / 40)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
+    with pytest.raises(ValueError, match="not finite"):
+        balanced_interval([many, [0.0, np.nan]])

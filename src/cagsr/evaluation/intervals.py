@@ -50,6 +50,20 @@ def mean_interval(values: ArrayLike, resamples: int = 2000) -> Interval:
     return Interval.of(table.mean(), _resampled_means(table, resamples))
 
 
+def balanced_interval(strata: Sequence[ArrayLike], resamples: int = 2000) -> Interval:
+    """Mean of the means of several strata, each counting as much whatever its size, with its 95 % percentile bootstrap interval.
+
+    Each stratum is ``(values,)`` and resampled within itself. Raises ValueError as ``mean_interval``.
+    """
+    generator = np.random.default_rng(0)
+    means, drawn = [], []
+    for stratum in strata:
+        (row,) = _table(stratum)
+        means.append(row.mean())
+        drawn.append(draw_counts(len(row), resamples, generator) @ row / len(row))
+    return Interval.of(np.mean(means), np.mean(drawn, axis=0))
+
+
 def paired_difference(after: ArrayLike, before: ArrayLike) -> Interval:
     """Mean of ``after - before`` with its interval, paired by prompt and, with two dimensions, by seed.
 
