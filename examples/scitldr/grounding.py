@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cagsr.config import AttentionConfig, DataConfig, ModelConfig, ProbeConfig, SalienceConfig, SamplingConfig
 from cagsr.errors import DataError
@@ -27,7 +28,7 @@ from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.find_words import Word
 from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stating_words import StatingWords
-from cagsr.reward.learn_probe import Examples, Pair, auc, examples_of, fit, fit_probe, hidden_of_words, logits
+from cagsr.reward.learn_probe import Examples, Pair, Swaps, auc, examples_of, fit, fit_probe, hidden_of_words, logits
 from cagsr.reward.terms.context_gain import prompt_tokens
 from cagsr.scoring.answers import Response, answered
 from cagsr.scoring.hidden_words import HiddenWords
@@ -99,11 +100,6 @@ def main(options: Options) -> None:
     """Learn, judge, and write what was found."""
     with shown("grounding of summaries"):
         judged, by_layer = judge(options)
-    if judged.absent.all() or not judged.absent.any():
-        raise DataError(
-            f"{options.test}: of {len(judged.absent)} numbers and names {int(judged.absent.sum())} are made up: nothing to tell "
-            "apart; give more --test_prompts."
-        )
     rows = {name: auroc_interval(values, judged.absent, judged.abstract) for name, values in judged.signals.items()}
     kinds = {
         kind: {
@@ -149,29 +145,27 @@ def judge(options: Options) -> tuple[Judged, dict[int, float]]:
     unique = list({one.prompt.text: one for one in test.prompts}.values())
     chosen = random.Random(options.seed).sample(unique, min(options.test_prompts, len(unique)))
     asked, said = answers_to(loaded, chosen, sampling, options.candidates, options.seed, options.batch_size)
+    facts = [list(stated(one.prompt.text, answer.text)) for one, answer in zip(asked, said, strict=True)]
+    held = [one.held for own in facts for one in own]
+    if all(held) or not any(held):
+        raise DataError(
+            f"{options.test}: of {len(held)} numbers and names {held.count(False)} are made up: nothing to tell apart; give more "
+            "--test_prompts."
+        )
     stating, named = StatingWords(pool.frequency), NumbersAndNames(pool.frequency)
 
-    def learned(swaps: object = None) -> Examples:
+    def learned(swaps: Swaps | None = None) -> Examples:
         config = ProbeConfig(answers=options.answers)
         at_once = options.batch_size * options.candidates
-        return examples_of(
-            loaded,
-            prompts,
-            pool.frequency,
-            sampling,
-            config,
-            options.seed,
-            at_once,
-            swaps,  # type: ignore[arg-type]
-        )
+        return examples_of(loaded, prompts, pool.frequency, sampling, config, options.seed, at_once, swaps)
 
     examples = learned()
     probe = fit_probe(examples)
     layers, best = tuple(examples.hidden), probe.layer.layer
     states = hidden_of_words(loaded, [Pair(*one) for one in zip(asked, said, strict=True)], named, layers)
 
-    def doubt(weight_and_bias: object, layer: int = best) -> Floats:
-        return -logits(weight_and_bias, states.hidden[layer]).double().numpy()  # type: ignore[arg-type]
+    def doubt(weight_and_bias: tuple[Tensor, float], layer: int = best) -> Floats:
+        return -logits(weight_and_bias, states.hidden[layer]).double().numpy()
 
     signals = {f"**the term's probe, layer {best}**": doubt((probe.layer.weight, probe.layer.bias))}
     for layer in layers:
@@ -180,10 +174,11 @@ def judge(options: Options) -> tuple[Judged, dict[int, float]]:
             signals[f"- layer {layer} (AUC {probe.by_layer[layer]:.3f})"] = own
     half = examples.prompt < np.median(examples.prompt)
     signals["- half of the answers"] = doubt(fit(examples.hidden[best][half], examples.supported[half]))
-    for name, swaps in (
-        ("a phrase removed, not swapped", Removed((one.prompt for one in prompts), stating)),
-        ("another abstract, no swap", OtherPrompt([one.prompt for one in prompts])),
-    ):
+    others: dict[str, Swaps] = {
+        "a phrase removed, not swapped": Removed((one.prompt for one in prompts), stating),
+        "another abstract, no swap": OtherPrompt([one.prompt for one in prompts]),
+    }
+    for name, swaps in others.items():
         other = learned(swaps)
         signals[f"- {name}"] = doubt(fit(other.hidden[best], other.supported))
     places = list(zip(states.pair.tolist(), states.number.tolist(), strict=True))
@@ -191,7 +186,6 @@ def judge(options: Options) -> tuple[Judged, dict[int, float]]:
     signals["surprise (- log-probability of the word)"] = -logprob
     signals["- the prompt's gain at the word"] = -gain
 
-    facts = [list(stated(one.prompt.text, answer.text)) for one, answer in zip(asked, said, strict=True)]
     kept = [facts[pair][number] for pair, number in places]
     texts = tuple(
         (said[pair].text[one.start : one.end], said[pair].text) for (pair, _), one in zip(places, kept, strict=True)
