@@ -19,8 +19,8 @@ from tools.compact_svg import main as compact_files
 from links import dead_links
 
 ROOT = Path(__file__).parent.parent
-MOST_BYTES = 5_150_000
-"""Of all tracked files together, of which the package and its tests are 3,750,000: what grows it should be code, not copies."""
+MOST_BYTES = 5_250_000
+"""Of all tracked files together, of which the package and its tests are 3,800,000: what grows it should be code, not copies."""
 
 
 def _tracked() -> list[Path]:
