@@ -41,17 +41,25 @@ class Live:
             sent |= {"Origin": f"http://{own}", "Content-Type": "application/json"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-        for name, value in sent.items():
-            if value is not None:
-                connection.putheader(name, value)
-        connection.putheader("Content-Length", str(len(content)))
-        connection.endheaders(content)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        return response.status, {name.lower(): value for name, value in response.getheaders()}, text
+        for last in (False, False, True):  # what is refused before its body is read may lose its answer to a reset
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+            for name, value in sent.items():
+                if value is not None:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(content)))
+            try:
+                connection.endheaders(content)
+                response = connection.getresponse()
+                text = response.read().decode()
+            except ConnectionResetError:
+                if last:
+                    raise
+                continue
+            finally:
+                connection.close()
+            return response.status, {name.lower(): value for name, value in response.getheaders()}, text
+        raise AssertionError
 
     def post(self, path: str, **message: Any) -> tuple[int, dict[str, Any]]:
         """Send a message as the page does."""
