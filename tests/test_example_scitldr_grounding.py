@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples.e2e import probe_variants
 from examples.e2e.prepare import write_jsonl
 from examples.scitldr import grounding
 from examples.scitldr.measures import Stated, stated
 
 import tiny
+from cagsr.config import ModelConfig
 from cagsr.errors import DataError
 from cagsr.flow import EncodedPrompt
-from cagsr.models.load import LoadedModel
+from cagsr.models.load import LoadedModel, load_model
 from cagsr.reward.learn_probe import Examples
 from cagsr.scoring.answers import Response, encode_response
 
@@ -62,8 +64,8 @@ def given(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
         hidden = {layer: torch.from_numpy(draw.normal(size=(200, width))).float() for layer in (0, 1)}
         return Examples(hidden, draw.random(200) < 0.5, draw.integers(0, 40, 200))
 
-    monkeypatch.setattr(grounding, "answers_to", answers)
-    monkeypatch.setattr(grounding, "examples_of", examples)
+    monkeypatch.setattr(probe_variants, "answers_to", answers)
+    monkeypatch.setattr(probe_variants, "examples_of", examples)
 
 
 def test_words_are_judged_with_every_signal(options: grounding.Options, monkeypatch: pytest.MonkeyPatch):
@@ -88,7 +90,7 @@ def test_words_are_judged_with_every_signal(options: grounding.Options, monkeypa
 def test_surprise_is_the_words_own(options: grounding.Options, monkeypatch: pytest.MonkeyPatch):
     given(monkeypatch, " a BERT and 7 near the cat")
     judged, _ = grounding.judge(options)
-    loaded = grounding.load_model(grounding.ModelConfig(str(options.model)), for_training=False)
+    loaded = load_model(ModelConfig(str(options.model)), for_training=False)
     first = judged.texts.index(("BERT", judged.texts[0][1]))
     text = next(
         text

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from torch import Tensor
 
 from cagsr.config import DataConfig, ModelConfig, ProbeConfig, SalienceConfig, SamplingConfig
 from cagsr.diagnosis.cross_fit import held_fixed
@@ -26,11 +27,13 @@ from cagsr.flow import EncodedPrompt, EpisodeBatch, Prompt
 from cagsr.models.load import LoadedModel, load_model
 from cagsr.prompts.counterfactual import Counterfactuals, Swapped, held_words
 from cagsr.prompts.prepare import prepare_prompts
+from cagsr.prompts.salience import DocumentFrequency
 from cagsr.prompts.stating_words import StatingWords
 from cagsr.reward.learn_probe import (
     Examples,
     Pair,
     Probe,
+    Swaps,
     WordStates,
     examples_of,
     fit,
@@ -188,6 +191,44 @@ def said_by(words: Floats) -> Floats:
     return (words < 0).astype(float)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Answers to judge, and what a probe is learned from."""
+
+    options: Options
+    loaded: LoadedModel
+    prompts: list[EncodedPrompt]
+    """That the probe is learned from."""
+    frequency: DocumentFrequency
+    """Of their words."""
+    sampling: SamplingConfig
+    asked: list[EncodedPrompt]
+    """The prompt of each answer that is judged."""
+    said: list[Response]
+
+    def learned(self, swaps: Swaps | None = None) -> Examples:
+        """Words of new answers under true and counterfactual prompts."""
+        one = self.options
+        config, at_once = ProbeConfig(answers=one.answers), one.batch_size * 4
+        return examples_of(self.loaded, self.prompts, self.frequency, self.sampling, config, one.seed, at_once, swaps)
+
+
+def draw(options: Options) -> Drawn:
+    """Read model and prompts, and sample the answers that are judged."""
+    loaded = load_model(ModelConfig(str(options.model)), for_training=False)
+    salience, sampling = SalienceConfig(), SamplingConfig(max_new_tokens=options.max_new_tokens)
+    room = loaded.room_for_prompts(options.max_new_tokens)
+    pool = prepare_prompts(DataConfig(str(options.prompts)), salience, loaded.tokenizer, max_length=room)
+    test = prepare_prompts(
+        DataConfig(str(options.test)), salience, loaded.tokenizer, max_length=room, frequency=pool.frequency
+    )
+    prompts = list({one.prompt.text: one for one in pool.prompts}.values())
+    unique = list({one.prompt.text: one for one in test.prompts}.values())
+    chosen = random.Random(options.seed).sample(unique, min(options.test_prompts, len(unique)))
+    asked, said = answers_to(loaded, chosen, sampling, options.candidates, options.seed, options.batch_size)
+    return Drawn(options, loaded, prompts, pool.frequency, sampling, asked, said)
+
+
 def main(options: Options) -> None:
     """Learn, judge, and write what was found."""
     with shown("probe variants"):
@@ -214,43 +255,19 @@ def main(options: Options) -> None:
 
 def compare(options: Options) -> tuple[dict[str, dict[str, float]], dict[str, Interval], Probe]:
     """The rows of the table, the interval of each row's first column, and the probe."""
-    loaded = load_model(ModelConfig(str(options.model)), for_training=False)
-    salience = SalienceConfig()
-    sampling = SamplingConfig(max_new_tokens=options.max_new_tokens)
-    room = loaded.room_for_prompts(options.max_new_tokens)
-    pool = prepare_prompts(DataConfig(str(options.prompts)), salience, loaded.tokenizer, max_length=room)
-    test = prepare_prompts(
-        DataConfig(str(options.test)), salience, loaded.tokenizer, max_length=room, frequency=pool.frequency
-    )
-    prompts = list({one.prompt.text: one for one in pool.prompts}.values())
-    unique = list({one.prompt.text: one for one in test.prompts}.values())
-    chosen = random.Random(options.seed).sample(unique, min(options.test_prompts, len(unique)))
-    stating = StatingWords(pool.frequency)
-    asked, said = answers_to(loaded, chosen, sampling, options.candidates, options.seed, options.batch_size)
+    drawn = draw(options)
+    loaded, asked, said = drawn.loaded, drawn.asked, drawn.said
+    stating = StatingWords(drawn.frequency)
     truth = judge(asked, said, options.candidates)
-
-    def learned(swaps: object = None, seed: int = options.seed) -> Examples:
-        config = ProbeConfig(answers=options.answers)
-        return examples_of(
-            loaded,
-            prompts,
-            pool.frequency,
-            sampling,
-            config,
-            seed,
-            options.batch_size * 4,
-            swaps,  # type: ignore[arg-type]
-        )
-
-    examples = learned()
+    examples = drawn.learned()
     probe = fit_probe(examples)
     layers = tuple(examples.hidden)
     states = hidden_of_words(loaded, [Pair(*one) for one in zip(asked, said, strict=True)], stating, layers)
     count, length = len(said), truth.length
     best = probe.layer.layer
 
-    def words(weight_and_bias: object, layer: int = best) -> Floats:
-        return logits(weight_and_bias, states.hidden[layer]).double().numpy()  # type: ignore[arg-type]
+    def words(weight_and_bias: tuple[Tensor, float], layer: int = best) -> Floats:
+        return logits(weight_and_bias, states.hidden[layer]).double().numpy()
 
     def term(found: Floats) -> Floats:
         return by_answer(states, found, count, denied) / length
@@ -282,15 +299,16 @@ def compare(options: Options) -> tuple[dict[str, dict[str, float]], dict[str, In
         some = np.isin(examples.prompt, order[: len(order) // share])
         fitted = fit(examples.hidden[best][some], examples.supported[some])
         found[f"- 1/{share} of the answers"] = term(words(fitted))
-    for name, swaps in (
-        ("a phrase removed, not swapped", Removed((one.prompt for one in prompts), stating)),
-        ("another prompt, no swap", OtherPrompt([one.prompt for one in prompts])),
-    ):
-        other = learned(swaps)
+    others: dict[str, Swaps] = {
+        "a phrase removed, not swapped": Removed((one.prompt for one in drawn.prompts), stating),
+        "another prompt, no swap": OtherPrompt([one.prompt for one in drawn.prompts]),
+    }
+    for name, swaps in others.items():
+        other = drawn.learned(swaps)
         found[f"- {name}"] = term(words(fit(other.hidden[best], other.supported)))
     mixed = [(one - one.mean()) / one.std() for one in (term(own), support)]
     found[MIXED] = mixed[0] + mixed[1]
-    found["context gain of stating words, a token"] = contrast(loaded, asked, said, stating, sampling) / length
+    found["context gain of stating words, a token"] = contrast(loaded, asked, said, stating, drawn.sampling) / length
     rows = {name: row_of(values, truth) for name, values in found.items()}
     return rows, {name: interval_of(values, truth) for name, values in found.items()}, probe
 

@@ -10,25 +10,22 @@ answers to other abstracts. What is true of a word, a regular expression says (`
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cagsr.config import AttentionConfig, DataConfig, ModelConfig, ProbeConfig, SalienceConfig, SamplingConfig
+from cagsr.config import AttentionConfig, SamplingConfig
 from cagsr.errors import DataError
 from cagsr.evaluation.intervals import Floats, Interval
 from cagsr.flow import EncodedPrompt
-from cagsr.models.load import LoadedModel, load_model
+from cagsr.models.load import LoadedModel
 from cagsr.prompts.find_words import Word
-from cagsr.prompts.prepare import prepare_prompts
 from cagsr.prompts.stating_words import StatingWords
-from cagsr.reward.learn_probe import Examples, Pair, Swaps, auc, examples_of, fit, fit_probe, hidden_of_words, logits
+from cagsr.reward.learn_probe import Pair, Swaps, auc, fit, fit_probe, hidden_of_words, logits
 from cagsr.reward.terms.context_gain import prompt_tokens
 from cagsr.scoring.answers import Response, answered
 from cagsr.scoring.hidden_words import HiddenWords
@@ -36,7 +33,8 @@ from cagsr.scoring.scorer import Scorer
 from cagsr.scoring.stating_tokens import StatingTokensOf
 from cagsr.support.atomic import write_text_atomically
 from cagsr.support.progress import each, say, shown
-from examples.e2e.probe_variants import OtherPrompt, Removed, answers_to
+from examples.e2e import probe_variants
+from examples.e2e.probe_variants import OtherPrompt, Removed
 from examples.scitldr.measures import stated
 
 RESAMPLES = 1000
@@ -45,31 +43,13 @@ AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(probe_variants.Options):
     """Find what summaries make up."""
 
-    model: Path
-    """The starting model."""
-    prompts: Path
-    """Abstracts that the probe is learned from."""
-    test: Path
-    """Abstracts whose summaries it judges."""
-    output: Path | None = None
-    """JSON file of all numbers, and of every word that was judged."""
-    markdown: Path | None = None
-    """The table."""
-    test_prompts: int = 80
-    """Abstracts judged."""
     candidates: int = 4
-    """Summaries of each."""
-    answers: int = 256
-    """Summaries that the probe is learned from."""
+    """Summaries of each abstract."""
     max_new_tokens: int = 60
     """Tokens of a summary at most."""
-    batch_size: int = 16
-    """Abstracts summarised at once."""
-    seed: int = 0
-    """For the draw of abstracts and summaries."""
 
 
 class NumbersAndNames(StatingWords):
@@ -134,17 +114,8 @@ def main(options: Options) -> None:
 
 def judge(options: Options) -> tuple[Judged, dict[int, float]]:
     """The words with every signal, and how well each layer's probe tells swapped words on prompts it was not fitted on."""
-    loaded = load_model(ModelConfig(str(options.model)), for_training=False)
-    salience, sampling = SalienceConfig(), SamplingConfig(max_new_tokens=options.max_new_tokens)
-    room = loaded.room_for_prompts(options.max_new_tokens)
-    pool = prepare_prompts(DataConfig(str(options.prompts)), salience, loaded.tokenizer, max_length=room)
-    test = prepare_prompts(
-        DataConfig(str(options.test)), salience, loaded.tokenizer, max_length=room, frequency=pool.frequency
-    )
-    prompts = list({one.prompt.text: one for one in pool.prompts}.values())
-    unique = list({one.prompt.text: one for one in test.prompts}.values())
-    chosen = random.Random(options.seed).sample(unique, min(options.test_prompts, len(unique)))
-    asked, said = answers_to(loaded, chosen, sampling, options.candidates, options.seed, options.batch_size)
+    drawn = probe_variants.draw(options)
+    loaded, asked, said = drawn.loaded, drawn.asked, drawn.said
     facts = [list(stated(one.prompt.text, answer.text)) for one, answer in zip(asked, said, strict=True)]
     held = [one.held for own in facts for one in own]
     if all(held) or not any(held):
@@ -152,14 +123,9 @@ def judge(options: Options) -> tuple[Judged, dict[int, float]]:
             f"{options.test}: of {len(held)} numbers and names {held.count(False)} are made up: nothing to tell apart; give more "
             "--test_prompts."
         )
-    stating, named = StatingWords(pool.frequency), NumbersAndNames(pool.frequency)
+    stating, named = StatingWords(drawn.frequency), NumbersAndNames(drawn.frequency)
 
-    def learned(swaps: Swaps | None = None) -> Examples:
-        config = ProbeConfig(answers=options.answers)
-        at_once = options.batch_size * options.candidates
-        return examples_of(loaded, prompts, pool.frequency, sampling, config, options.seed, at_once, swaps)
-
-    examples = learned()
+    examples = drawn.learned()
     probe = fit_probe(examples)
     layers, best = tuple(examples.hidden), probe.layer.layer
     states = hidden_of_words(loaded, [Pair(*one) for one in zip(asked, said, strict=True)], named, layers)
@@ -175,11 +141,11 @@ def judge(options: Options) -> tuple[Judged, dict[int, float]]:
     half = examples.prompt < np.median(examples.prompt)
     signals["- half of the answers"] = doubt(fit(examples.hidden[best][half], examples.supported[half]))
     others: dict[str, Swaps] = {
-        "a phrase removed, not swapped": Removed((one.prompt for one in prompts), stating),
-        "another abstract, no swap": OtherPrompt([one.prompt for one in prompts]),
+        "a phrase removed, not swapped": Removed((one.prompt for one in drawn.prompts), stating),
+        "another abstract, no swap": OtherPrompt([one.prompt for one in drawn.prompts]),
     }
     for name, swaps in others.items():
-        other = learned(swaps)
+        other = drawn.learned(swaps)
         signals[f"- {name}"] = doubt(fit(other.hidden[best], other.supported))
     places = list(zip(states.pair.tolist(), states.number.tolist(), strict=True))
     logprob, gain = of_words(loaded, asked, said, named, places)
