@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -46,6 +47,16 @@ AT_ONCE = 32
 class Options(probe_variants.Options):
     """Find what summaries make up."""
 
+    model: Path
+    """The starting model."""
+    prompts: Path
+    """Abstracts that the probe is learned from."""
+    test: Path
+    """Abstracts whose summaries it judges."""
+    output: Path | None = None
+    """JSON file of all numbers, and of every word that was judged."""
+    markdown: Path | None = None
+    """The table."""
     candidates: int = 4
     """Summaries of each abstract."""
     max_new_tokens: int = 60
